@@ -1,0 +1,163 @@
+"""Checkpoints: load, save, convert. Where a model comes from is decided here; how a format looks, in its own file."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from pgfunc import tokenizer as tokenizers
+from pgfunc.checkpoint import bigvision, hf
+from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, write_config, write_json
+from pgfunc.config import PUBLISHED, Config
+from pgfunc.errors import CheckpointError, DeviceError, SettingError
+from pgfunc.prompt import Model
+from pgfunc.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+Source = str | Path | None
+
+
+def load(
+    source: Source = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> Model:
+    """A model in memory.
+
+    source: None for the shipped checkpoint; a folder in Hugging Face layout; a big_vision `.npz`, with `config` a
+    published name or the path of a `config.json`, and `tokenizer` the path of a `tokenizer.json`; or a hub id, by
+    huggingface_hub with its cache and its offline switch.
+    dtype: None keeps what the files hold. device: None is CUDA where there is one, else the CPU; "meta" reads only
+    headers. Weights are memory-mapped, and not copied while dtype and device stay.
+    Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
+    """
+    where, kind = as_device(device), as_dtype(dtype)
+    path = find(source)
+    if path.is_dir():
+        cfg = read_config(path)
+        params = hf.load(path, cfg, kind, where)
+        tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)
+    elif path.suffix == ".npz":
+        cfg = named_config(config, path)
+        params = bigvision.load(path, cfg, kind, where)
+    else:
+        raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a big_vision .npz")
+    return Model(cfg, params, tokenizers.load(Path(tokenizer)) if tokenizer else None)
+
+
+def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
+    """Write a model in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, model.cfg, str(model.params.projector.dtype).removeprefix("torch."))
+        hf.save(folder, model.cfg, model.params, shard_bytes)
+        if model.tokenizer is not None:
+            save_tokenizer(model.tokenizer, folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json`, and the `tokenizer_config.json` with which transformers reads it."""
+    tokenizer.backend.save(str(folder / TOKENIZER))
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "image")}
+    extra = {"image_token": "<image>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "PaliGemmaProcessor",
+                "extra_special_tokens": extra, "clean_up_tokenization_spaces": False}  # fmt: skip
+    write_json(folder / "tokenizer_config.json", names | settings)
+
+
+def convert(
+    source: Source,
+    target: str | Path,
+    dtype: str | torch.dtype | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> None:
+    """Write a checkpoint in the other format: big_vision when the target ends in `.npz`, else Hugging Face layout."""
+    target = Path(target)
+    model = load(source, dtype, "cpu", config, tokenizer)
+    if target.suffix != ".npz":
+        return save(model, target)
+    try:
+        bigvision.save(target, model.cfg, model.params)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from error
+
+
+def find(source: Source) -> Path:
+    """The file or folder that a source names, fetched from the hub when it is a hub id."""
+    if source is None:
+        return shipped()
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(str(source)):
+        return from_hub(str(source))
+    raise CheckpointError(f"{source}: no such file or folder, and not a hub id such as google/paligemma2-3b-mix-224")
+
+
+def shipped() -> Path:
+    """The checkpoint that comes with the package: inside an installed one, beside the package in a checkout."""
+    package = Path(__file__).parent.parent
+    for folder in (package / "weights" / "tiny", package.parent / "weights" / "tiny"):
+        if (folder / CONFIG).exists():
+            return folder
+    raise CheckpointError(f"{package}: the shipped checkpoint weights/tiny is missing; reinstall pgfunc")
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a hub id in huggingface_hub's cache, downloaded if it may be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name}: gated; accept its licence on the hub and log in with `hf auth login`"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: not in the local cache, and the hub cannot be reached or is switched off"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"{name}: the hub says {str(error).splitlines()[0]}") from error
+
+
+def named_config(config: str | Path | None, path: Path) -> Config:
+    """A published config by name, or the one in a `config.json`."""
+    if config is None:
+        raise CheckpointError(
+            f"{path}: a .npz needs config=, one of {', '.join(PUBLISHED)}, or the path of a config.json"
+        )
+    if str(config) in PUBLISHED:
+        return PUBLISHED[str(config)]
+    if not Path(config).exists():
+        raise CheckpointError(f"config {config} is neither a file nor one of {', '.join(PUBLISHED)}")
+    return read_config(Path(config)) if Path(config).is_dir() else parse_file(Path(config))
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """A device that is there; None is CUDA where there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DeviceError(f"device {device} is not there ({str(error).splitlines()[0]})") from error
+    return where
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating point type by its name; None keeps what the files hold."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise SettingError(f"dtype is {dtype}, expected float64, float32, bfloat16 or float16")
+    return found

@@ -1,0 +1,157 @@
+# a table is a tree of parameters whose leaves are Slots
+# pyright: reportArgumentType=false
+"""big_vision's `.npz` checkpoints: arrays `params/img/...` and `params/llm/...`, layers stacked on the first axis.
+
+bfloat16 is stored as numpy void of two bytes, and nothing is ever unpickled. Source of the names and shapes: big_vision
+`models/vit.py`, `models/ppp/gemma.py`, `models/proj/paligemma/paligemma.py`.
+"""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgfunc import gemma, paligemma, siglip
+from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
+from pgfunc.config import Config, TextConfig, VisionConfig
+from pgfunc.errors import CheckpointError
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "|V2": torch.bfloat16}
+
+
+def table(cfg: Config) -> paligemma.Params:
+    """Where every parameter lies."""
+    return paligemma.Params(
+        vision=_vision(cfg.vision),
+        projector=Slot("img/head/kernel", (), "e d -> d e"),
+        projector_bias=Slot("img/head/bias"),
+        language=_language(cfg.text),
+    )
+
+
+def _vision(cfg: VisionConfig) -> siglip.Params:
+    layers, heads = "img/Transformer/encoderblock/", {"n": cfg.heads}
+    attention, mlp = layers + "MultiHeadDotProductAttention_0/", layers + "MlpBlock_0/"
+
+    def layer(i: int) -> siglip.Layer:
+        projections = {
+            field: Slot(f"{attention}{name}/{part}", (i,), pattern, heads)
+            for field, name in {"q": "query", "k": "key", "v": "value"}.items()
+            for field, part, pattern in (
+                (field, "kernel", "d n h -> (n h) d"),
+                (f"{field}_bias", "bias", "n h -> (n h)"),
+            )
+        }
+        return siglip.Layer(
+            norm1_scale=Slot(layers + "LayerNorm_0/scale", (i,)),
+            norm1_bias=Slot(layers + "LayerNorm_0/bias", (i,)),
+            **projections,
+            out=Slot(attention + "out/kernel", (i,), "n h d -> d (n h)", heads),
+            out_bias=Slot(attention + "out/bias", (i,)),
+            norm2_scale=Slot(layers + "LayerNorm_1/scale", (i,)),
+            norm2_bias=Slot(layers + "LayerNorm_1/bias", (i,)),
+            up=Slot(mlp + "Dense_0/kernel", (i,), "d f -> f d"),
+            up_bias=Slot(mlp + "Dense_0/bias", (i,)),
+            down=Slot(mlp + "Dense_1/kernel", (i,), "f d -> d f"),
+            down_bias=Slot(mlp + "Dense_1/bias", (i,)),
+        )
+
+    learned = cfg.position == "learned"
+    return siglip.Params(
+        patch=Slot("img/embedding/kernel", (), "y x c d -> d c y x"),
+        patch_bias=Slot("img/embedding/bias"),
+        position=Slot("img/pos_embedding", (), "1 p d -> p d") if learned else (),
+        layers=tuple(layer(i) for i in range(cfg.layers)),
+        norm_scale=Slot("img/Transformer/encoder_norm/scale"),
+        norm_bias=Slot("img/Transformer/encoder_norm/bias"),
+    )
+
+
+def _language(cfg: TextConfig) -> gemma.Params:
+    def layer(i: int) -> gemma.Layer:
+        heads = {"h": cfg.head_dim}
+        if cfg.heads == cfg.kv_heads:  # the reference then keeps all three in one array
+            q, k, v = (Slot("llm/layers/attn/qkv_einsum/w", (i, part), "n d h -> (n h) d", heads) for part in range(3))
+        else:
+            q = Slot("llm/layers/attn/q_einsum/w", (i,), "n d h -> (n h) d", heads)
+            k, v = (Slot("llm/layers/attn/kv_einsum/w", (i, part), "k d h -> (k h) d", heads) for part in range(2))
+        post_attention, post_mlp = (
+            Slot(f"llm/layers/{name}/scale", (i,)) if cfg.post_norms else ()
+            for name in ("post_attention_norm", "post_ffw_norm")
+        )
+        return gemma.Layer(
+            attention_norm=Slot("llm/layers/pre_attention_norm/scale", (i,)),
+            q=q, k=k, v=v,
+            out=Slot("llm/layers/attn/attn_vec_einsum/w", (i,), "n h d -> d (n h)", heads),
+            post_attention_norm=post_attention,
+            mlp_norm=Slot("llm/layers/pre_ffw_norm/scale", (i,)),
+            gate=Slot("llm/layers/mlp/gating_einsum", (i, 0), "d f -> f d"),
+            up=Slot("llm/layers/mlp/gating_einsum", (i, 1), "d f -> f d"),
+            down=Slot("llm/layers/mlp/linear", (i,), "f d -> d f"),
+            post_mlp_norm=post_mlp,
+        )  # fmt: skip
+
+    return gemma.Params(
+        embed=Slot("llm/embedder/input_embedding"),
+        layers=tuple(layer(i) for i in range(cfg.layers)),
+        norm=Slot("llm/final_norm/scale"),
+    )
+
+
+def load(path: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device) -> paligemma.Params:
+    """The parameters in a `.npz`; on the meta device only its headers are read."""
+    return gather(table(cfg), paligemma.abstract(cfg), open_file(path), str(path), dtype, device)
+
+
+def open_file(path: Path) -> dict[str, Entry]:
+    """Every array of a `.npz`, by its name without the `params/` prefix; nothing is read but headers."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            headers = {name.removesuffix(".npy"): _header(archive, name) for name in names}
+    except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise CheckpointError(f"{path}: not a complete npz file ({error}); download it again") from error
+    return {
+        name.removeprefix("params/"): Entry(shape, dtype, lambda name=name: _read(path, name))
+        for name, (shape, dtype) in headers.items()
+    }
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"{name} is an npy file of version {version}")
+        shape, _, dtype = read(file)
+    kind = dtype.str if dtype.kind == "V" else dtype.name
+    if kind not in DTYPES:
+        raise ValueError(f"{name} has dtype {kind}, expected one of {', '.join(DTYPES)}")
+    return shape, DTYPES[kind]
+
+
+def _read(path: Path, name: str) -> Tensor:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            array = archive[name]
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise CheckpointError(f"{path}: {name}: {error}") from error
+    if array.dtype.kind == "V":
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def save(path: Path, cfg: Config, params: paligemma.Params) -> None:
+    """Write the parameters as big_vision does."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for key, array in arrange(table(cfg), params).items():
+            with archive.open(f"params/{key}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, _numpy(array), allow_pickle=False)
+
+
+def _numpy(array: Tensor) -> np.ndarray:
+    array = array.detach().cpu().contiguous()
+    return array.view(torch.uint16).numpy().view("V2") if array.dtype == torch.bfloat16 else array.numpy()

@@ -1,0 +1,111 @@
+"""Between files and parameter trees: named arrays, and tables that say where in them each parameter lies.
+
+A table is a tree shaped like the parameters whose leaves are `Slot`s. The same table reads (`gather`) and writes
+(`arrange`); the formats differ only in their tables and in how they name arrays. Nothing here knows about PaliGemma.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pgfunc import tree
+from pgfunc.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An array in a file: what its header says, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lies: the array's key, an index along its leading axes, and the way from there to the tree.
+
+    `pattern` is an einops rearrangement from the stored axes to the parameter's; `axes` gives the sizes that it needs.
+    """
+
+    key: str
+    index: tuple[int, ...] = ()
+    pattern: str = ""
+    axes: Mapping[str, int] = field(default_factory=dict)
+
+    def read(self, array: Tensor) -> Tensor:
+        part = array[self.index] if self.index else array
+        return rearrange(part, self.pattern, **self.axes).contiguous() if self.pattern else part
+
+    def write(self, leaf: Tensor) -> Tensor:
+        there, _, here = self.pattern.partition("->")
+        return rearrange(leaf, f"{here}->{there}", **self.axes) if self.pattern else leaf
+
+
+def arrange(table: Any, params: Any) -> dict[str, Tensor]:
+    """Key -> array, as the table stores the parameters; parts of one array are stacked."""
+    parts: dict[str, dict[tuple[int, ...], Tensor]] = defaultdict(dict)
+    leaves = tree.flatten(params)
+    for path, slot in tree.flatten(table).items():
+        parts[slot.key][slot.index] = slot.write(leaves[path])
+    return {key: _stack(parts[key]) for key in parts}
+
+
+def _stack(parts: dict[tuple[int, ...], Tensor]) -> Tensor:
+    if () in parts:
+        return parts[()]
+    ordered = [parts[index] for index in sorted(parts)]
+    leading = [size + 1 for size in max(parts)]
+    assert prod(leading) == len(ordered), "a table fills each array whole"
+    return torch.stack(ordered).reshape(*leading, *ordered[0].shape)
+
+
+def gather(
+    table: T, abstract: T, entries: Mapping[str, Entry], where: str, dtype: torch.dtype | None, device: torch.device
+) -> T:
+    """The parameters from the arrays that the table names; on the meta device nothing is read.
+
+    Raises CheckpointError for a key that is missing or too many, and for a wrong shape, naming key and both shapes.
+    """
+    check(arrange(table, abstract), entries, where)
+    users: dict[str, list[tuple[str, Slot]]] = defaultdict(list)
+    for path, slot in tree.flatten(table).items():
+        users[slot.key].append((path, slot))
+    leaves = {}
+    for key, slots in users.items():
+        entry = entries[key]
+        array = torch.empty(entry.shape, dtype=entry.dtype, device="meta") if device.type == "meta" else entry.read()
+        leaves |= {path: slot.read(array).to(device=device, dtype=dtype) for path, slot in slots}
+    return tree.replace(abstract, leaves)
+
+
+def check(expected: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str) -> None:
+    """Compare names and shapes with what a file holds."""
+    if missing := sorted(expected.keys() - entries.keys()):
+        shape = tuple(expected[missing[0]].shape)
+        raise CheckpointError(
+            f"{where}: {_first(missing)} is missing, expected shape {shape}; "
+            "the file is incomplete or config.json describes another model"
+        )
+    if extra := sorted(entries.keys() - expected.keys()):
+        shape = entries[extra[0]].shape
+        raise CheckpointError(
+            f"{where}: {_first(extra)} with shape {shape} is not part of this model; config.json describes another one"
+        )
+    for key, entry in entries.items():
+        if tuple(entry.shape) != tuple(expected[key].shape):
+            raise CheckpointError(f"{where}: {key}: expected {tuple(expected[key].shape)}, found {tuple(entry.shape)}")
+        if not entry.dtype.is_floating_point:
+            raise CheckpointError(f"{where}: {key}: expected floating point numbers, found {entry.dtype}")
+
+
+def _first(keys: list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} (and {len(keys) - 1} more)"

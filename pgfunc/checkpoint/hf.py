@@ -1,0 +1,181 @@
+# a table is a tree of parameters whose leaves are Slots
+# pyright: reportArgumentType=false
+"""Checkpoints in Hugging Face layout: a folder of config.json, safetensors (single or sharded) and processor files.
+
+Three key layouts are in use; they differ only in the prefixes of the three parts, which are found by one key of each.
+Weights are memory-mapped and, where dtype and device stay, never copied. Source of the names: transformers
+`models/paligemma`, `models/siglip`, `models/gemma`, `models/gemma2`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pgfunc import gemma, paligemma, siglip
+from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
+from pgfunc.checkpoint.hf_config import read_json, write_json
+from pgfunc.config import Config
+from pgfunc.errors import CheckpointError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+# each part of the model is found by this key of it: what stands before is the layout's prefix
+ANCHORS = {
+    "vision": "embeddings.patch_embedding.weight",
+    "projector": "multi_modal_projector.linear.weight",
+    "language": "embed_tokens.weight",
+}
+# the layout of the published checkpoints, which every version of transformers reads; `save` writes it
+HUB = {"vision": "vision_tower.vision_model.", "projector": "", "language": "language_model.model."}
+
+VISION_LAYER = siglip.Layer(
+    norm1_scale="layer_norm1.weight", norm1_bias="layer_norm1.bias",
+    q="self_attn.q_proj.weight", q_bias="self_attn.q_proj.bias",
+    k="self_attn.k_proj.weight", k_bias="self_attn.k_proj.bias",
+    v="self_attn.v_proj.weight", v_bias="self_attn.v_proj.bias",
+    out="self_attn.out_proj.weight", out_bias="self_attn.out_proj.bias",
+    norm2_scale="layer_norm2.weight", norm2_bias="layer_norm2.bias",
+    up="mlp.fc1.weight", up_bias="mlp.fc1.bias",
+    down="mlp.fc2.weight", down_bias="mlp.fc2.bias",
+)  # fmt: skip
+
+GEMMA_LAYER = gemma.Layer(
+    attention_norm="input_layernorm.weight",
+    q="self_attn.q_proj.weight", k="self_attn.k_proj.weight", v="self_attn.v_proj.weight",
+    out="self_attn.o_proj.weight",
+    post_attention_norm=(),
+    mlp_norm="post_attention_layernorm.weight",  # Gemma 1 names the norm before the MLP so
+    gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight",
+    post_mlp_norm=(),
+)  # fmt: skip
+
+GEMMA2_LAYER = GEMMA_LAYER._replace(
+    post_attention_norm="post_attention_layernorm.weight",
+    mlp_norm="pre_feedforward_layernorm.weight",
+    post_mlp_norm="post_feedforward_layernorm.weight",
+)
+
+
+def table(cfg: Config, prefixes: Mapping[str, str] = HUB) -> paligemma.Params:
+    """The key of every parameter."""
+    vision, language = prefixes["vision"], prefixes["language"]
+    projector = prefixes["projector"] + "multi_modal_projector.linear."
+
+    def layer(names: Any, prefix: str) -> Any:
+        return type(names)(*(Slot(prefix + name) if name else () for name in names))
+
+    gemma_names = GEMMA2_LAYER if cfg.text.post_norms else GEMMA_LAYER
+    learned = cfg.vision.position == "learned"
+    return paligemma.Params(
+        vision=siglip.Params(
+            patch=Slot(vision + "embeddings.patch_embedding.weight"),
+            patch_bias=Slot(vision + "embeddings.patch_embedding.bias"),
+            position=Slot(vision + "embeddings.position_embedding.weight") if learned else (),
+            layers=tuple(layer(VISION_LAYER, f"{vision}encoder.layers.{i}.") for i in range(cfg.vision.layers)),
+            norm_scale=Slot(vision + "post_layernorm.weight"),
+            norm_bias=Slot(vision + "post_layernorm.bias"),
+        ),
+        projector=Slot(projector + "weight"),
+        projector_bias=Slot(projector + "bias"),
+        language=gemma.Params(
+            embed=Slot(language + "embed_tokens.weight"),
+            layers=tuple(layer(gemma_names, f"{language}layers.{i}.") for i in range(cfg.text.layers)),
+            norm=Slot(language + "norm.weight"),
+        ),
+    )
+
+
+def load(folder: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device) -> paligemma.Params:
+    """The parameters in a folder; on the meta device only their headers are read."""
+    entries = open_folder(folder)
+    prefixes = layout(entries, folder)
+    head = entries.pop("lm_head.weight", entries.pop("language_model.lm_head.weight", None))
+    if head is not None and device.type != "meta":
+        embed = entries[prefixes["language"] + ANCHORS["language"]]
+        if head.shape != embed.shape or not torch.equal(head.read(), embed.read()):
+            raise CheckpointError(f"{folder}: lm_head.weight differs from embed_tokens.weight; PaliGemma ties the two")
+    return gather(table(cfg, prefixes), paligemma.abstract(cfg), entries, str(folder), dtype, device)
+
+
+def layout(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
+    """The prefix of each part of the model."""
+    found = {}
+    for part, anchor in ANCHORS.items():
+        matches = [key for key in entries if key.endswith(anchor)]
+        if len(matches) != 1:
+            said = f"{len(matches)} keys end in" if matches else "no key ends in"
+            raise CheckpointError(f"{folder}: {said} {anchor}; expected one, as in a PaliGemma checkpoint")
+        found[part] = matches[0].removesuffix(anchor)
+    return found
+
+
+def open_folder(folder: Path) -> dict[str, Entry]:
+    """Every array in a folder's safetensors, by name; nothing is read but headers."""
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+        return open_file(folder / SINGLE)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX}: weight_map is not a table of file names")
+    entries = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{folder / INDEX}: {name} lies outside the folder; shards are plain file names")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: missing, though {INDEX} names it; download it again")
+        shard = open_file(folder / name)
+        if absent := sorted({key for key, file in weight_map.items() if file == name} - shard.keys()):
+            raise CheckpointError(f"{folder / name}: {absent[0]} is missing, though {INDEX} places it there")
+        entries |= {key: entry for key, entry in shard.items() if weight_map.get(key, name) == name}
+    return entries
+
+
+def open_file(path: Path) -> dict[str, Entry]:
+    """The arrays of one safetensors file, memory-mapped when read."""
+    try:
+        file = safe_open(path, framework="pt")
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); download it again") from error
+    for key, piece in slices.items():
+        if piece.get_dtype() not in DTYPES:
+            raise CheckpointError(f"{path}: {key}: dtype {piece.get_dtype()} is not one of {', '.join(DTYPES)}")
+    return {
+        key: Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()], lambda key=key: file.get_tensor(key))
+        for key, piece in slices.items()
+    }
+
+
+def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) -> None:
+    """Write the parameters as safetensors of at most `shard_bytes` each, with an index if there are several.
+
+    Files are written beside and then renamed, so that a model may be saved over the very files that it is mapped from.
+    """
+    arrays = {key: array.contiguous() for key, array in arrange(table(cfg), params).items()}
+    shards = split_state_dict_into_shards_factory(
+        arrays, get_storage_size=_nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    for name, keys in shards.filename_to_tensors.items():
+        beside = folder / f"{name}.part"
+        save_file({key: arrays[key] for key in keys}, beside, metadata={"format": "pt"})
+        beside.replace(folder / name)
+    for stale in {
+        INDEX,
+        *(path.name for path in folder.glob("model*.safetensors")),
+    } - shards.filename_to_tensors.keys():
+        (folder / stale).unlink(missing_ok=True)
+    if shards.is_sharded:
+        write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+
+
+def _nbytes(array: Tensor) -> int:
+    return array.numel() * array.element_size()

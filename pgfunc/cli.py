@@ -1,0 +1,168 @@
+"""The command line: `pgfunc caption photo.jpg`. It parses, calls the package and prints; it decides nothing else.
+
+A mistake of the user's is one line on standard error and exit status 2. With `--json` each picture gives one line of
+JSON on standard output; progress goes to standard error.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+import pgfunc as pg
+from pgfunc.errors import PgfuncError, PromptError
+from pgfunc.prompt import TASKS
+
+app = typer.Typer(
+    help="PaliGemma on pictures: caption, ask, read; inspect and convert checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE...", show_default=False)]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="Folder, .npz or hub id; the shipped checkpoint if absent.", show_default=False),
+]
+PromptText = Annotated[str | None, typer.Option("--prompt", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Sample among the k most probable tokens.", show_default=False)
+]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Sample among tokens that sum to p.", show_default=False)]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", help="Sample among tokens p times as probable as the best.", show_default=False),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when the temperature is not 0.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1; CUDA where there is one if absent.", show_default=False),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; the files' own if absent.", show_default=False),
+]
+Config = Annotated[
+    str | None, typer.Option("--config", help="For a .npz: a published name, or a config.json.", show_default=False)
+]
+Vocabulary = Annotated[
+    str | None, typer.Option("--tokenizer", help="For a .npz: a tokenizer.json.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def completing(name: str, template: str | None, about: str) -> None:
+    """Add a command that completes one prefix on each picture; a template with a hole needs --prompt."""
+
+    def command(
+        images: Images, prompt: PromptText = None, model: ModelName = None, max_new_tokens: MaxNewTokens = 64,
+        temperature: Temperature = 0.0, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None, seed: Seed = 0,
+        device: Device = None, dtype: Dtype = None, config: Config = None, tokenizer: Vocabulary = None,
+        as_json: Json = False,
+    ) -> None:  # fmt: skip
+        prefix = as_prefix(name, template, prompt)
+        loaded = pg.load(model, dtype, device, config, tokenizer)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+                                   "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
+        if len(images) == 1 and not as_json:
+            for piece in pg.stream(loaded, images[0], prefix, **options):
+                print(piece, end="", flush=True)
+            print()
+            return
+        for image in progress(images):
+            (done,) = pg.generate(loaded, image, prefix, **options)
+            say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
+
+    app.command(name, help=about)(command)
+
+
+def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
+    """What the model is asked: the given text, in the command's form if that has a hole for it."""
+    if template and "{}" not in template:
+        return template if prompt is None else prompt
+    if not prompt:
+        raise PromptError(f"{command} needs a question: --prompt 'what colour is the car?'" if template else
+                          f"{command} needs a prefix: --prompt 'caption en'")  # fmt: skip
+    return template.format(prompt) if template else prompt
+
+
+completing("caption", TASKS["caption"], "Say what is in each picture. --prompt replaces 'caption en'.")
+completing("ask", TASKS["ask"], "Answer a question, given with --prompt, about each picture.")
+completing("ocr", TASKS["ocr"], "Read the text in each picture.")
+completing("generate", None, "Complete any prefix, given with --prompt, on each picture.")
+
+
+@app.command()
+def score(
+    images: Images,
+    prompt: Annotated[str, typer.Option("--prompt", help="The prefix, as for generate.")],
+    candidate: Annotated[list[str], typer.Option("--candidate", help="An answer; give several.")],
+    model: ModelName = None, device: Device = None, dtype: Dtype = None, config: Config = None,
+    tokenizer: Vocabulary = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compare given answers by their log-probability, most probable first."""
+    loaded = pg.load(model, dtype, device, config, tokenizer)
+    for image in progress(images):
+        (scores,) = pg.score(loaded, image, prompt, candidate).tolist()
+        ranked = sorted(zip(candidate, scores, strict=True), key=lambda pair: -pair[1])
+        lines = [f"{image}: {answer}\t{value:.4f}" for answer, value in ranked]
+        say({"image": image, "prompt": prompt, "scores": dict(ranked)}, as_json, "\n".join(lines))
+
+
+@app.command()
+def inspect(
+    source: Annotated[str | None, typer.Argument(help="Folder, .npz or hub id.", show_default=False)] = None,
+    model: ModelName = None, config: Config = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """List the parameters: path, shape, dtype, bytes. Only the headers of the files are read."""
+    params = pg.load(source or model, device="meta", config=config).params
+    rows = [(path, tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."), leaf.numel() * leaf.element_size())
+            for path, leaf in pg.tree.flatten(params).items()]  # fmt: skip
+    if as_json:
+        keys = ("path", "shape", "dtype", "bytes")
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
+        return
+    width = max(len(path) for path, *_ in rows)
+    for path, shape, dtype, size in rows:
+        print(f"{path:<{width}}  {' x '.join(map(str, shape)):<16}  {dtype:<8}  {size:>13,}")
+    print(f"{pg.tree.count(params):,} parameters, {pg.tree.nbytes(params):,} bytes")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, .npz or hub id.")],
+    target: Annotated[Path, typer.Argument(help="A folder for Hugging Face layout, or a .npz for big_vision's.")],
+    config: Config = None, tokenizer: Vocabulary = None, dtype: Dtype = None,
+) -> None:  # fmt: skip
+    """Write a checkpoint in the other format."""
+    pg.convert(source, target, dtype, config, tokenizer)
+
+
+def progress(images: list[str]) -> Iterator[str]:
+    """The pictures, with a bar on standard error when there are several and somebody watches."""
+    yield from tqdm(images, unit="picture", leave=False, disable=None if len(images) > 1 else True)
+
+
+def say(value: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print one result."""
+    tqdm.write(json.dumps(value, ensure_ascii=False) if as_json else text)
+
+
+def main() -> None:
+    """Run the command line; a PgfuncError is its message and exit status 2."""
+    try:
+        app()
+    except PgfuncError as error:
+        print(f"pgfunc: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

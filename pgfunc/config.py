@@ -1,0 +1,105 @@
+"""What a checkpoint is made of, as frozen values; every published checkpoint is one of them.
+
+A config holds facts that never flow through a function: sizes, scales, token ids, the variants of a block. It knows
+nothing about files (`checkpoint.hf` reads and writes `config.json`) and nothing about tensors.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP vision encoder."""
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    image_size: int  # pixels along each side of the square input
+    patch: int
+    position: Literal["learned", "rope2d"] = "learned"  # every published checkpoint has a learned embedding
+    theta: float = 10_000.0  # of rope2d
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along each side."""
+        return self.image_size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Patches, which are the image tokens of one picture."""
+        return self.grid**2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The Gemma language model. Gemma 2 is Gemma 1 with softcaps, a sliding window and post-norms."""
+
+    vocab: int  # tokens that can be read and written; logits have this many columns
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    query_scale: float  # multiplies q·k
+    padding: int = 0  # rows that a file carries after the vocabulary: random numbers, never read or written
+    attention_softcap: float = 0.0  # 0: none
+    final_softcap: float = 0.0  # 0: none
+    window: int = 0  # of the even layers, in positions; 0: none
+    post_norms: bool = False
+    theta: float = 10_000.0
+    eps: float = 1e-6
+    positions: int = 8192
+
+    def windowed(self, layer: int) -> bool:
+        """Gemma 2 alternates: the even layers slide, the odd ones see everything."""
+        return self.window > 0 and layer % 2 == 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """PaliGemma: a vision encoder, a projector to the width of the text, a language model, and the ids between them."""
+
+    vision: VisionConfig
+    text: TextConfig
+    pad: int = 0
+    eos: int = 1
+    bos: int = 2
+    image: int = 257_152  # `<image>`: marks places in Hugging Face's prompts; never embedded, never sampled
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"  # the resize filter of the processor
+
+
+def _vision(image_size: int) -> VisionConfig:
+    return VisionConfig(width=1152, layers=27, heads=16, hidden=4304, image_size=image_size, patch=14)
+
+
+_GEMMA_2B = TextConfig(
+    vocab=257_152, width=2048, layers=18, heads=8, kv_heads=1, head_dim=256, hidden=16_384, query_scale=256**-0.5
+)
+_GEMMA2_2B = TextConfig(
+    vocab=257_152, width=2304, layers=26, heads=8, kv_heads=4, head_dim=256, hidden=9216, query_scale=256**-0.5,
+    attention_softcap=50.0, final_softcap=30.0, window=4096, post_norms=True,
+)  # fmt: skip
+_GEMMA2_9B = replace(_GEMMA2_2B, width=3584, layers=42, heads=16, kv_heads=8, hidden=14_336)
+_GEMMA2_27B = replace(
+    _GEMMA2_2B, width=4608, layers=46, heads=32, kv_heads=16, head_dim=128, hidden=36_864,
+    query_scale=144**-0.5,  # width / heads, not the head's own dimension
+)  # fmt: skip
+
+PUBLISHED: dict[str, Config] = {
+    f"{name}-{image_size}": Config(_vision(image_size), text)
+    for name, text in {
+        "paligemma-3b": _GEMMA_2B,
+        "paligemma2-3b": _GEMMA2_2B,
+        "paligemma2-10b": _GEMMA2_9B,
+        "paligemma2-28b": _GEMMA2_27B,
+    }.items()
+    for image_size in (224, 448, 896)
+}

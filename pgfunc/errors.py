@@ -1,0 +1,29 @@
+"""The exceptions a caller can catch. Each message is one line: what is wrong, where, and what to do.
+
+`PgfuncError` is the root. The command line prints the message and exits with status 2; nothing else in the package
+turns an error into text.
+"""
+
+
+class PgfuncError(Exception):
+    """Anything that pgfunc reports about its input, its files or its machine."""
+
+
+class CheckpointError(PgfuncError):
+    """A checkpoint that cannot be read, or does not fit its configuration."""
+
+
+class ImageError(PgfuncError, ValueError):
+    """A picture that cannot be read."""
+
+
+class PromptError(PgfuncError, ValueError):
+    """A prompt that cannot be made from the given images and text, or does not fit the model."""
+
+
+class SettingError(PgfuncError, ValueError):
+    """A setting outside its range, such as a temperature or top-p."""
+
+
+class DeviceError(PgfuncError, RuntimeError):
+    """A device that is not there."""

@@ -1,0 +1,127 @@
+"""The Gemma language model (Gemma Team 2024; big_vision `models/ppp/gemma.py`): embed, run, unembed.
+
+One block serves Gemma 1 and Gemma 2 by fields of the config, and `run` serves prefill and decode, which differ only in
+the number of tokens. It knows nothing about pictures. Axes: b batch, t query, s key, d width, f hidden, v vocabulary;
+`nh` and `kh` are heads, or kv heads, and head dim fused.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pgfunc import ops, tree
+from pgfunc.cache import Cache, append
+from pgfunc.config import TextConfig
+from pgfunc.masks import Masks
+from pgfunc.ops import identity, linear, rms_norm
+
+
+class Layer(NamedTuple):
+    """One layer. The scales of the norms are raw: 1 is added at use."""
+
+    attention_norm: Float[Tensor, "d"]
+    q: Float[Tensor, "nh d"]
+    k: Float[Tensor, "kh d"]
+    v: Float[Tensor, "kh d"]
+    out: Float[Tensor, "d nh"]
+    post_attention_norm: Float[Tensor, "d"]  # () in Gemma 1
+    mlp_norm: Float[Tensor, "d"]
+    gate: Float[Tensor, "f d"]
+    up: Float[Tensor, "f d"]
+    down: Float[Tensor, "d f"]
+    post_mlp_norm: Float[Tensor, "d"]  # () in Gemma 1
+
+
+class Params(NamedTuple):
+    """`embed` is read by `embed` and, tied, by `unembed`."""
+
+    embed: Float[Tensor, "v d"]
+    layers: tuple[Layer, ...]
+    norm: Float[Tensor, "d"]
+
+
+def abstract(cfg: TextConfig) -> Params:
+    """The parameter tree on the meta device."""
+    sizes = {
+        "d": cfg.width,
+        "nh": cfg.heads * cfg.head_dim,
+        "kh": cfg.kv_heads * cfg.head_dim,
+        "f": cfg.hidden,
+        "v": cfg.vocab + cfg.padding,
+    }
+    given = {} if cfg.post_norms else {"post_attention_norm": (), "post_mlp_norm": ()}
+    layers = tuple(tree.abstract(Layer, sizes, **given) for _ in range(cfg.layers))
+    return tree.abstract(Params, sizes, layers=layers)
+
+
+def embed(p: Params, ids: Int[Tensor, "b t"], cfg: TextConfig) -> Float[Tensor, "b t d"]:
+    """Token ids -> vectors, times the square root of the width."""
+    # the factor is rounded to the weights' dtype first: 45.25 for 2048 in bf16 (big_vision gemma.py, Embedder.encode)
+    scale = torch.full((), cfg.width**0.5, dtype=p.embed.dtype, device=p.embed.device)
+    return F.embedding(ids, p.embed) * scale
+
+
+def unembed(p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap=identity) -> Float[Tensor, "*b v"]:
+    """The final norm, the tied head and the final softcap: the only place that makes logits, in float32."""
+    x = tap("language.out", rms_norm(x, p.norm, cfg.eps))
+    logits = linear(x, p.embed[: cfg.vocab]).float()
+    return tap("logits", ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits)
+
+
+def run(
+    p: Params,
+    x: Float[Tensor, "b t d"],
+    positions: Int[Tensor, "b t"],
+    masks: Masks,
+    cfg: TextConfig,
+    cache: Cache | tuple[()] = (),
+    tap=identity,
+) -> tuple[Float[Tensor, "b t d"], tuple[tuple[Tensor, Tensor], ...]]:
+    """All layers over t new tokens; returns their output and, a layer, the keys and values that they attended to.
+
+    Without a cache the tokens see one another, and the keys and values are their own. With one they are appended at
+    each row's length first, and what comes back are the cache's buffers after the append.
+    """
+    angles = ops.angles(positions, cfg.head_dim, cfg.theta)
+    seen = []
+    for i, layer in enumerate(p.layers):
+        mask = masks.window if cfg.windowed(i) else masks.full
+        past = (cache.k[i], cache.v[i], cache.length) if cache else ()
+        x, kv = block(layer, x, angles, mask, cfg, past, lambda name, value, i=i: tap(f"language.{i}.{name}", value))
+        seen.append(kv)
+    return x, tuple(seen)
+
+
+def block(
+    p: Layer, x: Float[Tensor, "b t d"], angles: Tensor, mask, cfg: TextConfig, past=(), tap=identity
+) -> tuple[Float[Tensor, "b t d"], tuple[Tensor, Tensor]]:
+    """Attention and MLP, each on a normalised copy that is added back; Gemma 2 also normalises what it adds."""
+    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap)
+    x = tap("resid_mid", x + (rms_norm(added, p.post_attention_norm, cfg.eps) if cfg.post_norms else added))
+    added = mlp(p, rms_norm(x, p.mlp_norm, cfg.eps), tap)
+    return tap("resid_post", x + (rms_norm(added, p.post_mlp_norm, cfg.eps) if cfg.post_norms else added)), kv
+
+
+def attention(
+    p: Layer, x: Float[Tensor, "b t d"], angles: Tensor, mask, cfg: TextConfig, past=(), tap=identity
+) -> tuple[Float[Tensor, "b t d"], tuple[Tensor, Tensor]]:
+    """Grouped-query attention with rotary positions (Ainslie et al. 2023)."""
+    q = tap("q", rearrange(linear(x, p.q), "b t (n h) -> b t n h", n=cfg.heads))
+    k = tap("k", rearrange(linear(x, p.k), "b t (k h) -> b t k h", k=cfg.kv_heads))
+    v = tap("v", rearrange(linear(x, p.v), "b t (k h) -> b t k h", k=cfg.kv_heads))
+    q, k = ops.rotate(q, angles), ops.rotate(k, angles)
+    if past:
+        k_buffer, v_buffer, length = past
+        k, v = append(k_buffer, k, length), append(v_buffer, v, length)
+    out = ops.attend(q, k, v, mask, cfg.query_scale, cfg.attention_softcap)
+    return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), (k, v)
+
+
+def mlp(p: Layer, x: Float[Tensor, "b t d"], tap=identity) -> Float[Tensor, "b t d"]:
+    """GeGLU (Shazeer 2020): the gate's tanh-GELU times the up projection, then down."""
+    hidden = tap("mlp_hidden", ops.gelu(linear(x, p.gate)) * linear(x, p.up))
+    return tap("mlp_out", linear(hidden, p.down))

@@ -1,0 +1,114 @@
+"""The arithmetic that the towers share: linear maps, norms, rotary positions, softcap, attention.
+
+Everything is a function of tensors and numbers. What must be precise is: norms, rotations and softmax run in float32
+and the result is cast last. Nothing here knows about parameter trees or configs.
+
+Axes: b batch, t query, s key, n heads, k kv heads, g heads of one kv head, h head dim, d width.
+"""
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def identity(name: str, x: T) -> T:
+    """The default tap: names a value that passes through, and changes nothing."""
+    return x
+
+
+def linear(
+    x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None = None
+) -> Float[Tensor, "*b o"]:
+    """x @ w.T + bias. The one place where weights meet activations."""
+    return F.linear(x, w, bias)
+
+
+def layer_norm(
+    x: Float[Tensor, "*b d"], scale: Float[Tensor, "d"], bias: Float[Tensor, "d"], eps: float
+) -> Float[Tensor, "*b d"]:
+    """LayerNorm over the last axis (Ba et al. 2016)."""
+    return F.layer_norm(x, x.shape[-1:], scale, bias, eps)
+
+
+def rms_norm(x: Float[Tensor, "*b d"], scale: Float[Tensor, "d"], eps: float) -> Float[Tensor, "*b d"]:
+    """x / rms(x) · (1 + scale), in float32, cast last (Gemma; Zhang & Sennrich 2019).
+
+    The tree keeps the raw scale, and the 1 is added in float32: in bf16 1 + scale would lose the scale's low bits.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * (1 + scale.float())).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form of GELU (Hendrycks & Gimpel 2016), which SigLIP and Gemma were trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """tanh(x / cap) · cap: close to x near 0, never beyond ±cap, and monotone (Gemma 2)."""
+    return torch.tanh(x / cap) * cap
+
+
+def angles(positions: Int[Tensor, "*b t"], dim: int, theta: float) -> Float[Tensor, "*b t half"]:
+    """The angle of each of the dim / 2 planes at each position, in float32 (Su et al. 2021)."""
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    return rearrange(positions.float(), "... -> ... 1") * theta**-exponents
+
+
+def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*b t half"]) -> Float[Tensor, "*b t n h"]:
+    """Turn each plane (x[i], x[i + h/2]) by its angle, in float32: the half-split form of RoPE."""
+    cos, sin = (rearrange(wave, "... t half -> ... t 1 half") for wave in (angles.cos(), angles.sin()))
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attend(
+    q: Float[Tensor, "b t n h"],
+    k: Float[Tensor, "b s k h"],
+    v: Float[Tensor, "b s k h"],
+    mask: Bool[Tensor, "b t s"] | None,
+    scale: float,
+    cap: float = 0.0,
+) -> Float[Tensor, "b t n h"]:
+    """softmax(softcap(q·k · scale)) · v over the keys where mask is True; head n reads kv head n // (n / k).
+
+    A query that may see no key gives zeros. PyTorch's fused kernels serve when they can; they know neither softcaps
+    nor forward-mode AD nor vmap, where the same formula is written out.
+    """
+    if cap or torch._C._are_functorch_transforms_active():
+        return attend_explicit(q, k, v, mask, scale, cap)
+    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
+    mask = mask if mask is None else rearrange(mask, "b t s -> b 1 t s")
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return rearrange(out, "b n t h -> b t n h")
+
+
+def attend_explicit(
+    q: Float[Tensor, "b t n h"],
+    k: Float[Tensor, "b s k h"],
+    v: Float[Tensor, "b s k h"],
+    mask: Bool[Tensor, "b t s"] | None,
+    scale: float,
+    cap: float = 0.0,
+) -> Float[Tensor, "b t n h"]:
+    """`attend`, with the weights of the attention as a value: differentiable to any order and in either mode."""
+    grouped = rearrange(q, "b t (k g) h -> b t k g h", k=k.shape[2])
+    scores = einsum(grouped, k, "b t k g h, b s k h -> b k g t s").float() * scale
+    scores = softcap(scores, cap) if cap else scores
+    if mask is not None:
+        seen = rearrange(mask, "b t s -> b 1 1 t s")
+        # the lowest finite number rather than -inf: an empty row then gives finite gradients, and & seen makes it zero
+        scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
+        weights = torch.where(seen, scores.softmax(-1), 0.0)
+    else:
+        weights = scores.softmax(-1)
+    out = einsum(weights.to(v.dtype), v, "b k g t s, b s k h -> b t k g h")
+    return rearrange(out, "b t k g h -> b t (k g) h")

@@ -1,0 +1,141 @@
+"""PaliGemma (Beyer et al. 2024) and PaliGemma 2 (Steiner et al. 2024): pictures and text in, logits out.
+
+The sequence of a row is its image tokens, then its text; `Prompt` carries both. `forward` gives the logits of a whole
+prompt, `prefill` those of its last token and the cache behind them, `extend` and `decode` go on from a cache. All are
+pure functions of (params, inputs, cfg). Axes: b batch, i pictures a row, p patches, t text tokens, s sequence,
+d width, e width of the vision encoder, v vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pgfunc import gemma, masks, siglip, tree
+from pgfunc.cache import Cache, pad
+from pgfunc.config import Config
+from pgfunc.ops import identity, linear
+
+
+class Params(NamedTuple):
+    """The parameters: two towers and the linear map between them."""
+
+    vision: siglip.Params
+    projector: Float[Tensor, "d e"]
+    projector_bias: Float[Tensor, "d"]
+    language: gemma.Params
+
+
+class Prompt(NamedTuple):
+    """What goes in. Tokens are bos, prefix, newline (then suffix, eos), padded; `causal` marks suffix tokens."""
+
+    pixels: Float[Tensor, "b i 3 y x"]  # in [-1, 1]
+    tokens: Int[Tensor, "b t"]
+    valid: Bool[Tensor, "b t"]
+    causal: Bool[Tensor, "b t"]
+
+
+class Embedded(NamedTuple):
+    """A prompt as vectors: image tokens, then text."""
+
+    x: Float[Tensor, "b s d"]
+    valid: Bool[Tensor, "b s"]
+    causal: Bool[Tensor, "b s"]
+
+
+def abstract(cfg: Config) -> Params:
+    """The parameter tree on the meta device: its shapes, its paths and its size, without its memory."""
+    sizes = {"d": cfg.text.width, "e": cfg.vision.width}
+    return tree.abstract(Params, sizes, vision=siglip.abstract(cfg.vision), language=gemma.abstract(cfg.text))
+
+
+def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
+    """Random parameters: matrices normal with variance 1 / fan-in, LayerNorm scales 1, all other vectors 0.
+
+    Fan-in is the product of all axes but the first, and the width for embeddings, so that activations start near 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(path: str, leaf: Tensor) -> Tensor:
+        if leaf.dim() == 1:
+            return torch.full(leaf.shape, float(path.endswith("_scale")), dtype=dtype)
+        return (torch.randn(leaf.shape, generator=generator) * leaf[0].numel() ** -0.5).to(dtype)
+
+    return tree.map_with_path(draw, abstract(cfg))
+
+
+def encode_images(
+    params: Params, pixels: Float[Tensor, "b i 3 y x"], cfg: Config, tap=identity
+) -> Float[Tensor, "b ip d"]:
+    """The pictures of each row -> image tokens in the language model's width, picture after picture."""
+    batch, pictures = pixels.shape[:2]
+    if not pictures:
+        return pixels.new_empty((batch, 0, cfg.text.width), dtype=params.projector.dtype)
+    x = siglip.encode_image(params.vision, rearrange(pixels, "b i c y x -> (b i) c y x"), cfg.vision, tap)
+    x = tap("projector", linear(x, params.projector, params.projector_bias))
+    return rearrange(x, "(b i) p d -> b (i p) d", i=pictures)
+
+
+def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
+    """Image tokens and text tokens as one sequence; the image is part of the bidirectional prefix."""
+    # only text is scaled by sqrt(width): image tokens enter as the projector made them (big_vision paligemma.py)
+    image = encode_images(params, prompt.pixels, cfg, tap)
+    text = gemma.embed(params.language, prompt.tokens, cfg.text)
+    present = prompt.valid.new_ones(image.shape[:2])
+    return Embedded(
+        x=tap("language.embed", torch.cat([image, text], dim=1)),
+        valid=torch.cat([present, prompt.valid], dim=1),
+        causal=torch.cat([~present, prompt.causal], dim=1),
+    )
+
+
+def forward(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Float[Tensor, "b t v"]:
+    """The logits at every text position, in float32; those at padded positions mean nothing."""
+    x, valid, causal = embed_prompt(params, prompt, cfg, tap)
+    seen = masks.prompt(valid, causal, cfg.text.window)
+    x, _ = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap)
+    return gemma.unembed(params.language, x[:, x.shape[1] - prompt.tokens.shape[1] :], cfg.text, tap)
+
+
+def prefill(params: Params, prompt: Prompt, cfg: Config, size: int, tap=identity) -> tuple[Float[Tensor, "b v"], Cache]:
+    """The logits at each row's last valid token, and a cache of the prompt with room for `size` tokens more."""
+    x, valid, causal = left_aligned(embed_prompt(params, prompt, cfg, tap))
+    seen = masks.prompt(valid, causal, cfg.text.window)
+    x, kv = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap)
+    length = valid.sum(-1)
+    last = torch.take_along_dim(x, rearrange(length - 1, "b -> b 1 1"), dim=1)
+    cache = Cache(tuple(pad(k, size) for k, _ in kv), tuple(pad(v, size) for _, v in kv), length)
+    return gemma.unembed(params.language, rearrange(last, "b 1 d -> b d"), cfg.text, tap), cache
+
+
+def left_aligned(embedded: Embedded) -> Embedded:
+    """Each row with its valid tokens first, in order: a cache's slots are positions, wherever the padding stood."""
+    order = (~embedded.valid).long().argsort(dim=-1, stable=True)
+    x = torch.take_along_dim(embedded.x, rearrange(order, "b s -> b s 1"), dim=1)
+    return Embedded(x, embedded.valid.take_along_dim(order, 1), embedded.causal.take_along_dim(order, 1))
+
+
+def extend(
+    params: Params, tokens: Int[Tensor, "b t"], cache: Cache, cfg: Config, tap=identity
+) -> tuple[Float[Tensor, "b t v"], Cache]:
+    """Append t suffix tokens to each row: their logits, and a new cache. The given cache stays what it was."""
+    count = tokens.shape[1]
+    seen = masks.cached(cache.length, count, cache.slots, cfg.text.window)
+    positions = rearrange(cache.length, "b -> b 1") + torch.arange(count, device=tokens.device)
+    x = tap("language.embed", gemma.embed(params.language, tokens, cfg.text))
+    x, kv = gemma.run(params.language, x, positions, seen, cfg.text, cache, tap)
+    cache = Cache(tuple(k for k, _ in kv), tuple(v for _, v in kv), cache.length + count)
+    return gemma.unembed(params.language, x, cfg.text, tap), cache
+
+
+def decode(
+    params: Params, token: Int[Tensor, "b"], cache: Cache, cfg: Config, tap=identity
+) -> tuple[Float[Tensor, "b v"], Cache]:
+    """Append one token to each row: the logits after it, and a new cache. The given cache stays what it was.
+
+    Prefilling n + 1 tokens equals prefilling n and decoding one, at every split of the suffix.
+    """
+    logits, cache = extend(params, rearrange(token, "b -> b 1"), cache, cfg, tap)
+    return rearrange(logits, "b 1 v -> b v"), cache

@@ -1,0 +1,132 @@
+"""Pictures and text -> a Prompt, the way PaliGemma was trained to read them.
+
+    [image tokens] <bos> prefix \\n | suffix <eos>
+
+The newline is tokenised by itself, as big_vision does: in one string a prefix that ends in a newline would merge with
+it. What stands left of the bar is the bidirectional prefix; what stands right of it is causal. Prompt forms that the
+mix checkpoints know are the table `TASKS`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgfunc import image, tokenizer, tree
+from pgfunc.config import Config
+from pgfunc.errors import PromptError
+from pgfunc.paligemma import Params, Prompt
+from pgfunc.tokenizer import Tokenizer
+
+TASKS = {"caption": "caption en", "describe": "describe en", "ask": "answer en {}", "ocr": "ocr"}
+
+Text = str | Sequence[int]  # text, or the ids that stand for it
+
+
+class Model(NamedTuple):
+    """A checkpoint in memory. Without a tokenizer it still runs on token ids."""
+
+    cfg: Config
+    params: Params
+    tokenizer: Tokenizer | None
+
+
+class Row(NamedTuple):
+    """One row of a batch, before it is numbers."""
+
+    images: tuple[image.Source, ...]
+    prefix: Text
+    suffix: Text | None
+
+
+def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> Prompt:
+    """The Prompt of a batch, on the model's device; rows are padded on the right.
+
+    images: a row each, which is one picture or a list of 0..n; or a single picture for all rows.
+    prefixes, suffixes: a row each, or one text for all rows. In place of text a row may have token ids: a prefix's ids
+    then stand for everything from bos to newline.
+    Raises PromptError when rows have different numbers of pictures, or do not fit the model's positions.
+    """
+    rows = as_rows(images, prefixes, suffixes)
+    if len({len(row.images) for row in rows}) > 1:
+        raise PromptError("the rows of one prompt have different numbers of pictures; prepare them apart")
+    cfg, device = model.cfg, model.params.projector.device
+    tokens = [(_prefix(model, row.prefix), _suffix(model, row.suffix)) for row in rows]
+    width = max(len(prefix) + len(suffix) for prefix, suffix in tokens)
+    fits(cfg, len(rows[0].images), width)
+    side = cfg.vision.image_size
+    pixels = [image.pixels(source, cfg) for row in rows for source in row.images]
+    stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, side, side)
+    prompt = Prompt(
+        pixels=stacked.reshape(len(rows), len(rows[0].images), 3, side, side),
+        tokens=_pad([[*prefix, *suffix] for prefix, suffix in tokens], width, cfg.pad),
+        valid=_pad([[True] * (len(prefix) + len(suffix)) for prefix, suffix in tokens], width, False),
+        causal=_pad([[False] * len(prefix) + [True] * len(suffix) for prefix, suffix in tokens], width, False),
+    )
+    return tree.map(lambda leaf: leaf.to(device), prompt)
+
+
+def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
+    """Spread what is given once over all rows, and check that the rest has one length."""
+    given = {
+        "pictures": images if isinstance(images, (list, tuple)) else None,
+        "prefixes": None if _is_text(prefixes) else prefixes,
+        "suffixes": None if suffixes is None or _is_text(suffixes) else suffixes,
+    }
+    lengths = {name: len(rows) for name, rows in given.items() if rows is not None}
+    if len(set(lengths.values())) > 1:
+        raise PromptError(f"{', '.join(f'{n} {name}' for name, n in lengths.items())}: give one of each a row")
+    count = next(iter(lengths.values()), 1)
+    if not count:
+        raise PromptError("no rows: give at least one picture and one prefix")
+    spread = [given["pictures"] or [images] * count, given["prefixes"] or [prefixes] * count]
+    spread.append(given["suffixes"] or [suffixes] * count)
+    return [Row(tuple(i) if isinstance(i, (list, tuple)) else (i,), p, s) for i, p, s in zip(*spread, strict=True)]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (len(value) > 0 and all(isinstance(id, int) for id in value))
+
+
+def _prefix(model: Model, prefix: Text) -> list[int]:
+    if not isinstance(prefix, str):
+        return _ids(model.cfg, prefix)
+    return [model.cfg.bos, *text_ids(model, prefix), _needed(model).newline]
+
+
+def _suffix(model: Model, suffix: Text | None) -> list[int]:
+    return [] if suffix is None else [*text_ids(model, suffix), model.cfg.eos]
+
+
+def text_ids(model: Model, text: Text) -> list[int]:
+    """The ids of a text, or the ids that were given in its place."""
+    return tokenizer.encode(_needed(model), text) if isinstance(text, str) else _ids(model.cfg, text)
+
+
+def _needed(model: Model) -> Tokenizer:
+    if model.tokenizer is None:
+        raise PromptError("this model was loaded without a tokenizer; give token ids, or load it with tokenizer=")
+    return model.tokenizer
+
+
+def _ids(cfg: Config, ids: Sequence[int]) -> list[int]:
+    wrong = [id for id in ids if not 0 <= id < cfg.text.vocab]
+    if wrong or not ids:
+        raise PromptError(
+            f"token id {wrong[0]} is outside 0..{cfg.text.vocab - 1}" if wrong else "no token ids are given"
+        )
+    return list(ids)
+
+
+def fits(cfg: Config, pictures: int, tokens: int) -> None:
+    """Raise PromptError when a row of so many pictures and text tokens is longer than the model's positions."""
+    if pictures * cfg.vision.tokens + tokens > cfg.text.positions:
+        raise PromptError(
+            f"{pictures} pictures of {cfg.vision.tokens} tokens and {tokens} tokens of text do not fit "
+            f"{cfg.text.positions} positions; shorten the text"
+        )
+
+
+def _pad(rows: list[list[Any]], width: int, value: Any) -> Tensor:
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

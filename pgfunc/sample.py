@@ -1,0 +1,90 @@
+"""Logits and uniform numbers -> tokens. Every filter is a pure function from logits to logits.
+
+A filter sets what it excludes to -inf and leaves the rest alone, so filters compose in any order that a loop wants;
+`choose` applies them in the usual one: temperature, top-k, top-p, min-p. Randomness comes in as numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pgfunc.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to choose a token. Temperature 0 is greedy; `None` is no filter.
+
+    Raises SettingError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise SettingError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise SettingError(f"top-k is {self.top_k}, expected 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise SettingError(f"top-p is {self.top_p}, expected more than 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise SettingError(f"min-p is {self.min_p}, expected 0 to 1")
+
+
+def choose(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"], settings: Settings) -> Int[Tensor, "*b"]:
+    """The next token under the settings; greedy choice ignores u."""
+    if settings.temperature == 0:
+        return greedy(logits)
+    logits = logits / settings.temperature
+    logits = logits if settings.top_k is None else top_k(logits, settings.top_k)
+    logits = logits if settings.top_p is None else top_p(logits, settings.top_p)
+    logits = logits if settings.min_p is None else min_p(logits, settings.min_p)
+    return draw(logits, u)
+
+
+def greedy(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
+    """The most probable token."""
+    return logits.argmax(-1)
+
+
+def draw(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"]) -> Int[Tensor, "*b"]:
+    """The token at which the cumulative probability first exceeds u, for u in [0, 1]; monotone in u.
+
+    In float64: over 257,152 tokens a float32 sum loses the tail. A token of probability 0 is never drawn.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    total = cumulative[..., -1:]
+    # u = 1 must fall on the last token that has probability, not behind it
+    below = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(rearrange(u, "... -> ... 1").double() * total, below)
+    return rearrange(torch.searchsorted(cumulative, target, right=True), "... 1 -> ...")
+
+
+def top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:
+    """Keep the k largest logits, and what ties with the last of them."""
+    least = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < least, float("-inf"))
+
+
+def top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
+    """Keep the fewest tokens that sum to probability p, and what ties with the last (Holtzman et al. 2020)."""
+    if p >= 1:
+        return logits
+    ranked = logits.double().softmax(-1).sort(-1, descending=True).values
+    kept = (ranked.cumsum(-1) - ranked < p).sum(-1, keepdim=True)
+    least = logits.sort(-1, descending=True).values.gather(-1, kept - 1)
+    return logits.masked_fill(logits < least, float("-inf"))
+
+
+def min_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
+    """Keep the tokens at least p times as probable as the most probable one (Nguyen et al. 2024)."""
+    if p == 0:
+        return logits
+    floor = logits.max(-1, keepdim=True).values + torch.tensor(p).log()
+    return logits.masked_fill(logits < floor, float("-inf"))

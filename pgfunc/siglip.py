@@ -1,0 +1,111 @@
+"""The SigLIP vision encoder (Zhai et al. 2023; big_vision `models/vit.py`): pictures -> one vector a patch.
+
+It knows nothing about text. Axes: n pictures, p patches, d width, f hidden; `nh` heads and head dim fused.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from pgfunc import ops, tree
+from pgfunc.config import VisionConfig
+from pgfunc.ops import identity, layer_norm, linear
+
+
+class Layer(NamedTuple):
+    """One pre-norm transformer layer."""
+
+    norm1_scale: Float[Tensor, "d"]
+    norm1_bias: Float[Tensor, "d"]
+    q: Float[Tensor, "nh d"]
+    q_bias: Float[Tensor, "nh"]
+    k: Float[Tensor, "nh d"]
+    k_bias: Float[Tensor, "nh"]
+    v: Float[Tensor, "nh d"]
+    v_bias: Float[Tensor, "nh"]
+    out: Float[Tensor, "d nh"]
+    out_bias: Float[Tensor, "d"]
+    norm2_scale: Float[Tensor, "d"]
+    norm2_bias: Float[Tensor, "d"]
+    up: Float[Tensor, "f d"]
+    up_bias: Float[Tensor, "f"]
+    down: Float[Tensor, "d f"]
+    down_bias: Float[Tensor, "d"]
+
+
+class Params(NamedTuple):
+    """The encoder."""
+
+    patch: Float[Tensor, "d c y x"]
+    patch_bias: Float[Tensor, "d"]
+    position: Float[Tensor, "p d"]  # () when positions are rotary
+    layers: tuple[Layer, ...]
+    norm_scale: Float[Tensor, "d"]
+    norm_bias: Float[Tensor, "d"]
+
+
+def abstract(cfg: VisionConfig) -> Params:
+    """The parameter tree on the meta device."""
+    sizes = {"d": cfg.width, "nh": cfg.width, "f": cfg.hidden, "p": cfg.tokens, "c": 3, "y": cfg.patch, "x": cfg.patch}
+    given = {} if cfg.position == "learned" else {"position": ()}
+    layers = tuple(tree.abstract(Layer, sizes) for _ in range(cfg.layers))
+    return tree.abstract(Params, sizes, layers=layers, **given)
+
+
+def patchify(pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig) -> Float[Tensor, "n p cyx"]:
+    """Cut pictures into non-overlapping squares, row by row; a square is flattened channel first, as the weight is."""
+    return rearrange(pixels, "n c (gy y) (gx x) -> n (gy gx) (c y x)", y=cfg.patch, x=cfg.patch)
+
+
+def encode_image(
+    p: Params, pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig, tap=identity
+) -> Float[Tensor, "n p d"]:
+    """Pictures with values in [-1, 1] -> the encoder's normalised output, one vector a patch."""
+    patches = patchify(pixels.to(p.patch.dtype), cfg)
+    x = linear(patches, rearrange(p.patch, "d c y x -> d (c y x)"), p.patch_bias)
+    if cfg.position == "learned":
+        x = x + p.position
+    x = tap("vision.embed", x)
+    for i, layer in enumerate(p.layers):
+        x = block(layer, x, cfg, lambda name, value, i=i: tap(f"vision.{i}.{name}", value))
+    return tap("vision.out", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
+
+
+def block(p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap=identity) -> Float[Tensor, "n p d"]:
+    """Attention and MLP, each on a normalised copy that is added back."""
+    x = tap("resid_mid", x + attention(p, layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps), cfg, tap))
+    return tap("resid_post", x + mlp(p, layer_norm(x, p.norm2_scale, p.norm2_bias, cfg.eps), tap))
+
+
+def attention(p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap=identity) -> Float[Tensor, "n p d"]:
+    """Multi-head attention of every patch to every patch."""
+    weights = {"q": (p.q, p.q_bias), "k": (p.k, p.k_bias), "v": (p.v, p.v_bias)}
+    heads = {name: rearrange(linear(x, *w), "b p (n h) -> b p n h", n=cfg.heads) for name, w in weights.items()}
+    q, k, v = (tap(name, heads[name]) for name in "qkv")
+    if cfg.position == "rope2d":
+        turn = grid_angles(cfg, x.device)
+        q, k = rotate_grid(q, turn), rotate_grid(k, turn)
+    out = ops.attend(q, k, v, mask=None, scale=cfg.head_dim**-0.5)
+    return tap("attn_out", linear(rearrange(out, "b p n h -> b p (n h)"), p.out, p.out_bias))
+
+
+def mlp(p: Layer, x: Float[Tensor, "n p d"], tap=identity) -> Float[Tensor, "n p d"]:
+    """Up, tanh-GELU, down."""
+    hidden = tap("mlp_hidden", ops.gelu(linear(x, p.up, p.up_bias)))
+    return tap("mlp_out", linear(hidden, p.down, p.down_bias))
+
+
+def grid_angles(cfg: VisionConfig, device: torch.device) -> Float[Tensor, "2 p half"]:
+    """The rotation angles of each patch's row and of its column; each serves one half of the head."""
+    place = torch.arange(cfg.grid, device=device)
+    rows, columns = repeat(place, "y -> (y x)", x=cfg.grid), repeat(place, "x -> (y x)", y=cfg.grid)
+    return ops.angles(torch.stack([rows, columns]), cfg.head_dim // 2, cfg.theta)
+
+
+def rotate_grid(x: Float[Tensor, "b p n h"], turn: Float[Tensor, "2 p half"]) -> Float[Tensor, "b p n h"]:
+    """2-D RoPE: the first half of each head turns with the row, the second with the column (Heo et al. 2024, axial)."""
+    by_row, by_column = x.chunk(2, dim=-1)
+    return torch.cat([ops.rotate(by_row, turn[0]), ops.rotate(by_column, turn[1])], dim=-1)

@@ -1,0 +1,79 @@
+"""Text <-> token ids, by the `tokenizers` package and a checkpoint's `tokenizer.json`.
+
+Ordinary text never becomes a control token: `<bos>`, `<eos>`, `<pad>`, `<unk>` and `<image>` written by a user are
+spelled out. `<loc0000>`..`<loc1023>` (places in a picture) and `<seg000>`..`<seg127>` (mask codes) are words of the
+prompt language and stay tokens.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from pgfunc.errors import CheckpointError, PromptError
+
+CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
+WORDS = ("<loc", "<seg")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A loaded `tokenizer.json` and the ids that it never writes out."""
+
+    backend: Backend
+    newline: int
+    control: frozenset[int]
+
+
+def load(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing")
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+    return wrap(backend, str(path))
+
+
+def wrap(backend: Backend, where: str) -> Tokenizer:
+    """A tokenizer from a backend, with the control tokens made unreachable from text."""
+    backend = _marked(backend)
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    newline = backend.encode("\n", add_special_tokens=False).ids
+    if len(newline) != 1:
+        raise CheckpointError(f"{where}: a newline is {len(newline)} tokens, expected one as in PaliGemma's tokenizer")
+    control = (backend.token_to_id(name) for name in CONTROL)
+    return Tokenizer(backend, newline[0], frozenset(id for id in control if id is not None))
+
+
+def _marked(backend: Backend) -> Backend:
+    """The backend with control tokens marked special, and places and mask codes not; files differ in it."""
+
+    def special(token: str, said: bool) -> bool:
+        return token in CONTROL or (said and not token.startswith(WORDS))
+
+    added = backend.get_added_tokens_decoder().values()
+    if all(token.special == special(token.content, token.special) for token in added):
+        return backend
+    raw = json.loads(backend.to_str())  # a mark cannot be taken back on a loaded tokenizer
+    for token in raw["added_tokens"]:
+        token["special"] = special(token["content"], token["special"])
+    return Backend.from_str(json.dumps(raw))
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, with nothing added before or after."""
+    try:
+        return tokenizer.backend.encode(text, add_special_tokens=False).ids
+    except (UnicodeEncodeError, TypeError) as error:
+        raise PromptError(f"{text!r} is not text that can be encoded ({error})") from error
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of token ids; control tokens leave no trace."""
+    return tokenizer.backend.decode([id for id in ids if id not in tokenizer.control], skip_special_tokens=False)

@@ -1,0 +1,79 @@
+"""Trees of tensors: paths, map, replace, stack and unstack, and the abstract tree that a declaration describes.
+
+A tree is any nesting of NamedTuples, tuples, lists and dicts; `()` marks an absent part and has no leaves. A path names
+a leaf by its fields and indices: `language.layers.3.q`. Nothing here knows about models.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Path -> leaf, in the order of the tree."""
+    return {join(path): leaf for path, leaf in pytree.tree_leaves_with_path(tree)}
+
+
+def join(path: Iterable[Any]) -> str:
+    """The dotted form of a torch pytree key path."""
+    return ".".join(str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path)
+
+
+def map(fn: Callable[..., Any], tree: T, *rest: T) -> T:
+    """Apply `fn` leaf by leaf to trees of one structure."""
+    return pytree.tree_map(fn, tree, *rest)
+
+
+def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Like `map`; `fn` gets the leaf's path first."""
+    return pytree.tree_map_with_path(lambda path, *leaves: fn(join(path), *leaves), tree, *rest)
+
+
+def replace(tree: T, leaves: Mapping[str, Any]) -> T:
+    """The tree with the leaves at the given paths exchanged. A path that is not there is a KeyError that names it."""
+    missing = leaves.keys() - flatten(tree).keys()
+    if missing:
+        raise KeyError(f"no leaf at {sorted(missing)[0]}")
+    return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
+def stack(trees: Sequence[T]) -> T:
+    """Trees of one structure -> one tree whose leaves carry a leading axis, as `torch.func.vmap` takes an ensemble."""
+    return map(lambda *leaves: torch.stack(leaves), trees[0], *trees[1:])
+
+
+def unstack(tree: T) -> list[T]:
+    """The inverse of `stack`; the leaves are views."""
+    leaves, structure = pytree.tree_flatten(tree)
+    return [
+        pytree.tree_unflatten(list(row), structure) for row in zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+    ]
+
+
+def count(tree: Any) -> int:
+    """The number of elements in all leaves."""
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+    """The bytes of all leaves, counted leaf by leaf."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(tree))
+
+
+def abstract(declaration: type[T], sizes: Mapping[str, int], **given: Any) -> T:
+    """A tree on the meta device, shaped as the fields of a NamedTuple declare.
+
+    A field `q: Float[Tensor, "nh d"]` becomes an empty tensor of shape (sizes["nh"], sizes["d"]). `given` fills the
+    fields that are trees of their own, or absent.
+    """
+    hints = get_type_hints(declaration)
+    declared = {
+        name: torch.empty([sizes[axis] for axis in hint.dim_str.split()], device="meta")
+        for name, hint in hints.items()
+        if name not in given
+    }
+    return declaration(**declared, **given)

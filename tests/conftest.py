@@ -1,0 +1,33 @@
+"""What all tests share: shapes checked at run time, Hypothesis profiles, and where the shipped checkpoint lies."""
+
+import os
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# every jaxtyping signature of the package is checked while the tests run
+assert "pgfunc" not in sys.modules, "the import hook must come first"
+install_import_hook("pgfunc", "beartype.beartype")
+
+import torch  # noqa: E402
+
+import pgfunc as pg  # noqa: E402
+
+slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("dev", max_examples=10, deadline=None, suppress_health_check=slow)
+settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, suppress_health_check=slow)
+settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=slow)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shipped() -> pg.Model:
+    """The shipped checkpoint, on the CPU in float32."""
+    return pg.load(dtype="float32", device="cpu")

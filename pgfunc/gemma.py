@@ -17,7 +17,7 @@ from pgfunc import ops, tree
 from pgfunc.cache import Cache, append
 from pgfunc.config import TextConfig
 from pgfunc.masks import Masks
-from pgfunc.ops import identity, linear, rms_norm
+from pgfunc.ops import identity, linear, rms_norm, widen
 
 
 class Layer(NamedTuple):
@@ -66,9 +66,9 @@ def embed(p: Params, ids: Int[Tensor, "b t"], cfg: TextConfig) -> Float[Tensor, 
 
 
 def unembed(p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap=identity) -> Float[Tensor, "*b v"]:
-    """The final norm, the tied head and the final softcap: the only place that makes logits, in float32."""
+    """The final norm, the tied head and the final softcap: the only place that makes logits, in float32 or wider."""
     x = tap("language.out", rms_norm(x, p.norm, cfg.eps))
-    logits = linear(x, p.embed[: cfg.vocab]).float()
+    logits = widen(linear(x, p.embed[: cfg.vocab]))
     return tap("logits", ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits)
 
 

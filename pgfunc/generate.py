@@ -6,6 +6,7 @@ batch size do not change what is drawn.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from pgfunc import paligemma, tokenizer
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.paligemma import Params, Prompt
-from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids
+from pgfunc.prompt import Model, Row, Text, as_rows, fits, needed, prepare, text_ids
 from pgfunc.sample import Settings, choose
 
 
@@ -77,28 +78,14 @@ def stream(
 ) -> Iterator[str]:
     """Complete one row and yield its text piece by piece; the pieces joined are the text of `generate`.
 
-    `images` is one picture or a list of 0..n. A piece is whole characters: a token that ends within one waits.
+    `images` is one picture or a list of 0..n. A piece is whole characters.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
     u = uniform(seed, 1, max_new_tokens)
     prompt = prepare(model, [images], [prefix])
     fits(model.cfg, prompt.pixels.shape[1], prompt.tokens.shape[1] + max_new_tokens)
-    return pieces(model, (int(token) for token, _ in steps(model.params, prompt, model.cfg, settings, u)))
-
-
-def pieces(model: Model, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens up to the end of sequence, as it grows."""
-    ids, sent = [], ""
-    for token in tokens:
-        if token == model.cfg.eos:
-            break
-        ids.append(token)
-        text = _text(model, ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") and text != sent:
-            yield text[len(sent) :]
-            sent = text
-    if ids and (rest := _text(model, ids)[len(sent) :]):
-        yield rest
+    tokens = (int(token) for token, _ in steps(model.params, prompt, model.cfg, settings, u))
+    return tokenizer.pieces(needed(model), takewhile(lambda token: token != model.cfg.eos, tokens))
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """The arithmetic that the towers share: linear maps, norms, rotary positions, softcap, attention.
 
 Everything is a function of tensors and numbers. What must be precise is: norms, rotations and softmax run in float32
-and the result is cast last. Nothing here knows about parameter trees or configs.
+(float64 stays float64) and the result is cast last. Nothing here knows about parameter trees or configs.
 
 Axes: b batch, t query, s key, n heads, k kv heads, g heads of one kv head, h head dim, d width.
 """
@@ -20,6 +20,11 @@ T = TypeVar("T")
 def identity(name: str, x: T) -> T:
     """The default tap: names a value that passes through, and changes nothing."""
     return x
+
+
+def widen(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """x in float32, or wider where it already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear(
@@ -41,9 +46,9 @@ def rms_norm(x: Float[Tensor, "*b d"], scale: Float[Tensor, "d"], eps: float) ->
 
     The tree keeps the raw scale, and the 1 is added in float32: in bf16 1 + scale would lose the scale's low bits.
     """
-    wide = x.float()
+    wide = widen(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1 + scale.float())).to(x.dtype)
+    return (normed * (1 + widen(scale))).to(x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -62,10 +67,10 @@ def angles(positions: Int[Tensor, "*b t"], dim: int, theta: float) -> Float[Tens
     return rearrange(positions.float(), "... -> ... 1") * theta**-exponents
 
 
-def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*b t half"]) -> Float[Tensor, "*b t n h"]:
+def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*#b t half"]) -> Float[Tensor, "*b t n h"]:
     """Turn each plane (x[i], x[i + h/2]) by its angle, in float32: the half-split form of RoPE."""
     cos, sin = (rearrange(wave, "... t half -> ... t 1 half") for wave in (angles.cos(), angles.sin()))
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = widen(x).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
@@ -101,7 +106,7 @@ def attend_explicit(
 ) -> Float[Tensor, "b t n h"]:
     """`attend`, with the weights of the attention as a value: differentiable to any order and in either mode."""
     grouped = rearrange(q, "b t (k g) h -> b t k g h", k=k.shape[2])
-    scores = einsum(grouped, k, "b t k g h, b s k h -> b k g t s").float() * scale
+    scores = widen(einsum(grouped, k, "b t k g h, b s k h -> b k g t s")) * scale
     scores = softcap(scores, cap) if cap else scores
     if mask is not None:
         seen = rearrange(mask, "b t s -> b 1 1 t s")

@@ -92,7 +92,7 @@ def _is_text(value: Any) -> bool:
 def _prefix(model: Model, prefix: Text) -> list[int]:
     if not isinstance(prefix, str):
         return _ids(model.cfg, prefix)
-    return [model.cfg.bos, *text_ids(model, prefix), _needed(model).newline]
+    return [model.cfg.bos, *text_ids(model, prefix), needed(model).newline]
 
 
 def _suffix(model: Model, suffix: Text | None) -> list[int]:
@@ -101,10 +101,11 @@ def _suffix(model: Model, suffix: Text | None) -> list[int]:
 
 def text_ids(model: Model, text: Text) -> list[int]:
     """The ids of a text, or the ids that were given in its place."""
-    return tokenizer.encode(_needed(model), text) if isinstance(text, str) else _ids(model.cfg, text)
+    return tokenizer.encode(needed(model), text) if isinstance(text, str) else _ids(model.cfg, text)
 
 
-def _needed(model: Model) -> Tokenizer:
+def needed(model: Model) -> Tokenizer:
+    """The model's tokenizer; a PromptError where it has none."""
     if model.tokenizer is None:
         raise PromptError("this model was loaded without a tokenizer; give token ids, or load it with tokenizer=")
     return model.tokenizer

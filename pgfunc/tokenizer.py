@@ -5,8 +5,10 @@ spelled out. `<loc0000>`..`<loc1023>` (places in a picture) and `<seg000>`..`<se
 prompt language and stay tokens.
 """
 
+import codecs
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from pgfunc.errors import CheckpointError, PromptError
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
 WORDS = ("<loc", "<seg")
+BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,25 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
         raise PromptError(f"{text!r} is not text that can be encoded ({error})") from error
 
 
-def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of token ids; control tokens leave no trace."""
-    return tokenizer.backend.decode([id for id in ids if id not in tokenizer.control], skip_special_tokens=False)
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of token ids; control tokens leave no trace, and bytes that are not UTF-8 become U+FFFD."""
+    return "".join(pieces(tokenizer, ids))
+
+
+def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of token ids as it grows, in whole characters: a token that ends within one waits for the next."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for id in ids:
+        if text := decoder.decode(token_bytes(tokenizer, id)):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
+    """The bytes that a token stands for: one for a byte token such as `<0x0A>`, none for a control token."""
+    if id in tokenizer.control:
+        return b""
+    if byte := BYTE.fullmatch(tokenizer.backend.id_to_token(id) or ""):
+        return bytes.fromhex(byte[1])
+    return tokenizer.backend.decode([id], skip_special_tokens=False).encode()

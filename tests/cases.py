@@ -1,0 +1,77 @@
+"""Small configs and random prompts that the tests share. Every variant of the block is among the configs."""
+
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
+
+import pgfunc as pg
+from pgfunc import paligemma, tokenizer
+from pgfunc.config import Config, TextConfig, VisionConfig
+
+VISION = VisionConfig(width=24, layers=2, heads=2, hidden=32, image_size=28, patch=14)
+GEMMA = TextConfig(
+    vocab=64, padding=3, width=16, layers=3, heads=4, kv_heads=1, head_dim=8, hidden=24, query_scale=8**-0.5
+)
+GEMMA2 = replace(GEMMA, kv_heads=2, attention_softcap=2.0, final_softcap=3.0, window=5, post_norms=True)
+
+CONFIGS = {
+    "gemma": Config(VISION, GEMMA, image=64),
+    "gemma-mha": Config(VISION, replace(GEMMA, kv_heads=4), image=64),
+    "gemma2": Config(VISION, GEMMA2, image=64),
+    "rope2d": Config(replace(VISION, position="rope2d"), GEMMA, image=64),
+}
+
+configs = st.sampled_from(sorted(CONFIGS)).map(CONFIGS.__getitem__)
+seeds = st.integers(0, 2**31)
+
+
+def params(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> pg.Params:
+    """Random parameters whose vectors are not zero either, so that every leaf matters."""
+    generator = torch.Generator().manual_seed(seed)
+    return pg.tree.map(
+        lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=generator).to(dtype) if leaf.dim() == 1 else leaf,
+        paligemma.init(cfg, seed, dtype),
+    )
+
+
+def prompt(
+    cfg: Config, prefix: list[int], suffix: list[int], images: int = 1, seed: int = 0, padding: int = 0
+) -> pg.Prompt:
+    """A random prompt with the given lengths a row, padded with random tokens, which must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, starts = torch.tensor([p + s for p, s in zip(prefix, suffix, strict=True)]), torch.tensor(prefix)
+    batch, width = len(prefix), int(lengths.max()) + padding
+    place = torch.arange(width)
+    side = cfg.vision.image_size
+    return pg.Prompt(
+        pixels=torch.rand(batch, images, 3, side, side, generator=generator) * 2 - 1,
+        tokens=torch.randint(0, cfg.text.vocab, (batch, width), generator=generator),
+        valid=place < lengths[:, None],
+        causal=(place >= starts[:, None]) & (place < lengths[:, None]),
+    )
+
+
+@st.composite
+def prompts(draw, cfg: Config, least_suffix: int = 0) -> pg.Prompt:
+    """Ragged batches of one to three rows, with zero to two pictures."""
+    rows = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(least_suffix, 5)), min_size=1, max_size=3))
+    prefix, suffix = [p for p, _ in rows], [s for _, s in rows]
+    return prompt(cfg, prefix, suffix, draw(st.integers(0, 2)), draw(seeds), draw(st.integers(0, 2)))
+
+
+def text_model(seed: int = 0) -> pg.Model:
+    """A random model that reads and writes bytes: one token a byte, places and mask codes behind them."""
+    control = {name: id for id, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>"))}
+    vocab = control | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in control])
+    words = [f"<loc{i:04d}>" for i in range(4)] + [f"<seg{i:03d}>" for i in range(4)]
+    backend.add_tokens([AddedToken(word, normalized=False, special=False) for word in words])
+    backend.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
+    count = backend.get_vocab_size()
+    cfg = Config(VISION, replace(GEMMA2, vocab=count - 1, padding=1, positions=120), image=count - 1)
+    return pg.Model(cfg, params(cfg, seed), tokenizer.wrap(backend, "the tests' tokenizer"))

@@ -1,0 +1,305 @@
+"""Checkpoints: what is written is what was read, in every format, and what does not fit is named."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import CONFIGS, configs, params, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import pgfunc as pg
+from pgfunc import paligemma
+from pgfunc.checkpoint import bigvision, hf, hf_config
+from pgfunc.errors import CheckpointError, DeviceError, SettingError
+
+
+def bits(tree) -> dict[str, bytes]:
+    return {path: leaf.contiguous().view(torch.uint8).numpy().tobytes() for path, leaf in pg.tree.flatten(tree).items()}
+
+
+def model(name: str = "gemma", dtype: torch.dtype = torch.float32, seed: int = 0) -> pg.Model:
+    return pg.Model(CONFIGS[name], params(CONFIGS[name], seed, dtype), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hf_to_bigvision_to_hf_is_bit_equal(tmp_path, name, dtype):
+    before = model(name, dtype)
+    pg.save(before, tmp_path / "hf")
+    pg.convert(tmp_path / "hf", tmp_path / "bv.npz")
+    pg.convert(tmp_path / "bv.npz", tmp_path / "back", config=tmp_path / "hf" / "config.json")
+    after = pg.load(tmp_path / "back", device="cpu")
+    assert after.cfg == before.cfg
+    assert bits(after.params) == bits(before.params)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "hf" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bigvision_to_hf_to_bigvision_is_bit_equal(tmp_path, dtype):
+    first, second = tmp_path / "first.npz", tmp_path / "second.npz"
+    cfg = CONFIGS["gemma2"]
+    bigvision.save(first, cfg, params(cfg, dtype=dtype))
+    pg.save(pg.Model(cfg, paligemma.abstract(cfg), None)._replace(params=params(cfg)), tmp_path / "cfg")
+    pg.convert(first, tmp_path / "hf", config=tmp_path / "cfg" / "config.json")
+    pg.convert(tmp_path / "hf", second)
+    with np.load(first, allow_pickle=False) as one, np.load(second, allow_pickle=False) as two:
+        assert set(one.files) == set(two.files)
+        assert all(one[key].dtype == two[key].dtype and one[key].tobytes() == two[key].tobytes() for key in one.files)
+
+
+def test_npz_has_the_shapes_of_the_reference(tmp_path):
+    published = pg.PUBLISHED["paligemma2-3b-224"]
+    cfg = replace(published, vision=replace(published.vision, layers=2), text=replace(published.text, layers=3))
+    shapes = {
+        key: tuple(x.shape)
+        for key, x in pg.checkpoint.files.arrange(bigvision.table(cfg), paligemma.abstract(cfg)).items()
+    }
+    expected = {
+        "img/embedding/kernel": (14, 14, 3, 1152),
+        "img/pos_embedding": (1, 256, 1152),
+        "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel": (2, 1152, 16, 72),
+        "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/bias": (2, 16, 72),
+        "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out/kernel": (2, 16, 72, 1152),
+        "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel": (2, 1152, 4304),
+        "img/Transformer/encoderblock/MlpBlock_0/Dense_1/kernel": (2, 4304, 1152),
+        "img/head/kernel": (1152, 2304),
+        "llm/embedder/input_embedding": (257152, 2304),
+        "llm/layers/attn/q_einsum/w": (3, 8, 2304, 256),
+        "llm/layers/attn/kv_einsum/w": (3, 2, 4, 2304, 256),
+        "llm/layers/attn/attn_vec_einsum/w": (3, 8, 256, 2304),
+        "llm/layers/mlp/gating_einsum": (3, 2, 2304, 9216),
+        "llm/layers/mlp/linear": (3, 9216, 2304),
+        "llm/layers/post_ffw_norm/scale": (3, 2304),
+        "llm/final_norm/scale": (2304,),
+    }
+    assert expected.items() <= shapes.items()
+    equal_heads = replace(cfg, text=replace(cfg.text, kv_heads=8))
+    keys = pg.checkpoint.files.arrange(bigvision.table(equal_heads), paligemma.abstract(equal_heads))
+    assert tuple(keys["llm/layers/attn/qkv_einsum/w"].shape) == (3, 3, 8, 2304, 256)
+
+
+def test_npz_weights_mean_what_the_reference_computes_with_them(tmp_path):
+    """The einsums of big_vision's gemma.py on its arrays equal our linear maps on ours."""
+    cfg, tree = CONFIGS["gemma2"], params(CONFIGS["gemma2"])
+    arrays = pg.checkpoint.files.arrange(bigvision.table(cfg), tree)
+    x, layer = torch.randn(5, cfg.text.width), tree.language.layers[1]
+    q = torch.einsum("td,ndh->tnh", x, arrays["llm/layers/attn/q_einsum/w"][1])
+    k, v = torch.einsum("td,ckdh->ctkh", x, arrays["llm/layers/attn/kv_einsum/w"][1])
+    out = torch.einsum("tnh,nhd->td", q, arrays["llm/layers/attn/attn_vec_einsum/w"][1])
+    gate, up = torch.einsum("td,cdf->ctf", x, arrays["llm/layers/mlp/gating_einsum"][1])
+    for found, expected in (
+        (q, x @ layer.q.T), (k, x @ layer.k.T), (v, x @ layer.v.T), (gate, x @ layer.gate.T), (up, x @ layer.up.T),
+        (out, q.flatten(1) @ layer.out.T),
+    ):  # fmt: skip
+        torch.testing.assert_close(found.flatten(1), expected, atol=1e-5, rtol=1e-5)
+    pixels = torch.randn(14, 14, 3)
+    patch = torch.einsum("yxc,yxcd->d", pixels, arrays["img/embedding/kernel"])
+    flat = pg.paligemma.siglip.patchify(pixels.permute(2, 0, 1)[None], replace(cfg.vision, image_size=14))[0, 0]
+    torch.testing.assert_close(tree.vision.patch.flatten(1) @ flat, patch, atol=1e-5, rtol=1e-5)
+
+
+def test_npz_without_the_params_prefix_loads_too(tmp_path):
+    cfg, tree = CONFIGS["gemma"], params(CONFIGS["gemma"])
+    arrays = pg.checkpoint.files.arrange(bigvision.table(cfg), tree)
+    np.savez(tmp_path / "bare.npz", **{key: value.numpy() for key, value in arrays.items()})
+    assert bits(bigvision.load(tmp_path / "bare.npz", cfg, None, torch.device("cpu"))) == bits(tree)
+
+
+@given(configs, seeds, st.integers(2_000, 30_000))
+def test_shards_of_any_size_hold_the_same_weights(tmp_path_factory, cfg, seed, shard_bytes):
+    folder, before = tmp_path_factory.mktemp("shards"), params(cfg, seed)
+    pg.save(pg.Model(cfg, before, None), folder, shard_bytes)
+    assert bits(pg.load(folder, device="cpu").params) == bits(before)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    pg.save(pg.Model(cfg, before, None), folder)
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"], "no stale shard or index stays"
+
+
+def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(tmp_path):
+    before = model()
+    pg.save(before, tmp_path)
+    pg.save(pg.load(tmp_path, device="cpu"), tmp_path)
+    assert bits(pg.load(tmp_path, device="cpu").params) == bits(before.params)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the mappings where Linux lists them")
+def test_loading_maps_the_file_and_copies_nothing(tmp_path):
+    pg.save(model(), tmp_path)
+    leaves = pg.tree.flatten(pg.load(tmp_path, device="cpu").params).values()
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    assert all(any(start <= leaf.data_ptr() < stop for start, stop in spans) for leaf in leaves)
+
+
+def test_dtype_casts_every_leaf(tmp_path):
+    pg.save(model(), tmp_path)
+    for name in ("bfloat16", torch.float64):
+        kinds = {leaf.dtype for leaf in pg.tree.flatten(pg.load(tmp_path, name, "cpu").params).values()}
+        assert kinds == {torch.bfloat16 if name == "bfloat16" else torch.float64}
+
+
+@given(configs)
+def test_config_json_round_trips(cfg):
+    assert hf_config.parse(hf_config.render(cfg, "float32")) == cfg
+
+
+@pytest.mark.parametrize("name", ["paligemma-3b-224", "paligemma2-3b-448", "paligemma2-10b-896", "paligemma2-28b-224"])
+def test_published_config_json_gives_the_published_value(name):
+    """text_config as on the hub: what equals the class's default is left out, and 64 rows of padding are there."""
+    cfg = pg.PUBLISHED[name]
+    text = {"hidden_size": cfg.text.width, "intermediate_size": cfg.text.hidden, "num_hidden_layers": cfg.text.layers,
+            "num_attention_heads": cfg.text.heads, "num_key_value_heads": cfg.text.kv_heads,
+            "vocab_size": 257_216}  # fmt: skip
+    text["model_type"] = "gemma2" if cfg.text.post_norms else "gemma"
+    if "28b" in name:
+        text |= {"head_dim": 128, "query_pre_attn_scalar": 144}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model", "patch_size": 14,
+              "num_attention_heads": 16, "num_hidden_layers": 27, "image_size": cfg.vision.image_size}  # fmt: skip
+    raw = {"model_type": "paligemma", "image_token_index": 257_152, "text_config": text, "vision_config": vision}
+    assert hf_config.parse(raw) == replace(cfg, text=replace(cfg.text, padding=64))
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "lanczos", "bicubic"])
+def test_the_resize_filter_is_the_checkpoints(tmp_path, resample):
+    pg.save(model()._replace(cfg=replace(CONFIGS["gemma"], resample=resample)), tmp_path)
+    assert pg.load(tmp_path, device="cpu").cfg.resample == resample
+
+
+def test_a_hub_id_comes_from_the_local_cache_when_the_hub_is_off(tmp_path):
+    revision = "a" * 40
+    repository = tmp_path / "models--someone--tiny"
+    pg.save(model(), repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    script = "import sys, pgfunc as pg; print(pg.tree.count(pg.load(sys.argv[1], device='cpu').params))"
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", script, name], env=os.environ | environment, capture_output=True, text=True
+        )
+
+    assert int(run("someone/tiny").stdout) == pg.tree.count(model().params)
+    assert "someone/other: not in the local cache" in run("someone/other").stderr
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_arrays(path: Path, change) -> None:
+    arrays = {key: value.clone() for key, value in load_file(path).items()}
+    change(arrays)
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+NORM = "language_model.model.norm.weight"
+DAMAGE = {
+    "missing key": (
+        lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.pop(NORM)),
+        rf"{NORM} is missing, expected shape \(16,\)",
+    ),
+    "key too many": (
+        lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.update(extra=torch.zeros(2, 3))),
+        r"extra with shape \(2, 3\) is not part of this model",
+    ),
+    "wrong shape": (
+        lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.update({NORM: torch.zeros(7)})),
+        rf"{NORM}: expected \(16,\), found \(7,\)",
+    ),
+    "wrong dtype": (
+        lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.update({NORM: torch.zeros(16, dtype=torch.int64)})),
+        rf"{NORM}: dtype I64 is not one of",
+    ),
+    "untied head": (
+        lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.update({"lm_head.weight": torch.zeros(67, 16)})),
+        "lm_head.weight differs from embed_tokens.weight",
+    ),
+    "truncated": (
+        lambda d: (d / hf.SINGLE).write_bytes((d / hf.SINGLE).read_bytes()[:-10]),
+        r"model\.safetensors: not a complete safetensors file",
+    ),
+    "no weights": (lambda d: (d / hf.SINGLE).unlink(), r"holds neither model\.safetensors nor"),
+    "no config": (lambda d: (d / "config.json").unlink(), r"config\.json: missing"),
+    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json: not readable as JSON"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"config\.json: expected a JSON object"),
+    "another model": (lambda d: edit_json(d / "config.json", model_type="llama"), "model_type is 'llama'"),
+    "no text_config": (lambda d: edit_json(d / "config.json", text_config=None), r"config\.json: "),
+    "wrong processor size": (
+        lambda d: edit_json(d / "preprocessor_config.json", size={"height": 5, "width": 5}),
+        r"preprocessor_config\.json: size is .* expected",
+    ),
+    "index outside the folder": (
+        lambda d: (d / hf.INDEX).write_text(json.dumps({"weight_map": {NORM: "../x.safetensors"}})),
+        r"\.\./x\.safetensors lies outside the folder",
+    ),
+    "missing shard": (
+        lambda d: (d / hf.INDEX).write_text(json.dumps({"weight_map": {NORM: "x.safetensors"}})),
+        r"x\.safetensors: missing, though",
+    ),
+    "key not in its shard": (
+        lambda d: (d / hf.INDEX).write_text(json.dumps({"weight_map": {"nothing": hf.SINGLE}})),
+        r"model\.safetensors: nothing is missing, though",
+    ),
+    "index without a map": (lambda d: (d / hf.INDEX).write_text("{}"), "weight_map is not a table"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_in_one_line(tmp_path, damage):
+    pg.save(model(), tmp_path)
+    spoil, message = DAMAGE[damage]
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        pg.load(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_npz_is_named(tmp_path):
+    path, cfg = tmp_path / "x.npz", CONFIGS["gemma"]
+    pg.save(model(), tmp_path / "hf")
+    bigvision.save(path, cfg, params(cfg))
+    whole = path.read_bytes()
+    config = tmp_path / "hf" / "config.json"
+    with pytest.raises(CheckpointError, match="needs config="):
+        pg.load(path)
+    wider = json.loads(config.read_text())
+    edit_json(config, text_config=wider["text_config"] | {"hidden_size": 32}, projection_dim=32)
+    with pytest.raises(CheckpointError, match=r"img/head/kernel: expected \(24, 32\), found \(24, 16\)"):
+        pg.load(path, config=config)
+    pg.save(model(), tmp_path / "hf")
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="not a complete npz file"):
+        pg.load(path, config=config)
+    np.savez(path, **{"params/img/head/bias": np.array([{}], dtype=object)})
+    with pytest.raises(CheckpointError, match="dtype object"):
+        pg.load(path, config=config)
+
+
+def test_sources_that_are_not_there_are_named(tmp_path):
+    for source in ("no/such/folder", tmp_path / "nothing.npz"):
+        with pytest.raises(CheckpointError, match="no such file or folder"):
+            pg.load(source)
+    (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="neither a folder in Hugging Face layout nor"):
+        pg.load(tmp_path / "x.bin")
+    with pytest.raises(DeviceError, match="device nowhere is not there"):
+        pg.load(device="nowhere")
+    with pytest.raises(SettingError, match="dtype is int8"):
+        pg.load(dtype="int8")
+
+
+def test_the_abstract_tree_of_a_file_is_read_without_its_weights(tmp_path):
+    pg.save(model("gemma2", torch.bfloat16), tmp_path)
+    tree = pg.load(tmp_path, device="meta").params
+    assert all(leaf.is_meta and leaf.dtype == torch.bfloat16 for leaf in pg.tree.flatten(tree).values())

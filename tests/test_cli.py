@@ -1,0 +1,144 @@
+"""The command line prints what the package computes, and one line with status 2 for a user's mistake."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from cases import text_model
+from PIL import Image
+
+import pgfunc as pg
+from pgfunc import cli
+
+MODEL = text_model()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random checkpoint and two pictures."""
+    folder = tmp_path_factory.mktemp("cli")
+    pg.save(MODEL, folder / "model")
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        Image.new("RGB", (9, 6), colour).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Run the command in that folder; returns exit status, standard output and standard error."""
+
+    def call(*arguments: str, model: str | None = "model") -> tuple[int, str, str]:
+        monkeypatch.chdir(place)
+        chosen = ["--model", model, "--device", "cpu"] if model else []
+        monkeypatch.setattr(sys, "argv", ["pgfunc", *arguments, *chosen])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return ended.value.code, out.out, out.err
+
+    return call
+
+
+PREFIXES = {
+    ("caption",): "caption en",
+    ("caption", "--prompt", "cap en"): "cap en",
+    ("ocr",): "ocr",
+    ("ask", "--prompt", "what is it?"): "answer en what is it?",
+    ("generate", "--prompt", "Hello"): "Hello",
+}
+
+
+@pytest.mark.parametrize("command", PREFIXES, ids=" ".join)
+def test_commands_complete_their_prefix(run, place, command):
+    expected = pg.generate(MODEL, str(place / "red.png"), PREFIXES[command], max_new_tokens=6)[0]
+    status, out, _ = run(command[0], "red.png", *command[1:], "--max-new-tokens", "6", "--json")
+    value = json.loads(out)
+    assert status == 0
+    assert value["prompt"] == PREFIXES[command]
+    assert (value["text"], value["tokens"], value["finish"]) == (expected.text, expected.tokens, expected.finish)
+    np.testing.assert_allclose(value["logprobs"], expected.logprobs, atol=1e-4)
+    assert run(command[0], "red.png", *command[1:], "--max-new-tokens", "6")[1] == expected.text + "\n"
+
+
+def test_several_pictures_give_a_line_each_in_order(run):
+    status, out, _ = run("caption", "red.png", "blue.png", "--max-new-tokens", "3", "--json")
+    assert status == 0
+    assert [json.loads(line)["image"] for line in out.splitlines()] == ["red.png", "blue.png"]
+    assert "blue.png: " in run("caption", "red.png", "blue.png", "--max-new-tokens", "3")[1]
+
+
+def test_sampling_options_reach_the_sampler(run, place):
+    options = ["--temperature", "1.2", "--top-k", "30", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
+    expected = pg.generate(MODEL, str(place / "red.png"), "ocr", 6, 1.2, 30, 0.9, 0.01, 5)[0]
+    _, out, _ = run("ocr", "red.png", "--max-new-tokens", "6", "--json", *options)
+    assert json.loads(out)["tokens"] == expected.tokens
+
+
+def test_score_ranks_candidates(run, place):
+    answers = ["--candidate", "yes", "--candidate", "no", "--candidate", "red"]
+    _, out, _ = run("score", "red.png", "--prompt", "what?", *answers, "--json")
+    found = json.loads(out)["scores"]
+    expected = pg.score(MODEL, str(place / "red.png"), "what?", ["yes", "no", "red"])[0].tolist()
+    np.testing.assert_allclose([found[name] for name in ("yes", "no", "red")], expected, atol=1e-4)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert run("score", "red.png", "--prompt", "what?", *answers)[1].startswith(f"red.png: {next(iter(found))}\t")
+
+
+def test_inspect_lists_every_parameter(run):
+    status, out, _ = run("inspect", "model", model=None)
+    leaves = pg.tree.flatten(MODEL.params)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == list(leaves)
+    assert out.splitlines()[-1] == f"{pg.tree.count(MODEL.params):,} parameters, {pg.tree.nbytes(MODEL.params):,} bytes"
+    rows = json.loads(run("inspect", "model", "--json", model=None)[1])
+    assert {row["path"]: tuple(row["shape"]) for row in rows} == {path: tuple(x.shape) for path, x in leaves.items()}
+
+
+def test_convert_there_and_back(run, place):
+    assert run("convert", "model", "x.npz", model=None)[0] == 0
+    npz = ["--config", "model/config.json", "--tokenizer", "model/tokenizer.json"]
+    assert run("convert", "x.npz", "back", *npz, model=None)[0] == 0
+    assert (place / "back/model.safetensors").read_bytes() == (place / "model/model.safetensors").read_bytes()
+    direct = run("caption", "red.png", "--max-new-tokens", "5", model="back")[1]
+    assert run("caption", "red.png", "--max-new-tokens", "5", *npz, model="x.npz")[1] == direct
+
+
+MISTAKES = {
+    "missing picture": (["caption", "no.png"], "no.png: no such file"),
+    "not a picture": (["caption", "notes.txt"], "notes.txt: cannot be read as a picture"),
+    "missing question": (["ask", "red.png"], "ask needs a question: --prompt"),
+    "missing prefix": (["generate", "red.png"], "generate needs a prefix: --prompt"),
+    "temperature": (["caption", "red.png", "--temperature", "-1"], "temperature is -1.0, expected"),
+    "top-p": (["caption", "red.png", "--top-p", "1.5"], "top-p is 1.5, expected"),
+    "too long": (["caption", "red.png", "--max-new-tokens", "5000"], "do not fit 120 positions"),
+    "dtype": (["caption", "red.png", "--dtype", "int3"], "dtype is int3, expected"),
+    "long prompt": (["ask", "red.png", "--prompt", "x" * 500], "do not fit 120 positions"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(run, place, mistake):
+    (place / "notes.txt").write_text("not a picture")
+    arguments, said = MISTAKES[mistake]
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("pgfunc: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_and_a_model_that_is_not_there(run):
+    status, _, err = run("score", "red.png", "--prompt", "x", "--candidate", "y", "--device", "nowhere", model=None)
+    assert status == 2
+    assert err.startswith("pgfunc: device nowhere is not there (")
+    assert err.count("\n") == 1
+    status, _, err = run("caption", "red.png", model="missing/deep/folder")
+    assert status == 2
+    assert "missing/deep/folder: no such file or folder" in err
+
+
+def test_a_flag_that_does_not_exist_is_a_usage_error(run):
+    status, _, err = run("caption", "red.png", "--colour")
+    assert status == 2
+    assert "No such option" in err

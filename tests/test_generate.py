@@ -1,0 +1,140 @@
+"""The loops equal the plain way: forward over the whole text, one row at a time."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cases import text_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pgfunc as pg
+from pgfunc import tokenizer
+from pgfunc.errors import PromptError, SettingError
+
+MODEL = text_model()
+RED, BLUE = np.full((5, 7, 3), (200, 0, 0), np.uint8), np.full((9, 4, 3), (0, 0, 200), np.uint8)
+ATOL = 1e-4  # float32, few layers
+
+
+def greedy_without_cache(model: pg.Model, images, prefix: str, tokens: int) -> list[int]:
+    """Each token by a forward pass over all that came before."""
+    prompt = pg.prepare(model, [images], [prefix])
+    for _ in range(tokens):
+        token = pg.forward(model.params, prompt, model.cfg)[:, -1].argmax(-1, keepdim=True)
+        more = torch.ones_like(token, dtype=torch.bool)
+        prompt = pg.Prompt(
+            prompt.pixels,
+            torch.cat([prompt.tokens, token], 1),
+            torch.cat([prompt.valid, more], 1),
+            torch.cat([prompt.causal, more], 1),
+        )
+    return prompt.tokens[0, -tokens:].tolist()
+
+
+def test_greedy_equals_forward_without_a_cache_for_rows_with_different_numbers_of_pictures():
+    images, prefixes = [RED, [], [BLUE, RED], BLUE], ["a", "bcd", "e", "what is it?"]
+    done = pg.generate(MODEL, images, prefixes, max_new_tokens=9)
+    for completion, picture, prefix in zip(done, images, prefixes, strict=True):
+        expected = greedy_without_cache(MODEL, picture, prefix, 9)
+        end = expected.index(MODEL.cfg.eos) if MODEL.cfg.eos in expected else 9
+        assert completion.tokens == expected[:end]
+        assert completion.finish == ("eos" if end < 9 else "length")
+        assert completion.text == pg.generate(MODEL, [picture], [prefix], max_new_tokens=9)[0].text
+
+
+def test_each_row_ends_at_its_own_end_of_sequence():
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 1}
+    rows = pg.generate(MODEL, [RED, BLUE], ["a", "bcd"], **options)
+    end = next(token for token in rows[0].tokens if token not in rows[1].tokens)
+    model = MODEL._replace(cfg=replace(MODEL.cfg, eos=end))
+    ended, whole = pg.generate(model, [RED, BLUE], ["a", "bcd"], **options)
+    place = rows[0].tokens.index(end)
+    assert (ended.tokens, ended.finish) == (rows[0].tokens[:place], "eos")
+    assert (whole.tokens, whole.finish) == (rows[1].tokens, "length")
+    assert len(ended.logprobs) == place
+
+
+def test_logprobs_are_those_of_the_forward_pass():
+    (done,) = pg.generate(MODEL, RED, "ab", max_new_tokens=6, temperature=1.5, top_k=20, seed=3)
+    prompt = pg.prepare(MODEL, RED, "ab")
+    given = prompt.tokens.shape[1]
+    tokens = torch.tensor([done.tokens])
+    more = torch.ones_like(tokens, dtype=torch.bool)
+    whole = pg.Prompt(
+        prompt.pixels,
+        torch.cat([prompt.tokens, tokens], 1),
+        torch.cat([prompt.valid, more], 1),
+        torch.cat([prompt.causal, more], 1),
+    )
+    logits = pg.forward(MODEL.params, whole, MODEL.cfg)[0, given - 1 : -1]
+    expected = logits.log_softmax(-1).gather(-1, tokens[0, :, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=ATOL, rtol=0)
+
+
+@given(st.integers(0, 1000))
+def test_a_row_draws_the_same_whatever_the_other_rows_are(seed):
+    options = {"max_new_tokens": 5, "temperature": 1.0, "seed": seed}
+    first, second = pg.generate(MODEL, [RED, BLUE], ["a", "b"], **options)
+    again, _, other = pg.generate(MODEL, [RED, [], [BLUE, RED]], ["a", "xyz", "b"], **options)
+    assert again.tokens == first.tokens
+    assert pg.generate(MODEL, [RED, BLUE], ["a", "b"], **options) == [first, second]
+    assert other.tokens != []
+
+
+def test_seeds_and_temperature_change_what_is_drawn():
+    drawn = {tuple(pg.generate(MODEL, RED, "a", 12, temperature=1.0, seed=seed)[0].tokens) for seed in range(5)}
+    assert len(drawn) == 5
+    greedy = pg.generate(MODEL, RED, "a", 12)[0].tokens
+    assert pg.generate(MODEL, RED, "a", 12, temperature=2.0, top_k=1)[0].tokens == greedy
+
+
+@given(st.integers(0, 1000))
+def test_the_pieces_of_a_stream_joined_are_the_text_of_generate(seed):
+    options = {"max_new_tokens": 12, "temperature": 1.3, "seed": seed}
+    pieces = list(pg.stream(MODEL, RED, "a", **options))
+    assert "".join(pieces) == pg.generate(MODEL, RED, "a", **options)[0].text
+    assert all(pieces)
+
+
+def test_a_stream_holds_back_half_a_character():
+    ids = pg.prompt.text_ids(MODEL, "né漢")
+    assert list(tokenizer.pieces(MODEL.tokenizer, ids)) == ["n", "é", "漢"]
+    assert list(tokenizer.pieces(MODEL.tokenizer, ids[:-1])) == ["n", "é", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_score_is_the_log_probability_of_the_answer_and_its_end():
+    images, prefixes, candidates = [RED, [BLUE, RED], BLUE], ["a", "bc", "longer"], ["yes", "", "no!"]
+    found = pg.score(MODEL, images, prefixes, candidates)
+    for i, (image, prefix) in enumerate(zip(images, prefixes, strict=True)):
+        for j, candidate in enumerate(candidates):
+            prompt = pg.prepare(MODEL, [image], [prefix], [candidate])
+            logprobs = pg.forward(MODEL.params, prompt, MODEL.cfg).log_softmax(-1)[0, :-1]
+            chosen = logprobs.gather(-1, prompt.tokens[0, 1:, None])[:, 0]
+            expected = chosen[prompt.causal[0, 1:]].sum()
+            torch.testing.assert_close(found[i, j], expected, atol=ATOL, rtol=1e-5)
+
+
+def test_settings_and_lengths_outside_their_range_are_errors():
+    for settings in ({"temperature": -1.0}, {"top_p": 1.5}, {"top_k": 0}, {"min_p": 2.0}, {"max_new_tokens": 0}):
+        with pytest.raises(SettingError):
+            pg.generate(MODEL, RED, "a", **settings)
+        with pytest.raises(SettingError):
+            pg.stream(MODEL, RED, "a", **settings)
+    with pytest.raises(PromptError, match="do not fit 120 positions"):
+        pg.generate(MODEL, RED, "a", max_new_tokens=200)
+    with pytest.raises(PromptError, match="do not fit 120 positions"):
+        pg.stream(MODEL, RED, "a", max_new_tokens=200)
+    for candidates in ([], "yes"):
+        with pytest.raises(SettingError, match="candidates must be a list"):
+            pg.score(MODEL, RED, "a", candidates)
+
+
+def test_a_model_without_a_tokenizer_runs_on_token_ids():
+    bare = MODEL._replace(tokenizer=None)
+    ids = [MODEL.cfg.bos, *pg.prompt.text_ids(MODEL, "ab"), MODEL.tokenizer.newline]
+    expected = pg.generate(MODEL, RED, "ab", 5)[0]
+    assert pg.generate(bare, RED, [ids], 5)[0] == expected._replace(text="")
+    with pytest.raises(PromptError, match="without a tokenizer"):
+        pg.generate(bare, RED, "ab")

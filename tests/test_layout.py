@@ -1,0 +1,46 @@
+"""Imports point upward only: a module may import what stands above it here, so the pipeline reads top to bottom."""
+
+import ast
+from pathlib import Path
+
+import pgfunc
+
+ORDER = [
+    "errors", "tree", "config", "ops", "masks", "cache", "siglip", "gemma", "paligemma", "image", "tokenizer", "prompt",
+    "sample", "generate", "checkpoint.files", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision",
+    "checkpoint", "__init__", "cli",
+]  # fmt: skip
+PACKAGE = Path(pgfunc.__file__).parent
+
+
+def module(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {local(alias.name) for alias in node.names if alias.name.split(".")[0] == "pgfunc"}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("", "pgfunc"):
+            assert not node.level, f"{path}: imports are absolute"
+            inner = {local(f"{node.module}.{alias.name}") for alias in node.names}
+            found |= {name if name in ORDER else local(node.module) for name in inner}
+    return found
+
+
+def local(name: str) -> str:
+    return name.removeprefix("pgfunc").removeprefix(".") or "__init__"
+
+
+def test_every_module_has_a_place():
+    assert {module(path) for path in PACKAGE.rglob("*.py")} == set(ORDER)
+
+
+def test_imports_point_upward():
+    for path in PACKAGE.rglob("*.py"):
+        place = ORDER.index(module(path))
+        for name in imports(path):
+            assert ORDER.index(name) < place, f"{module(path)} imports {name}, which stands below it"

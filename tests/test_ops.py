@@ -1,0 +1,114 @@
+"""The arithmetic, against formulas written out in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgfunc import ops
+
+seeds = st.integers(0, 2**31)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(seeds, st.floats(0.01, 100))
+def test_rms_norm_is_its_formula_and_does_not_see_the_scale_of_its_input(seed, factor):
+    x, scale = normal(seed, 3, 8), normal(seed + 1, 8)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale.double())
+    torch.testing.assert_close(ops.rms_norm(x, scale, 1e-6).double(), expected, atol=1e-5, rtol=1e-5)  # float32
+    torch.testing.assert_close(ops.rms_norm(x * factor, scale, 0.0), ops.rms_norm(x, scale, 0.0), atol=1e-5, rtol=1e-5)
+
+
+def test_rms_norm_adds_one_in_float32():
+    # 1 + 2**-9 rounds to 1 in bf16, which has 8 bits; in float32 the scale survives until the final cast
+    x = torch.full((1, 256), 129.0, dtype=torch.bfloat16)
+    scale = torch.full((256,), 2.0**-7, dtype=torch.bfloat16)
+    assert (ops.rms_norm(x, scale, 0.0) == 1.0078125).all()
+    assert ops.rms_norm(x, scale, 0.0).dtype == torch.bfloat16
+
+
+@given(seeds, st.integers(0, 4000), st.integers(0, 50), st.integers(0, 50))
+def test_rope_depends_on_differences_of_positions_only(seed, shift, i, j):
+    q, k = normal(seed, 1, 1, 1, 16).double(), normal(seed + 1, 1, 1, 1, 16).double()
+
+    def dot(first: int, second: int) -> torch.Tensor:
+        turned = [ops.rotate(x, ops.angles(torch.tensor([[p]]), 16, 10_000.0)) for x, p in ((q, first), (k, second))]
+        return (turned[0] * turned[1]).sum()
+
+    # the angles are float32: at position 4000 their last bit is 2**-12
+    torch.testing.assert_close(dot(i, j), dot(i + shift, j + shift), atol=2e-2, rtol=0)
+
+
+@given(seeds, st.integers(0, 8191))
+def test_rope_is_a_rotation_of_each_half_split_plane(seed, position):
+    x = normal(seed, 1, 1, 2, 8)
+    out = ops.rotate(x, ops.angles(torch.tensor([[position]]), 8, 10_000.0))
+    for plane in range(4):
+        turn = torch.polar(torch.tensor(1.0), torch.tensor(position * 10_000.0 ** (-2 * plane / 8)))
+        expected = torch.complex(x[..., plane], x[..., plane + 4]) * turn
+        # float32 angles up to 8191 are right to 2**-11
+        torch.testing.assert_close(torch.complex(out[..., plane], out[..., plane + 4]), expected, atol=5e-3, rtol=0)
+    assert torch.equal(ops.rotate(x, ops.angles(torch.tensor([[0]]), 8, 10_000.0)), x)
+
+
+@given(seeds, st.floats(0.5, 100))
+def test_softcap_is_bounded_monotone_and_close_to_the_identity_near_zero(seed, cap):
+    x = (normal(seed, 50) * 3 * cap).sort().values
+    y = ops.softcap(x, cap)
+    assert (y.abs() <= cap).all()
+    assert (y.diff() >= 0).all()
+    small = x / x.abs().max() * cap * 1e-2
+    torch.testing.assert_close(ops.softcap(small, cap), small, atol=cap * 1e-6, rtol=1e-4)  # x - x³/3c²
+
+
+def attend_loop(q, k, v, mask, scale, cap):
+    """Attention one query at a time, in float64."""
+    b, t, n, h = q.shape
+    out = torch.zeros(b, t, n, h, dtype=torch.float64)
+    for i in range(b):
+        for j in range(t):
+            for head in range(n):
+                kv = head // (n // k.shape[2])
+                scores = k[i, :, kv].double() @ q[i, j, head].double() * scale
+                scores = torch.tanh(scores / cap) * cap if cap else scores
+                seen = mask[i, j]
+                if seen.any():
+                    out[i, j, head] = scores[seen].softmax(0) @ v[i, seen, kv].double()
+    return out
+
+
+@pytest.mark.parametrize("attend", [ops.attend, ops.attend_explicit])
+@given(seeds, st.sampled_from([1, 2, 4]), st.sampled_from([0.0, 1.5]))
+def test_attention_equals_a_loop_and_a_query_that_sees_nothing_gives_zeros(attend, seed, kv_heads, cap):
+    q, k, v = normal(seed, 2, 3, 4, 8), normal(seed + 1, 2, 5, kv_heads, 8), normal(seed + 2, 2, 5, kv_heads, 8)
+    mask = normal(seed + 3, 2, 3, 5) > 0
+    mask[0, 1] = False
+    out = attend(q, k, v, mask, 0.5, cap)
+    torch.testing.assert_close(out.double(), attend_loop(q, k, v, mask, 0.5, cap), atol=1e-5, rtol=1e-5)  # float32
+    assert not out[0, 1].any()
+
+
+@given(seeds)
+def test_grouped_queries_equal_repeated_keys(seed):
+    q, k, v = normal(seed, 1, 3, 4, 8), normal(seed + 1, 1, 5, 2, 8), normal(seed + 2, 1, 5, 2, 8)
+    repeated = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    torch.testing.assert_close(
+        ops.attend(q, k, v, None, 0.3), ops.attend(q, *repeated, None, 0.3), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_a_query_that_sees_nothing_has_finite_gradients():
+    q = normal(0, 1, 2, 1, 4).requires_grad_()
+    mask = torch.tensor([[[False, False], [True, True]]])
+    for attend in (ops.attend, ops.attend_explicit):
+        (slope,) = torch.autograd.grad(attend(q, q, q, mask, 1.0).sum(), q)
+        assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_widen_never_narrows(dtype):
+    assert ops.widen(torch.zeros(1, dtype=dtype)).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

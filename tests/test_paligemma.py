@@ -1,0 +1,242 @@
+"""The laws of the model: cache against prefill, transforms against loops, purity, padding, sizes."""
+
+import hashlib
+
+import pytest
+import torch
+from cases import CONFIGS, configs, params, prompt, prompts, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import grad, jvp, vmap
+
+import pgfunc as pg
+from pgfunc import paligemma
+
+ATOL = 1e-4  # float32, few layers, logits of order 1
+
+COUNTS = {  # Beyer et al. 2024, Steiner et al. 2024; published files at 224 px
+    "paligemma-3b-224": 2_923_335_408,
+    "paligemma2-3b-224": 3_032_094_960,
+    "paligemma2-10b-224": 9_662_409_456,
+    "paligemma2-28b-224": 27_650_192_112,
+}
+VISION_224 = 412_442_352
+
+
+@pytest.mark.parametrize("name", pg.PUBLISHED)
+def test_published_checkpoints_have_their_published_size_and_allocate_nothing(name):
+    tree = paligemma.abstract(pg.PUBLISHED[name])
+    base, size = name.rsplit("-", 1)
+    more = ((int(size) // 14) ** 2 - 256) * 1152  # only the position embedding grows with the picture
+    assert pg.tree.count(tree) == COUNTS[f"{base}-224"] + more
+    assert pg.tree.count(tree.vision) == VISION_224 + more
+    assert {leaf.device.type for leaf in pg.tree.flatten(tree).values()} == {"meta"}
+
+
+def truncated(given: pg.Prompt, lengths: torch.Tensor) -> pg.Prompt:
+    """The first so many tokens of each row."""
+    width = int(lengths.max())
+    kept = torch.arange(width) < lengths[:, None]
+    return pg.Prompt(given.pixels, given.tokens[:, :width], kept, given.causal[:, :width] & kept)
+
+
+@given(st.data(), configs, seeds)
+def test_decode_equals_longer_prefill_at_every_split(data, cfg, seed):
+    whole = data.draw(prompts(cfg, least_suffix=1))
+    tree = params(cfg, seed)
+    expected = pg.forward(tree, whole, cfg)
+    prefix, length = (whole.valid & ~whole.causal).sum(1), whole.valid.sum(1)
+    split = torch.stack([data.draw(st.integers(int(p), int(n) - 1).map(torch.tensor))
+                         for p, n in zip(prefix, length, strict=True)])  # fmt: skip
+    steps = int((length - split).max())
+    rows = torch.arange(len(length))
+    logits, cache = pg.prefill(tree, truncated(whole, split), cfg, steps)
+    for step in range(steps + 1):
+        here = (split + step).clamp(max=length)  # a row that is through goes on with tokens nobody looks at
+        live = split + step <= length
+        torch.testing.assert_close(logits[live], expected[rows, here - 1][live], atol=ATOL, rtol=0)
+        if step < steps:
+            token = whole.tokens[rows, here.clamp(max=whole.tokens.shape[1] - 1)]
+            logits, cache = pg.decode(tree, token, cache, cfg)
+
+
+@given(configs, seeds, st.integers(1, 4), st.integers(1, 4))
+def test_extending_by_chunks_equals_extending_at_once(cfg, seed, first, second):
+    tree, whole = params(cfg, seed), prompt(cfg, [2, 4], [0, 0], seed=seed)
+    tokens = torch.randint(0, cfg.text.vocab, (2, first + second), generator=torch.Generator().manual_seed(seed))
+    _, cache = pg.prefill(tree, whole, cfg, first + second)
+    at_once, _ = pg.extend(tree, tokens, cache, cfg)
+    one, middle = pg.extend(tree, tokens[:, :first], cache, cfg)
+    two, _ = pg.extend(tree, tokens[:, first:], middle, cfg)
+    torch.testing.assert_close(torch.cat([one, two], 1), at_once, atol=ATOL, rtol=0)
+
+
+@given(configs, seeds)
+def test_an_old_handle_stays_valid_and_forks_do_not_disturb_one_another(cfg, seed):
+    tree, whole = params(cfg, seed), prompt(cfg, [2, 4], [0, 0], seed=seed)
+    _, cache = pg.prefill(tree, whole, cfg, 3)
+    token, other = torch.tensor([3, 5]), torch.tensor([4, 6])
+    first, forked = pg.decode(tree, token, cache, cfg)
+    _, elsewhere = pg.decode(tree, other, cache, cfg)
+    on_the_fork = pg.decode(tree, token, forked, cfg)[0]
+    pg.decode(tree, other, elsewhere, cfg)
+    assert torch.equal(pg.decode(tree, token, cache, cfg)[0], first)
+    assert torch.equal(pg.decode(tree, token, forked, cfg)[0], on_the_fork)
+
+
+@given(st.data(), configs, seeds)
+def test_padding_and_what_stands_in_it_do_not_matter(data, cfg, seed):
+    whole, tree = data.draw(prompts(cfg)), params(cfg, seed)
+    other = whole._replace(tokens=torch.where(whole.valid, whole.tokens, (whole.tokens + 7) % cfg.text.vocab))
+    assert torch.equal(*(pg.forward(tree, p, cfg)[whole.valid] for p in (whole, other)))
+    for row in range(len(whole.tokens)):
+        length = whole.valid[row].sum()
+        alone = pg.Prompt(whole.pixels[row : row + 1], *(leaf[row : row + 1, :length] for leaf in whole[1:]))
+        together = pg.forward(tree, whole, cfg)[row, :length]
+        torch.testing.assert_close(pg.forward(tree, alone, cfg)[0], together, atol=ATOL, rtol=0)
+
+
+@given(configs, seeds)
+def test_prefill_accepts_padding_anywhere(cfg, seed):
+    tree, whole = params(cfg, seed), prompt(cfg, [3, 3], [2, 2], seed=seed)
+    holes = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0, 1]], dtype=torch.bool)
+    spread = {name: torch.zeros(2, 7, dtype=leaf.dtype).masked_scatter(holes, leaf)
+              for name, leaf in zip(("tokens", "valid", "causal"), whole[1:], strict=True)}  # fmt: skip
+    expected, cache = pg.prefill(tree, whole, cfg, 1)
+    found, padded = pg.prefill(tree, pg.Prompt(whole.pixels, **spread), cfg, 1)
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+    token = torch.tensor([1, 2])
+    torch.testing.assert_close(
+        pg.decode(tree, token, padded, cfg)[0], pg.decode(tree, token, cache, cfg)[0], atol=ATOL, rtol=0
+    )
+
+
+@given(configs, seeds)
+def test_a_suffix_token_changes_no_earlier_logit_and_a_prefix_token_changes_them_all(cfg, seed):
+    tree, whole = params(cfg, seed), prompt(cfg, [3], [4], seed=seed)
+    base = pg.forward(tree, whole, cfg)[0]
+
+    def changed(place: int) -> torch.Tensor:
+        tokens = whole.tokens.clone()
+        tokens[0, place] = (tokens[0, place] + 1) % cfg.text.vocab
+        return (pg.forward(tree, whole._replace(tokens=tokens), cfg)[0] != base).any(-1)
+
+    assert changed(5).tolist() == [False] * 5 + [True] * 2
+    assert changed(2)[:3].all(), "the prefix sees itself in both directions"
+
+
+@given(configs, seeds)
+def test_the_order_of_pictures_matters(cfg, seed):
+    tree, whole = params(cfg, seed), prompt(cfg, [3], [2], images=2, seed=seed)
+    swapped = whole._replace(pixels=whole.pixels.flip(1))
+    assert (pg.forward(tree, whole, cfg) - pg.forward(tree, swapped, cfg)).abs().max() > 1e-3
+
+
+def test_without_positions_the_encoder_cannot_tell_patches_apart_and_rope2d_gives_it_positions():
+    for name, position_matters in (("rope2d", True), ("gemma", False)):
+        cfg = CONFIGS[name].vision
+        tree = params(CONFIGS[name]).vision
+        if name == "gemma":
+            tree = tree._replace(position=torch.zeros_like(tree.position))
+        pixels = torch.rand(1, 3, 28, 28)
+        mirrored = pixels.roll(14, dims=-1)  # exchanges the two columns of patches
+        one, two = (pg.paligemma.siglip.encode_image(tree, x, cfg) for x in (pixels, mirrored))
+        exchanged = two[:, [1, 0, 3, 2]]
+        assert torch.allclose(one, exchanged, atol=1e-5) != position_matters
+
+
+def loss(tree: pg.Params, given: pg.Prompt, cfg: pg.Config) -> torch.Tensor:
+    return pg.forward(tree, given, cfg).log_softmax(-1)[..., 0].mean()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_grad_equals_autograd(name):
+    cfg, tree = CONFIGS[name], params(CONFIGS[name])
+    given = prompt(cfg, [2, 4], [3, 1])
+    found = pg.tree.flatten(grad(loss)(tree, given, cfg))
+    leaves = pg.tree.map(lambda leaf: leaf.clone().requires_grad_(), tree)
+    loss(leaves, given, cfg).backward()
+    for path, leaf in pg.tree.flatten(leaves).items():
+        torch.testing.assert_close(found[path], leaf.grad, atol=1e-5, rtol=1e-4)  # float32, fused against written out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_vmap_over_an_ensemble_equals_a_loop(name):
+    cfg, given = CONFIGS[name], prompt(CONFIGS[name], [2, 4], [3, 1])
+    trees = [params(cfg, seed) for seed in range(3)]
+    together = vmap(lambda tree: pg.forward(tree, given, cfg))(pg.tree.stack(trees))
+    for tree, row in zip(trees, together, strict=True):
+        torch.testing.assert_close(row, pg.forward(tree, given, cfg), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_vmap_of_decode_equals_a_loop(name):
+    cfg, given = CONFIGS[name], prompt(CONFIGS[name], [2, 4], [0, 0])
+    trees = [params(cfg, seed) for seed in range(2)]
+    token = torch.tensor([1, 2])
+
+    def two_steps(tree: pg.Params) -> torch.Tensor:
+        _, cache = pg.prefill(tree, given, cfg, 1)
+        return pg.decode(tree, token, cache, cfg)[0]
+
+    together = vmap(two_steps)(pg.tree.stack(trees))
+    for tree, row in zip(trees, together, strict=True):
+        torch.testing.assert_close(row, two_steps(tree), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_jvp_equals_the_gradient_along_the_tangent_and_finite_differences(name):
+    cfg = CONFIGS[name]
+    tree, tangent = (params(cfg, seed, torch.float64) for seed in (0, 1))
+    given = prompt(cfg, [2, 4], [3, 1])
+    given = given._replace(pixels=given.pixels.double())
+    _, slope = jvp(lambda tree: loss(tree, given, cfg), (tree,), (tangent,))
+    gradient = pg.tree.flatten(grad(loss)(tree, given, cfg))
+    along = sum((gradient[path] * leaf).sum() for path, leaf in pg.tree.flatten(tangent).items())
+    torch.testing.assert_close(slope, along, atol=1e-12, rtol=1e-9)  # float64
+
+    def moved(step: float) -> torch.Tensor:
+        return loss(pg.tree.map(lambda p, t: p + step * t, tree, tangent), given, cfg)
+
+    step = 1e-5
+    difference = (moved(step) - moved(-step)) / (2 * step)
+    torch.testing.assert_close(slope, difference, atol=1e-8, rtol=1e-6)  # error of order step²
+
+
+def fingerprint(*trees) -> str:
+    digest = hashlib.sha256()
+    for leaf in pg.tree.flatten(trees).values():
+        digest.update(leaf.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@given(st.data(), configs, seeds)
+def test_nothing_that_goes_in_is_changed_and_two_calls_agree_bitwise(data, cfg, seed):
+    tree, whole = params(cfg, seed), data.draw(prompts(cfg))
+    token = torch.zeros(len(whole.tokens), dtype=torch.long)
+    _, cache = pg.prefill(tree, whole, cfg, 2)
+    before = fingerprint(tree, whole, token, cache)
+    for fn in (
+        lambda: pg.forward(tree, whole, cfg),
+        lambda: pg.prefill(tree, whole, cfg, 2),
+        lambda: pg.decode(tree, token, cache, cfg),
+        lambda: grad(loss)(tree, whole, cfg),
+    ):
+        assert fingerprint(fn()) == fingerprint(fn())
+    assert fingerprint(tree, whole, token, cache) == before
+
+
+def test_a_tap_sees_every_layer_and_can_edit_it():
+    cfg, tree = CONFIGS["gemma2"], params(CONFIGS["gemma2"])
+    given, seen = prompt(cfg, [3], [2]), {}
+
+    def record(name, x):
+        assert name not in seen, f"{name} passes once"
+        seen[name] = x
+        return x
+
+    logits = pg.forward(tree, given, cfg, record)
+    assert {f"vision.{i}.resid_post" for i in range(2)} | {f"language.{i}.resid_post" for i in range(3)} <= seen.keys()
+    assert seen["logits"] is logits
+    edited = pg.forward(tree, given, cfg, lambda name, x: x * 0 if name == "language.1.attn_out" else x)
+    assert not torch.equal(edited, logits)

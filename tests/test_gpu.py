@@ -1,0 +1,62 @@
+"""The same functions on a CUDA device: equal to the CPU, and at full size equal to themselves. Skipped without one."""
+
+import pytest
+import torch
+from cases import CONFIGS, params, prompt, text_model
+
+import pgfunc as pg
+from pgfunc import paligemma
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def to(tree, device: str):
+    return pg.tree.map(lambda leaf: leaf.to(device), tree)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cuda_equals_cpu(name):
+    cfg, tree, given = CONFIGS[name], params(CONFIGS[name]), prompt(CONFIGS[name], [2, 5], [4, 1])
+    expected = pg.forward(tree, given, cfg)
+    on_gpu, given_gpu = to(tree, "cuda"), to(given, "cuda")
+    found = pg.forward(on_gpu, given_gpu, cfg).cpu()
+    torch.testing.assert_close(found[given.valid], expected[given.valid], atol=1e-4, rtol=0)  # float32, no tf32
+    logits, cache = pg.prefill(on_gpu, given_gpu, cfg, 2)
+    token = torch.tensor([1, 2])
+    again, _ = pg.decode(on_gpu, token.cuda(), cache, cfg)
+    plain_logits, plain = pg.prefill(tree, given, cfg, 2)
+    torch.testing.assert_close(logits.cpu(), plain_logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again.cpu(), pg.decode(tree, token, plain, cfg)[0], atol=1e-4, rtol=0)
+
+
+def test_a_seed_draws_the_same_tokens_on_both_devices(tmp_path):
+    pg.save(text_model(), tmp_path)
+    picture = torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8).numpy()
+    options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 4}
+    drawn = [pg.generate(pg.load(tmp_path, device=device), picture, "a", **options)[0] for device in ("cpu", "cuda")]
+    assert drawn[0].tokens == drawn[1].tokens
+
+
+@pytest.mark.parametrize("name", ["paligemma-3b-224", "paligemma2-3b-224"])
+def test_at_full_size_decode_equals_longer_prefill(name):
+    cfg = pg.PUBLISHED[name]
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(leaf: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(leaf.shape, dtype=torch.bfloat16, device="cuda")
+        return out.zero_() if leaf.dim() == 1 else out.normal_(std=leaf[0].numel() ** -0.5, generator=generator)
+
+    tree = pg.tree.map(draw, paligemma.abstract(cfg))
+    whole = to(prompt(cfg, [6, 9], [5, 5]), "cuda")
+    expected = pg.forward(tree, whole, cfg)
+    length = whole.valid.sum(1)
+    first = whole._replace(valid=whole.valid & ~whole.causal, causal=whole.causal & False)
+    rows = torch.arange(2, device="cuda")
+    with torch.inference_mode():
+        logits, cache = pg.prefill(tree, first, cfg, 5)
+        for step in range(6):
+            here = length - 6 + step
+            error = (logits - expected[rows, here]).norm() / expected[rows, here].norm()
+            assert error < 0.03  # bf16, up to 26 layers
+            if step < 5:
+                logits, cache = pg.decode(tree, whole.tokens[rows, here + 1], cache, cfg)

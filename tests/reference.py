@@ -66,8 +66,10 @@ def relayout(folder: Path, layout: str) -> None:
 
 
 def load(folder: Path) -> PaliGemmaForConditionalGeneration:
-    """The checkpoint as transformers reads it."""
-    model, report = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    """The checkpoint as transformers reads it, with the attention that knows Gemma 2's softcap."""
+    model, report = PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype="auto", attn_implementation="eager", output_loading_info=True
+    )
     assert not any(report.values()), report
     return model.eval()
 

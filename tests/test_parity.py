@@ -74,14 +74,18 @@ def test_saved_checkpoints_load_in_transformers_with_the_same_logits(pair, tmp_p
     assert torch.equal(reference.logits(reference.load(tmp_path), given), reference.logits(other, given))
 
 
-def test_bfloat16_stays_close_to_transformers(tmp_path):
-    reference.save_random(tmp_path, "gemma2", dtype=torch.bfloat16)
-    model, other = pg.load(tmp_path, device="cpu"), reference.load(tmp_path)
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(folder, tmp_path):
+    reference.load(folder).bfloat16().save_pretrained(tmp_path)
+    model, wide, other = pg.load(tmp_path, device="cpu"), pg.load(tmp_path, "float32", "cpu"), reference.load(tmp_path)
     assert model.params.projector.dtype == torch.bfloat16
-    given = prompt(model.cfg, [4, 6], [5, 2])
-    ours, theirs = pg.forward(model.params, given, model.cfg), reference.logits(other, given)
-    # bf16 has 8 bits: 5 layers of roundings at other places on logits of order 1
-    torch.testing.assert_close(ours[given.valid], theirs[given.valid], atol=0.15, rtol=0)
+    ours, theirs = [], []
+    for seed in range(8):
+        given = prompt(model.cfg, [4, 6], [5, 2], seed=seed)
+        exact = pg.forward(wide.params, given, model.cfg)[given.valid]
+        ours.append((pg.forward(model.params, given, model.cfg)[given.valid] - exact).square().mean())
+        theirs.append((reference.logits(other, given)[given.valid] - exact).square().mean())
+    # the same roundings at other places: over eight prompts the two errors agree to a few per cent
+    assert torch.stack(ours).mean().sqrt() < 1.2 * torch.stack(theirs).mean().sqrt()
 
 
 def test_padding_rows_of_the_vocabulary_have_no_logits(pair):

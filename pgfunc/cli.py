@@ -7,6 +7,7 @@ JSON on standard output; progress goes to standard error.
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,37 +25,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE...", show_default=False)]
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", help="Folder, .npz or hub id; the shipped checkpoint if absent.", show_default=False),
-]
-PromptText = Annotated[str | None, typer.Option("--prompt", show_default=False)]
+unset = partial(typer.Option, show_default=False)  # for options that may be left out
+
+Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
+ModelName = Annotated[str | None, unset("--model", help="Folder, .npz or hub id; without it the shipped checkpoint.")]
+PromptText = Annotated[str | None, unset("--prompt", help="What to ask.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")]
-TopK = Annotated[
-    int | None, typer.Option("--top-k", help="Sample among the k most probable tokens.", show_default=False)
-]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Sample among tokens that sum to p.", show_default=False)]
-MinP = Annotated[
-    float | None,
-    typer.Option("--min-p", help="Sample among tokens p times as probable as the best.", show_default=False),
-]
+TopK = Annotated[int | None, unset("--top-k", help="Sample among the k most probable tokens.")]
+TopP = Annotated[float | None, unset("--top-p", help="Sample among the fewest tokens of total probability p.")]
+MinP = Annotated[float | None, unset("--min-p", help="Sample among tokens p times as probable as the best.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when the temperature is not 0.")]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1; CUDA where there is one if absent.", show_default=False),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", help="float32, bfloat16 or float16; the files' own if absent.", show_default=False),
-]
-Config = Annotated[
-    str | None, typer.Option("--config", help="For a .npz: a published name, or a config.json.", show_default=False)
-]
-Vocabulary = Annotated[
-    str | None, typer.Option("--tokenizer", help="For a .npz: a tokenizer.json.", show_default=False)
-]
+Device = Annotated[str | None, unset("--device", help="cpu, cuda, cuda:1; without it CUDA where there is one.")]
+Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it the files' own.")]
+Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, or a config.json.")]
+Vocabulary = Annotated[str | None, unset("--tokenizer", help="For a .npz: a tokenizer.json.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -1,7 +1,10 @@
 """The command line prints what the package computes, and one line with status 2 for a user's mistake."""
 
 import json
+import shutil
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -106,25 +109,75 @@ def test_convert_there_and_back(run, place):
 
 MISTAKES = {
     "missing picture": (["caption", "no.png"], "no.png: no such file"),
-    "not a picture": (["caption", "notes.txt"], "notes.txt: cannot be read as a picture"),
+    "not a picture": (["caption", "notes.txt"], "notes.txt: not a picture"),
     "missing question": (["ask", "red.png"], "ask needs a question: --prompt"),
     "missing prefix": (["generate", "red.png"], "generate needs a prefix: --prompt"),
     "temperature": (["caption", "red.png", "--temperature", "-1"], "temperature is -1.0, expected"),
     "top-p": (["caption", "red.png", "--top-p", "1.5"], "top-p is 1.5, expected"),
     "too long": (["caption", "red.png", "--max-new-tokens", "5000"], "do not fit 120 positions"),
     "dtype": (["caption", "red.png", "--dtype", "int3"], "dtype is int3, expected"),
+    "decompression bomb": (["caption", "bomb.png"], "bomb.png: too many pixels"),
+    "truncated picture": (["caption", "cut.png"], "cut.png: cannot be read as a picture"),
+    "picture is a folder": (["caption", "model"], "model: cannot be read as a picture"),
+    "top-k": (["caption", "red.png", "--top-k", "0"], "top-k is 0, expected"),
     "long prompt": (["ask", "red.png", "--prompt", "x" * 500], "do not fit 120 positions"),
 }
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, with hardly any pixels behind."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" * 100)]
+    framed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_status_2(run, place, mistake):
     (place / "notes.txt").write_text("not a picture")
+    (place / "cut.png").write_bytes((place / "red.png").read_bytes()[:50])
+    (place / "bomb.png").write_bytes(claiming(30_000, 30_000))
     arguments, said = MISTAKES[mistake]
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("pgfunc: ")
     assert said in err
+    assert err.count("\n") == 1
+
+
+def spoil_shard(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+
+
+def spoil_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../a.safetensors"}}')
+
+
+def spoil_config(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+
+
+def spoil_shape(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"intermediate_size": 24', '"intermediate_size": 23'))
+
+
+SPOILED = {
+    spoil_shard: "model.safetensors: not a complete safetensors file",
+    spoil_index: "../../a.safetensors lies outside the folder",
+    spoil_config: "language_model.model.layers.3.input_layernorm.weight (and 10 more) is missing, expected shape (16,)",
+    spoil_shape: "layers.0.mlp.down_proj.weight: expected (16, 23), found (16, 24)",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
+def test_a_damaged_checkpoint_is_one_line_and_status_2(run, place, spoil):
+    shutil.copytree(place / "model", place / spoil.__name__)
+    spoil(place / spoil.__name__)
+    status, out, err = run("caption", "red.png", model=spoil.__name__)
+    assert (status, out) == (2, "")
+    assert err.startswith("pgfunc: ")
+    assert SPOILED[spoil] in err
     assert err.count("\n") == 1
 
 

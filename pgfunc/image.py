@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pgfunc.config import Config
@@ -34,29 +34,36 @@ def pixels(source: Source, cfg: Config) -> Float[Tensor, "3 y x"]:
 def open_image(source: Source) -> Image.Image:
     """Any picture as an upright 8-bit RGB image, its first frame if there are several."""
     if isinstance(source, (np.ndarray, Tensor)):
-        return from_array(np.asarray(source))
+        return from_array(_as_array(source))
     name = str(source) if isinstance(source, (str, PathLike)) else "the given picture"
+    name = name if name.isprintable() else repr(name)  # a file's name may hold a newline; a message is one line
     try:
-        image = source if isinstance(source, Image.Image) else _decode(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata: what counts is that the pixels decode
-            image = ImageOps.exif_transpose(image)
-        return _rgb(image)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(source, Image.Image):
+                return _rgb(_upright(source))
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+                return _rgb(_upright(image))
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too many pixels ({error}); make the picture smaller first") from error
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not a picture, or of a kind that Pillow does not read") from None
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
         raise ImageError(f"{name}: cannot be read as a picture ({_first_line(error)})") from error
 
 
-def _decode(source: str | PathLike | bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
-        image = Image.open(file)
-        image.load()
-    return image
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; as it lies where that cannot be read."""
+    image.load()
+    if 0 in image.size:
+        raise ValueError(f"its size is {image.width} x {image.height}")
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as with warnings: the metadata are damaged, the pixels are not
+        return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -73,6 +80,13 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.int64).clip(0, 65_535) + 128) // 257).astype(np.uint8)
 
 
+def _as_array(source: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(source, np.ndarray):
+        return source
+    source = source.detach().cpu()
+    return (source.float() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
+
+
 def from_array(array: np.ndarray) -> Image.Image:
     """An array of height x width (x 1, 3 or 4 channels): integers are levels, floating point numbers lie in [0, 1]."""
     if array.ndim == 3 and array.shape[2] == 1:
@@ -83,7 +97,7 @@ def from_array(array: np.ndarray) -> Image.Image:
         if not (array.min() >= 0 and array.max() <= 1):
             raise ImageError("a picture of floating point numbers must lie in [0, 1]; divide 8-bit levels by 255")
         array = (array * 255).round().astype(np.uint8)
-    elif array.dtype == np.uint16:
+    elif np.issubdtype(array.dtype, np.uint16):  # of either byte order
         array = _eight_bits(array)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255

@@ -56,8 +56,10 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     width = max(len(prefix) + len(suffix) for prefix, suffix in tokens)
     fits(cfg, len(rows[0].images), width)
     side = cfg.vision.image_size
-    pixels = [image.pixels(source, cfg) for row in rows for source in row.images]
-    stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, side, side)
+    sources = [source for row in rows for source in row.images]
+    once = {id(source): source for source in sources}  # a picture that stands in several rows is decoded once
+    pixels = {key: image.pixels(source, cfg) for key, source in once.items()}
+    stacked = torch.stack([pixels[id(source)] for source in sources]) if sources else torch.empty(0, 3, side, side)
     prompt = Prompt(
         pixels=stacked.reshape(len(rows), len(rows[0].images), 3, side, side),
         tokens=_pad([[*prefix, *suffix] for prefix, suffix in tokens], width, cfg.pad),
@@ -71,8 +73,8 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     """Spread what is given once over all rows, and check that the rest has one length."""
     given = {
         "pictures": images if isinstance(images, (list, tuple)) else None,
-        "prefixes": None if _is_text(prefixes) else prefixes,
-        "suffixes": None if suffixes is None or _is_text(suffixes) else suffixes,
+        "prefixes": _texts("prefixes", prefixes),
+        "suffixes": None if suffixes is None else _texts("suffixes", suffixes, None),
     }
     lengths = {name: len(rows) for name, rows in given.items() if rows is not None}
     if len(set(lengths.values())) > 1:
@@ -85,14 +87,27 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     return [Row(tuple(i) if isinstance(i, (list, tuple)) else (i,), p, s) for i, p, s in zip(*spread, strict=True)]
 
 
+def _texts(name: str, value: Any, *others: Any) -> Sequence[Text | None] | None:
+    """The texts of the rows, or None where one is given for all of them; `others` may stand in a row too."""
+    if _is_text(value):
+        return None
+    listed = isinstance(value, (list, tuple))
+    wrong = [row for row in value if not _is_text(row) and row not in others] if listed else [value]
+    if wrong:
+        raise PromptError(
+            f"{name} are text or lists of token ids, one for all rows or one each; found {wrong[0]!r:.60}"
+        )
+    return value
+
+
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (len(value) > 0 and all(isinstance(id, int) for id in value))
+    ids = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(id, int) for id in value)
+    return isinstance(value, str) or ids
 
 
 def _prefix(model: Model, prefix: Text) -> list[int]:
-    if not isinstance(prefix, str):
-        return _ids(model.cfg, prefix)
-    return [model.cfg.bos, *text_ids(model, prefix), needed(model).newline]
+    ids = text_ids(model, prefix)
+    return [model.cfg.bos, *ids, needed(model).newline] if isinstance(prefix, str) else ids
 
 
 def _suffix(model: Model, suffix: Text | None) -> list[int]:
@@ -101,7 +116,10 @@ def _suffix(model: Model, suffix: Text | None) -> list[int]:
 
 def text_ids(model: Model, text: Text) -> list[int]:
     """The ids of a text, or the ids that were given in its place."""
-    return tokenizer.encode(needed(model), text) if isinstance(text, str) else _ids(model.cfg, text)
+    ids = tokenizer.encode(needed(model), text) if isinstance(text, str) else list(text)
+    if wrong := [id for id in ids if not 0 <= id < model.cfg.text.vocab]:
+        raise PromptError(f"token id {wrong[0]} is outside 0..{model.cfg.text.vocab - 1}; is it another model's?")
+    return ids
 
 
 def needed(model: Model) -> Tokenizer:
@@ -111,20 +129,11 @@ def needed(model: Model) -> Tokenizer:
     return model.tokenizer
 
 
-def _ids(cfg: Config, ids: Sequence[int]) -> list[int]:
-    wrong = [id for id in ids if not 0 <= id < cfg.text.vocab]
-    if wrong or not ids:
-        raise PromptError(
-            f"token id {wrong[0]} is outside 0..{cfg.text.vocab - 1}" if wrong else "no token ids are given"
-        )
-    return list(ids)
-
-
 def fits(cfg: Config, pictures: int, tokens: int) -> None:
     """Raise PromptError when a row of so many pictures and text tokens is longer than the model's positions."""
     if pictures * cfg.vision.tokens + tokens > cfg.text.positions:
         raise PromptError(
-            f"{pictures} pictures of {cfg.vision.tokens} tokens and {tokens} tokens of text do not fit "
+            f"{pictures} x {cfg.vision.tokens} image tokens and {tokens} of text do not fit "
             f"{cfg.text.positions} positions; shorten the text"
         )
 

@@ -41,7 +41,8 @@ def choose(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"], settings: Sett
     """The next token under the settings; greedy choice ignores u."""
     if settings.temperature == 0:
         return greedy(logits)
-    logits = logits / settings.temperature
+    # the largest becomes 0, and in float64: a tiny temperature must make the others -inf, and nothing nan
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / settings.temperature
     logits = logits if settings.top_k is None else top_k(logits, settings.top_k)
     logits = logits if settings.top_p is None else top_p(logits, settings.top_p)
     logits = logits if settings.min_p is None else min_p(logits, settings.min_p)
@@ -62,7 +63,7 @@ def draw(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"]) -> Int[Tensor, "
     total = cumulative[..., -1:]
     # u = 1 must fall on the last token that has probability, not behind it
     below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(rearrange(u, "... -> ... 1").double() * total, below)
+    target = torch.minimum(rearrange(u, "... -> ... 1").double() * total, below).contiguous()
     return rearrange(torch.searchsorted(cumulative, target, right=True), "... 1 -> ...")
 
 
@@ -84,7 +85,5 @@ def top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
 
 def min_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
     """Keep the tokens at least p times as probable as the most probable one (Nguyen et al. 2024)."""
-    if p == 0:
-        return logits
     floor = logits.max(-1, keepdim=True).values + torch.tensor(p).log()
     return logits.masked_fill(logits < floor, float("-inf"))

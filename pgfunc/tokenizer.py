@@ -35,10 +35,11 @@ def load(path: Path) -> Tokenizer:
     if not path.exists():
         raise CheckpointError(f"{path}: missing")
     try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
-    return wrap(backend, str(path))
+        return wrap(Backend.from_file(str(path)), str(path))
+    except CheckpointError:
+        raise
+    except Exception as error:  # the package raises bare Exception, and quotes the file, newlines included
+        raise CheckpointError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from error
 
 
 def wrap(backend: Backend, where: str) -> Tokenizer:

@@ -1,0 +1,350 @@
+"""Uniform numbers become tokens with the probabilities that the logits state; filters exclude what they say."""
+
+from collections.abc import Callable
+from itertools import takewhile
+
+import numpy as np
+import pytest
+import torch
+from cases import seeds
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pgfunc import sample
+from pgfunc.errors import SettingError
+from pgfunc.generate import uniform
+from pgfunc.sample import Settings
+
+INF = float("inf")
+VOCAB = 257_152
+
+# whole numbers tie; -inf is a token that something excluded before
+numbers = st.floats(-30, 30, width=32) | st.integers(-3, 3).map(float) | st.just(-INF)
+rows = st.lists(numbers, min_size=1, max_size=12).filter(lambda row: max(row) > -INF).map(torch.tensor)
+shares = st.floats(0.01, 1)
+
+
+def probabilities(logits: Tensor) -> np.ndarray:
+    weights = np.exp(logits.double().numpy() - logits.double().numpy().max())
+    return weights / weights.sum()
+
+
+def grid(count: int) -> Tensor:
+    """As many numbers as evenly spread over [0, 1] as they can be."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def reached(logits: Tensor, settings: Settings, count: int = 1000) -> np.ndarray:
+    """How often each token is chosen, as u runs over a grid."""
+    tokens = sample.choose(logits.expand(count, -1), grid(count), settings)
+    return np.bincount(tokens.numpy(), minlength=len(logits))
+
+
+# --- draw
+
+
+@given(rows)
+def test_a_grid_of_u_draws_each_token_as_often_as_its_probability(logits):
+    found = np.bincount(sample.draw(logits.expand(1000, -1), grid(1000)), minlength=len(logits))
+    assert len(found) == len(logits), "every token is one of the vocabulary"
+    # an interval of length p holds p x 1000 points of the grid, rounded up or down
+    assert np.abs(found - 1000 * probabilities(logits)).max() <= 1 + 1e-6
+
+
+@given(rows, st.floats(0, 1))
+def test_the_token_drawn_is_where_the_cumulative_probability_first_exceeds_u(logits, u):
+    token = int(sample.draw(logits, torch.tensor(u, dtype=torch.float64)))
+    ends = np.cumsum(probabilities(logits))
+    # two float64 softmaxes of 12 terms; u = 1 lies in the last interval
+    assert ends[token] - probabilities(logits)[token] <= u + 1e-14
+    assert u < ends[token] + 1e-14
+
+
+def test_random_numbers_draw_by_the_probabilities():
+    """Pearson's chi-square; true draws would fail at one seed in 10,000, and the seed is fixed."""
+    logits, count = torch.tensor([2.0, 0.0, -1.0, 1.5, -INF, -3.0, 0.5, 0.0]), 100_000
+    found = np.bincount(sample.draw(logits.expand(count, -1), uniform(0, count, 1)[:, 0]), minlength=8)
+    kept = [0, 1, 2, 3, 5, 6, 7]
+    expected = count * probabilities(logits)[kept]
+    statistic = ((found[kept] - expected) ** 2 / expected).sum()
+    assert found.sum() == found[kept].sum()
+    assert torch.special.gammaincc(torch.tensor(3.0), torch.tensor(statistic / 2)) > 1e-4  # 6 degrees of freedom
+
+
+@given(rows, st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_drawing_is_monotone_in_u(logits, u):
+    tokens = sample.draw(logits.expand(len(u), -1), torch.tensor(sorted(u), dtype=torch.float64))
+    assert tokens.diff().min() >= 0
+
+
+@given(rows)
+def test_zero_and_one_draw_the_first_and_the_last_token_that_has_probability(logits):
+    for dtype in (torch.float64, torch.float32):
+        first, last = sample.draw(logits.expand(2, -1), torch.tensor([0.0, 1.0], dtype=dtype)).tolist()
+        assert first == next(i for i, logit in enumerate(logits) if logit > -INF)
+        # a probability below the rounding of a sum near 1 cannot be told from none
+        assert last in (i for i, p in enumerate(probabilities(logits)) if p > 0)
+        assert probabilities(logits)[last + 1 :].sum() < 1e-14
+
+
+@given(rows, st.floats(0, 1) | st.sampled_from([0.0, 1.0, 1 - 2**-53, 1 - 2**-24]))
+def test_a_token_without_probability_is_never_drawn(logits, u):
+    padded = torch.cat([torch.full((3,), -INF), logits, torch.full((3,), -INF)])
+    token = sample.draw(padded, torch.tensor(u, dtype=torch.float64))
+    assert padded[token] > -INF
+
+
+def test_every_token_of_the_tail_of_a_large_vocabulary_can_be_drawn():
+    """One likely token and 257,151 of probability 1e-9, drawn at the middles of their intervals."""
+    tail = torch.tensor(1e-9, dtype=torch.float64)
+    logits = torch.full((VOCAB,), float(tail.log()))
+    logits[0] = 0.0
+    exact = probabilities(logits)
+    tokens = torch.arange(1, VOCAB, 12_345)
+    u = exact[0] + (tokens.double() - 0.5) * exact[1]
+    assert torch.equal(sample.draw(logits.expand(len(u), -1), u), tokens)
+    narrow = torch.searchsorted(logits.softmax(-1).cumsum(-1), u.float(), right=True)
+    assert (narrow == tokens).float().mean() < 0.1, "float32 would do: the test tests nothing"
+
+
+@given(seeds, st.sampled_from([(), (1,), (3,), (2, 3), (0,)]), st.integers(1, 50))
+def test_a_batch_equals_a_loop(seed, shape, vocab):
+    generator = torch.Generator().manual_seed(seed)
+    logits, u = 3 * torch.randn(*shape, vocab, generator=generator), torch.rand(shape, generator=generator)
+    settings = Settings(temperature=0.7, top_k=20, top_p=0.9, min_p=0.01)
+    for run in (sample.draw, lambda logits, u: sample.choose(logits, u, settings)):
+        found = run(logits, u)
+        assert found.shape == shape
+        assert found.dtype == torch.int64
+        expected = [run(row, one) for row, one in zip(logits.reshape(-1, vocab), u.flatten(), strict=True)]
+        assert found.flatten().tolist() == [int(token) for token in expected]
+
+
+def test_memory_layout_does_not_matter():
+    logits, u = torch.randn(4, 3, 5), torch.rand(4, 3)
+    torch.set_warn_always(True)  # else a warning about layout appears once in a process, in whichever test is first
+    try:
+        found = sample.draw(logits.permute(2, 1, 0).contiguous().permute(2, 1, 0), u.T.contiguous().T)
+    finally:
+        torch.set_warn_always(False)
+    assert torch.equal(found, sample.draw(logits, u))
+
+
+# --- filters, each against the plain way
+
+Filter = Callable[[Tensor], Tensor]
+
+
+def kept_by_top_k(logits: np.ndarray, k: int) -> np.ndarray:
+    return np.array([(logits > logit).sum() < k for logit in logits])
+
+
+def kept_by_top_p(logits: Tensor, p: float) -> np.ndarray:
+    shares = probabilities(logits)
+    order = sorted(range(len(shares)), key=lambda i: -logits[i])
+    before = [sum(shares[order[:i]]) for i in range(len(order))]
+    assume(all(abs(share - p) > 1e-12 for share in before))  # a sum that is p but for its rounding goes either way
+    least = min(logits[i] for i, _ in takewhile(lambda pair: pair[1] < p, zip(order, before, strict=True)))
+    return (logits >= least).numpy()
+
+
+def kept_by_min_p(logits: Tensor, p: float) -> np.ndarray:
+    shares = probabilities(logits)
+    assume(all(abs(share / shares.max() / p - 1) > 1e-5 for share in shares))  # float32 logits up to 30 round by 2e-6
+    return shares >= p * shares.max()
+
+
+def check(found: Tensor, logits: Tensor, kept: np.ndarray) -> None:
+    """What is kept is untouched, and the rest is -inf."""
+    assert torch.equal(found, torch.where(torch.from_numpy(kept), logits, -INF))
+
+
+@given(rows, st.integers(1, 15))
+def test_top_k_keeps_what_fewer_than_k_exceed(logits, k):
+    check(sample.top_k(logits, k), logits, kept_by_top_k(logits.numpy(), k))
+
+
+@given(rows, shares)
+def test_top_p_keeps_the_fewest_that_sum_to_p_and_ties(logits, p):
+    check(sample.top_p(logits, p), logits, kept_by_top_p(logits, p))
+
+
+@given(rows, shares)
+def test_min_p_keeps_what_is_p_times_as_probable_as_the_best(logits, p):
+    check(sample.min_p(logits, p), logits, kept_by_min_p(logits, p))
+
+
+def test_filters_keep_ties_with_the_last():
+    logits = torch.tensor([1.0, 2.0, 1.0, 0.0, 1.0])
+    tied = torch.tensor([1.0, 2.0, 1.0, -INF, 1.0])
+    assert torch.equal(sample.top_k(logits, 2), tied)
+    assert torch.equal(sample.top_p(logits, 0.5), tied)  # the best alone has 0.445
+    assert torch.equal(sample.min_p(logits, 0.3), tied)  # e^-1 is 0.37, e^-2 is 0.14
+    level = torch.zeros(4)
+    for p in (0.01, 0.25, 0.5, 1.0):
+        assert torch.equal(sample.top_p(level, p), level)
+
+
+def test_top_p_stops_where_the_sum_is_p():
+    logits = torch.tensor([0.125, 0.5, 0.125, 0.25], dtype=torch.float64).log()
+    assert sample.top_p(logits, 0.5).isfinite().tolist() == [False, True, False, False]
+    assert sample.top_p(logits, 0.75).isfinite().tolist() == [False, True, False, True]
+    assert sample.top_p(logits, 0.7500001).isfinite().all()
+
+
+@given(rows)
+def test_filters_at_their_limits(logits):
+    best = torch.where(logits == logits.max(), logits, -INF)
+    for everything in (sample.top_k(logits, len(logits)), sample.top_k(logits, 10**6), sample.top_p(logits, 1.0)):
+        assert torch.equal(everything, logits)
+    assert torch.equal(sample.min_p(logits, 0.0), logits)
+    for only in (sample.top_k(logits, 1), sample.top_p(logits, 1e-12), sample.min_p(logits, 1.0)):
+        assert torch.equal(only, best)
+
+
+FILTERS: dict[str, Filter] = {
+    "top_k": lambda logits: sample.top_k(logits, 3),
+    "top_p": lambda logits: sample.top_p(logits, 0.8),
+    "min_p": lambda logits: sample.min_p(logits, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@given(row=rows, order=st.randoms(use_true_random=False))
+def test_filters_are_equivariant_under_permutations(name, row, order):
+    logits = row.double()  # so that the order of a sum decides nothing
+    places = list(range(len(row)))
+    order.shuffle(places)
+    kept_by_top_p(row, 0.8)  # assumes that no sum is 0.8 but for its rounding
+    assert torch.equal(FILTERS[name](logits[places]), FILTERS[name](logits)[places])
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_of_a_batch_are_those_of_its_rows(name):
+    logits = 3 * torch.randn(2, 3, 7)
+    expected = torch.stack([FILTERS[name](row) for row in logits.reshape(6, 7)]).reshape(2, 3, 7)
+    assert torch.equal(FILTERS[name](logits), expected)
+
+
+def test_top_p_of_a_large_vocabulary_counts_the_tail():
+    """Half of the probability on one token, half on 257,151: p = 0.75 needs half of those, which all tie."""
+    logits = torch.zeros(VOCAB)
+    logits[7] = float(torch.tensor(float(VOCAB - 1)).log())
+    assert sample.top_p(logits, 0.75).isfinite().all()
+    assert sample.top_p(logits, 0.49).isfinite().nonzero().flatten().tolist() == [7]
+    falling = torch.linspace(0, -1, VOCAB, dtype=torch.float64)
+    before = np.cumsum(probabilities(falling)) - probabilities(falling)
+    kept = int(sample.top_p(falling, 0.5).isfinite().sum())
+    assert abs(kept - (before < 0.5).sum()) <= 1  # two float64 sums of 257,152 terms
+
+
+# --- settings
+
+
+@given(rows, st.floats(0, 1))
+def test_temperature_zero_takes_the_first_of_the_most_probable(logits, u):
+    token = sample.choose(logits, torch.tensor(u), Settings())
+    assert int(token) == int(np.argmax(logits.numpy())) == int(sample.greedy(logits))
+
+
+@given(rows, st.floats(0, 1), st.floats(0, 1e-9, exclude_min=True))
+@example(torch.tensor([3.0, 1.0, 2.0]), 0.9, 1e-40)
+@example(torch.tensor([3.0, 1.0, 2.0]), 0.9, 5e-324)
+def test_a_temperature_near_zero_is_greedy(logits, u, temperature):
+    top = logits.topk(min(2, len(logits))).values
+    assume(len(top) == 1 or top[0] - top[1] > 1e-6)
+    token = sample.choose(logits, torch.tensor(u, dtype=torch.float64), Settings(temperature=temperature))
+    assert int(token) == int(sample.greedy(logits))
+
+
+@given(rows, st.floats(1e9, 1e308))
+def test_a_high_temperature_is_uniform(logits, temperature):
+    found = reached(logits, Settings(temperature=temperature))
+    possible = (logits > -INF).numpy()
+    # e^(60 / 1e9) is 1 but for 6e-8
+    assert np.abs(found[possible] - 1000 / possible.sum()).max() <= 1 + 1e-3
+    assert not found[~possible].any()
+
+
+@given(rows, st.floats(0.05, 20))
+def test_temperature_divides_logits(logits, temperature):
+    found = reached(logits, Settings(temperature=temperature))
+    expected = 1000 * probabilities(logits.double() / temperature)
+    assert np.abs(found - expected).max() <= 1 + 1e-6  # as for draw
+
+
+# of probabilities 0.5, 0.3, 0.2; in another order each would keep other tokens
+ORDER = {
+    "temperature, then top-p: 0.66 alone is enough": (Settings(0.5, top_p=0.6), [0]),
+    "top-p alone": (Settings(1.0, top_p=0.6), [0, 1]),
+    "top-k, then top-p: 0.5 / 0.8 is enough": (Settings(1.0, top_k=2, top_p=0.6), [0]),
+    "top-p, then min-p: 0.3 is 0.5 times 0.5 or more": (Settings(1.0, top_p=0.6, min_p=0.5), [0, 1]),
+    "temperature, then min-p: 0.3 is not half of 0.5, squared": (Settings(0.5, min_p=0.5), [0]),
+    "top-k alone": (Settings(1.0, top_k=2), [0, 1]),
+    "min-p alone": (Settings(1.0, min_p=0.5), [0, 1]),
+    "no filter": (Settings(1.0), [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("case", ORDER)
+def test_settings_apply_as_temperature_top_k_top_p_min_p(case):
+    settings, kept = ORDER[case]
+    found = reached(torch.tensor([0.5, 0.3, 0.2]).log(), settings)
+    assert found.nonzero()[0].tolist() == kept
+
+
+@given(
+    rows,
+    st.floats(0, 1),
+    st.floats(0.01, 5),
+    st.none() | st.integers(1, 15),
+    st.none() | shares,
+    st.none() | st.floats(0, 1),
+)
+def test_choose_composes_the_filters(logits, u, temperature, k, p, m):
+    at = torch.tensor(u, dtype=torch.float64)
+    found = int(sample.choose(logits, at, Settings(temperature, k, p, m)))
+    expected = logits.double() / temperature
+    expected = expected if k is None else sample.top_k(expected, k)
+    expected = expected if p is None else sample.top_p(expected, p)
+    expected = expected if m is None else sample.min_p(expected, m)
+    assert expected[found] > -INF
+    ends = np.cumsum(probabilities(expected))
+    assume(np.abs(ends - u).min() > 1e-12)  # a u on the edge of two intervals goes either way
+    assert found == int(sample.draw(expected, at))
+
+
+WRONG = {
+    "temperature": [-1.0, -1e-9, float("nan"), INF, -INF],
+    "top_k": [0, -1],
+    "top_p": [0.0, -0.1, 1.0000001, float("nan"), INF],
+    "min_p": [-0.1, 1.0000001, float("nan"), INF],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_settings_outside_their_range_are_refused_by_name(name, value):
+    with pytest.raises(SettingError) as error:
+        Settings(**{name: value})
+    text = str(error.value)
+    assert text.isprintable(), "one line"
+    assert name.replace("_", "-") in text
+    assert str(value) in text
+
+
+def test_settings_at_the_ends_of_their_ranges_are_taken():
+    Settings(temperature=0.0)
+    Settings(temperature=1e300, top_k=1, top_p=1.0, min_p=1.0)
+    Settings(temperature=5e-324, top_k=10**9, top_p=1e-300, min_p=0.0)
+
+
+def test_what_is_given_stays_as_it_was():
+    logits, u = torch.randn(3, 9), torch.rand(3)
+    before, settings = (logits.clone(), u.clone()), Settings(0.5, top_k=5, top_p=0.9, min_p=0.1)
+    sample.choose(logits, u, settings)
+    sample.choose(logits, u, Settings(1.0))
+    for run in FILTERS.values():
+        run(logits)
+    assert torch.equal(logits, before[0])
+    assert torch.equal(u, before[1])

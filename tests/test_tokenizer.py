@@ -1,0 +1,233 @@
+"""Text becomes ids and comes back; what a user writes is never a control token."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from pgfunc import tokenizer
+from pgfunc.errors import CheckpointError, PromptError
+from pgfunc.tokenizer import Tokenizer
+
+CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+WORDS = ["<loc0000>", "<loc0001>", "<loc1023>", "<seg000>", "<seg001>", "<seg127>"]
+MERGES = [
+    ("\n", "\n"),
+    ("▁", "a"),
+    ("l", "o"),
+    ("lo", "c"),
+    ("b", "o"),
+    ("bo", "s"),
+    ("e", "n"),
+    ("▁", "en"),
+    ("0", "0"),
+]
+
+
+def google(control_special: bool = True, words_special: bool = False) -> Backend:
+    """A small tokenizer laid out as PaliGemma's: spaces are ▁, bytes stand in for what is missing, bos is added."""
+    letters = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
+    texts = [*letters, *(left + right for left, right in MERGES)]
+    pieces = CONTROL + [f"<0x{byte:02X}>" for byte in range(256)] + texts
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    backend = Backend(models.BPE(vocab, MERGES, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    for names, special in (
+        (CONTROL, control_special),
+        (WORDS, words_special),
+        (["<mask>"], True),
+        (["<image>"], control_special),
+    ):
+        backend.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
+    backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    backend.enable_truncation(5)
+    backend.enable_padding(length=9, pad_id=0, pad_token="<pad>")
+    return backend
+
+
+VARIANTS = {
+    f"control {control}, words {words}": tokenizer.wrap(google(control, words), "a test's tokenizer")
+    for control in (True, False)
+    for words in (True, False)
+}
+PLAIN = VARIANTS["control True, words False"]
+IDS = PLAIN.backend.get_vocab()
+FORBIDDEN = {IDS[name] for name in [*CONTROL, "<image>"]}
+tokenizers = st.sampled_from(sorted(VARIANTS)).map(VARIANTS.__getitem__)
+
+names = st.sampled_from(
+    [*CONTROL, "<image>", *WORDS, "<mask>", "<bos", "<<bos>>", "bos>", "\n", " ", "▁", "<0x41>", "a en", "00"]
+)
+texts = st.text() | st.lists(names | st.text(max_size=5)).map("".join)
+
+
+# --- text to ids
+
+
+@given(tokenizers, texts)
+def test_text_never_becomes_a_control_token(tokens, text):
+    assert not FORBIDDEN & set(tokenizer.encode(tokens, text))
+
+
+@given(texts)
+def test_files_that_mark_their_tokens_otherwise_give_the_same_ids(text):
+    first, *others = (tokenizer.encode(tokens, text) for tokens in VARIANTS.values())
+    assert all(other == first for other in others)
+
+
+@given(tokenizers, texts, st.sampled_from(WORDS), texts)
+def test_places_and_mask_codes_are_one_id_wherever_they_stand(tokens, left, word, right):
+    both = [*tokenizer.encode(tokens, left), IDS[word], *tokenizer.encode(tokens, right)]
+    assert tokenizer.encode(tokens, left + word + right) == both
+
+
+@pytest.mark.parametrize(
+    "text", ["<loc1>", "<loc00001>", "<LOC0001>", "<loc0001", "< loc0001>", "<seg0001>", "<loc1024>"]
+)
+def test_what_only_resembles_a_place_is_spelled_out(text):
+    assert len(tokenizer.encode(PLAIN, text)) > 1
+    assert not {IDS[word] for word in WORDS} & set(tokenizer.encode(PLAIN, text))
+
+
+def test_nothing_is_added_cut_off_or_padded():
+    assert tokenizer.encode(PLAIN, "") == []
+    assert tokenizer.encode(PLAIN, "x") == [IDS["x"]]
+    assert tokenizer.encode(PLAIN, "x" * 50) == [IDS["x"]] * 50
+    assert tokenizer.encode(PLAIN, "a en en") == [IDS["a"], IDS["▁en"], IDS["▁en"]]
+
+
+def test_a_newline_is_one_id_and_two_are_another():
+    assert tokenizer.encode(PLAIN, "\n") == [PLAIN.newline] == [IDS["\n"]]
+    assert tokenizer.encode(PLAIN, "\n\n") == [IDS["\n\n"]]
+
+
+@given(st.text(), st.characters(categories=["Cs"]), st.text())
+def test_half_a_surrogate_pair_is_no_text(left, surrogate, right):
+    with pytest.raises(PromptError) as error:
+        tokenizer.encode(PLAIN, left + surrogate + right)
+    assert str(error.value).isprintable()
+
+
+# --- ids to text
+
+
+@given(tokenizers, texts)
+def test_decoding_undoes_encoding(tokens, text):
+    """But for ▁, which is how Google's tokenizers write a space."""
+    assert tokenizer.decode(tokens, tokenizer.encode(tokens, text)) == text.replace("▁", " ")
+
+
+added = st.sampled_from([IDS[name] for name in [*CONTROL, "<image>", "<mask>", *WORDS]])
+ids = st.lists(st.integers(0, len(IDS) - 1) | st.integers(4, 259) | added)  # 4 to 259 are the bytes
+
+
+@given(tokenizers, ids)
+def test_ids_are_the_bytes_of_their_tokens(tokens, ids):
+    spelled = {id: name.replace("▁", " ").encode() for name, id in IDS.items()}
+    spelled |= {4 + byte: bytes([byte]) for byte in range(256)} | dict.fromkeys(FORBIDDEN, b"")
+    assert tokenizer.decode(tokens, ids) == b"".join(spelled[id] for id in ids).decode("utf-8", "replace")
+
+
+@given(tokenizers, texts, st.lists(st.tuples(st.integers(0, 100), st.sampled_from(sorted(FORBIDDEN)))))
+def test_control_tokens_leave_no_trace(tokens, text, inserted):
+    ids = tokenizer.encode(tokens, text)
+    expected = tokenizer.decode(tokens, ids)
+    for place, id in inserted:
+        ids.insert(place, id)
+    assert tokenizer.decode(tokens, ids) == expected
+
+
+def test_places_and_mask_codes_are_written_out():
+    for tokens in VARIANTS.values():
+        assert tokenizer.decode(tokens, [2, IDS["<loc0001>"], IDS["<seg127>"], IDS["▁en"], 1]) == "<loc0001><seg127> en"
+
+
+@given(texts)
+def test_pieces_come_as_soon_as_their_characters_are_whole(text):
+    ids, taken = tokenizer.encode(PLAIN, text), 0
+
+    def one_by_one() -> Iterator[int]:
+        nonlocal taken
+        for id in ids:
+            taken += 1
+            yield id
+
+    written = ""
+    for piece in tokenizer.pieces(PLAIN, one_by_one()):
+        written += piece
+        assert piece
+        assert tokenizer.decode(PLAIN, ids[:taken]) == written
+    assert written == text.replace("▁", " ")
+
+
+# --- files
+
+
+def saved(folder: Path, content: str | bytes) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("control", [True, False])
+@pytest.mark.parametrize("words", [True, False])
+def test_a_file_is_what_was_saved(tmp_path, control, words):
+    loaded = tokenizer.load(saved(tmp_path, google(control, words).to_str()))
+    assert (loaded.newline, loaded.control) == (PLAIN.newline, PLAIN.control)
+    text = "<bos>a en\n<loc0001> é<eos>"
+    assert tokenizer.encode(loaded, text) == tokenizer.encode(PLAIN, text)
+
+
+WHOLE = google().to_str()
+BROKEN: dict[str, str | bytes] = {
+    "empty": "",
+    "text": "not\nJSON\n",
+    "no model": "{}",
+    "a list": "[]",
+    "quoted in the error": json.dumps(json.loads(WHOLE) | {"version": "1\n0"}),
+    "no token for what is unknown": Backend(models.BPE({"a": 0}, [], unk_token="<unk>")).to_str(),
+    "no token for a newline": Backend(models.BPE({"a": 0}, [])).to_str(),
+    "not UTF-8": b"\xff\xfe\n",
+    "truncated": WHOLE[: len(WHOLE) // 2],
+    "a merge of unknown pieces": json.dumps(
+        json.loads(WHOLE) | {"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused_by_name(tmp_path, name):
+    path = saved(tmp_path, BROKEN[name])
+    refused(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
+    refused(tmp_path / "missing.json")
+    refused(tmp_path)
+
+
+def refused(path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        tokenizer.load(path)
+    text = str(error.value)
+    assert text.isprintable(), "one line"
+    assert str(path) in text
+
+
+def test_a_tokenizer_without_a_newline_of_its_own_is_refused(tmp_path):
+    backend = google()
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    refused(saved(tmp_path, backend.to_str()))
+
+
+def test_control_tokens_that_a_file_lacks_are_not_needed():
+    vocab = {"a": 0, "\n": 1, "<eos>": 2}
+    loaded: Tokenizer = tokenizer.wrap(Backend(models.BPE(vocab, [])), "three tokens")
+    assert (loaded.newline, loaded.control) == (1, {2})

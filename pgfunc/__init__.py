@@ -1,7 +1,10 @@
 """PaliGemma and PaliGemma 2 as pure functions in PyTorch: what goes in is never changed."""
 
+from pgfunc import errors as errors
 from pgfunc import sample as sample
+from pgfunc import tokenizer as tokenizer
 from pgfunc import tree as tree
+from pgfunc.cache import Cache as Cache
 from pgfunc.checkpoint import convert as convert
 from pgfunc.checkpoint import load as load
 from pgfunc.checkpoint import save as save

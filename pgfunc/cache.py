@@ -32,7 +32,7 @@ def append(
 ) -> Float[Tensor, "b s k h"]:
     """The buffer with `new` at slots length .. length + t of each row; earlier slots are unchanged.
 
-    Raises IndexError where a row is full.
+    A row must have room: eager on the CPU a full one is an IndexError, elsewhere what the device makes of it.
     """
     rows = torch.arange(new.shape[0], device=new.device)
     slots = rearrange(length, "b -> b 1") + torch.arange(new.shape[1], device=new.device)

@@ -25,5 +25,9 @@ class SettingError(PgfuncError, ValueError):
     """A setting outside its range, such as a temperature or top-p."""
 
 
+class NumericalError(PgfuncError, ArithmeticError):
+    """A computation that left the range of its numbers."""
+
+
 class DeviceError(PgfuncError, RuntimeError):
     """A device that is not there."""

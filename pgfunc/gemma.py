@@ -66,7 +66,10 @@ def embed(p: Params, ids: Int[Tensor, "b t"], cfg: TextConfig) -> Float[Tensor, 
 
 
 def unembed(p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap=identity) -> Float[Tensor, "*b v"]:
-    """The final norm, the tied head and the final softcap: the only place that makes logits, in float32 or wider."""
+    """The final norm, the tied head and the final softcap: the only place that makes logits.
+
+    The product with the head has the parameters' precision; what follows is float32, or wider.
+    """
     x = tap("language.out", rms_norm(x, p.norm, cfg.eps))
     logits = widen(linear(x, p.embed[: cfg.vocab]))
     return tap("logits", ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits)

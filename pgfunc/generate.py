@@ -1,14 +1,15 @@
 """The loops: a batch of completions, a stream of text, the score of given answers.
 
 Each loop is a few lines over `prefill`, `decode` and `sample.choose`; copy one to change it. Rows with different
-numbers of pictures are grouped, and a row's random numbers depend on the seed and its place alone, so grouping and
-batch size do not change what is drawn.
+numbers of pictures are grouped; a row's random numbers depend on the seed and its place alone, so neither grouping nor
+the other rows nor the number of tokens asked for change what is drawn.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from pgfunc import paligemma, tokenizer
 from pgfunc.config import Config
-from pgfunc.errors import SettingError
+from pgfunc.errors import NumericalError, SettingError
 from pgfunc.paligemma import Params, Prompt
-from pgfunc.prompt import Model, Row, Text, as_rows, fits, needed, prepare, text_ids
+from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, tokenizer_of
 from pgfunc.sample import Settings, choose
 
 
@@ -48,21 +49,24 @@ def generate(
     does not fit.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
-    rows = as_rows(images, prefixes)
-    u = uniform(seed, len(rows), max_new_tokens)
 
-    def complete(places: list[int], prompt: Prompt) -> list[Completion]:
-        tokens, logprobs = [], []
-        ended = torch.zeros(len(places), dtype=torch.bool)
-        for token, logprob in steps(model.params, prompt, model.cfg, settings, u[places]):
-            tokens.append(token.cpu())
-            logprobs.append(logprob.cpu())
-            ended |= tokens[-1] == model.cfg.eos
-            if ended.all():
-                break
-        return [_completion(model, *row) for row in zip(torch.stack(tokens, 1), torch.stack(logprobs, 1), strict=True)]
+    def run(places: list[int], prompt: Prompt) -> list[Completion]:
+        return complete(model, prompt, settings, uniform(seed, places, max_new_tokens))
 
-    return grouped(model, rows, max_new_tokens, complete)
+    return grouped(model, as_rows(images, prefixes), max_new_tokens, run)
+
+
+def complete(model: Model, prompt: Prompt, settings: Settings, u: Float[Tensor, "b n"]) -> list[Completion]:
+    """The completions of one prompt, each up to its own end of sequence; decoding stops when every row has ended."""
+    tokens, logprobs = [], []
+    ended = torch.zeros(len(u), dtype=torch.bool)
+    for token, logprob in steps(model.params, prompt, model.cfg, settings, u):
+        tokens.append(token.cpu())
+        logprobs.append(logprob.cpu())
+        ended |= tokens[-1] == model.cfg.eos
+        if ended.all():
+            break
+    return [_completion(model, *row) for row in zip(torch.stack(tokens, 1), torch.stack(logprobs, 1), strict=True)]
 
 
 def stream(
@@ -81,14 +85,18 @@ def stream(
     `images` is one picture or a list of 0..n. A piece is whole characters.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
-    u = uniform(seed, 1, max_new_tokens)
-    prompt = prepare(model, [images], [prefix])
-    fits(model.cfg, prompt.pixels.shape[1], prompt.tokens.shape[1] + max_new_tokens)
-    tokens = (int(token) for token, _ in steps(model.params, prompt, model.cfg, settings, u))
-    return tokenizer.pieces(needed(model), takewhile(lambda token: token != model.cfg.eos, tokens))
+    prompt = prepare_with_room(model, [images], [prefix], max_new_tokens)
+    u = uniform(seed, [0], max_new_tokens)
+
+    def tokens() -> Iterator[int]:
+        for token, logprob in steps(model.params, prompt, model.cfg, settings, u):
+            check_numbers(logprob)
+            yield int(token)
+
+    return tokenizer.pieces(tokenizer_of(model), takewhile(lambda token: token != model.cfg.eos, tokens()))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def steps(
     params: Params, prompt: Prompt, cfg: Config, settings: Settings, u: Float[Tensor, "b n"]
 ) -> Iterator[tuple[Int[Tensor, "b"], Float[Tensor, "b"]]]:
@@ -102,7 +110,7 @@ def steps(
             logits, cache = paligemma.decode(params, token, cache, cfg)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(model: Model, images: Any, prefixes: Any, candidates: Sequence[Text]) -> Float[Tensor, "b c"]:
     """The log-probability of each candidate as the whole answer, its end of sequence included.
 
@@ -113,7 +121,7 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Sequence[Text]) 
     answers = [[*text_ids(model, candidate), model.cfg.eos] for candidate in candidates]
     size = max(len(answer) for answer in answers)
 
-    def rate(places: list[int], prompt: Prompt) -> list[Tensor]:
+    def run(places: list[int], prompt: Prompt) -> list[Tensor]:
         logits, cache = paligemma.prefill(model.params, prompt, model.cfg, size)
         columns: list[Tensor] = []
         for answer in answers:
@@ -123,7 +131,7 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Sequence[Text]) 
             columns.append(logprob(every, tokens).sum(-1))
         return list(torch.stack(columns, 1).cpu())
 
-    return torch.stack(grouped(model, as_rows(images, prefixes), size, rate))
+    return torch.stack(grouped(model, as_rows(images, prefixes), size, run))
 
 
 def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -132,25 +140,46 @@ def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Te
     return rearrange(logits.log_softmax(-1).gather(-1, chosen), "... 1 -> ...")
 
 
-def uniform(seed: int, rows: int, tokens: int) -> Float[Tensor, "rows tokens"]:
-    """The random numbers of a run: in [0, 1), float64, the same on every device."""
-    if tokens < 1:
-        raise SettingError(f"max-new-tokens is {tokens}, expected 1 or more")
-    return torch.rand(rows, tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def uniform(seed: int, rows: Sequence[int], tokens: int) -> Float[Tensor, "rows tokens"]:
+    """The random numbers of some rows: in [0, 1), float64, a stream of its own for each (seed, row)."""
+    if seed < 0:
+        raise SettingError(f"seed is {seed}, expected 0 or more")
+    return torch.from_numpy(np.stack([np.random.default_rng((seed, row)).random(tokens) for row in rows]))
 
 
 def grouped(model: Model, rows: list[Row], size: int, run: Callable[[list[int], Prompt], list[Any]]) -> list[Any]:
     """Run rows that have equally many pictures together, and give the results back in the order of the rows."""
+    counts = {len(row.images) for row in rows}
+    groups = [[place for place, row in enumerate(rows) if len(row.images) == count] for count in sorted(counts)]
+    prompts = [
+        prepare_with_room(
+            model, [rows[place].images for place in places], [rows[place].prefix for place in places], size
+        )
+        for places in groups
+    ]
     results: dict[int, Any] = {}
-    for count in sorted({len(row.images) for row in rows}):
-        places = [place for place, row in enumerate(rows) if len(row.images) == count]
-        prompt = prepare(model, [rows[place].images for place in places], [rows[place].prefix for place in places])
-        fits(model.cfg, count, prompt.tokens.shape[1] + size)
+    for places, prompt in zip(groups, prompts, strict=True):
         results |= zip(places, run(places, prompt), strict=True)
     return [results[place] for place in range(len(rows))]
 
 
+def prepare_with_room(model: Model, images: Any, prefixes: Any, size: int) -> Prompt:
+    """`prepare`, with a check that `size` tokens more fit the model's positions."""
+    if size < 1:
+        raise SettingError(f"max-new-tokens is {size}, expected 1 or more")
+    prompt = prepare(model, images, prefixes)
+    fits(model.cfg, prompt.pixels.shape[1], prompt.tokens.shape[1] + size)
+    return prompt
+
+
+def check_numbers(logprobs: Tensor) -> None:
+    """Raise NumericalError where a log-probability is nan."""
+    if logprobs.isnan().any():
+        raise NumericalError("the logits are not numbers (nan); float16 overflows where bfloat16 and float32 do not")
+
+
 def _completion(model: Model, tokens: Int[Tensor, "t"], logprobs: Float[Tensor, "t"]) -> Completion:
+    check_numbers(logprobs)
     ids = tokens.tolist()
     end = ids.index(model.cfg.eos) if model.cfg.eos in ids else len(ids)
     finish = "eos" if end < len(ids) else "length"

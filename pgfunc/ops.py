@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 
 T = TypeVar("T")
 
@@ -85,9 +86,10 @@ def attend(
     """softmax(softcap(q·k · scale)) · v over the keys where mask is True; head n reads kv head n // (n / k).
 
     A query that may see no key gives zeros. PyTorch's fused kernels serve when they can; they know neither softcaps
-    nor forward-mode AD nor vmap, where the same formula is written out.
+    nor forward-mode AD nor vmap, where the same formula is written out. They also have no second derivative: use
+    torch.func for it, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
-    if cap or torch._C._are_functorch_transforms_active():
+    if cap or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return attend_explicit(q, k, v, mask, scale, cap)
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
     mask = mask if mask is None else rearrange(mask, "b t s -> b 1 t s")

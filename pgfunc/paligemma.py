@@ -16,6 +16,7 @@ from torch import Tensor
 from pgfunc import gemma, masks, siglip, tree
 from pgfunc.cache import Cache, pad
 from pgfunc.config import Config
+from pgfunc.errors import SettingError
 from pgfunc.ops import identity, linear
 
 
@@ -101,6 +102,8 @@ def forward(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Float[
 
 def prefill(params: Params, prompt: Prompt, cfg: Config, size: int, tap=identity) -> tuple[Float[Tensor, "b v"], Cache]:
     """The logits at each row's last valid token, and a cache of the prompt with room for `size` tokens more."""
+    if size < 0:
+        raise SettingError(f"size is {size}, expected room for 0 or more tokens")
     x, valid, causal = left_aligned(embed_prompt(params, prompt, cfg, tap))
     seen = masks.prompt(valid, causal, cfg.text.window)
     x, kv = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap)

@@ -52,6 +52,8 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     if len({len(row.images) for row in rows}) > 1:
         raise PromptError("the rows of one prompt have different numbers of pictures; prepare them apart")
     cfg, device = model.cfg, model.params.projector.device
+    if device.type == "meta":
+        raise PromptError("this model is on the meta device, where it has shapes and no weights; load it elsewhere")
     tokens = [(_prefix(model, row.prefix), _suffix(model, row.suffix)) for row in rows]
     width = max(len(prefix) + len(suffix) for prefix, suffix in tokens)
     fits(cfg, len(rows[0].images), width)
@@ -92,7 +94,9 @@ def _texts(name: str, value: Any, *others: Any) -> Sequence[Text | None] | None:
     if _is_text(value):
         return None
     listed = isinstance(value, (list, tuple))
-    wrong = [row for row in value if not _is_text(row) and row not in others] if listed else [value]
+    wrong = (
+        [row for row in value if not _is_text(row) and all(row is not other for other in others)] if listed else [value]
+    )
     if wrong:
         raise PromptError(
             f"{name} are text or lists of token ids, one for all rows or one each; found {wrong[0]!r:.60}"
@@ -107,7 +111,7 @@ def _is_text(value: Any) -> bool:
 
 def _prefix(model: Model, prefix: Text) -> list[int]:
     ids = text_ids(model, prefix)
-    return [model.cfg.bos, *ids, needed(model).newline] if isinstance(prefix, str) else ids
+    return [model.cfg.bos, *ids, tokenizer_of(model).newline] if isinstance(prefix, str) else ids
 
 
 def _suffix(model: Model, suffix: Text | None) -> list[int]:
@@ -116,13 +120,13 @@ def _suffix(model: Model, suffix: Text | None) -> list[int]:
 
 def text_ids(model: Model, text: Text) -> list[int]:
     """The ids of a text, or the ids that were given in its place."""
-    ids = tokenizer.encode(needed(model), text) if isinstance(text, str) else list(text)
+    ids = tokenizer.encode(tokenizer_of(model), text) if isinstance(text, str) else list(text)
     if wrong := [id for id in ids if not 0 <= id < model.cfg.text.vocab]:
         raise PromptError(f"token id {wrong[0]} is outside 0..{model.cfg.text.vocab - 1}; is it another model's?")
     return ids
 
 
-def needed(model: Model) -> Tokenizer:
+def tokenizer_of(model: Model) -> Tokenizer:
     """The model's tokenizer; a PromptError where it has none."""
     if model.tokenizer is None:
         raise PromptError("this model was loaded without a tokenizer; give token ids, or load it with tokenizer=")

@@ -4,6 +4,7 @@ A filter sets what it excludes to -inf and leaves the rest alone, so filters com
 `choose` applies them in the usual one: temperature, top-k, top-p, min-p. Randomness comes in as numbers.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,8 @@ def draw(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"]) -> Int[Tensor, "
     # u = 1 must fall on the last token that has probability, not behind it
     below = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(rearrange(u, "... -> ... 1").double() * total, below).contiguous()
-    return rearrange(torch.searchsorted(cumulative, target, right=True), "... 1 -> ...")
+    token = torch.searchsorted(cumulative, target, right=True)
+    return rearrange(token, "... 1 -> ...").clamp(max=logits.shape[-1] - 1)  # beyond the last only where logits are nan
 
 
 def top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:
@@ -77,13 +79,14 @@ def top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
     """Keep the fewest tokens that sum to probability p, and what ties with the last (Holtzman et al. 2020)."""
     if p >= 1:
         return logits
-    ranked = logits.double().softmax(-1).sort(-1, descending=True).values
-    kept = (ranked.cumsum(-1) - ranked < p).sum(-1, keepdim=True)
-    least = logits.sort(-1, descending=True).values.gather(-1, kept - 1)
+    ranked = logits.sort(-1, descending=True).values
+    shares = ranked.double().softmax(-1)
+    kept = (shares.cumsum(-1) - shares < p).sum(-1, keepdim=True)
+    least = ranked.gather(-1, (kept - 1).clamp(min=0))
     return logits.masked_fill(logits < least, float("-inf"))
 
 
 def min_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
     """Keep the tokens at least p times as probable as the most probable one (Nguyen et al. 2024)."""
-    floor = logits.max(-1, keepdim=True).values + torch.tensor(p).log()
+    floor = logits.amax(-1, keepdim=True).double() + (math.log(p) if p else -math.inf)
     return logits.masked_fill(logits < floor, float("-inf"))

@@ -33,7 +33,8 @@ def run(place, monkeypatch, capsys):
 
     def call(*arguments: str, model: str | None = "model") -> tuple[int, str, str]:
         monkeypatch.chdir(place)
-        chosen = ["--model", model, "--device", "cpu"] if model else []
+        chosen = ["--model", model] if model else []
+        chosen += ["--device", "cpu"] if model and "--device" not in arguments else []
         monkeypatch.setattr(sys, "argv", ["pgfunc", *arguments, *chosen])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -120,6 +121,8 @@ MISTAKES = {
     "truncated picture": (["caption", "cut.png"], "cut.png: cannot be read as a picture"),
     "picture is a folder": (["caption", "model"], "model: cannot be read as a picture"),
     "top-k": (["caption", "red.png", "--top-k", "0"], "top-k is 0, expected"),
+    "no weights": (["caption", "red.png", "--device", "meta"], "meta device"),
+    "seed": (["caption", "red.png", "--temperature", "1", "--seed", "-3"], "seed is -3"),
     "long prompt": (["ask", "red.png", "--prompt", "x" * 500], "do not fit 120 positions"),
 }
 
@@ -149,6 +152,7 @@ def spoil_shard(folder):
 
 
 def spoil_index(folder):
+    (folder / "model.safetensors").rename(folder / "shard")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../a.safetensors"}}')
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import pgfunc as pg
 from pgfunc import tokenizer
-from pgfunc.errors import PromptError, SettingError
+from pgfunc.errors import NumericalError, PromptError, SettingError
 
 MODEL = text_model()
 RED, BLUE = np.full((5, 7, 3), (200, 0, 0), np.uint8), np.full((9, 4, 3), (0, 0, 200), np.uint8)
@@ -97,6 +97,27 @@ def test_a_row_draws_the_same_whatever_the_other_rows_are(seed):
     assert pg.generate(MODEL, [RED, BLUE], ["a", "b"], **options) == [first, second]
 
 
+def test_more_tokens_begin_with_the_same_ones():
+    options = {"temperature": 1.0, "seed": 2}
+    few, many = (pg.generate(MODEL, [RED, BLUE], ["a", "b"], tokens, **options) for tokens in (5, 9))
+    assert [done.tokens for done in few] == [done.tokens[:5] for done in many]
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    params = MODEL.params._replace(projector_bias=MODEL.params.projector_bias * float("nan"))
+    for call in (pg.generate, lambda *given: list(pg.stream(*given))):
+        for temperature in (0.0, 1.0):
+            with pytest.raises(NumericalError, match="not numbers"):
+                call(MODEL._replace(params=params), RED, "a", 3, temperature)
+
+
+def test_scores_can_be_computed_with():
+    scores = pg.score(MODEL, RED, "a", ["yes", "no"])
+    weight = torch.ones(2, requires_grad=True)
+    (scores * weight).sum().backward()
+    assert torch.equal(weight.grad, scores[0])
+
+
 def test_seeds_and_temperature_change_what_is_drawn():
     drawn = {tuple(pg.generate(MODEL, RED, "a", 12, temperature=1.0, seed=seed)[0].tokens) for seed in range(5)}
     assert len(drawn) == 5
@@ -131,15 +152,16 @@ def test_score_is_the_log_probability_of_the_answer_and_its_end():
 
 
 def test_settings_and_lengths_outside_their_range_are_errors():
-    for settings in ({"temperature": -1.0}, {"top_p": 1.5}, {"top_k": 0}, {"min_p": 2.0}, {"max_new_tokens": 0}):
+    for settings in ({"temperature": -1.0}, {"top_p": 1.5}, {"top_k": 0}, {"min_p": 2.0}, {"max_new_tokens": 0},
+                     {"seed": -1}):  # fmt: skip
         with pytest.raises(SettingError):
             pg.generate(MODEL, RED, "a", **settings)
         with pytest.raises(SettingError):
             pg.stream(MODEL, RED, "a", **settings)
     with pytest.raises(PromptError, match="do not fit 120 positions"):
-        pg.generate(MODEL, RED, "a", max_new_tokens=200)
+        pg.generate(MODEL, RED, "a", max_new_tokens=10**15)
     with pytest.raises(PromptError, match="do not fit 120 positions"):
-        pg.stream(MODEL, RED, "a", max_new_tokens=200)
+        pg.stream(MODEL, RED, "a", max_new_tokens=10**15)
     for candidates in ([], "yes"):
         with pytest.raises(SettingError, match="candidates must be a list"):
             pg.score(MODEL, RED, "a", candidates)

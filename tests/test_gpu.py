@@ -16,7 +16,7 @@ def to(tree, device: str):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cuda_equals_cpu(name):
-    cfg, tree, given = CONFIGS[name], params(CONFIGS[name]), prompt(CONFIGS[name], [2, 5], [4, 1])
+    cfg, tree, given = CONFIGS[name], params(CONFIGS[name]), prompt(CONFIGS[name], [2, 5], [4, 3])
     expected = pg.forward(tree, given, cfg)
     on_gpu, given_gpu = to(tree, "cuda"), to(given, "cuda")
     found = pg.forward(on_gpu, given_gpu, cfg).cpu()

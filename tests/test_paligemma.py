@@ -7,6 +7,7 @@ import torch
 from cases import CONFIGS, configs, params, prompt, prompts, seeds
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import pgfunc as pg
@@ -146,13 +147,13 @@ def test_without_positions_the_encoder_cannot_tell_patches_apart_and_rope2d_give
 
 
 def loss(tree: pg.Params, given: pg.Prompt, cfg: pg.Config) -> torch.Tensor:
-    return pg.forward(tree, given, cfg).log_softmax(-1)[..., 0].mean()
+    return pg.forward(tree, given, cfg).log_softmax(-1)[..., 0][given.valid].mean()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_grad_equals_autograd(name):
     cfg, tree = CONFIGS[name], params(CONFIGS[name])
-    given = prompt(cfg, [2, 4], [3, 1])
+    given = prompt(cfg, [2, 4], [3, 2])
     found = pg.tree.flatten(grad(loss)(tree, given, cfg))
     leaves = pg.tree.map(lambda leaf: leaf.clone().requires_grad_(), tree)
     loss(leaves, given, cfg).backward()
@@ -162,7 +163,7 @@ def test_grad_equals_autograd(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_vmap_over_an_ensemble_equals_a_loop(name):
-    cfg, given = CONFIGS[name], prompt(CONFIGS[name], [2, 4], [3, 1])
+    cfg, given = CONFIGS[name], prompt(CONFIGS[name], [2, 4], [3, 2])
     trees = [params(cfg, seed) for seed in range(3)]
     together = vmap(lambda tree: pg.forward(tree, given, cfg))(pg.tree.stack(trees))
     for tree, row in zip(trees, together, strict=True):
@@ -188,7 +189,7 @@ def test_vmap_of_decode_equals_a_loop(name):
 def test_jvp_equals_the_gradient_along_the_tangent_and_finite_differences(name):
     cfg = CONFIGS[name]
     tree, tangent = (params(cfg, seed, torch.float64) for seed in (0, 1))
-    given = prompt(cfg, [2, 4], [3, 1])
+    given = prompt(cfg, [2, 4], [3, 2])
     given = given._replace(pixels=given.pixels.double())
     _, slope = jvp(lambda tree: loss(tree, given, cfg), (tree,), (tangent,))
     gradient = pg.tree.flatten(grad(loss)(tree, given, cfg))
@@ -201,6 +202,15 @@ def test_jvp_equals_the_gradient_along_the_tangent_and_finite_differences(name):
     step = 1e-5
     difference = (moved(step) - moved(-step)) / (2 * step)
     torch.testing.assert_close(slope, difference, atol=1e-8, rtol=1e-6)  # error of order step²
+
+
+def test_forward_mode_ad_works_outside_torch_func_too():
+    cfg, given = CONFIGS["gemma"], prompt(CONFIGS["gemma"], [2, 4], [3, 2])
+    tree, tangent = params(cfg), params(cfg, 1)
+    _, expected = jvp(lambda tree: loss(tree, given, cfg), (tree,), (tangent,))
+    with forward_ad.dual_level():
+        dual = pg.tree.map(forward_ad.make_dual, tree, tangent)
+        torch.testing.assert_close(forward_ad.unpack_dual(loss(dual, given, cfg)).tangent, expected)
 
 
 def fingerprint(*trees) -> str:

@@ -4,17 +4,18 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf
-from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, write_config, write_json
+from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, render, write_config, write_json
 from pgfunc.config import PUBLISHED, Config
 from pgfunc.errors import CheckpointError, DeviceError, SettingError
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 Source = str | Path | None
 
@@ -32,12 +33,14 @@ def load(
     published name or the path of a `config.json`, and `tokenizer` the path of a `tokenizer.json`; or a hub id, by
     huggingface_hub with its cache and its offline switch.
     dtype: None keeps what the files hold. device: None is CUDA where there is one, else the CPU; "meta" reads only
-    headers. Weights are memory-mapped, and not copied while dtype and device stay.
+    headers. Weights in Hugging Face layout are memory-mapped, and not copied while dtype and device stay.
     Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
     """
     where, kind = as_device(device), as_dtype(dtype)
     path = find(source)
     if path.is_dir():
+        if config is not None:
+            raise SettingError(f"config {config} is for a .npz; {path} has a {CONFIG} of its own")
         cfg = read_config(path)
         params = hf.load(path, cfg, kind, where)
         tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)
@@ -52,14 +55,17 @@ def load(
 def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
     """Write a model in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it."""
     folder = Path(folder)
+    render(model.cfg, "")  # what cannot be said is refused before anything is written
+    if model.params.projector.is_meta:
+        raise CheckpointError(f"{folder}: a model on the meta device has no weights to save")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, model.cfg, str(model.params.projector.dtype).removeprefix("torch."))
         hf.save(folder, model.cfg, model.params, shard_bytes)
+        write_config(folder, model.cfg, str(model.params.projector.dtype).removeprefix("torch."))
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -87,16 +93,19 @@ def convert(
     try:
         bigvision.save(target, model.cfg, model.params)
     except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from error
+        raise CheckpointError(f"{target}: cannot be written ({error})") from error
 
 
 def find(source: Source) -> Path:
     """The file or folder that a source names, fetched from the hub when it is a hub id."""
     if source is None:
         return shipped()
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a name too long, no such user
+        raise CheckpointError(f"{str(source)[:80]!r}: not the name of a file or folder ({error})") from error
     if HUB_ID.fullmatch(str(source)):
         return from_hub(str(source))
     raise CheckpointError(f"{source}: no such file or folder, and not a hub id such as google/paligemma2-3b-mix-224")
@@ -112,22 +121,25 @@ def shipped() -> Path:
 
 
 def from_hub(name: str) -> Path:
-    """The folder of a hub id in huggingface_hub's cache, downloaded if it may be."""
+    """The folder of a hub id, `owner/name` or `owner/name@revision`, in huggingface_hub's cache; fetched if need be."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
+        )
     except GatedRepoError as error:
         raise CheckpointError(
             f"{name}: gated; accept its licence on the hub and log in with `hf auth login`"
         ) from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: not in the local cache, and the hub cannot be reached or is switched off"
+            f"{name}: no such folder, not in the hub's local cache, and the hub cannot be reached or is switched off"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"{name}: the hub says {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the network and the hub raise what they like
+        raise CheckpointError(f"{name}: the hub says {str(error).partition(chr(10))[0] or error!r}") from error
 
 
 def named_config(config: str | Path | None, path: Path) -> Config:
@@ -137,7 +149,7 @@ def named_config(config: str | Path | None, path: Path) -> Config:
             f"{path}: a .npz needs config=, one of {', '.join(PUBLISHED)}, or the path of a config.json"
         )
     if str(config) in PUBLISHED:
-        return PUBLISHED[str(config)]
+        return bigvision.padded(path, PUBLISHED[str(config)])
     if not Path(config).exists():
         raise CheckpointError(f"config {config} is neither a file nor one of {', '.join(PUBLISHED)}")
     return read_config(Path(config)) if Path(config).is_dir() else parse_file(Path(config))
@@ -151,7 +163,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DeviceError(f"device {device} is not there ({str(error).splitlines()[0]})") from error
+        raise DeviceError(f"device {device} is not there ({str(error).partition(chr(10))[0]})") from error
     return where
 
 

@@ -7,7 +7,7 @@ bfloat16 is stored as numpy void of two bytes, and nothing is ever unpickled. So
 """
 
 import zipfile
-import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "|V2": torch.bfloat16}
+EMBED = "llm/embedder/input_embedding"
 
 
 def table(cfg: Config) -> paligemma.Params:
@@ -95,7 +96,7 @@ def _language(cfg: TextConfig) -> gemma.Params:
         )  # fmt: skip
 
     return gemma.Params(
-        embed=Slot("llm/embedder/input_embedding"),
+        embed=Slot(EMBED),
         layers=tuple(layer(i) for i in range(cfg.layers)),
         norm=Slot("llm/final_norm/scale"),
     )
@@ -106,13 +107,20 @@ def load(path: Path, cfg: Config, dtype: torch.dtype | None, device: torch.devic
     return gather(table(cfg), paligemma.abstract(cfg), open_file(path), str(path), dtype, device)
 
 
+def padded(path: Path, cfg: Config) -> Config:
+    """The config with the padding rows that a file converted from Hugging Face's keeps behind the vocabulary."""
+    rows = open_file(path).get(EMBED)
+    more = rows.shape[0] - cfg.text.vocab if rows and rows.shape else 0
+    return replace(cfg, text=replace(cfg.text, padding=max(more, 0)))
+
+
 def open_file(path: Path) -> dict[str, Entry]:
     """Every array of a `.npz`, by its name without the `params/` prefix; nothing is read but headers."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
             headers = {name.removesuffix(".npy"): _header(archive, name) for name in names}
-    except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except Exception as error:  # zipfile and numpy raise whatever a damaged file makes them raise
         raise CheckpointError(f"{path}: not a complete npz file ({error}); download it again") from error
     return {
         name.removeprefix("params/"): Entry(shape, dtype, lambda name=name: _read(path, name))
@@ -128,8 +136,8 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], torch
             raise ValueError(f"{name} is an npy file of version {version}")
         shape, _, dtype = read(file)
     kind = dtype.str if dtype.kind == "V" else dtype.name
-    if kind not in DTYPES:
-        raise ValueError(f"{name} has dtype {kind}, expected one of {', '.join(DTYPES)}")
+    if kind not in DTYPES or not dtype.isnative:
+        raise ValueError(f"{name} has dtype {dtype.str}, expected one of {', '.join(DTYPES)}")
     return shape, DTYPES[kind]
 
 
@@ -137,19 +145,21 @@ def _read(path: Path, name: str) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as archive:
             array = archive[name]
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise CheckpointError(f"{path}: {name}: {error}") from error
+    except Exception as error:  # as in open_file
+        raise CheckpointError(f"{path}: {name} cannot be read ({error}); download it again") from error
     if array.dtype.kind == "V":
         return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def save(path: Path, cfg: Config, params: paligemma.Params) -> None:
-    """Write the parameters as big_vision does."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    """Write the parameters as big_vision does, and rename the file when it is whole."""
+    beside = path.with_name(f"{path.name}.part")
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for key, array in arrange(table(cfg), params).items():
             with archive.open(f"params/{key}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, _numpy(array), allow_pickle=False)
+    beside.replace(path)
 
 
 def _numpy(array: Tensor) -> np.ndarray:

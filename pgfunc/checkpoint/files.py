@@ -76,6 +76,8 @@ def gather(
     Raises CheckpointError for a key that is missing or too many, and for a wrong shape, naming key and both shapes.
     """
     check(arrange(table, abstract), entries, where)
+    if dtype is None:
+        check_one_dtype(entries, where)
     users: dict[str, list[tuple[str, Slot]]] = defaultdict(list)
     for path, slot in tree.flatten(table).items():
         users[slot.key].append((path, slot))
@@ -105,6 +107,14 @@ def check(expected: Mapping[str, Tensor], entries: Mapping[str, Entry], where: s
             raise CheckpointError(f"{where}: {key}: expected {tuple(expected[key].shape)}, found {tuple(entry.shape)}")
         if not entry.dtype.is_floating_point:
             raise CheckpointError(f"{where}: {key}: expected floating point numbers, found {entry.dtype}")
+
+
+def check_one_dtype(entries: Mapping[str, Entry], where: str) -> None:
+    """Activations meet all weights, so all weights must have one dtype."""
+    (key, entry), *others = entries.items()
+    for other, found in others:
+        if found.dtype != entry.dtype:
+            raise CheckpointError(f"{where}: {key} is {entry.dtype}, {other} is {found.dtype}; choose one with dtype=")
 
 
 def _first(keys: list[str]) -> str:

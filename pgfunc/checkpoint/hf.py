@@ -7,6 +7,7 @@ Weights are memory-mapped and, where dtype and device stay, never copied. Source
 `models/paligemma`, `models/siglip`, `models/gemma`, `models/gemma2`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from pgfunc.config import Config
 from pgfunc.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what a save replaces
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -119,10 +122,10 @@ def layout(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
 
 def open_folder(folder: Path) -> dict[str, Entry]:
     """Every array in a folder's safetensors, by name; nothing is read but headers."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+    if (folder / SINGLE).exists():  # before an index, as transformers does, which may leave an old one behind
         return open_file(folder / SINGLE)
+    if not (folder / INDEX).exists():
+        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: weight_map is not a table of file names")
@@ -160,21 +163,25 @@ def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) 
 
     Files are written beside and then renamed, so that a model may be saved over the very files that it is mapped from.
     """
-    arrays = {key: array.contiguous() for key, array in arrange(table(cfg), params).items()}
+    arrays = unshared({key: array.contiguous() for key, array in arrange(table(cfg), params).items()})
     shards = split_state_dict_into_shards_factory(
         arrays, get_storage_size=_nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
-    for name, keys in shards.filename_to_tensors.items():
-        beside = folder / f"{name}.part"
-        save_file({key: arrays[key] for key in keys}, beside, metadata={"format": "pt"})
-        beside.replace(folder / name)
-    for stale in {
-        INDEX,
-        *(path.name for path in folder.glob("model*.safetensors")),
-    } - shards.filename_to_tensors.keys():
-        (folder / stale).unlink(missing_ok=True)
+    names = shards.filename_to_tensors
+    for name, keys in names.items():
+        save_file({key: arrays[key] for key in keys}, folder / f"{name}.part", metadata={"format": "pt"})
+    for stale in [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in names]:
+        stale.unlink()
+    for name in names:
+        (folder / f"{name}.part").replace(folder / name)
     if shards.is_sharded:
         write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+
+
+def unshared(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The arrays, with a copy of each that begins where another does: a file keeps them apart."""
+    first = {array.data_ptr(): key for key, array in reversed(arrays.items())}
+    return {key: array if first[array.data_ptr()] == key else array.clone() for key, array in arrays.items()}
 
 
 def _nbytes(array: Tensor) -> int:

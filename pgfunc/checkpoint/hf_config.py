@@ -33,6 +33,8 @@ GEMMA2 = GEMMA | {
     "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
 }  # fmt: skip
 
+NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null: without
+
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -42,7 +44,8 @@ def read_config(folder: Path) -> Config:
     for name in (PREPROCESSOR, PROCESSOR):
         if (folder / name).exists():
             raw = read_json(folder / name)
-            return with_processor(cfg, raw.get("image_processor", raw), folder / name)
+            nested = raw.get("image_processor")
+            return with_processor(cfg, nested if isinstance(nested, dict) else raw, folder / name)
     return cfg
 
 
@@ -63,16 +66,16 @@ def parse(raw: Mapping[str, Any]) -> Config:
     text = {"gemma": GEMMA, "gemma2": GEMMA2}.get(given.get("model_type"))
     if text is None:
         raise ValueError(f"text_config.model_type is {given.get('model_type')}, expected gemma or gemma2")
-    text = text | {key: value for key, value in given.items() if value is not None or key.endswith("softcapping")}
+    text = text | {key: value for key, value in given.items() if value is not None or key in NULLABLE}
     vision = SIGLIP | raw["vision_config"]
-    ids = {key: raw.get(key, text[key]) for key in ("pad_token_id", "eos_token_id", "bos_token_id")}
-    image = raw["image_token_id"] if "image_token_id" in raw else raw["image_token_index"]
+    _require({"tie_word_embeddings": True} | dict(raw), "tie_word_embeddings", True)
+    image = _whole(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
     cfg = Config(
         vision=_vision(vision),
         text=_text(text, image),
-        pad=_whole(ids, "pad_token_id"),
-        eos=_whole(ids, "eos_token_id"),
-        bos=_whole(ids, "bos_token_id"),
+        pad=_token(raw, text, "pad_token_id"),
+        eos=_token(raw, text, "eos_token_id"),
+        bos=_token(raw, text, "bos_token_id"),
         image=image,
     )
     if raw.get("projection_dim", cfg.text.width) != cfg.text.width:
@@ -85,6 +88,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
 def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     _require(raw, "hidden_act", "gelu_pytorch_tanh")
     _require(raw, "num_channels", 3)
+    _require({"vision_use_head": False} | dict(raw), "vision_use_head", False)
     cfg = VisionConfig(
         width=_whole(raw, "hidden_size"),
         layers=_whole(raw, "num_hidden_layers"),
@@ -100,6 +104,8 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
         raise ValueError(f"vision_config.position is {cfg.position}, expected learned or rope2d")
     if cfg.width % cfg.heads:
         raise ValueError(f"vision_config.hidden_size {cfg.width} is not a multiple of its {cfg.heads} heads")
+    if cfg.position == "rope2d" and cfg.head_dim % 4:
+        raise ValueError(f"rope2d needs heads of a multiple of 4, found {cfg.head_dim}")
     if cfg.image_size % cfg.patch:
         raise ValueError(f"image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch}")
     return cfg
@@ -110,6 +116,9 @@ def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
     _require(raw, "attention_bias", False)
     _require(raw, "tie_word_embeddings", True)
     _require(raw, "hidden_activation", "gelu_pytorch_tanh")
+    _require({"rope_scaling": None} | dict(raw), "rope_scaling", None)
+    if not str(raw.get("hidden_act") or "gelu").startswith("gelu"):  # old files say gelu, and meant the tanh form
+        raise ValueError(f"hidden_act is {raw['hidden_act']!r}, expected gelu_pytorch_tanh")
     rope = raw.get("rope_parameters") or {"rope_theta": raw["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type is {rope['rope_type']}, expected default")
@@ -127,7 +136,7 @@ def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
         query_scale=scale**-0.5,
         attention_softcap=float(raw["attn_logit_softcapping"] or 0) if gemma2 else 0.0,
         final_softcap=float(raw["final_logit_softcapping"] or 0) if gemma2 else 0.0,
-        window=_whole(raw, "sliding_window") if gemma2 else 0,
+        window=_whole(raw, "sliding_window") if gemma2 and raw["sliding_window"] is not None else 0,
         post_norms=gemma2,
         theta=float(rope["rope_theta"]),
         eps=float(raw["rms_norm_eps"]),
@@ -139,6 +148,12 @@ def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
     if cfg.heads % cfg.kv_heads or cfg.head_dim % 2:
         raise ValueError(f"{cfg.heads} heads of {cfg.head_dim} do not fit {cfg.kv_heads} kv heads and rotary positions")
     return cfg
+
+
+def _token(raw: Mapping[str, Any], text: Mapping[str, Any], key: str) -> int:
+    """A token id at the top level or in text_config; the first, where Gemma lists the ends of a turn too."""
+    found = raw[key] if raw.get(key) is not None else text[key]
+    return _whole({key: found[0] if isinstance(found, list) and found else found}, key)
 
 
 def _whole(raw: Mapping[str, Any], key: str) -> int:
@@ -155,15 +170,19 @@ def _require(raw: Mapping[str, Any], key: str, value: Any) -> None:
 
 def with_processor(cfg: Config, raw: Mapping[str, Any], path: Path) -> Config:
     """The config with the resize filter that an image processor's settings ask for."""
-    size, side = raw.get("size", {}), cfg.vision.image_size
-    expected = {"size": {"height": side, "width": side}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    found = {"size": size, "image_mean": raw.get("image_mean"), "image_std": raw.get("image_std")}
+    side = cfg.vision.image_size
+    expected = {
+        "size": {"height": side, "width": side},
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255,
+        "do_resize": True, "do_rescale": True, "do_normalize": True,
+    }  # fmt: skip
     for key, value in expected.items():
-        if found[key] is not None and found[key] != value:
-            raise CheckpointError(f"{path}: {key} is {found[key]}, expected {value}")
-    if raw.get("resample", 3) not in RESAMPLE:
-        raise CheckpointError(f"{path}: resample is {raw['resample']!r}, expected one of {RESAMPLE}")
-    return replace(cfg, resample=RESAMPLE[raw.get("resample", 3)])
+        if raw.get(key) not in (None, value):
+            raise CheckpointError(f"{path}: {key} is {raw[key]}, expected {value}")
+    resample = raw.get("resample", 3)
+    if type(resample) is not int or resample not in RESAMPLE:
+        raise CheckpointError(f"{path}: resample is {resample!r}, expected one of {RESAMPLE}")
+    return replace(cfg, resample=RESAMPLE[resample])
 
 
 def write_config(folder: Path, cfg: Config, dtype: str) -> None:
@@ -181,7 +200,10 @@ def write_config(folder: Path, cfg: Config, dtype: str) -> None:
 
 
 def render(cfg: Config, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a config: `parse` gives the config back."""
+    """The `config.json` of a config: `parse` gives the config back.
+
+    Raises CheckpointError for a config that the format cannot say, such as softcaps without Gemma 2's post-norms.
+    """
     vision, text = cfg.vision, cfg.text
     ids = {"pad_token_id": cfg.pad, "eos_token_id": cfg.eos, "bos_token_id": cfg.bos}
     vision_config = {
@@ -201,15 +223,19 @@ def render(cfg: Config, dtype: str) -> dict[str, Any]:
     }  # fmt: skip
     if text.post_norms:
         text_config |= {
-            "model_type": "gemma2", "query_pre_attn_scalar": round(text.query_scale**-2), "sliding_window": text.window,
+            "model_type": "gemma2", "query_pre_attn_scalar": round(text.query_scale**-2),
+            "sliding_window": text.window or None,
             "attn_logit_softcapping": text.attention_softcap or None,
             "final_logit_softcapping": text.final_softcap or None,
         }  # fmt: skip
-    return ids | {
+    rendered = ids | {
         "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "dtype": dtype,
         "image_token_index": cfg.image, "projection_dim": text.width, "hidden_size": text.width,
         "tie_word_embeddings": True, "text_config": text_config, "vision_config": vision_config,
     }  # fmt: skip
+    if (read := parse(rendered)) != replace(cfg, resample=read.resample):
+        raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: read back it is {read}")
+    return rendered
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,3 +22,13 @@ def test_loading_a_sharded_checkpoint_of_1_gb_takes_less_than_1_2_times_its_size
     assert found["shards"] > 2
     assert found["loaded"] < 0.1, "weights are mapped, not read"
     assert found["read"] < 1.2
+
+
+def test_the_classic_script_says_what_the_command_line_says():
+    flags = ["--prompt", "caption en", "--image_file_path", "examples/images/scene.png", "--only_cpu", "True"]
+    classic = run(sys.executable, "examples/inference.py", *flags, "--do_sample", "False")
+    assert classic.stdout == run(sys.executable, "-m", "pgfunc.cli", "caption", "examples/images/scene.png").stdout
+    assert classic.stdout == run("bash", "examples/launch_inference.sh").stdout
+    wrong = run(sys.executable, "examples/inference.py", "--prompt", "x", "--image_file_path", "no.png")
+    assert wrong.stderr == "inference.py: no.png: no such file\n"
+    assert wrong.returncode

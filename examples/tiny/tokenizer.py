@@ -1,0 +1,70 @@
+"""The tokenizer: a byte-fallback BPE with ids in the order of Google's, learned from scene texts and plain English.
+
+    0..3 pad, eos, bos, unk | 4..259 the bytes | text | 1,024 <loc> | 128 <seg> | <image>
+
+Owns the vocabulary. Decoding undoes encoding for any text, but that a ▁ reads back as a space, as in Google's.
+"""
+
+import json
+import pydoc_data.topics
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from examples.tiny import scenes
+
+TEXT = 1024  # ids below the first <loc>
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+MARK = "▁"
+
+
+def corpus() -> list[str]:
+    """Scene texts, often enough that each of their words becomes one token, and Python's own manual for the rest."""
+    rng = np.random.default_rng(0)
+    words = [*scenes.ROWS, *scenes.COLUMNS, *scenes.COLOURS, *scenes.OUTLINES]
+    texts = ["caption en", "answer en", *words, "yes", "no"] * 500
+    for scene in (scenes.sample("train", i) for i in range(4000)):
+        asked = scenes.questions(scene, rng)
+        texts += [
+            scenes.caption(scene),
+            *(f"answer en {q.text}" for q in asked),
+            *(f"{q.answer} {q.answer}" for q in asked),
+        ]
+    return texts + list(pydoc_data.topics.topics.values())
+
+
+def _pieces() -> pre_tokenizers.PreTokenizer:
+    """Where merges stop: newlines, digits and punctuation stand alone; a space begins the word after it."""
+    alone = pre_tokenizers.Split(Regex(r"\n|\d|[^\w\s▁]"), "isolated")
+    return pre_tokenizers.Sequence([alone, pre_tokenizers.Split(MARK, "merged_with_next")])  # type: ignore[list-item]
+
+
+def _merges(texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The text tokens in the order they were learned, and the merges that make them."""
+    learner = Tokenizer(models.BPE())
+    learner.normalizer, learner.pre_tokenizer = normalizers.Replace(" ", MARK), _pieces()
+    alphabet = [chr(code) for code in range(32, 127) if chr(code) != " "] + [MARK, "\n"]
+    size = TEXT - len(SPECIAL) - len(BYTES)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    merges = json.loads(learner.to_str())["model"]["merges"]
+    ids = learner.get_vocab()
+    return sorted(ids, key=ids.__getitem__), [(left, right) for left, right in merges]
+
+
+def build() -> Tokenizer:
+    """Learn the merges and lay out the ids."""
+    pieces, merges = _merges(corpus())
+    vocab = {piece: i for i, piece in enumerate(SPECIAL + BYTES + pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", MARK)
+    tokenizer.pre_tokenizer = _pieces()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    places = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in places])
+    tokenizer.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
+    return tokenizer

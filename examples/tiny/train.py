@@ -188,7 +188,7 @@ def rate(stage: str, step: int, steps: int) -> float:
 def update(state: State, stage: str, batch: Batch) -> float:
     """One step: bf16 copies of float32 parameters, gradients clipped to norm 1."""
     low = tree.map(lambda leaf: leaf.bfloat16(), (state.params, state.probe))
-    # the fused attention trains slower than the plain one here: 119 rows a second, 149 (bf16, two CPU cores, torch 2.13)
+    # the fused attention trains slower than the plain one here: 119 against 149 rows a second (bf16, two cores)
     with sdpa_kernel(SDPBackend.MATH):
         loss = {"look": look, "speak": speak}[stage](*low, batch)
         state.optimizer.zero_grad()

@@ -18,18 +18,18 @@ RED, BLUE = np.full((5, 7, 3), (200, 0, 0), np.uint8), np.full((9, 4, 3), (0, 0,
 ATOL = 1e-4  # float32, few layers
 
 
+def extended(prompt: pg.Prompt, tokens: torch.Tensor) -> pg.Prompt:
+    """The prompt with suffix tokens more."""
+    more = torch.ones_like(tokens, dtype=torch.bool)
+    ends = zip(prompt[1:], (tokens, more, more), strict=True)
+    return pg.Prompt(prompt.pixels, *(torch.cat(pair, 1) for pair in ends))
+
+
 def greedy_without_cache(model: pg.Model, images, prefix: str, tokens: int) -> list[int]:
     """Each token by a forward pass over all that came before."""
     prompt = pg.prepare(model, [images], [prefix])
     for _ in range(tokens):
-        token = pg.forward(model.params, prompt, model.cfg)[:, -1].argmax(-1, keepdim=True)
-        more = torch.ones_like(token, dtype=torch.bool)
-        prompt = pg.Prompt(
-            prompt.pixels,
-            torch.cat([prompt.tokens, token], 1),
-            torch.cat([prompt.valid, more], 1),
-            torch.cat([prompt.causal, more], 1),
-        )
+        prompt = extended(prompt, pg.forward(model.params, prompt, model.cfg)[:, -1].argmax(-1, keepdim=True))
     return prompt.tokens[0, -tokens:].tolist()
 
 
@@ -76,14 +76,7 @@ def test_logprobs_are_those_of_the_forward_pass():
     prompt = pg.prepare(MODEL, RED, "ab")
     given = prompt.tokens.shape[1]
     tokens = torch.tensor([done.tokens])
-    more = torch.ones_like(tokens, dtype=torch.bool)
-    whole = pg.Prompt(
-        prompt.pixels,
-        torch.cat([prompt.tokens, tokens], 1),
-        torch.cat([prompt.valid, more], 1),
-        torch.cat([prompt.causal, more], 1),
-    )
-    logits = pg.forward(MODEL.params, whole, MODEL.cfg)[0, given - 1 : -1]
+    logits = pg.forward(MODEL.params, extended(prompt, tokens), MODEL.cfg)[0, given - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, tokens[0, :, None])[:, 0]
     torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=ATOL, rtol=0)
 

@@ -30,7 +30,9 @@ def test_tokens_and_pixels_equal_those_of_transformers_processor(shipped, proces
     marks = shipped.cfg.vision.tokens
     assert theirs["input_ids"][0, :marks].eq(shipped.cfg.image).all()
     assert torch.equal(theirs["input_ids"][:, marks:], ours.tokens)
-    torch.testing.assert_close(theirs["pixel_values"][:, None], ours.pixels, atol=2.001 / 255, rtol=0)  # a grey level, rounded
+    torch.testing.assert_close(
+        theirs["pixel_values"][:, None], ours.pixels, atol=2.001 / 255, rtol=0
+    )  # a grey level, rounded
 
 
 def test_greedy_text_equals_that_of_transformers(shipped):

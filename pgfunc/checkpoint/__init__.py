@@ -85,7 +85,10 @@ def convert(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
 ) -> None:
-    """Write a checkpoint in the other format: big_vision when the target ends in `.npz`, else Hugging Face layout."""
+    """Write a checkpoint in the other format: big_vision when the target ends in `.npz`, else Hugging Face layout.
+
+    A `.npz` holds weights alone: keep the source's config.json and tokenizer.json for the way back.
+    """
     target = Path(target)
     model = load(source, dtype, "cpu", config, tokenizer)
     if target.suffix != ".npz":

@@ -76,10 +76,10 @@ def load(folder: Path) -> PaliGemmaForConditionalGeneration:
     return model.eval()
 
 
-def inputs(prompt: pg.Prompt) -> dict[str, Tensor]:
+def inputs(prompt: pg.Prompt, cfg: pg.Config) -> dict[str, Tensor]:
     """The arguments that transformers takes for a prompt: image marks before the text, and the suffix marked."""
     batch, pictures = prompt.pixels.shape[:2]
-    marks = torch.full((batch, pictures * (SIDE // PATCH) ** 2), IMAGE)
+    marks = torch.full((batch, pictures * cfg.vision.tokens), cfg.image, device=prompt.tokens.device)
     return {
         "input_ids": torch.cat([marks, prompt.tokens], 1),
         "attention_mask": torch.cat([torch.ones_like(marks), prompt.valid.long()], 1),
@@ -89,15 +89,15 @@ def inputs(prompt: pg.Prompt) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits(model: PaliGemmaForConditionalGeneration, prompt: pg.Prompt) -> Tensor:
+def logits(model: PaliGemmaForConditionalGeneration, prompt: pg.Prompt, cfg: pg.Config) -> Tensor:
     """The logits at the text positions, for the tokens that are not padding rows."""
-    return model(**inputs(prompt)).logits[:, -prompt.tokens.shape[1] :, :VOCAB].float()
+    return model(**inputs(prompt, cfg)).logits[:, -prompt.tokens.shape[1] :, : cfg.text.vocab].float()
 
 
 @torch.no_grad()
-def greedy(model: PaliGemmaForConditionalGeneration, prompt: pg.Prompt, tokens: int) -> Tensor:
+def greedy(model: PaliGemmaForConditionalGeneration, prompt: pg.Prompt, cfg: pg.Config, tokens: int) -> Tensor:
     """Cached greedy tokens after one unpadded row, with the padding rows of the vocabulary forbidden."""
-    given = inputs(prompt)
+    given = inputs(prompt, cfg)
     forbidden = [[row] for row in range(VOCAB, VOCAB + 32)]
     out = model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None,
                          bad_words_ids=forbidden)  # fmt: skip
@@ -114,7 +114,8 @@ def main() -> None:
         worst, spread = 0.0, 0.0
         for seed in range(20):
             given = prompt(model.cfg, [2, 5, 3], [9, 1, 4], images=1 + seed % 2, seed=seed, padding=2)
-            ours, theirs = (x[given.valid] for x in (pg.forward(model.params, given, model.cfg), logits(other, given)))
+            ours = pg.forward(model.params, given, model.cfg)[given.valid]
+            theirs = logits(other, given, model.cfg)[given.valid]
             worst, spread = max(worst, float((ours - theirs).abs().max())), float(theirs.std())
         print(f"{variant:12}{worst:.1e}              {spread:.2f}")
 

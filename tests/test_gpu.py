@@ -1,6 +1,9 @@
 """The same functions on a CUDA device: equal to the CPU, and at full size equal to themselves. Skipped without one."""
 
+from dataclasses import replace
+
 import pytest
+import reference
 import torch
 from cases import CONFIGS, params, prompt, text_model
 
@@ -37,16 +40,40 @@ def test_a_seed_draws_the_same_tokens_on_both_devices(tmp_path):
     assert drawn[0].tokens == drawn[1].tokens
 
 
-@pytest.mark.parametrize("name", ["paligemma-3b-224", "paligemma2-3b-224"])
-def test_at_full_size_decode_equals_longer_prefill(name):
-    cfg = pg.PUBLISHED[name]
+FULL_SIZE = ["paligemma-3b-224", "paligemma2-3b-224"]
+
+
+def random(cfg: pg.Config) -> pg.Params:
+    """Full-size parameters in bf16, drawn on the device."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def draw(leaf: torch.Tensor) -> torch.Tensor:
         out = torch.empty(leaf.shape, dtype=torch.bfloat16, device="cuda")
         return out.zero_() if leaf.dim() == 1 else out.normal_(std=leaf[0].numel() ** -0.5, generator=generator)
 
-    tree = pg.tree.map(draw, paligemma.abstract(cfg))
+    return pg.tree.map(draw, paligemma.abstract(cfg))
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_at_full_size_logits_equal_transformers(name, tmp_path):
+    cfg = pg.PUBLISHED[name]
+    # some versions of transformers 5 leave out PaliGemma 2's final softcap: compare what goes into it
+    cfg = replace(cfg, text=replace(cfg.text, final_softcap=0.0))
+    pg.save(pg.Model(cfg, random(cfg), None), tmp_path)
+    model = pg.load(tmp_path, "float32", "cuda")
+    assert model.cfg == cfg
+    other = reference.load(tmp_path).float().cuda()
+    given = to(prompt(cfg, [6, 9], [7, 5]), "cuda")
+    ours = pg.forward(model.params, given, cfg)[given.valid]
+    error = ours - reference.logits(other, given, cfg)[given.valid]
+    print(f"{name}: relative error {error.norm() / ours.norm():.1e}, worst {error.abs().max():.1e} of {ours.std():.2f}")
+    assert error.norm() < 1e-4 * ours.norm()  # float32, up to 26 layers
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_at_full_size_decode_equals_longer_prefill(name):
+    cfg = pg.PUBLISHED[name]
+    tree = random(cfg)
     whole = to(prompt(cfg, [6, 9], [5, 5]), "cuda")
     expected = pg.forward(tree, whole, cfg)
     length = whole.valid.sum(1)

@@ -38,7 +38,7 @@ def test_logits_equal_transformers(pair, case):
     model, other = pair
     prefix, suffix, images, padding = CASES[case]
     given = prompt(model.cfg, prefix, suffix, images, padding=padding)
-    ours, theirs = pg.forward(model.params, given, model.cfg), reference.logits(other, given)
+    ours, theirs = pg.forward(model.params, given, model.cfg), reference.logits(other, given, model.cfg)
     assert theirs.std() > 0.3, "the network must matter"
     torch.testing.assert_close(ours[given.valid], theirs[given.valid], atol=ATOL, rtol=0)
 
@@ -52,7 +52,7 @@ def test_greedy_tokens_equal_transformers_over_32_cached_steps(pair):
         for _ in range(31):
             logits, cache = pg.decode(model.params, tokens[-1], cache, model.cfg)
             tokens.append(pg.sample.greedy(logits))
-        assert torch.equal(torch.stack(tokens, 1), reference.greedy(other, given, 32))
+        assert torch.equal(torch.stack(tokens, 1), reference.greedy(other, given, model.cfg, 32))
 
 
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
@@ -71,7 +71,9 @@ def test_saved_checkpoints_load_in_transformers_with_the_same_logits(pair, tmp_p
     pg.save(model, tmp_path, shard_bytes=40_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     given = prompt(model.cfg, [2, 5], [3, 1])
-    assert torch.equal(reference.logits(reference.load(tmp_path), given), reference.logits(other, given))
+    assert torch.equal(
+        reference.logits(reference.load(tmp_path), given, model.cfg), reference.logits(other, given, model.cfg)
+    )
 
 
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(folder, tmp_path):
@@ -83,7 +85,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(folder, tmp_path):
         given = prompt(model.cfg, [4, 6], [5, 2], seed=seed)
         exact = pg.forward(wide.params, given, model.cfg)[given.valid]
         ours.append((pg.forward(model.params, given, model.cfg)[given.valid] - exact).square().mean())
-        theirs.append((reference.logits(other, given)[given.valid] - exact).square().mean())
+        theirs.append((reference.logits(other, given, model.cfg)[given.valid] - exact).square().mean())
     # the same roundings at other places: over eight prompts the two errors agree to a few per cent
     assert torch.stack(ours).mean().sqrt() < 1.2 * torch.stack(theirs).mean().sqrt()
 

@@ -4,6 +4,7 @@ A mistake of the user's is one line on standard error and exit status 2. With `-
 JSON on standard output; progress goes to standard error.
 """
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ MinP = Annotated[float | None, unset("--min-p", help="Sample among tokens p time
 Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when the temperature is not 0.")]
 Device = Annotated[str | None, unset("--device", help="cpu, cuda, cuda:1; without it CUDA where there is one.")]
 Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it the files' own.")]
-Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, or a config.json.")]
+Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, a config.json or its folder.")]
 Vocabulary = Annotated[str | None, unset("--tokenizer", help="For a .npz: a tokenizer.json.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -142,6 +143,8 @@ def say(value: dict[str, Any], as_json: bool, text: str) -> None:
 
 def main() -> None:
     """Run the command line; a PgfuncError is its message and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         app()
     except PgfuncError as error:

@@ -19,7 +19,7 @@ from pgfunc import paligemma, tokenizer
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
 from pgfunc.paligemma import Params, Prompt
-from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, tokenizer_of
+from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
 from pgfunc.sample import Settings, choose
 
 
@@ -111,12 +111,12 @@ def steps(
 
 
 @torch.no_grad()
-def score(model: Model, images: Any, prefixes: Any, candidates: Sequence[Text]) -> Float[Tensor, "b c"]:
-    """The log-probability of each candidate as the whole answer, its end of sequence included.
+def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Tensor, "b c"]:
+    """The log-probability of each candidate, a text or token ids, as the whole answer, its end of sequence included.
 
     A row is prefilled once, and every candidate continues the same handle of its cache.
     """
-    if isinstance(candidates, str) or not candidates:
+    if not texts("candidates", candidates):
         raise SettingError("candidates must be a list of one or more answers")
     answers = [[*text_ids(model, candidate), model.cfg.eos] for candidate in candidates]
     size = max(len(answer) for answer in answers)
@@ -129,7 +129,9 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Sequence[Text]) 
             rest, _ = paligemma.extend(model.params, tokens[:, :-1], cache, model.cfg)
             every = torch.cat([rearrange(logits, "b v -> b 1 v"), rest], dim=1)
             columns.append(logprob(every, tokens).sum(-1))
-        return list(torch.stack(columns, 1).cpu())
+        scores = torch.stack(columns, 1).cpu()
+        check_numbers(scores)
+        return list(scores)
 
     return torch.stack(grouped(model, as_rows(images, prefixes), size, run))
 
@@ -142,8 +144,8 @@ def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Te
 
 def uniform(seed: int, rows: Sequence[int], tokens: int) -> Float[Tensor, "rows tokens"]:
     """The random numbers of some rows: in [0, 1), float64, a stream of its own for each (seed, row)."""
-    if seed < 0:
-        raise SettingError(f"seed is {seed}, expected 0 or more")
+    if not 0 <= seed < 2**32:  # numpy reads a larger one as several words, and pairs would coincide
+        raise SettingError(f"seed is {seed}, expected 0 to {2**32 - 1}")
     return torch.from_numpy(np.stack([np.random.default_rng((seed, row)).random(tokens) for row in rows]))
 
 

@@ -1,7 +1,8 @@
 """Pictures -> pixels: whatever people have in their folders, as the square of numbers that the encoder was trained on.
 
 Upright (EXIF orientation applied), on white where transparent, 8 bits, RGB, resized without keeping the aspect (as
-PaliGemma was trained), values in [-1, 1]. Decoding and resizing are Pillow's.
+PaliGemma was trained), values in [-1, 1]. Decoding and resizing are Pillow's; as with Pillow, a file of floating point
+numbers (mode F) holds levels of 0 to 255. An array of them lies in [0, 1].
 """
 
 import io

@@ -75,8 +75,8 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     """Spread what is given once over all rows, and check that the rest has one length."""
     given = {
         "pictures": images if isinstance(images, (list, tuple)) else None,
-        "prefixes": _texts("prefixes", prefixes),
-        "suffixes": None if suffixes is None else _texts("suffixes", suffixes, None),
+        "prefixes": texts("prefixes", prefixes),
+        "suffixes": None if suffixes is None else texts("suffixes", suffixes, None),
     }
     lengths = {name: len(rows) for name, rows in given.items() if rows is not None}
     if len(set(lengths.values())) > 1:
@@ -89,7 +89,7 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     return [Row(tuple(i) if isinstance(i, (list, tuple)) else (i,), p, s) for i, p, s in zip(*spread, strict=True)]
 
 
-def _texts(name: str, value: Any, *others: Any) -> Sequence[Text | None] | None:
+def texts(name: str, value: Any, *others: Any) -> Sequence[Text | None] | None:
     """The texts of the rows, or None where one is given for all of them; `others` may stand in a row too."""
     if _is_text(value):
         return None

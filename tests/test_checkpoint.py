@@ -155,6 +155,15 @@ def test_an_interrupted_save_leaves_the_old_weights(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot be written"):
         pg.save(model(seed=2), tmp_path, shard_bytes=10_000)
     assert bits(pg.load(tmp_path, device="cpu").params) == bits(model(seed=1).params)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_conversion_that_cannot_be_written_leaves_nothing(tmp_path):
+    pg.save(model(), tmp_path / "hf")
+    (tmp_path / "x.npz").mkdir()
+    with pytest.raises(CheckpointError, match=r"x\.npz: cannot be written"):
+        pg.convert(tmp_path / "hf", tmp_path / "x.npz")
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_layers_that_are_one_are_saved_as_two(tmp_path):
@@ -239,6 +248,8 @@ def test_published_config_json_gives_the_published_value(name):
 def test_the_resize_filter_is_the_checkpoints(tmp_path, resample):
     pg.save(model()._replace(cfg=replace(CONFIGS["gemma"], resample=resample)), tmp_path)
     assert pg.load(tmp_path, device="cpu").cfg.resample == resample
+    pg.convert(tmp_path, tmp_path / "x.npz")
+    assert pg.load(tmp_path / "x.npz", device="cpu", config=tmp_path).cfg.resample == resample
 
 
 def test_a_hub_id_comes_from_the_local_cache_when_the_hub_is_off(tmp_path):

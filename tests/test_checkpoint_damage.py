@@ -147,8 +147,9 @@ def test_sources_that_are_not_there_are_named(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="neither a folder in Hugging Face layout nor"):
         pg.load(tmp_path / "x.bin")
-    with pytest.raises(DeviceError, match="device nowhere is not there"):
-        pg.load(device="nowhere")
+    for device in ("nowhere", "hpu"):
+        with pytest.raises(DeviceError, match=f"device {device} is not there"):
+            pg.load(device=device)
     with pytest.raises(SettingError, match="dtype is int8"):
         pg.load(dtype="int8")
     pg.save(model(), tmp_path / "folder")

@@ -1,8 +1,10 @@
 """The command line prints what the package computes, and one line with status 2 for a user's mistake."""
 
 import json
+import os
 import shutil
 import struct
+import subprocess
 import sys
 import zlib
 
@@ -70,6 +72,16 @@ def test_several_pictures_give_a_line_each_in_order(run):
     assert status == 0
     assert [json.loads(line)["image"] for line in out.splitlines()] == ["red.png", "blue.png"]
     assert "blue.png: " in run("caption", "red.png", "blue.png", "--max-new-tokens", "3")[1]
+
+
+def test_a_name_that_is_not_text_is_printed_escaped(place):
+    name = os.fsdecode(b"\xff.png")
+    shutil.copy(place / "red.png", place / name)
+    command = [sys.executable, "-m", "pgfunc.cli", "caption", "red.png", name, "--model", "model", "--device", "cpu"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([*command, "--max-new-tokens", "2"], cwd=place, env=strict, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(b"\\udcff.png: ")
 
 
 def test_sampling_options_reach_the_sampler(run, place):

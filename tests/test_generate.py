@@ -98,6 +98,8 @@ def test_more_tokens_begin_with_the_same_ones():
 
 def test_logits_that_are_no_numbers_are_an_error():
     params = MODEL.params._replace(projector_bias=MODEL.params.projector_bias * float("nan"))
+    with pytest.raises(NumericalError, match="not numbers"):
+        pg.score(MODEL._replace(params=params), RED, "a", ["yes"])
     for call in (pg.generate, lambda *given: list(pg.stream(*given))):
         for temperature in (0.0, 1.0):
             with pytest.raises(NumericalError, match="not numbers"):
@@ -146,7 +148,7 @@ def test_score_is_the_log_probability_of_the_answer_and_its_end():
 
 def test_settings_and_lengths_outside_their_range_are_errors():
     for settings in ({"temperature": -1.0}, {"top_p": 1.5}, {"top_k": 0}, {"min_p": 2.0}, {"max_new_tokens": 0},
-                     {"seed": -1}):  # fmt: skip
+                     {"seed": -1}, {"seed": 2**32}):  # fmt: skip
         with pytest.raises(SettingError):
             pg.generate(MODEL, RED, "a", **settings)
         with pytest.raises(SettingError):
@@ -155,7 +157,9 @@ def test_settings_and_lengths_outside_their_range_are_errors():
         pg.generate(MODEL, RED, "a", max_new_tokens=10**15)
     with pytest.raises(PromptError, match="do not fit 120 positions"):
         pg.stream(MODEL, RED, "a", max_new_tokens=10**15)
-    for candidates in ([], "yes"):
+    with pytest.raises(PromptError, match="candidates are text or lists of token ids"):
+        pg.score(MODEL, RED, "a", [None])
+    for candidates in ([], "yes", [5, 6]):
         with pytest.raises(SettingError, match="candidates must be a list"):
             pg.score(MODEL, RED, "a", candidates)
 

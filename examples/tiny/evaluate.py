@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from math import isnan
 
 import numpy as np
 from PIL import Image
@@ -94,7 +95,8 @@ def evaluate(model: pg.Model, split: str, count: int) -> dict[str, dict[str, flo
         "majority": [Counter(captions).most_common(1)[0][0]] * count + majority([q for _, q in asked]),
     }
     columns = {who: figures(captions, [q for _, q in asked], given) for who, given in texts.items()}
-    return {name: {who: column[name] for who, column in columns.items()} for name in columns["model"]}
+    asked_for = [name for name, value in columns["model"].items() if not isnan(value)]  # S0 has no held-out objects
+    return {name: {who: column[name] for who, column in columns.items()} for name in asked_for}
 
 
 def one_of_each(scene: scenes.Scene, index: int) -> list[scenes.Question]:

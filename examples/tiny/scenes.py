@@ -243,7 +243,7 @@ def _cell(thing: Object) -> str:
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> Question:
-    """Half of the answers are no; half of those recombine a colour and a shape that are both there."""
+    """Half of the answers are no; where a scene allows it, half of those recombine a colour and a shape of it."""
     present = [(o.colour, o.shape) for o in scene.objects]
     if rng.random() < 0.5:
         pick, answer = present[rng.integers(len(present))], "yes"

@@ -30,8 +30,8 @@ def load(
     """A model in memory.
 
     source: None for the shipped checkpoint; a folder in Hugging Face layout; a big_vision `.npz`, with `config` a
-    published name or the path of a `config.json`, and `tokenizer` the path of a `tokenizer.json`; or a hub id, by
-    huggingface_hub with its cache and its offline switch.
+    published name or the path of a `config.json` or its folder, and `tokenizer` the path of a `tokenizer.json`; or a
+    hub id, `owner/name` or `owner/name@revision`, by huggingface_hub with its cache and its offline switch.
     dtype: None keeps what the files hold. device: None is CUDA where there is one, else the CPU; "meta" reads only
     headers. Weights in Hugging Face layout are memory-mapped, and not copied while dtype and device stay.
     Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
@@ -53,7 +53,11 @@ def load(
 
 
 def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
-    """Write a model in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it."""
+    """Write a model in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it.
+
+    The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay.
+    Raises CheckpointError for a model that the layout cannot hold, or a folder that cannot be written.
+    """
     folder = Path(folder)
     render(model.cfg, "")  # what cannot be said is refused before anything is written
     if model.params.projector.is_meta:
@@ -87,7 +91,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in the other format: big_vision when the target ends in `.npz`, else Hugging Face layout.
 
-    A `.npz` holds weights alone: keep the source's config.json and tokenizer.json for the way back.
+    A `.npz` holds weights alone: for the way back keep the source's json files, and give their folder as `config`.
     """
     target = Path(target)
     model = load(source, dtype, "cpu", config, tokenizer)
@@ -146,7 +150,7 @@ def from_hub(name: str) -> Path:
 
 
 def named_config(config: str | Path | None, path: Path) -> Config:
-    """A published config by name, or the one in a `config.json`."""
+    """A published config by name, or the one in a `config.json`, or in a folder that has one."""
     if config is None:
         raise CheckpointError(
             f"{path}: a .npz needs config=, one of {', '.join(PUBLISHED)}, or the path of a config.json"
@@ -165,7 +169,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
     try:
         where = torch.device(device)
         torch.empty(0, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
         raise DeviceError(f"device {device} is not there ({str(error).partition(chr(10))[0]})") from error
     return where
 

@@ -155,11 +155,14 @@ def _read(path: Path, name: str) -> Tensor:
 def save(path: Path, cfg: Config, params: paligemma.Params) -> None:
     """Write the parameters as big_vision does, and rename the file when it is whole."""
     beside = path.with_name(f"{path.name}.part")
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for key, array in arrange(table(cfg), params).items():
-            with archive.open(f"params/{key}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, _numpy(array), allow_pickle=False)
-    beside.replace(path)
+    try:
+        with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for key, array in arrange(table(cfg), params).items():
+                with archive.open(f"params/{key}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, _numpy(array), allow_pickle=False)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _numpy(array: Tensor) -> np.ndarray:

@@ -167,13 +167,17 @@ def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) 
     shards = split_state_dict_into_shards_factory(
         arrays, get_storage_size=_nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
-    names = shards.filename_to_tensors
-    for name, keys in names.items():
-        save_file({key: arrays[key] for key in keys}, folder / f"{name}.part", metadata={"format": "pt"})
-    for stale in [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in names]:
-        stale.unlink()
-    for name in names:
-        (folder / f"{name}.part").replace(folder / name)
+    beside = {name: folder / f"{name}.part" for name in shards.filename_to_tensors}
+    try:
+        for name, keys in shards.filename_to_tensors.items():
+            save_file({key: arrays[key] for key in keys}, beside[name], metadata={"format": "pt"})
+        for stale in [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in beside]:
+            stale.unlink()
+        for name, path in beside.items():
+            path.replace(folder / name)
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
     if shards.is_sharded:
         write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
 

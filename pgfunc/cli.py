@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 
 import pgfunc as pg
-from pgfunc.errors import PgfuncError, PromptError
+from pgfunc.errors import PgfuncError, PromptError, SettingError
 from pgfunc.prompt import TASKS
 
 app = typer.Typer(
@@ -108,6 +108,8 @@ def inspect(
     model: ModelName = None, config: Config = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """List the parameters: path, shape, dtype, bytes. Only the headers of the files are read."""
+    if source and model:
+        raise SettingError(f"inspect takes one checkpoint, found {source} and --model {model}")
     params = pg.load(source or model, device="meta", config=config).params
     rows = [(path, tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."), leaf.numel() * leaf.element_size())
             for path, leaf in pg.tree.flatten(params).items()]  # fmt: skip

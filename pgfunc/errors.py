@@ -31,3 +31,8 @@ class NumericalError(PgfuncError, ArithmeticError):
 
 class DeviceError(PgfuncError, RuntimeError):
     """A device that is not there."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, for quoting in a message of one line."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pgfunc.config import Config
-from pgfunc.errors import ImageError
+from pgfunc.errors import ImageError, first_line
 
 Source = str | PathLike | bytes | Image.Image | np.ndarray | Tensor
 
@@ -53,7 +53,7 @@ def open_image(source: Source) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not a picture, or of a kind that Pillow does not read") from None
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
-        raise ImageError(f"{name}: cannot be read as a picture ({_first_line(error)})") from error
+        raise ImageError(f"{name}: cannot be read as a picture ({first_line(error)})") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -105,7 +105,3 @@ def from_array(array: np.ndarray) -> Image.Image:
     elif array.dtype != np.uint8:
         raise ImageError(f"an array of {array.dtype} is not a picture; expected uint8, uint16, bool or floating point")
     return _rgb(Image.fromarray(array))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

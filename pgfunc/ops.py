@@ -112,7 +112,7 @@ def attend_explicit(
     scores = softcap(scores, cap) if cap else scores
     if mask is not None:
         seen = rearrange(mask, "b t s -> b 1 1 t s")
-        # the lowest finite number rather than -inf: an empty row then gives finite gradients, and & seen makes it zero
+        # the lowest finite number rather than -inf: an empty row then has finite gradients, and is made zero after
         scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
         weights = torch.where(seen, scores.softmax(-1), 0.0)
     else:

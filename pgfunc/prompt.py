@@ -3,8 +3,8 @@
     [image tokens] <bos> prefix \\n | suffix <eos>
 
 The newline is tokenised by itself, as big_vision does: in one string a prefix that ends in a newline would merge with
-it. What stands left of the bar is the bidirectional prefix; what stands right of it is causal. Prompt forms that the
-mix checkpoints know are the table `TASKS`.
+it. What stands left of the bar is the bidirectional prefix; what stands right of it is causal. `TASKS` are the
+prefixes of the tasks that have a command, as the mix checkpoints were trained on them.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from pgfunc.errors import PromptError
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.tokenizer import Tokenizer
 
-TASKS = {"caption": "caption en", "describe": "describe en", "ask": "answer en {}", "ocr": "ocr"}
+TASKS = {"caption": "caption en", "ask": "answer en {}", "ocr": "ocr"}
 
 Text = str | Sequence[int]  # text, or the ids that stand for it
 
@@ -76,7 +76,7 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     given = {
         "pictures": images if isinstance(images, (list, tuple)) else None,
         "prefixes": texts("prefixes", prefixes),
-        "suffixes": None if suffixes is None else texts("suffixes", suffixes, None),
+        "suffixes": None if suffixes is None else texts("suffixes", suffixes, optional=True),
     }
     lengths = {name: len(rows) for name, rows in given.items() if rows is not None}
     if len(set(lengths.values())) > 1:
@@ -89,18 +89,13 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     return [Row(tuple(i) if isinstance(i, (list, tuple)) else (i,), p, s) for i, p, s in zip(*spread, strict=True)]
 
 
-def texts(name: str, value: Any, *others: Any) -> Sequence[Text | None] | None:
-    """The texts of the rows, or None where one is given for all of them; `others` may stand in a row too."""
+def texts(name: str, value: Any, optional: bool = False) -> Sequence[Text | None] | None:
+    """The texts of the rows, or None where one is given for all of them; an optional one may be None in a row."""
     if _is_text(value):
         return None
-    listed = isinstance(value, (list, tuple))
-    wrong = (
-        [row for row in value if not _is_text(row) and all(row is not other for other in others)] if listed else [value]
-    )
-    if wrong:
-        raise PromptError(
-            f"{name} are text or lists of token ids, one for all rows or one each; found {wrong[0]!r:.60}"
-        )
+    for row in value if isinstance(value, (list, tuple)) else [value]:
+        if not _is_text(row) and not (optional and row is None):
+            raise PromptError(f"{name} are text or lists of token ids, one for all rows or one each; found {row!r:.60}")
     return value
 
 

@@ -36,7 +36,7 @@ def run(place, monkeypatch, capsys):
     def call(*arguments: str, model: str | None = "model") -> tuple[int, str, str]:
         monkeypatch.chdir(place)
         chosen = ["--model", model] if model else []
-        chosen += ["--device", "cpu"] if model and "--device" not in arguments else []
+        chosen += ["--device", "cpu"] if model and not {"--device", "inspect"} & set(arguments) else []
         monkeypatch.setattr(sys, "argv", ["pgfunc", *arguments, *chosen])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -133,6 +133,7 @@ MISTAKES = {
     "truncated picture": (["caption", "cut.png"], "cut.png: cannot be read as a picture"),
     "picture is a folder": (["caption", "model"], "model: cannot be read as a picture"),
     "top-k": (["caption", "red.png", "--top-k", "0"], "top-k is 0, expected"),
+    "two checkpoints": (["inspect", "model"], "inspect takes one checkpoint"),
     "no weights": (["caption", "red.png", "--device", "meta"], "meta device"),
     "seed": (["caption", "red.png", "--temperature", "1", "--seed", "-3"], "seed is -3"),
     "long prompt": (["ask", "red.png", "--prompt", "x" * 500], "do not fit 120 positions"),

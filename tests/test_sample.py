@@ -334,9 +334,13 @@ def test_settings_outside_their_range_are_refused_by_name(name, value):
 
 
 def test_settings_at_the_ends_of_their_ranges_are_taken():
-    Settings(temperature=0.0)
-    Settings(temperature=1e300, top_k=1, top_p=1.0, min_p=1.0)
-    Settings(temperature=5e-324, top_k=10**9, top_p=1e-300, min_p=0.0)
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    for settings in (
+        Settings(temperature=0.0),
+        Settings(temperature=1e300, top_k=1, top_p=1.0, min_p=1.0),
+        Settings(temperature=5e-324, top_k=10**9, top_p=1e-300, min_p=0.0),
+    ):
+        assert sample.choose(logits, torch.tensor(0.5), settings) == 1, "each leaves the most probable token alone"
 
 
 def test_what_is_given_stays_as_it_was():

@@ -10,7 +10,7 @@ from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, render, write_config, write_json
 from pgfunc.config import PUBLISHED, Config
-from pgfunc.errors import CheckpointError, DeviceError, SettingError
+from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
@@ -146,7 +146,7 @@ def from_hub(name: str) -> Path:
             f"{name}: no such folder, not in the hub's local cache, and the hub cannot be reached or is switched off"
         ) from error
     except Exception as error:  # the network and the hub raise what they like
-        raise CheckpointError(f"{name}: the hub says {str(error).partition(chr(10))[0] or error!r}") from error
+        raise CheckpointError(f"{name}: the hub says {first_line(error)}") from error
 
 
 def named_config(config: str | Path | None, path: Path) -> Config:
@@ -170,7 +170,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
-        raise DeviceError(f"device {device} is not there ({str(error).partition(chr(10))[0]})") from error
+        raise DeviceError(f"device {device} is not there ({first_line(error)})") from error
     return where
 
 

@@ -61,14 +61,15 @@ def parse_file(path: Path) -> Config:
 
 def parse(raw: Mapping[str, Any]) -> Config:
     """The value of a `config.json`; a ValueError says what does not fit."""
-    _require(raw, "model_type", "paligemma")
+    if raw["model_type"] != "paligemma":
+        raise ValueError(f"model_type is {raw['model_type']!r}, expected 'paligemma'")
     given = raw["text_config"]
     text = {"gemma": GEMMA, "gemma2": GEMMA2}.get(given.get("model_type"))
     if text is None:
         raise ValueError(f"text_config.model_type is {given.get('model_type')}, expected gemma or gemma2")
     text = text | {key: value for key, value in given.items() if value is not None or key in NULLABLE}
     vision = SIGLIP | raw["vision_config"]
-    _require({"tie_word_embeddings": True} | dict(raw), "tie_word_embeddings", True)
+    _require(raw, "tie_word_embeddings", True)
     image = _whole(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
     cfg = Config(
         vision=_vision(vision),
@@ -88,7 +89,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
 def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     _require(raw, "hidden_act", "gelu_pytorch_tanh")
     _require(raw, "num_channels", 3)
-    _require({"vision_use_head": False} | dict(raw), "vision_use_head", False)
+    _require(raw, "vision_use_head", False)
     cfg = VisionConfig(
         width=_whole(raw, "hidden_size"),
         layers=_whole(raw, "num_hidden_layers"),
@@ -116,7 +117,7 @@ def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
     _require(raw, "attention_bias", False)
     _require(raw, "tie_word_embeddings", True)
     _require(raw, "hidden_activation", "gelu_pytorch_tanh")
-    _require({"rope_scaling": None} | dict(raw), "rope_scaling", None)
+    _require(raw, "rope_scaling", None)
     if not str(raw.get("hidden_act") or "gelu").startswith("gelu"):  # old files say gelu, and meant the tanh form
         raise ValueError(f"hidden_act is {raw['hidden_act']!r}, expected gelu_pytorch_tanh")
     rope = raw.get("rope_parameters") or {"rope_theta": raw["rope_theta"]}
@@ -164,7 +165,8 @@ def _whole(raw: Mapping[str, Any], key: str) -> int:
 
 
 def _require(raw: Mapping[str, Any], key: str, value: Any) -> None:
-    if raw[key] != value:
+    """The only value that is implemented, which is also the default."""
+    if raw.get(key, value) != value:
         raise ValueError(f"{key} is {raw[key]!r}, expected {value!r}")
 
 

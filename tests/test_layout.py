@@ -8,7 +8,7 @@ import pgfunc
 ORDER = [
     "errors", "tree", "config", "ops", "masks", "cache", "siglip", "gemma", "paligemma", "image", "tokenizer", "prompt",
     "sample", "generate", "checkpoint.files", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision",
-    "checkpoint", "__init__", "cli",
+    "checkpoint", "__init__", "cli.options", "cli.text", "cli.checkpoints", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent
 

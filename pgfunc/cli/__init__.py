@@ -1,0 +1,24 @@
+"""The command line: `pgfunc caption photo.jpg`. It parses, calls the package and prints; it decides nothing else.
+
+A mistake of the user's is one line on standard error and exit status 2. With `--json` each picture gives one line of
+JSON on standard output; progress goes to standard error. Each file of commands adds its own to `app`.
+"""
+
+import io
+import sys
+
+from pgfunc.cli import checkpoints as checkpoints
+from pgfunc.cli import text as text
+from pgfunc.cli.options import app
+from pgfunc.errors import PgfuncError
+
+
+def main() -> None:
+    """Run the command line; a PgfuncError is its message and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    try:
+        app()
+    except PgfuncError as error:
+        print(f"pgfunc: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,5 @@
+"""`python -m pgfunc.cli` is `pgfunc`."""
+
+from pgfunc.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""Commands about checkpoint files: inspect and convert."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pgfunc as pg
+from pgfunc.cli import options
+from pgfunc.cli.options import app
+from pgfunc.errors import SettingError
+
+
+@app.command()
+def inspect(
+    source: Annotated[str | None, typer.Argument(help="Folder, .npz or hub id.", show_default=False)] = None,
+    model: options.ModelName = None, config: options.Config = None, as_json: options.Json = False,
+) -> None:  # fmt: skip
+    """List the parameters: path, shape, dtype, bytes. Only the headers of the files are read."""
+    if source and model:
+        raise SettingError(f"inspect takes one checkpoint, found {source} and --model {model}")
+    params = pg.load(source or model, device="meta", config=config).params
+    rows = [(path, tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."), leaf.numel() * leaf.element_size())
+            for path, leaf in pg.tree.flatten(params).items()]  # fmt: skip
+    if as_json:
+        keys = ("path", "shape", "dtype", "bytes")
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
+        return
+    width = max(len(path) for path, *_ in rows)
+    for path, shape, dtype, size in rows:
+        print(f"{path:<{width}}  {' x '.join(map(str, shape)):<16}  {dtype:<8}  {size:>13,}")
+    print(f"{pg.tree.count(params):,} parameters, {pg.tree.nbytes(params):,} bytes")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, .npz or hub id.")],
+    target: Annotated[Path, typer.Argument(help="A folder for Hugging Face layout, or a .npz for big_vision's.")],
+    config: options.Config = None, tokenizer: options.Vocabulary = None, dtype: options.Dtype = None,
+) -> None:  # fmt: skip
+    """Write a checkpoint in the other format."""
+    pg.convert(source, target, dtype, config, tokenizer)

@@ -1,0 +1,83 @@
+"""Commands whose result is text: caption, ask, ocr, generate; and score, which compares texts."""
+
+from typing import Annotated, Any
+
+import typer
+
+import pgfunc as pg
+from pgfunc.cli import options
+from pgfunc.cli.options import app, progress, say
+from pgfunc.errors import PromptError
+from pgfunc.prompt import TASKS
+
+
+def completing(name: str, template: str | None, about: str) -> None:
+    """Add a command that completes one prefix on each picture; a template with a hole needs --prompt."""
+
+    def command(
+        images: options.Images,
+        prompt: options.PromptText = None,
+        model: options.ModelName = None,
+        max_new_tokens: options.MaxNewTokens = 64,
+        temperature: options.Temperature = 0.0,
+        top_k: options.TopK = None,
+        top_p: options.TopP = None,
+        min_p: options.MinP = None,
+        seed: options.Seed = 0,
+        device: options.Device = None,
+        dtype: options.Dtype = None,
+        config: options.Config = None,
+        tokenizer: options.Vocabulary = None,
+        as_json: options.Json = False,
+    ) -> None:
+        prefix = as_prefix(name, template, prompt)
+        loaded = pg.load(model, dtype, device, config, tokenizer)
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+                                    "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
+        if len(images) == 1 and not as_json:
+            for piece in pg.stream(loaded, images[0], prefix, **sampling):
+                print(piece, end="", flush=True)
+            print()
+            return
+        for image in progress(images):
+            (done,) = pg.generate(loaded, image, prefix, **sampling)
+            say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
+
+    app.command(name, help=about)(command)
+
+
+def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
+    """What the model is asked: the given text, in the command's form if that has a hole for it."""
+    if template and "{}" not in template:
+        return template if prompt is None else prompt
+    if not prompt:
+        raise PromptError(f"{command} needs a question: --prompt 'what colour is the car?'" if template else
+                          f"{command} needs a prefix: --prompt 'caption en'")  # fmt: skip
+    return template.format(prompt) if template else prompt
+
+
+completing("caption", TASKS["caption"], "Say what is in each picture. --prompt replaces 'caption en'.")
+completing("ask", TASKS["ask"], "Answer a question, given with --prompt, about each picture.")
+completing("ocr", TASKS["ocr"], "Read the text in each picture.")
+completing("generate", None, "Complete any prefix, given with --prompt, on each picture.")
+
+
+@app.command()
+def score(
+    images: options.Images,
+    prompt: Annotated[str, typer.Option("--prompt", help="The prefix, as for generate.")],
+    candidate: Annotated[list[str], typer.Option("--candidate", help="An answer; give several.")],
+    model: options.ModelName = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    config: options.Config = None,
+    tokenizer: options.Vocabulary = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compare given answers by their log-probability, most probable first."""
+    loaded = pg.load(model, dtype, device, config, tokenizer)
+    for image in progress(images):
+        (scores,) = pg.score(loaded, image, prompt, candidate).tolist()
+        ranked = sorted(zip(candidate, scores, strict=True), key=lambda pair: -pair[1])
+        lines = [f"{image}: {answer}\t{value:.4f}" for answer, value in ranked]
+        say({"image": image, "prompt": prompt, "scores": dict(ranked)}, as_json, "\n".join(lines))

@@ -1,15 +1,22 @@
 """PaliGemma and PaliGemma 2 as pure functions in PyTorch: what goes in is never changed."""
 
+from pgfunc import detect as detect
+from pgfunc import dual as dual
+from pgfunc import dual_prompt as dual_prompt
 from pgfunc import errors as errors
 from pgfunc import sample as sample
+from pgfunc import segment as segment
 from pgfunc import tokenizer as tokenizer
 from pgfunc import tree as tree
 from pgfunc.cache import Cache as Cache
 from pgfunc.checkpoint import convert as convert
 from pgfunc.checkpoint import load as load
 from pgfunc.checkpoint import save as save
+from pgfunc.checkpoint.siglip import load_siglip as load_siglip
+from pgfunc.checkpoint.siglip import save_siglip as save_siglip
 from pgfunc.config import PUBLISHED as PUBLISHED
 from pgfunc.config import Config as Config
+from pgfunc.dual_prompt import SiglipModel as SiglipModel
 from pgfunc.generate import Completion as Completion
 from pgfunc.generate import generate as generate
 from pgfunc.generate import score as score

@@ -76,6 +76,33 @@ class Config:
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"  # the resize filter of the processor
 
 
+@dataclass(frozen=True)
+class SiglipTextConfig:
+    """SigLIP's text encoder."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    out: int  # the length of a text's vector, which is the vision encoder's width
+    positions: int = 64  # every text is padded to so many tokens
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """SigLIP: a vision encoder and a text encoder whose vectors are compared."""
+
+    vision: VisionConfig
+    text: SiglipTextConfig
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"  # the resize filter of the processor
+
+
 def _vision(image_size: int) -> VisionConfig:
     return VisionConfig(width=1152, layers=27, heads=16, hidden=4304, image_size=image_size, patch=14)
 

@@ -21,6 +21,10 @@ class PromptError(PgfuncError, ValueError):
     """A prompt that cannot be made from the given images and text, or does not fit the model."""
 
 
+class DataError(PgfuncError, ValueError):
+    """A line of a data set that cannot be used."""
+
+
 class SettingError(PgfuncError, ValueError):
     """A setting outside its range, such as a temperature or top-p."""
 

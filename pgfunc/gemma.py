@@ -17,7 +17,7 @@ from pgfunc import ops, tree
 from pgfunc.cache import Cache, append
 from pgfunc.config import TextConfig
 from pgfunc.masks import Masks
-from pgfunc.ops import identity, linear, rms_norm, widen
+from pgfunc.ops import identity, linear, plain, rms_norm, widen
 
 
 class Layer(NamedTuple):
@@ -83,18 +83,21 @@ def run(
     cfg: TextConfig,
     cache: Cache | tuple[()] = (),
     tap=identity,
+    wrap=plain,
 ) -> tuple[Float[Tensor, "b t d"], tuple[tuple[Tensor, Tensor], ...]]:
     """All layers over t new tokens; returns their output and, a layer, the keys and values that they attended to.
 
     Without a cache the tokens see one another, and the keys and values are their own. With one they are appended at
-    each row's length first, and what comes back are the cache's buffers after the append.
+    each row's length first, and what comes back are the cache's buffers after the append. `wrap` is applied to `block`.
     """
     angles = ops.angles(positions, cfg.head_dim, cfg.theta)
     seen = []
     for i, layer in enumerate(p.layers):
         mask = masks.window if cfg.windowed(i) else masks.full
         past = (cache.k[i], cache.v[i], cache.length) if cache else ()
-        x, kv = block(layer, x, angles, mask, cfg, past, lambda name, value, i=i: tap(f"language.{i}.{name}", value))
+        x, kv = wrap(block)(
+            layer, x, angles, mask, cfg, past, lambda name, value, i=i: tap(f"language.{i}.{name}", value)
+        )
         seen.append(kv)
     return x, tuple(seen)
 

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pgfunc.config import Config
+from pgfunc.config import Config, SiglipConfig
 from pgfunc.errors import ImageError, first_line
 
 Source = str | PathLike | bytes | Image.Image | np.ndarray | Tensor
 
 
-def pixels(source: Source, cfg: Config) -> Float[Tensor, "3 y x"]:
+def pixels(source: Source, cfg: Config | SiglipConfig) -> Float[Tensor, "3 y x"]:
     """A picture as the encoder takes it: channels first, values in [-1, 1].
 
     Raises ImageError, naming the file, for what is missing, corrupt, truncated or a decompression bomb.

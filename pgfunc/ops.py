@@ -23,6 +23,11 @@ def identity(name: str, x: T) -> T:
     return x
 
 
+def plain(fn: T) -> T:
+    """The default for what wraps a transformer block: changes nothing. Gradient checkpointing is another."""
+    return fn
+
+
 def widen(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """x in float32, or wider where it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -92,9 +97,15 @@ def attend(
     if cap or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return attend_explicit(q, k, v, mask, scale, cap)
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
-    mask = mask if mask is None else rearrange(mask, "b t s -> b 1 t s")
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    else:
+        mask = rearrange(mask, "b t s -> b 1 t s")
+        # cuDNN's gradient of a query without keys is nan (PyTorch 2.11, H100): it reads all, and is made zero after
+        some = mask.any(-1, keepdim=True)
+        out = F.scaled_dot_product_attention(q, k, v, mask | ~some, scale=scale, enable_gqa=grouped)
+        out = torch.where(some, out, 0.0)
     return rearrange(out, "b n t h -> b t n h")
 
 

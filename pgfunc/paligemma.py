@@ -17,7 +17,7 @@ from pgfunc import gemma, masks, siglip, tree
 from pgfunc.cache import Cache, pad
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
-from pgfunc.ops import identity, linear
+from pgfunc.ops import identity, linear, plain
 
 
 class Params(NamedTuple):
@@ -53,36 +53,30 @@ def abstract(cfg: Config) -> Params:
 
 
 def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
-    """Random parameters: matrices normal with variance 1 / fan-in, LayerNorm scales 1, all other vectors 0.
-
-    Fan-in is the product of all axes but the first, and the width for embeddings, so that activations start near 1.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(path: str, leaf: Tensor) -> Tensor:
-        if leaf.dim() == 1:
-            return torch.full(leaf.shape, float(path.endswith("_scale")), dtype=dtype)
-        return (torch.randn(leaf.shape, generator=generator) * leaf[0].numel() ** -0.5).to(dtype)
-
-    return tree.map_with_path(draw, abstract(cfg))
+    """Random parameters to train from, see `tree.init`."""
+    return tree.init(abstract(cfg), seed, dtype)
 
 
 def encode_images(
-    params: Params, pixels: Float[Tensor, "b i 3 y x"], cfg: Config, tap=identity
+    params: Params, pixels: Float[Tensor, "b i 3 y x"], cfg: Config, tap=identity, wrap=plain
 ) -> Float[Tensor, "b ip d"]:
     """The pictures of each row -> image tokens in the language model's width, picture after picture."""
     batch, pictures = pixels.shape[:2]
     if not pictures:
         return pixels.new_empty((batch, 0, cfg.text.width), dtype=params.projector.dtype)
-    x = siglip.encode_image(params.vision, rearrange(pixels, "b i c y x -> (b i) c y x"), cfg.vision, tap)
+    x = siglip.encode_image(params.vision, rearrange(pixels, "b i c y x -> (b i) c y x"), cfg.vision, tap, wrap)
     x = tap("projector", linear(x, params.projector, params.projector_bias))
     return rearrange(x, "(b i) p d -> b (i p) d", i=pictures)
 
 
 def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
     """Image tokens and text tokens as one sequence; the image is part of the bidirectional prefix."""
+    return join(params, encode_images(params, prompt.pixels, cfg, tap), prompt, cfg, tap)
+
+
+def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
+    """Encoded pictures and the text of a prompt as one sequence: a picture may be encoded once for many prompts."""
     # only text is scaled by sqrt(width): image tokens enter as the projector made them (big_vision paligemma.py)
-    image = encode_images(params, prompt.pixels, cfg, tap)
     text = gemma.embed(params.language, prompt.tokens, cfg.text)
     present = prompt.valid.new_ones(image.shape[:2])
     return Embedded(

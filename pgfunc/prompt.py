@@ -19,7 +19,7 @@ from pgfunc.errors import PromptError
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.tokenizer import Tokenizer
 
-TASKS = {"caption": "caption en", "ask": "answer en {}", "ocr": "ocr"}
+TASKS = {"caption": "caption en", "ask": "answer en {}", "ocr": "ocr", "detect": "detect {}", "segment": "segment {}"}
 
 Text = str | Sequence[int]  # text, or the ids that stand for it
 

@@ -1,6 +1,8 @@
 """The SigLIP vision encoder (Zhai et al. 2023; big_vision `models/vit.py`): pictures -> one vector a patch.
 
-It knows nothing about text. Axes: n pictures, p patches, d width, f hidden; `nh` heads and head dim fused.
+Also the transformer block, which SigLIP's text encoder shares (`dual.py`), and the head that pools the patches into one
+vector; PaliGemma does without that head. Axes: n pictures or texts, p patches or tokens, s the sequence that attention
+reads, d width, f hidden; `nh` heads and head dim fused.
 """
 
 from typing import NamedTuple
@@ -11,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pgfunc import ops, tree
-from pgfunc.config import VisionConfig
-from pgfunc.ops import identity, layer_norm, linear
+from pgfunc.config import SiglipTextConfig, VisionConfig
+from pgfunc.ops import identity, layer_norm, linear, plain
+
+Turn = Float[Tensor, "2 p half"] | tuple[()]  # the angles of rope2d
 
 
 class Layer(NamedTuple):
@@ -47,6 +51,26 @@ class Params(NamedTuple):
     norm_bias: Float[Tensor, "d"]
 
 
+class Head(NamedTuple):
+    """Attention pooling: a learned query reads all patches (MAP; Lee et al. 2019, big_vision `models/vit.py`)."""
+
+    probe: Float[Tensor, "one d"]
+    q: Float[Tensor, "nh d"]
+    q_bias: Float[Tensor, "nh"]
+    k: Float[Tensor, "nh d"]
+    k_bias: Float[Tensor, "nh"]
+    v: Float[Tensor, "nh d"]
+    v_bias: Float[Tensor, "nh"]
+    out: Float[Tensor, "d nh"]
+    out_bias: Float[Tensor, "d"]
+    norm_scale: Float[Tensor, "d"]
+    norm_bias: Float[Tensor, "d"]
+    up: Float[Tensor, "f d"]
+    up_bias: Float[Tensor, "f"]
+    down: Float[Tensor, "d f"]
+    down_bias: Float[Tensor, "d"]
+
+
 def abstract(cfg: VisionConfig) -> Params:
     """The parameter tree on the meta device."""
     sizes = {"d": cfg.width, "nh": cfg.width, "f": cfg.hidden, "p": cfg.tokens, "c": 3, "y": cfg.patch, "x": cfg.patch}
@@ -61,41 +85,60 @@ def patchify(pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig) -> Float[Tenso
 
 
 def encode_image(
-    p: Params, pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig, tap=identity
+    p: Params, pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig, tap=identity, wrap=plain
 ) -> Float[Tensor, "n p d"]:
-    """Pictures with values in [-1, 1] -> the encoder's normalised output, one vector a patch."""
+    """Pictures with values in [-1, 1] -> the encoder's normalised output, one vector a patch. `wrap` is for `block`."""
     patches = patchify(pixels.to(p.patch.dtype), cfg)
     x = linear(patches, rearrange(p.patch, "d c y x -> d (c y x)"), p.patch_bias)
     if cfg.position == "learned":
         x = x + p.position
     x = tap("vision.embed", x)
+    turn = grid_angles(cfg, x.device) if cfg.position == "rope2d" else ()
     for i, layer in enumerate(p.layers):
-        x = block(layer, x, cfg, lambda name, value, i=i: tap(f"vision.{i}.{name}", value))
+        x = wrap(block)(layer, x, cfg, lambda name, value, i=i: tap(f"vision.{i}.{name}", value), turn)
     return tap("vision.out", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
 
 
-def block(p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap=identity) -> Float[Tensor, "n p d"]:
+def block(
+    p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig | SiglipTextConfig, tap=identity, turn: Turn = ()
+) -> Float[Tensor, "n p d"]:
     """Attention and MLP, each on a normalised copy that is added back."""
-    x = tap("resid_mid", x + attention(p, layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps), cfg, tap))
+    normed = layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps)
+    x = tap("resid_mid", x + attention(p, normed, normed, cfg, tap, turn))
     return tap("resid_post", x + mlp(p, layer_norm(x, p.norm2_scale, p.norm2_bias, cfg.eps), tap))
 
 
-def attention(p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap=identity) -> Float[Tensor, "n p d"]:
-    """Multi-head attention of every patch to every patch."""
-    weights = {"q": (p.q, p.q_bias), "k": (p.k, p.k_bias), "v": (p.v, p.v_bias)}
-    heads = {name: rearrange(linear(x, *w), "b p (n h) -> b p n h", n=cfg.heads) for name, w in weights.items()}
+def attention(
+    p: Layer | Head,
+    x: Float[Tensor, "n p d"],
+    source: Float[Tensor, "n s d"],
+    cfg: VisionConfig | SiglipTextConfig,
+    tap=identity,
+    turn: Turn = (),
+) -> Float[Tensor, "n p d"]:
+    """Multi-head attention: every vector of x reads all of the source, which is x itself in a block."""
+    weights = {"q": (x, p.q, p.q_bias), "k": (source, p.k, p.k_bias), "v": (source, p.v, p.v_bias)}
+    heads = {name: rearrange(linear(*w), "b p (n h) -> b p n h", n=cfg.heads) for name, w in weights.items()}
     q, k, v = (tap(name, heads[name]) for name in "qkv")
-    if cfg.position == "rope2d":
-        turn = grid_angles(cfg, x.device)
+    if isinstance(turn, Tensor):
         q, k = rotate_grid(q, turn), rotate_grid(k, turn)
     out = ops.attend(q, k, v, mask=None, scale=cfg.head_dim**-0.5)
     return tap("attn_out", linear(rearrange(out, "b p n h -> b p (n h)"), p.out, p.out_bias))
 
 
-def mlp(p: Layer, x: Float[Tensor, "n p d"], tap=identity) -> Float[Tensor, "n p d"]:
+def mlp(p: Layer | Head, x: Float[Tensor, "n p d"], tap=identity) -> Float[Tensor, "n p d"]:
     """Up, tanh-GELU, down."""
     hidden = tap("mlp_hidden", ops.gelu(linear(x, p.up, p.up_bias)))
     return tap("mlp_out", linear(hidden, p.down, p.down_bias))
+
+
+def pool(p: Head, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap=identity) -> Float[Tensor, "n d"]:
+    """The encoder's output -> one vector a picture; in whatever order the patches stand."""
+    probe = repeat(p.probe, "one d -> n one d", n=x.shape[0])
+    # the query's own vector is not added back: the head's residual starts after its attention (big_vision vit.py)
+    x = tap("resid_mid", attention(p, probe, x, cfg, tap))
+    x = tap("resid_post", x + mlp(p, layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps), tap))
+    return rearrange(x, "n 1 d -> n d")
 
 
 def grid_angles(cfg: VisionConfig, device: torch.device) -> Float[Tensor, "2 p half"]:

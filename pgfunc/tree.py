@@ -1,4 +1,4 @@
-"""Trees of tensors: paths, map, replace, stack and unstack, and the abstract tree that a declaration describes.
+"""Trees of tensors: paths, map, replace, stack and unstack; the abstract tree that a declaration describes; a start.
 
 A tree is any nesting of NamedTuples, tuples, lists and dicts; `()` marks an absent part and has no leaves. A path names
 a leaf by its fields and indices: `language.layers.3.q`. Nothing here knows about models.
@@ -77,3 +77,18 @@ def abstract(declaration: type[T], sizes: Mapping[str, int], **given: Any) -> T:
         if name not in given
     }
     return declaration(**declared, **given)
+
+
+def init(abstract: T, seed: int, dtype: torch.dtype) -> T:
+    """Random leaves to train from: matrices normal with variance 1 / fan-in, `..._scale` 1, all other vectors 0.
+
+    Fan-in is the product of all axes but the first, and the width for embeddings, so that activations start near 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(path: str, leaf: torch.Tensor) -> torch.Tensor:
+        if leaf.dim() < 2:
+            return torch.full(leaf.shape, float(path.endswith("_scale")), dtype=dtype)
+        return (torch.randn(leaf.shape, generator=generator) * leaf[0].numel() ** -0.5).to(dtype)
+
+    return map_with_path(draw, abstract)

@@ -1,5 +1,6 @@
 """Checkpoints: what is written is what was read, in every format and layout."""
 
+import json
 import os
 import subprocess
 import sys
@@ -250,6 +251,10 @@ def test_the_resize_filter_is_the_checkpoints(tmp_path, resample):
     assert pg.load(tmp_path, device="cpu").cfg.resample == resample
     pg.convert(tmp_path, tmp_path / "x.npz")
     assert pg.load(tmp_path / "x.npz", device="cpu", config=tmp_path).cfg.resample == resample
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert pg.load(tmp_path, device="cpu").cfg.resample == resample, "where newer folders keep it"
 
 
 def test_a_hub_id_comes_from_the_local_cache_when_the_hub_is_off(tmp_path):

@@ -47,7 +47,7 @@ DAMAGE = {
     ),
     "key too many": (
         lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.update(extra=torch.zeros(2, 3))),
-        r"extra with shape \(2, 3\) is not part of this model",
+        r"extra with shape \(2, 3\) is not part of the model that config\.json describes",
     ),
     "wrong shape": (
         lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.update({NORM: torch.zeros(7)})),
@@ -99,6 +99,10 @@ DAMAGE = {
     "scaled rope": (lambda d: edit_text(d, rope_scaling={"type": "linear", "factor": 4}), "rope_scaling is"),
     "another rope": (lambda d: edit_text(d, rope_parameters={"rope_type": "yarn"}), "rope_type is yarn"),
     "another activation": (lambda d: edit_text(d, hidden_act="relu"), "hidden_act is 'relu'"),
+    "pooling head": (
+        lambda d: edit_json(d / "config.json", vision_config={"vision_use_head": True}),
+        "vision_use_head is True",
+    ),
     "biases": (lambda d: edit_text(d, attention_bias=True), "attention_bias is True"),
     "no image token": (lambda d: edit_json(d / "config.json", image_token_index=None), "image_token_index is None"),
     "no resizing": (lambda d: edit_json(d / "preprocessor_config.json", do_resize=False), "do_resize is False"),

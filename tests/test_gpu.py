@@ -8,7 +8,7 @@ import torch
 from cases import CONFIGS, params, prompt, text_model
 
 import pgfunc as pg
-from pgfunc import paligemma
+from pgfunc import ops, paligemma
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,6 +30,20 @@ def test_cuda_equals_cpu(name):
     plain_logits, plain = pg.prefill(tree, given, cfg, 2)
     torch.testing.assert_close(logits.cpu(), plain_logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(again.cpu(), pg.decode(tree, token, plain, cfg)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_gradients_of_padded_rows_are_numbers(dtype, heads):
+    # cuDNN's own are nan where a query may see no key
+    q, k, v = (torch.randn(2, 64, n, 64, device="cuda", dtype=dtype).requires_grad_() for n in (4, heads, heads))
+    mask = (torch.arange(64) < torch.tensor([[50], [64]])).cuda()
+    mask = mask[:, None, :] & mask[:, :, None]
+    grads = torch.autograd.grad(ops.attend(q, k, v, mask, 0.125).float().sum(), (q, k, v))
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(ops.attend_explicit(*wide, mask, 0.125).sum(), wide)
+    for found, exact in zip(grads, expected, strict=True):
+        torch.testing.assert_close(found.float(), exact, atol=0.1 if dtype is torch.bfloat16 else 1e-3, rtol=0)
 
 
 def test_a_seed_draws_the_same_tokens_on_both_devices(tmp_path):

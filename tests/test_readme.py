@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prose import fences
 
 import pgfunc as pg
 from pgfunc import cli
@@ -15,7 +16,7 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    return [fence.body for fence in fences(TEXT) if fence.language == language]
 
 
 def commands() -> list[str]:

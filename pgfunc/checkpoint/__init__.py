@@ -8,13 +8,14 @@ from safetensors import SafetensorError
 
 from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf
-from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, render, write_config, write_json
+from pgfunc.checkpoint.files import write_json
+from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, render, write_config
 from pgfunc.config import PUBLISHED, Config
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 Source = str | Path | None
@@ -79,7 +80,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     extra = {"image_token": "<image>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "PaliGemmaProcessor",
                 "extra_special_tokens": extra, "clean_up_tokenization_spaces": False}  # fmt: skip
-    write_json(folder / "tokenizer_config.json", names | settings)
+    write_json(folder / TOKENIZER_CONFIG, names | settings)
 
 
 def convert(

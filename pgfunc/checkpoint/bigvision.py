@@ -104,7 +104,8 @@ def _language(cfg: TextConfig) -> gemma.Params:
 
 def load(path: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device) -> paligemma.Params:
     """The parameters in a `.npz`; on the meta device only its headers are read."""
-    return gather(table(cfg), paligemma.abstract(cfg), open_file(path), str(path), dtype, device)
+    model = "the model that the given config describes"
+    return gather(table(cfg), paligemma.abstract(cfg), open_file(path), str(path), dtype, device, model)
 
 
 def padded(path: Path, cfg: Config) -> Config:

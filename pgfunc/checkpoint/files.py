@@ -1,13 +1,15 @@
-"""Between files and parameter trees: named arrays, and tables that say where in them each parameter lies.
+"""Between files and values: named arrays, tables that say where in them each parameter lies, and JSON objects.
 
 A table is a tree shaped like the parameters whose leaves are `Slot`s. The same table reads (`gather`) and writes
 (`arrange`); the formats differ only in their tables and in how they name arrays. Nothing here knows about PaliGemma.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,8 @@ from pgfunc import tree
 from pgfunc.errors import CheckpointError
 
 T = TypeVar("T")
+
+DESCRIBED = "the model that config.json describes"
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,20 @@ def _stack(parts: dict[tuple[int, ...], Tensor]) -> Tensor:
 
 
 def gather(
-    table: T, abstract: T, entries: Mapping[str, Entry], where: str, dtype: torch.dtype | None, device: torch.device
+    table: T,
+    abstract: T,
+    entries: Mapping[str, Entry],
+    where: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    model: str = DESCRIBED,
 ) -> T:
     """The parameters from the arrays that the table names; on the meta device nothing is read.
 
     Raises CheckpointError for a key that is missing or too many, and for a wrong shape, naming key and both shapes.
+    `where` and `model` are what an error calls the file, and what its arrays were expected to be.
     """
-    check(arrange(table, abstract), entries, where)
+    check(arrange(table, abstract), entries, where, model)
     if dtype is None:
         check_one_dtype(entries, where)
     users: dict[str, list[tuple[str, Slot]]] = defaultdict(list)
@@ -89,19 +100,17 @@ def gather(
     return tree.replace(abstract, leaves)
 
 
-def check(expected: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str) -> None:
+def check(expected: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str, model: str = DESCRIBED) -> None:
     """Compare names and shapes with what a file holds."""
     if missing := sorted(expected.keys() - entries.keys()):
         shape = tuple(expected[missing[0]].shape)
         raise CheckpointError(
             f"{where}: {_first(missing)} is missing, expected shape {shape}; "
-            "the file is incomplete or config.json describes another model"
+            f"the file is incomplete, or not that of {model}"
         )
     if extra := sorted(entries.keys() - expected.keys()):
         shape = entries[extra[0]].shape
-        raise CheckpointError(
-            f"{where}: {_first(extra)} with shape {shape} is not part of this model; config.json describes another one"
-        )
+        raise CheckpointError(f"{where}: {_first(extra)} with shape {shape} is not part of {model}")
     for key, entry in entries.items():
         if tuple(entry.shape) != tuple(expected[key].shape):
             raise CheckpointError(f"{where}: {key}: expected {tuple(expected[key].shape)}, found {tuple(entry.shape)}")
@@ -119,3 +128,21 @@ def check_one_dtype(entries: Mapping[str, Entry], where: str) -> None:
 
 def _first(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} (and {len(keys) - 1} more)"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pgfunc import gemma, paligemma, siglip
-from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
-from pgfunc.checkpoint.hf_config import read_json, write_json
-from pgfunc.config import Config
+from pgfunc.checkpoint.files import Entry, Slot, arrange, gather, read_json, write_json
+from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -39,7 +38,7 @@ ANCHORS = {
 # the layout of the published checkpoints, which every version of transformers reads; `save` writes it
 HUB = {"vision": "vision_tower.vision_model.", "projector": "", "language": "language_model.model."}
 
-VISION_LAYER = siglip.Layer(
+SIGLIP_LAYER = siglip.Layer(
     norm1_scale="layer_norm1.weight", norm1_bias="layer_norm1.bias",
     q="self_attn.q_proj.weight", q_bias="self_attn.q_proj.bias",
     k="self_attn.k_proj.weight", k_bias="self_attn.k_proj.bias",
@@ -69,31 +68,35 @@ GEMMA2_LAYER = GEMMA_LAYER._replace(
 
 def table(cfg: Config, prefixes: Mapping[str, str] = HUB) -> paligemma.Params:
     """The key of every parameter."""
-    vision, language = prefixes["vision"], prefixes["language"]
-    projector = prefixes["projector"] + "multi_modal_projector.linear."
-
-    def layer(names: Any, prefix: str) -> Any:
-        return type(names)(*(Slot(prefix + name) if name else () for name in names))
-
-    gemma_names = GEMMA2_LAYER if cfg.text.post_norms else GEMMA_LAYER
-    learned = cfg.vision.position == "learned"
+    projector, language = prefixes["projector"] + "multi_modal_projector.linear.", prefixes["language"]
+    names = GEMMA2_LAYER if cfg.text.post_norms else GEMMA_LAYER
     return paligemma.Params(
-        vision=siglip.Params(
-            patch=Slot(vision + "embeddings.patch_embedding.weight"),
-            patch_bias=Slot(vision + "embeddings.patch_embedding.bias"),
-            position=Slot(vision + "embeddings.position_embedding.weight") if learned else (),
-            layers=tuple(layer(VISION_LAYER, f"{vision}encoder.layers.{i}.") for i in range(cfg.vision.layers)),
-            norm_scale=Slot(vision + "post_layernorm.weight"),
-            norm_bias=Slot(vision + "post_layernorm.bias"),
-        ),
+        vision=vision_table(cfg.vision, prefixes["vision"]),
         projector=Slot(projector + "weight"),
         projector_bias=Slot(projector + "bias"),
         language=gemma.Params(
             embed=Slot(language + "embed_tokens.weight"),
-            layers=tuple(layer(gemma_names, f"{language}layers.{i}.") for i in range(cfg.text.layers)),
+            layers=tuple(layer_table(names, f"{language}layers.{i}.") for i in range(cfg.text.layers)),
             norm=Slot(language + "norm.weight"),
         ),
     )
+
+
+def vision_table(cfg: VisionConfig, prefix: str) -> siglip.Params:
+    """The key of every parameter of the vision encoder."""
+    return siglip.Params(
+        patch=Slot(prefix + "embeddings.patch_embedding.weight"),
+        patch_bias=Slot(prefix + "embeddings.patch_embedding.bias"),
+        position=Slot(prefix + "embeddings.position_embedding.weight") if cfg.position == "learned" else (),
+        layers=tuple(layer_table(SIGLIP_LAYER, f"{prefix}encoder.layers.{i}.") for i in range(cfg.layers)),
+        norm_scale=Slot(prefix + "post_layernorm.weight"),
+        norm_bias=Slot(prefix + "post_layernorm.bias"),
+    )
+
+
+def layer_table(names: Any, prefix: str) -> Any:
+    """The key of every parameter of one layer, from their names in it."""
+    return type(names)(*(Slot(prefix + name) if name else () for name in names))
 
 
 def load(folder: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device) -> paligemma.Params:
@@ -159,11 +162,16 @@ def open_file(path: Path) -> dict[str, Entry]:
 
 
 def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) -> None:
-    """Write the parameters as safetensors of at most `shard_bytes` each, with an index if there are several.
+    """Write the parameters in place of a folder's weights."""
+    write(folder, arrange(table(cfg), params), shard_bytes)
+
+
+def write(folder: Path, arrays: Mapping[str, Tensor], shard_bytes: int) -> None:
+    """Write arrays as safetensors of at most `shard_bytes` each, with an index if there are several; old ones go.
 
     Files are written beside and then renamed, so that a model may be saved over the very files that it is mapped from.
     """
-    arrays = unshared({key: array.contiguous() for key, array in arrange(table(cfg), params).items()})
+    arrays = unshared({key: array.contiguous() for key, array in arrays.items()})
     shards = split_state_dict_into_shards_factory(
         arrays, get_storage_size=_nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )

@@ -1,20 +1,23 @@
-"""`config.json` and `preprocessor_config.json` of Hugging Face's PaliGemma folders, read into a `Config` and written.
+"""`config.json` of Hugging Face's PaliGemma folders, read into a `Config` and written; also its vision_config alone.
 
 A text_config leaves out what equals its class's default, so those defaults stand here. What this project does not
 implement (biases in the language model, another activation, untied embeddings) is an error, never ignored. Source:
 transformers `configuration_{paligemma,gemma,gemma2,siglip}.py`.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pgfunc.checkpoint import processor
+from pgfunc.checkpoint.files import read_json, write_json
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 
-CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+T = TypeVar("T")
+
+CONFIG = "config.json"
 
 SIGLIP = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -35,28 +38,25 @@ GEMMA2 = GEMMA | {
 
 NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null: without
 
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-
 
 def read_config(folder: Path) -> Config:
     """The configuration of a checkpoint folder, its processor's resize filter included."""
-    cfg = parse_file(folder / CONFIG)
-    for name in (PREPROCESSOR, PROCESSOR):
-        if (folder / name).exists():
-            raw = read_json(folder / name)
-            nested = raw.get("image_processor")
-            return with_processor(cfg, nested if isinstance(nested, dict) else raw, folder / name)
-    return cfg
+    return processor.read(folder, parse_file(folder / CONFIG))
 
 
 def parse_file(path: Path) -> Config:
     """The configuration in a `config.json`."""
+    return parse_as(path, parse, "a PaliGemma")
+
+
+def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], kind: str) -> T:
+    """The value of a `config.json`; what `parse` raises becomes a CheckpointError that names the file."""
     raw = read_json(path)
     try:
         return parse(raw)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path}: {said}; expected the configuration of a PaliGemma") from error
+        raise CheckpointError(f"{path}: {said}; expected the configuration of {kind}") from error
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
@@ -69,10 +69,11 @@ def parse(raw: Mapping[str, Any]) -> Config:
         raise ValueError(f"text_config.model_type is {given.get('model_type')}, expected gemma or gemma2")
     text = text | {key: value for key, value in given.items() if value is not None or key in NULLABLE}
     vision = SIGLIP | raw["vision_config"]
-    _require(raw, "tie_word_embeddings", True)
-    image = _whole(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
+    require(vision, "vision_use_head", False)
+    require(raw, "tie_word_embeddings", True)
+    image = whole(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
     cfg = Config(
-        vision=_vision(vision),
+        vision=parse_vision(vision),
         text=_text(text, image),
         pad=_token(raw, text, "pad_token_id"),
         eos=_token(raw, text, "eos_token_id"),
@@ -86,17 +87,17 @@ def parse(raw: Mapping[str, Any]) -> Config:
     return cfg
 
 
-def _vision(raw: Mapping[str, Any]) -> VisionConfig:
-    _require(raw, "hidden_act", "gelu_pytorch_tanh")
-    _require(raw, "num_channels", 3)
-    _require(raw, "vision_use_head", False)
+def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
+    """The value of a vision_config that is whole; a ValueError says what does not fit."""
+    require(raw, "hidden_act", "gelu_pytorch_tanh")
+    require(raw, "num_channels", 3)
     cfg = VisionConfig(
-        width=_whole(raw, "hidden_size"),
-        layers=_whole(raw, "num_hidden_layers"),
-        heads=_whole(raw, "num_attention_heads"),
-        hidden=_whole(raw, "intermediate_size"),
-        image_size=_whole(raw, "image_size"),
-        patch=_whole(raw, "patch_size"),
+        width=whole(raw, "hidden_size"),
+        layers=whole(raw, "num_hidden_layers"),
+        heads=whole(raw, "num_attention_heads"),
+        hidden=whole(raw, "intermediate_size"),
+        image_size=whole(raw, "image_size"),
+        patch=whole(raw, "patch_size"),
         position=raw["position"],
         theta=float(raw["rope_theta"]),
         eps=float(raw["layer_norm_eps"]),
@@ -114,34 +115,34 @@ def _vision(raw: Mapping[str, Any]) -> VisionConfig:
 
 def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
     gemma2 = raw["model_type"] == "gemma2"
-    _require(raw, "attention_bias", False)
-    _require(raw, "tie_word_embeddings", True)
-    _require(raw, "hidden_activation", "gelu_pytorch_tanh")
-    _require(raw, "rope_scaling", None)
+    require(raw, "attention_bias", False)
+    require(raw, "tie_word_embeddings", True)
+    require(raw, "hidden_activation", "gelu_pytorch_tanh")
+    require(raw, "rope_scaling", None)
     if not str(raw.get("hidden_act") or "gelu").startswith("gelu"):  # old files say gelu, and meant the tanh form
         raise ValueError(f"hidden_act is {raw['hidden_act']!r}, expected gelu_pytorch_tanh")
     rope = raw.get("rope_parameters") or {"rope_theta": raw["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type is {rope['rope_type']}, expected default")
-    rows = _whole(raw, "vocab_size")
-    scale = _whole(raw, "query_pre_attn_scalar") if gemma2 else _whole(raw, "head_dim")
+    rows = whole(raw, "vocab_size")
+    scale = whole(raw, "query_pre_attn_scalar") if gemma2 else whole(raw, "head_dim")
     cfg = TextConfig(
         vocab=min(rows, image),  # the rows from `<image>` on are random numbers in the published files
         padding=max(rows - image, 0),
-        width=_whole(raw, "hidden_size"),
-        layers=_whole(raw, "num_hidden_layers"),
-        heads=_whole(raw, "num_attention_heads"),
-        kv_heads=_whole(raw, "num_key_value_heads"),
-        head_dim=_whole(raw, "head_dim"),
-        hidden=_whole(raw, "intermediate_size"),
+        width=whole(raw, "hidden_size"),
+        layers=whole(raw, "num_hidden_layers"),
+        heads=whole(raw, "num_attention_heads"),
+        kv_heads=whole(raw, "num_key_value_heads"),
+        head_dim=whole(raw, "head_dim"),
+        hidden=whole(raw, "intermediate_size"),
         query_scale=scale**-0.5,
         attention_softcap=float(raw["attn_logit_softcapping"] or 0) if gemma2 else 0.0,
         final_softcap=float(raw["final_logit_softcapping"] or 0) if gemma2 else 0.0,
-        window=_whole(raw, "sliding_window") if gemma2 and raw["sliding_window"] is not None else 0,
+        window=whole(raw, "sliding_window") if gemma2 and raw["sliding_window"] is not None else 0,
         post_norms=gemma2,
         theta=float(rope["rope_theta"]),
         eps=float(raw["rms_norm_eps"]),
-        positions=_whole(raw, "max_position_embeddings"),
+        positions=whole(raw, "max_position_embeddings"),
     )
     kinds = ["sliding_attention" if cfg.windowed(i) else "full_attention" for i in range(cfg.layers)]
     if gemma2 and raw.get("layer_types", kinds) != kinds:
@@ -154,51 +155,38 @@ def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
 def _token(raw: Mapping[str, Any], text: Mapping[str, Any], key: str) -> int:
     """A token id at the top level or in text_config; the first, where Gemma lists the ends of a turn too."""
     found = raw[key] if raw.get(key) is not None else text[key]
-    return _whole({key: found[0] if isinstance(found, list) and found else found}, key)
+    return whole({key: found[0] if isinstance(found, list) and found else found}, key)
 
 
-def _whole(raw: Mapping[str, Any], key: str) -> int:
+def whole(raw: Mapping[str, Any], key: str) -> int:
+    """A count, or the id of a token; a ValueError for what is none."""
     value = raw[key]
     if type(value) is not int or value < (0 if key.endswith("token_id") else 1):
         raise ValueError(f"{key} is {value!r}, expected a whole number")
     return value
 
 
-def _require(raw: Mapping[str, Any], key: str, value: Any) -> None:
+def require(raw: Mapping[str, Any], key: str, value: Any) -> None:
     """The only value that is implemented, which is also the default."""
     if raw.get(key, value) != value:
         raise ValueError(f"{key} is {raw[key]!r}, expected {value!r}")
 
 
-def with_processor(cfg: Config, raw: Mapping[str, Any], path: Path) -> Config:
-    """The config with the resize filter that an image processor's settings ask for."""
-    side = cfg.vision.image_size
-    expected = {
-        "size": {"height": side, "width": side},
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255,
-        "do_resize": True, "do_rescale": True, "do_normalize": True,
-    }  # fmt: skip
-    for key, value in expected.items():
-        if raw.get(key) not in (None, value):
-            raise CheckpointError(f"{path}: {key} is {raw[key]}, expected {value}")
-    resample = raw.get("resample", 3)
-    if type(resample) is not int or resample not in RESAMPLE:
-        raise CheckpointError(f"{path}: resample is {resample!r}, expected one of {RESAMPLE}")
-    return replace(cfg, resample=RESAMPLE[resample])
-
-
 def write_config(folder: Path, cfg: Config, dtype: str) -> None:
     """Write `config.json` and `preprocessor_config.json`, as transformers reads them."""
     write_json(folder / CONFIG, render(cfg, dtype))
-    side, resample = cfg.vision.image_size, {name: number for number, name in RESAMPLE.items()}[cfg.resample]
-    processor = {
-        "image_processor_type": "SiglipImageProcessor",
-        "processor_class": "PaliGemmaProcessor",
-        "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        "size": {"height": side, "width": side}, "resample": resample, "image_seq_length": cfg.vision.tokens,
+    processor.write(folder, cfg, processor_class="PaliGemmaProcessor", image_seq_length=cfg.vision.tokens)
+
+
+def render_vision(vision: VisionConfig) -> dict[str, Any]:
+    """The vision_config of an encoder: `parse_vision` gives it back."""
+    rendered = {
+        "model_type": "siglip_vision_model", "hidden_size": vision.width, "intermediate_size": vision.hidden,
+        "num_hidden_layers": vision.layers, "num_attention_heads": vision.heads, "image_size": vision.image_size,
+        "patch_size": vision.patch, "num_channels": 3, "layer_norm_eps": vision.eps, "hidden_act": "gelu_pytorch_tanh",
     }  # fmt: skip
-    write_json(folder / PREPROCESSOR, processor)
+    own = {} if vision.position == "learned" else {"position": vision.position, "rope_theta": vision.theta}
+    return rendered | own
 
 
 def render(cfg: Config, dtype: str) -> dict[str, Any]:
@@ -208,14 +196,8 @@ def render(cfg: Config, dtype: str) -> dict[str, Any]:
     """
     vision, text = cfg.vision, cfg.text
     ids = {"pad_token_id": cfg.pad, "eos_token_id": cfg.eos, "bos_token_id": cfg.bos}
-    vision_config = {
-        "model_type": "siglip_vision_model", "hidden_size": vision.width, "intermediate_size": vision.hidden,
-        "num_hidden_layers": vision.layers, "num_attention_heads": vision.heads, "image_size": vision.image_size,
-        "patch_size": vision.patch, "num_channels": 3, "layer_norm_eps": vision.eps, "hidden_act": "gelu_pytorch_tanh",
-        "vision_use_head": False, "projection_dim": text.width, "num_image_tokens": vision.tokens,
-    }  # fmt: skip
-    if vision.position != "learned":
-        vision_config |= {"position": vision.position, "rope_theta": vision.theta}
+    paligemma = {"vision_use_head": False, "projection_dim": text.width, "num_image_tokens": vision.tokens}
+    vision_config = render_vision(vision) | paligemma
     text_config = ids | {
         "model_type": "gemma", "vocab_size": text.vocab + text.padding, "hidden_size": text.width,
         "intermediate_size": text.hidden, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
@@ -238,21 +220,3 @@ def render(cfg: Config, dtype: str) -> dict[str, Any]:
     if (read := parse(rendered)) != replace(cfg, resample=read.resample):
         raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: read back it is {read}")
     return rendered
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,10 @@ import io
 import sys
 
 from pgfunc.cli import checkpoints as checkpoints
+from pgfunc.cli import contrast as contrast
+from pgfunc.cli import locate as locate
 from pgfunc.cli import text as text
+from pgfunc.cli import train as train
 from pgfunc.cli.options import app
 from pgfunc.errors import PgfuncError
 

@@ -1,15 +1,20 @@
 """What the commands share: the app, the options that several of them take, how results are printed."""
 
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
+from pgfunc.errors import SettingError
+
 app = typer.Typer(
-    help="PaliGemma on pictures: caption, ask, read; inspect and convert checkpoints.",
+    help="PaliGemma on pictures: caption, ask, read, detect, segment, train. SigLIP: embed, classify. "
+    "And their checkpoints: inspect, convert.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,6 +36,22 @@ Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float1
 Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, a config.json or its folder.")]
 Vocabulary = Annotated[str | None, unset("--tokenizer", help="For a .npz: a tokenizer.json.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def without(command: Callable[..., None], option: str) -> Callable[..., None]:
+    """The command without an option, which then has its default: typer makes options from the signature."""
+    whole = inspect.signature(command)
+    kept = [parameter for name, parameter in whole.parameters.items() if name != option]
+    setattr(command, "__signature__", whole.replace(parameters=kept))  # noqa: B010  pyright knows no such attribute
+    return command
+
+
+def check_file(path: Path) -> None:
+    """Raise SettingError for a file that cannot be made: before anything is computed, not after."""
+    if path.is_dir():
+        raise SettingError(f"{path}: is a folder; expected the name of a file to write")
+    if not path.parent.is_dir():
+        raise SettingError(f"{path}: there is no folder {path.parent} to write it to")
 
 
 def progress(images: list[str]) -> Iterator[str]:

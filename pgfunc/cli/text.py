@@ -6,17 +6,25 @@ import typer
 
 import pgfunc as pg
 from pgfunc.cli import options
-from pgfunc.cli.options import app, progress, say
-from pgfunc.errors import PromptError
+from pgfunc.cli.options import app, progress, say, unset, without
+from pgfunc.errors import PromptError, SettingError
+from pgfunc.image import open_image
 from pgfunc.prompt import TASKS
 
 
 def completing(name: str, template: str | None, about: str) -> None:
-    """Add a command that completes one prefix on each picture; a template with a hole needs --prompt."""
+    """Add a command that completes one prefix on each picture; a template with a hole needs --prompt.
+
+    Only `caption` has --box: the other prefixes are about the whole picture.
+    """
 
     def command(
         images: options.Images,
         prompt: options.PromptText = None,
+        box: Annotated[
+            str | None,
+            unset("--box", metavar="XMIN,YMIN,XMAX,YMAX", help="Caption this part: pixels."),
+        ] = None,
         model: options.ModelName = None,
         max_new_tokens: options.MaxNewTokens = 64,
         temperature: options.Temperature = 0.0,
@@ -30,20 +38,22 @@ def completing(name: str, template: str | None, about: str) -> None:
         tokenizer: options.Vocabulary = None,
         as_json: options.Json = False,
     ) -> None:
-        prefix = as_prefix(name, template, prompt)
+        prefixes = [as_prefix(name, template, prompt)] * len(images)
+        if box is not None:
+            prefixes = [region(box, image, prefix) for image, prefix in zip(images, prefixes, strict=True)]
         loaded = pg.load(model, dtype, device, config, tokenizer)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
         if len(images) == 1 and not as_json:
-            for piece in pg.stream(loaded, images[0], prefix, **sampling):
+            for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):
                 print(piece, end="", flush=True)
             print()
             return
-        for image in progress(images):
+        for image, prefix in zip(progress(images), prefixes, strict=True):
             (done,) = pg.generate(loaded, image, prefix, **sampling)
             say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
 
-    app.command(name, help=about)(command)
+    app.command(name, help=about)(command if name == "caption" else without(command, "box"))
 
 
 def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
@@ -54,6 +64,20 @@ def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
         raise PromptError(f"{command} needs a question: --prompt 'what colour is the car?'" if template else
                           f"{command} needs a prefix: --prompt 'caption en'")  # fmt: skip
     return template.format(prompt) if template else prompt
+
+
+def region(box: str, image: str, task: str) -> str:
+    """The prompt about a part of a picture, given as XMIN,YMIN,XMAX,YMAX in its pixels."""
+    width, height = open_image(image).size
+    try:
+        left, top, right, bottom = (float(edge) for edge in box.split(","))
+    except ValueError:
+        raise SettingError(f"--box {box}: expected four numbers XMIN,YMIN,XMAX,YMAX, in pixels") from None
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise SettingError(
+            f"--box {box}: is not XMIN,YMIN,XMAX,YMAX inside {image}, which is {width} x {height} pixels"
+        )
+    return pg.detect.region(pg.detect.Box(top, left, bottom, right), width, height, task)
 
 
 completing("caption", TASKS["caption"], "Say what is in each picture. --prompt replaces 'caption en'.")

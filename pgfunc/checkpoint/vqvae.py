@@ -1,0 +1,76 @@
+# a table is a tree of parameters whose leaves are Slots
+# pyright: reportArgumentType=false
+"""Files of the mask VQ-VAE: big_vision's `vae-oid.npz`, and safetensors with the same keys.
+
+The keys are those of a PyTorch module, whose Sequential counts the ReLUs too. Source of the names: big_vision
+`evaluators/proj/paligemma/transfers/segmentation.py` (decoder), `pp/proj/paligemma/segmentation.py` (encoder).
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from pgfunc import vqvae
+from pgfunc.checkpoint import bigvision, hf
+from pgfunc.checkpoint.files import Slot, arrange, gather
+from pgfunc.errors import CheckpointError
+from pgfunc.vqvae import Block, Conv, Params, Transposed
+
+CODEBOOK = "_vq_vae._embedding"
+TRAINING = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # the codebook's running sums, of no use without training
+
+
+def table() -> Params:
+    """The key of every parameter."""
+
+    def layer(name: str, kind: type = Conv):
+        return kind(Slot(f"{name}.weight"), Slot(f"{name}.bias"))
+
+    def block(name: str) -> Block:
+        return Block(*(layer(f"{name}.net.{i}") for i in (0, 2, 4)))
+
+    return Params(
+        down=tuple(layer(f"encoder.{i}") for i in (0, 2, 4, 6)),
+        encoder=tuple(block(f"encoder.{i}") for i in (8, 9)),
+        to_feature=layer("encoder.10"),
+        codebook=Slot(CODEBOOK),
+        from_feature=layer("decoder.0"),
+        decoder=tuple(block(f"decoder.{i}") for i in (2, 3)),
+        up=tuple(layer(f"decoder.{i}", Transposed) for i in (4, 6, 8, 10)),
+        to_map=layer("decoder.12"),
+    )
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Params:
+    """The parameters in a `.npz` or `.safetensors`, in float32.
+
+    Raises CheckpointError, naming key and shapes, for a file that is not there, not whole, or of another model.
+    """
+    path = Path(path)
+    open_file = {".npz": bigvision.open_file, ".safetensors": hf.open_file}.get(path.suffix)
+    if open_file is None:
+        raise CheckpointError(f"{path}: neither a .npz nor a .safetensors")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    entries = {key: entry for key, entry in open_file(path).items() if key not in TRAINING}
+    if CODEBOOK not in entries:
+        raise CheckpointError(f"{path}: {CODEBOOK} is missing; expected a mask VQ-VAE such as big_vision's vae-oid.npz")
+    device = torch.device(device)
+    return gather(table(), vqvae.abstract(), entries, str(path), torch.float32, device, "a mask VQ-VAE")
+
+
+def save(path: str | Path, params: Params) -> None:
+    """Write the parameters as `.safetensors`, and rename the file when it is whole."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: masks are saved as .safetensors")
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        save_file({key: array.contiguous() for key, array in arrange(table(), params).items()}, beside)
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,193 @@
+"""Commands whose result is a place in the picture: detect (boxes) and segment (masks)."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image
+from tqdm import tqdm
+
+import pgfunc as pg
+from pgfunc import coco, draw, vqvae
+from pgfunc.checkpoint import find
+from pgfunc.cli import options
+from pgfunc.cli.options import app, check_file, progress, say, unset, without
+from pgfunc.detect import Detection, Malformed
+from pgfunc.errors import CheckpointError, ImageError, PromptError, SettingError, first_line
+from pgfunc.image import open_image
+from pgfunc.prompt import TASKS, tokenizer_of
+from pgfunc.segment import Segment
+
+MASKS = "masks.safetensors"  # the mask decoder in a model's folder
+
+Targets = Annotated[list[str], typer.Argument(help="Picture files, and last what to look for: 'cat ; bus'.",
+                                              metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
+Wanted = Annotated[str | None, unset("--prompt", help="What to look for, instead of WHAT.")]
+Out = Annotated[Path | None, unset("--out", help="Picture to write, with what was found drawn; a folder for several.")]
+Coco = Annotated[Path | None, unset("--coco", help="Write everything that was found in COCO's JSON.")]
+
+
+def locating(name: str, about: str) -> None:
+    """Add a command that finds objects on each picture; only `segment` knows --masks."""
+
+    def command(
+        targets: Targets,
+        prompt: Wanted = None,
+        out: Out = None,
+        coco_file: Coco = None,
+        masks: Annotated[
+            Path | None,
+            unset("--masks", help=f"Mask decoder; else {MASKS} in the model's folder."),
+        ] = None,
+        model: options.ModelName = None,
+        max_new_tokens: options.MaxNewTokens = 128,
+        temperature: options.Temperature = 0.0,
+        top_k: options.TopK = None,
+        top_p: options.TopP = None,
+        min_p: options.MinP = None,
+        seed: options.Seed = 0,
+        device: options.Device = None,
+        dtype: options.Dtype = None,
+        config: options.Config = None,
+        tokenizer: options.Vocabulary = None,
+        as_json: options.Json = False,
+    ) -> None:
+        images, wanted = split(name, targets, prompt)
+        drawings = destinations(images, out)
+        if coco_file:
+            check_file(coco_file)
+        decoder = decoder_of(masks, model) if name == "segment" else None
+        loaded = pg.load(model, dtype, device, config, tokenizer)
+        vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+                                    "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
+        prefix = TASKS[name].format(wanted)
+        pictures = []
+        for image in progress(images):
+            picture = open_image(image)
+            (done,) = pg.generate(loaded, picture, prefix, **sampling)
+            found, left_out = read(loaded, done, picture, vq)
+            head = {"image": image, "prompt": prefix, "text": done.text, "finish": done.finish}
+            report(head, picture, found, left_out, as_json)
+            pictures.append(coco.Picture(image, *picture.size, found))
+            if out:
+                write_picture(draw.objects(picture, found), drawings[image])
+        if coco_file:
+            write_text(coco_file, json.dumps(coco.dataset(pictures)))  # ASCII: a file's name need not be text
+
+    app.command(name, help=about)(command if name == "segment" else without(command, "masks"))
+
+
+def split(command: str, targets: list[str], prompt: str | None) -> tuple[list[str], str]:
+    """The pictures, and what to look for on them: the last of the arguments, or --prompt."""
+    if prompt:
+        if not is_file(targets[-1]):
+            raise PromptError(f"{targets[-1]}: no such file; --prompt already says what to look for: {prompt!r}")
+        return targets, prompt
+    *images, wanted = targets
+    if not images or not wanted.strip() or is_file(wanted):
+        raise PromptError(f"{command} needs to know what to look for: pgfunc {command} photo.jpg 'cat'")
+    return images, wanted
+
+
+def is_file(name: str) -> bool:
+    """Whether a file has this name, which need not be one that a file can have."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
+    """Where the drawing of each picture goes; checked before anything runs, as is that it replaces no picture."""
+    if out is None:
+        return {}
+    if len(images) == 1 and not out.is_dir():
+        if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+            raise SettingError(f"--out {out}: not a kind of picture that can be written; end the name in .png or .jpg")
+        paths = {images[0]: out}
+    else:
+        if out.exists() and not out.is_dir():
+            raise SettingError(f"--out {out}: is a file; several pictures need a folder")
+        paths = {image: out / f"{Path(image).stem}.png" for image in images}
+    for image, path in paths.items():
+        if path.resolve() in (Path(source).resolve() for source in images):
+            raise SettingError(f"--out {out}: would replace the picture {path}")
+        if list(paths.values()).count(path) > 1:
+            raise SettingError(f"--out {out}: {image} and another picture would both be {path}")
+    if not out.is_dir():
+        check_file(out)
+    return paths
+
+
+def decoder_of(masks: Path | None, model: str | None) -> Path:
+    """The file of the mask decoder."""
+    folder = find(model)
+    beside = (folder if folder.is_dir() else folder.parent) / MASKS
+    if not masks and not beside.exists():
+        raise CheckpointError(f"{beside}: missing; give a mask decoder with --masks, such as Google's vae-oid.npz")
+    return masks or beside
+
+
+def read(
+    model: pg.Model, done: pg.Completion, picture: Image.Image, vq: vqvae.Params | None
+) -> tuple[Sequence[Detection | Segment], list[Malformed]]:
+    """What the model wrote, as objects with their confidence, and what of it is none."""
+    vocabulary = tokenizer_of(model)
+    if vq is None:
+        return pg.detect.with_confidence(done, vocabulary, *picture.size), pg.detect.malformed(done.text)
+    return pg.segment.with_confidence(done, vocabulary, *picture.size, vq), pg.segment.malformed(done.text)
+
+
+def report(
+    head: dict[str, Any], picture: Image.Image, found: Sequence[Detection | Segment], left_out: list[Malformed],
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Print a line an object, or one JSON object a picture; what is malformed goes to standard error."""
+    image = head["image"]
+    size = {"width": picture.width, "height": picture.height}
+    objects = {"objects": [as_dict(item) for item in found], "malformed": [item._asdict() for item in left_out]}
+    lines = [line(item) for item in found] or ["nothing found"]
+    say(head | size | objects, as_json, "\n".join(f"{image}: {text}" for text in lines))
+    if not as_json:
+        for piece, reason in left_out:
+            tqdm.write(f"pgfunc: {image}: left out {piece!r:.80}: {reason}", file=sys.stderr)
+
+
+def as_dict(item: Detection | Segment) -> dict[str, Any]:
+    """An object for JSON: its box in pixels, its mask in COCO's run lengths."""
+    mask = {"mask": coco.rle(item.mask)} if isinstance(item, Segment) else {}
+    return {"label": item.label, "box": item.box._asdict(), "confidence": item.confidence} | mask
+
+
+def line(item: Detection | Segment) -> str:
+    """An object for people."""
+    ymin, xmin, ymax, xmax = item.box
+    box = f"x {xmin:.1f}..{xmax:.1f}, y {ymin:.1f}..{ymax:.1f}"
+    pixels = f"\t{int(item.mask.sum())} pixels" if isinstance(item, Segment) else ""
+    label = " ".join(item.label.split())  # a line an object, whatever the model wrote
+    return f"{label}\t{box}{pixels}" + ("" if item.confidence is None else f"\tconfidence {item.confidence:.2f}")
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Save a picture, in the folder that it may need for several."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ImageError(f"{path}: cannot be written ({first_line(error)})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file."""
+    try:
+        path.write_text(text, encoding="ascii")
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be written ({first_line(error)})") from error
+
+
+locating("detect", "Find objects: boxes in pixels, with a confidence each.")
+locating("segment", "Find objects and their masks.")

@@ -1,0 +1,133 @@
+"""Commands that fine-tune: train; and merge, which makes a model of what LoRA trained."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+import pgfunc as pg
+from pgfunc.checkpoint import find
+from pgfunc.cli import options
+from pgfunc.cli.options import app, unset
+from pgfunc.errors import SettingError
+from pgfunc.train import data, fit, lora, run
+
+TARGETS = ("language.layers.*",)
+
+
+@app.command()
+def train(
+    examples: Annotated[Path, typer.Argument(metavar="DATA", help="JSON Lines of image, prefix, suffix.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model; an unfinished run in it is continued.")],
+    model: options.ModelName = None,
+    images: Annotated[Path | None, unset("--images", help="Folder of the pictures; without it DATA's own.")] = None,
+    valid: Annotated[Path | None, unset("--valid", help="JSON Lines to take the loss of after each epoch.")] = None,
+    epochs: Annotated[int | None, unset("--epochs", help="Times each example is read; 3 without --steps.")] = None,
+    steps: Annotated[int | None, unset("--steps", help="Updates, in place of --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples an update.")] = 8,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Parts of a batch, one in memory at a time.")] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="The highest; it falls as a cosine.")] = 1e-4,
+    warmup: Annotated[int, typer.Option("--warmup", help="Updates over which the learning rate rises.")] = 10,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of matrices.")] = 0.0,
+    freeze: Annotated[list[str] | None, unset("--freeze", help="Paths to leave as they are: 'vision.*'.")] = None,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", help="Train LoRA pairs of this rank; 0: the weights.")] = 0,
+    lora_alpha: Annotated[float | None, unset("--lora-alpha", help="LoRA's scale times rank; else the rank.")] = None,
+    lora_target: Annotated[list[str] | None, unset("--lora-target", help="Paths; else 'language.layers.*'.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Save memory: compute activations twice.")] = False,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Save the run after so many.")] = 100,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard too.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of the examples, and of LoRA's start.")] = 0,
+    device: options.Device = None,
+    dtype: Annotated[str | None, unset("--dtype", help="float32 or bfloat16, to compute in; else the files'.")] = None,
+    config: options.Config = None,
+    tokenizer: options.Vocabulary = None,
+) -> None:  # fmt: skip
+    """Fine-tune on pictures with prefixes and suffixes. The data are checked whole before training starts.
+
+    Interrupted, it saves the run; the same command goes on from there. What is trained is float32, whatever the dtype.
+    """
+    need("matplotlib", "plot")
+    if tensorboard:
+        need("tensorboard", "train")
+    if steps is not None and epochs is not None:
+        raise SettingError("give --epochs or --steps, not both")
+    if not lora_rank and (lora_target or lora_alpha is not None):
+        raise SettingError("--lora-target and --lora-alpha need --lora-rank")
+    if checkpoint_every < 1:
+        raise SettingError(f"checkpoint-every is {checkpoint_every}, expected 1 or more")
+    rows, others = data.read(examples, images), data.read(valid, images) if valid else []
+    loaded = pg.load(model, None, device, config, tokenizer)
+    if steps is None:
+        steps = (3 if epochs is None else epochs) * data.steps_per_epoch(max(1, batch_size), len(rows))
+    settings = run.Settings(
+        steps=steps, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate, warmup=warmup,
+        weight_decay=weight_decay, freeze=tuple(freeze or ()), lora_rank=lora_rank,
+        lora_alpha=float(lora_rank) if lora_alpha is None else lora_alpha,
+        lora_targets=tuple(lora_target or TARGETS) if lora_rank else (),
+        dtype=dtype or str(loaded.params.projector.dtype).removeprefix("torch."), seed=seed, recompute=recompute,
+    )  # fmt: skip
+    job = run.Job(loaded, rows, settings)
+    data.check(loaded, tqdm([*rows, *others], desc="checking", unit="line", leave=False, disable=None))
+    state = fit.begin(job, out)
+    with watching(job, state, out, tensorboard) as watch:
+        fit.fit(job, out, state, others, checkpoint_every, watch, str(find(model)) if model is None else model)
+    first, *_, last = fit.read_log(out) * 2
+    print(f"{out}: {steps} steps, loss {first['loss']:.4f} -> {last['loss']:.4f}" + (
+        f", validation {last['valid']:.4f}" if valid else ""))  # fmt: skip
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A folder that LoRA's training left, here or in PEFT.")],
+    target: Annotated[Path, typer.Argument(help="A folder for the model, in Hugging Face layout.")],
+    model: options.ModelName = None,
+    config: options.Config = None,
+    tokenizer: options.Vocabulary = None,
+) -> None:
+    """Add a LoRA adapter to the model that it was trained on, and save that as a model."""
+    base = pg.load(model, None, "cpu", config, tokenizer)
+    pg.save(base._replace(params=lora.merge(base.params, lora.load(adapter, base.cfg))), target)
+
+
+def need(package: str, extra: str) -> None:
+    """Raise SettingError when an optional package is not installed, before anything is done."""
+    if find_spec(package) is None:
+        raise SettingError(f"{package} is not installed: python -m pip install 'pgfunc[{extra}]'")
+
+
+@contextmanager
+def watching(
+    job: run.Job, state: run.State, out: Path, tensorboard: bool
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A progress bar with the loss, and TensorBoard's logs; an interrupt is a line that says how to go on."""
+    done = int(state.optimizer.step)
+    if done:
+        tqdm.write(f"{out}: going on after step {done}")
+    writer = None
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
+    bar = tqdm(total=job.settings.steps, initial=done, unit="step", disable=None)
+
+    def watch(entry: dict[str, Any]) -> None:
+        bar.update()
+        bar.set_postfix({name: f"{entry[name]:.4f}" for name in ("loss", "valid") if name in entry})
+        if writer:
+            for name in entry.keys() - {"step"}:
+                writer.add_scalar(name, entry[name], entry["step"])
+
+    try:
+        yield watch
+    except KeyboardInterrupt:
+        bar.close()
+        tqdm.write(f"{out}: stopped and saved; the same command goes on")
+        raise typer.Exit(130) from None
+    finally:
+        bar.close()
+        if writer:
+            writer.close()

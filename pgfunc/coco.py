@@ -1,0 +1,96 @@
+"""COCO's JSON for what was found: annotations of pictures, with boxes as x, y, width, height and masks run-length
+encoded, as pycocotools reads them (its `loadRes` too). Layout: cocodataset.org, "data format"; the string of a mask:
+cocoapi `common/maskApi.c`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from pgfunc.detect import Detection
+from pgfunc.segment import Segment
+
+
+class Picture(NamedTuple):
+    """A picture and what was found on it."""
+
+    name: str
+    width: int
+    height: int
+    found: Sequence[Detection | Segment]
+
+
+def dataset(pictures: Sequence[Picture]) -> dict[str, Any]:
+    """A whole file: pictures and categories numbered from 1, categories in the order of their names."""
+    names = sorted({item.label for picture in pictures for item in picture.found})
+    categories = {name: id for id, name in enumerate(names, 1)}
+    entries = [entry for id, picture in enumerate(pictures, 1) for entry in annotations(picture.found, id, categories)]
+    return {
+        "images": [
+            {"id": id, "file_name": picture.name, "width": picture.width, "height": picture.height}
+            for id, picture in enumerate(pictures, 1)
+        ],
+        "categories": [{"id": id, "name": name} for name, id in categories.items()],
+        "annotations": [entry | {"id": id} for id, entry in enumerate(entries, 1)],
+    }
+
+
+def annotations(
+    found: Sequence[Detection | Segment], image: int, categories: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """The objects of a picture, with the picture's id and the ids of your own categories.
+
+    `score` is the confidence, and 1 where there is none. A list of these for all pictures is what `loadRes` takes.
+    """
+    return [
+        {
+            "image_id": image,
+            "category_id": categories[item.label],
+            "bbox": [item.box.xmin, item.box.ymin, item.box.xmax - item.box.xmin, item.box.ymax - item.box.ymin],
+            "area": area(item),
+            "iscrowd": 0,
+            "score": 1.0 if item.confidence is None else item.confidence,
+        }
+        | ({"segmentation": rle(item.mask)} if isinstance(item, Segment) else {})
+        for item in found
+    ]
+
+
+def area(item: Detection | Segment) -> float:
+    """The pixels of the mask, or of the box where there is no mask."""
+    if isinstance(item, Segment):
+        return float(item.mask.sum())
+    return (item.box.xmax - item.box.xmin) * (item.box.ymax - item.box.ymin)
+
+
+def rle(mask: Bool[Tensor, "y x"]) -> dict[str, Any]:
+    """A mask as COCO's compressed run lengths: columns one after the other, zeros first."""
+    return {"size": list(mask.shape), "counts": compressed(run_lengths(mask))}
+
+
+def run_lengths(mask: Bool[Tensor, "y x"]) -> list[int]:
+    """How many zeros, then how many ones, then zeros, ..., down the columns from left to right."""
+    values = mask.cpu().T.flatten()
+    changes = values.diff(prepend=torch.tensor([False])).nonzero().flatten()
+    ends = torch.cat([changes, torch.tensor([len(values)])])
+    return ends.diff(prepend=torch.tensor([0])).tolist()
+
+
+def compressed(counts: Sequence[int]) -> str:
+    """Run lengths as letters: each the difference to the one two before, in signed base 32, low digits first."""
+    differences = [count - counts[i - 2] if i > 2 else count for i, count in enumerate(counts)]
+    return "".join(letters(difference) for difference in differences)
+
+
+def letters(value: int) -> str:
+    """A number in five bits a letter, from chr(48); the sixth bit says that more follow."""
+    text = ""
+    while True:
+        digit, value = value & 31, value >> 5
+        done = value == (-1 if digit & 16 else 0)  # what is left is the sign, which the digit's own top bit repeats
+        text += chr(48 + digit + (0 if done else 32))
+        if done:
+            return text

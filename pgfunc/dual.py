@@ -1,0 +1,92 @@
+"""SigLIP as a dual encoder (Zhai et al. 2023): pictures and texts -> unit vectors to compare.
+
+    pixels -> encode_image -> pool -> unit vector ─┐
+                                                   ├─> logit = exp(scale) · cos + bias, the log-odds of a pair
+    ids ----> encode_text ----------> unit vector ─┘
+
+The vision encoder is PaliGemma's, the same `siglip.Params`. The text encoder is bidirectional and has no mask: padding
+is read like any token, which is why every text is padded to one length, and the last place gives the text's vector.
+Axes: n pictures, b texts, t tokens, d width, e length of the vectors.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pgfunc import siglip, tree
+from pgfunc.config import SiglipConfig, SiglipTextConfig
+from pgfunc.ops import identity, layer_norm, linear, widen
+
+
+class TextParams(NamedTuple):
+    """The text encoder."""
+
+    embed: Float[Tensor, "v d"]
+    position: Float[Tensor, "t d"]
+    layers: tuple[siglip.Layer, ...]
+    norm_scale: Float[Tensor, "d"]
+    norm_bias: Float[Tensor, "d"]
+    head: Float[Tensor, "e d"]
+    head_bias: Float[Tensor, "e"]
+
+
+class DualParams(NamedTuple):
+    """Both encoders, and the two numbers that make a cosine a logit."""
+
+    vision: siglip.Params
+    pool: siglip.Head
+    text: TextParams
+    scale: Float[Tensor, ""]  # the logarithm of the factor
+    bias: Float[Tensor, ""]
+
+
+def abstract(cfg: SiglipConfig) -> DualParams:
+    """The parameter tree on the meta device."""
+    vision, text = cfg.vision, cfg.text
+    head = {"one": 1, "d": vision.width, "nh": vision.width, "f": vision.hidden}
+    sizes = {"v": text.vocab, "t": text.positions, "e": text.out, "d": text.width, "nh": text.width, "f": text.hidden}
+    layers = tuple(tree.abstract(siglip.Layer, sizes) for _ in range(text.layers))
+    return tree.abstract(
+        DualParams, {},
+        vision=siglip.abstract(vision),
+        pool=tree.abstract(siglip.Head, head),
+        text=tree.abstract(TextParams, sizes, layers=layers),
+    )  # fmt: skip
+
+
+def init(cfg: SiglipConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> DualParams:
+    """Random parameters to train from, see `tree.init`; factor 10 and bias -10, where SigLIP's training starts."""
+    start = {"scale": torch.tensor(math.log(10), dtype=dtype), "bias": torch.tensor(-10.0, dtype=dtype)}
+    return tree.init(abstract(cfg), seed, dtype)._replace(**start)
+
+
+def encode_text(p: TextParams, ids: Int[Tensor, "b t"], cfg: SiglipTextConfig, tap=identity) -> Float[Tensor, "b e"]:
+    """Texts of `cfg.positions` tokens, padding included -> one vector each, not yet of length 1."""
+    x = tap("text.embed", F.embedding(ids, p.embed) + p.position[: ids.shape[1]])
+    for i, layer in enumerate(p.layers):
+        x = siglip.block(layer, x, cfg, lambda name, value, i=i: tap(f"text.{i}.{name}", value))
+    x = tap("text.out", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
+    return linear(x[:, -1], p.head, p.head_bias)
+
+
+def embed_images(
+    params: DualParams, pixels: Float[Tensor, "n 3 y x"], cfg: SiglipConfig, tap=identity
+) -> Float[Tensor, "n e"]:
+    """Pictures with values in [-1, 1] -> unit vectors, in float32."""
+    x = siglip.encode_image(params.vision, pixels, cfg.vision, tap)
+    x = siglip.pool(params.pool, x, cfg.vision, lambda name, value: tap(f"vision.pool.{name}", value))
+    return tap("vision.vector", F.normalize(widen(x), dim=-1))
+
+
+def embed_texts(params: DualParams, ids: Int[Tensor, "b t"], cfg: SiglipConfig, tap=identity) -> Float[Tensor, "b e"]:
+    """Texts of `cfg.text.positions` tokens -> unit vectors, in float32."""
+    return tap("text.vector", F.normalize(widen(encode_text(params.text, ids, cfg.text, tap)), dim=-1))
+
+
+def logits(params: DualParams, images: Float[Tensor, "n e"], texts: Float[Tensor, "b e"]) -> Float[Tensor, "n b"]:
+    """The log-odds, as SigLIP was trained, that a picture and a text belong together; from unit vectors, in float32."""
+    return widen(params.scale).exp() * linear(images, texts) + widen(params.bias)

@@ -1,0 +1,1 @@
+"""Training: losses, optimisers and steps, as pure functions over parameter trees. Nothing in the model imports it."""

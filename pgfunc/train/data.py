@@ -1,0 +1,111 @@
+"""Data for fine-tuning: JSON Lines of picture, prefix and suffix, read and checked whole before training starts.
+
+    {"image": "dog.jpg", "prefix": "caption en", "suffix": "a dog on a sofa"}
+
+`image` may be a list; its paths are relative to the file's folder, or to another one. It is the format of big_vision's
+and of Roboflow's PaliGemma data. What a batch holds is a function of (seed, epoch): there is no state to lose.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pgfunc.errors import DataError, ImageError, PromptError
+from pgfunc.image import open_image
+from pgfunc.paligemma import Prompt
+from pgfunc.prompt import Model, prepare
+
+
+class Example(NamedTuple):
+    """A line of the file. `where` is the file and the line's number, for messages."""
+
+    where: str
+    images: tuple[Path, ...]
+    prefix: str
+    suffix: str
+
+
+def read(path: str | Path, images: str | Path | None = None) -> list[Example]:
+    """The examples of a file, in its order; blank lines are none. Pictures lie in `images`, else beside the file.
+
+    Raises DataError, naming file and line, for what is not UTF-8, not JSON, or not of the three keys and their types.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    folder = path.parent if images is None else Path(images)
+    found = [parse(line, f"{path}:{i}", folder) for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError(f"{path}: empty; expected a line of JSON an example, with image, prefix and suffix")
+    return found
+
+
+def parse(line: bytes, where: str, folder: Path) -> Example:
+    """One line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
+        raise DataError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with image, prefix and suffix, found {_short(row)}")
+    for key in ("image", "prefix", "suffix"):
+        if key not in row:
+            raise DataError(f"{where}: {key} is missing")
+    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    for key, values in {"image": images, "prefix": [row["prefix"]], "suffix": [row["suffix"]]}.items():
+        if wrong := [value for value in values if not isinstance(value, str)]:
+            raise DataError(f"{where}: {key} is {_short(wrong[0])}, expected text")
+    return Example(where, tuple(folder / image for image in images), row["prefix"], row["suffix"])
+
+
+def check(model: Model, examples: Iterable[Example]) -> None:
+    """Decode every picture and fit every text into the model's positions, as training will.
+
+    Raises DataError, naming file and line, for a picture that is missing or unreadable, or a text that is too long.
+    """
+    seen: set[Path] = set()
+    blank = np.zeros((1, 1, 3), dtype=np.uint8)  # in place of pictures that were decoded already
+    for example in examples:
+        try:
+            for image in set(example.images) - seen:
+                open_image(image)
+            seen |= set(example.images)
+            prepare(model, [[blank] * len(example.images)], [example.prefix], [example.suffix])
+        except (ImageError, PromptError) as error:
+            raise DataError(f"{example.where}: {error}") from error
+
+
+def order(seed: int, epoch: int, count: int) -> list[int]:
+    """The order in which `count` examples are read in an epoch: each once."""
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
+
+
+def batch(seed: int, step: int, size: int, count: int) -> list[int]:
+    """The examples of a step, from 0. The last batch of an epoch is as small as what is left."""
+    epoch, place = divmod(step, steps_per_epoch(size, count))
+    return order(seed, epoch, count)[place * size : (place + 1) * size]
+
+
+def steps_per_epoch(size: int, count: int) -> int:
+    """The batches of an epoch."""
+    return -(-count // size)
+
+
+def prompts(model: Model, examples: Sequence[Example], parts: int = 1) -> Iterable[Prompt]:
+    """A batch as prompts, in about `parts` equal parts; examples with different numbers of pictures go apart."""
+    for places in np.array_split(np.arange(len(examples)), min(parts, len(examples))):
+        rows = [examples[place] for place in places]
+        for count in sorted({len(row.images) for row in rows}):
+            alike = [row for row in rows if len(row.images) == count]
+            yield prepare(model, [row.images for row in alike], [row.prefix for row in alike],
+                          [row.suffix for row in alike])  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

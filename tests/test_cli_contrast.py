@@ -1,0 +1,123 @@
+"""`pgfunc embed` and `pgfunc classify` print what the dual encoder computes, and one line for a user's mistake."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_siglip import CFG, model
+
+import pgfunc as pg
+from pgfunc import cli, dual, dual_prompt
+
+MODEL = model()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random checkpoint and two pictures."""
+    folder = tmp_path_factory.mktemp("cli")
+    pg.save_siglip(MODEL, folder / "model")
+    (folder / "folder.npy").mkdir()
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        Image.new("RGB", (9, 6), colour).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Run the command in that folder; returns exit status, standard output and standard error."""
+
+    def call(*arguments: str, chosen: tuple[str, ...] = ("--model", "model")) -> tuple[int, str, str]:
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", ["pgfunc", *arguments, *chosen, "--device", "cpu"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return ended.value.code, out.out, out.err
+
+    return call
+
+
+def vectors(place, images: list[str], texts: list[str]) -> np.ndarray:
+    pixels = dual_prompt.pixels(MODEL, [place / name for name in images])
+    found = [dual.embed_images(MODEL.params, pixels, CFG)]
+    found += [dual.embed_texts(MODEL.params, dual_prompt.text_ids(MODEL, texts), CFG)] if texts else []
+    return torch.cat(found).numpy()
+
+
+def test_embed_prints_a_vector_a_line_pictures_first(run, place):
+    status, out, _ = run("embed", "red.png", "blue.png", "--text", "a star", "--text", "it", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [line.get("image") or line["text"] for line in lines] == ["red.png", "blue.png", "a star", "it"]
+    expected = vectors(place, ["red.png", "blue.png"], ["a star", "it"])
+    np.testing.assert_allclose([line["vector"] for line in lines], expected, atol=1e-6)  # batches of other sizes
+    plain = run("embed", "red.png")[1]
+    assert plain.startswith("red.png: ")
+    np.testing.assert_allclose([float(x) for x in plain.split(": ")[1].split()], expected[0], atol=1e-4)
+
+
+def test_embed_takes_texts_alone(run, place):
+    (line,) = run("embed", "--text", "a star", "--json")[1].splitlines()
+    np.testing.assert_allclose(json.loads(line)["vector"], vectors(place, [], ["a star"])[0], atol=1e-6)
+
+
+def test_embed_writes_an_array(run, place):
+    assert run("embed", "red.png", "--text", "a star", "--out", "two.npy") == (0, "", "")
+    found = np.load(place / "two.npy", allow_pickle=False)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, vectors(place, ["red.png"], ["a star"]), atol=1e-6)
+
+
+def test_classify_ranks_labels_by_their_own_probability(run, place):
+    labels, template = ["star", "it", "red"], "a {}!"
+    asked = [part for label in labels for part in ("--label", label)]
+    status, out, _ = run("classify", "blue.png", *asked, "--template", template, "--json")
+    found = json.loads(out)
+    image, *texts = torch.from_numpy(vectors(place, ["blue.png"], [template.format(label) for label in labels]))
+    expected = dual.logits(MODEL.params, image[None], torch.stack(texts))[0].sigmoid().tolist()
+    assert status == 0
+    assert found["image"] == "blue.png"
+    assert found["template"] == template
+    assert found["probabilities"] == pytest.approx(dict(zip(labels, expected, strict=True)), abs=1e-6)
+    assert list(found["probabilities"].values()) == sorted(found["probabilities"].values(), reverse=True)
+    plain = run("classify", "blue.png", *asked, "--template", template)[1].splitlines()
+    assert [line.split("\t")[0] for line in plain] == [f"blue.png: {label}" for label in found["probabilities"]]
+
+
+def test_classify_without_a_template_takes_that_of_the_model(run, place, monkeypatch):
+    monkeypatch.setattr(pg.checkpoint.siglip, "shipped", lambda: place)
+    (place / "siglip").symlink_to(place / "model")
+    assert json.loads(run("classify", "red.png", "--label", "it", "--json", chosen=())[1])["template"] == "{}"
+    said = json.loads(run("classify", "red.png", "--label", "it", "--json")[1])["template"]
+    assert said == "this is a photo of {}"
+
+
+MISTAKES = {
+    ("embed",): "embed needs a picture or a text",
+    ("embed", "absent.png"): "absent.png: no such file",
+    ("embed", "red.png", "--out", "two.txt"): "--out two.txt: expected a name that ends in .npy",
+    ("embed", "red.png", "--out", "no/two.npy"): "no/two.npy: there is no folder no",
+    ("embed", "red.png", "--out", "folder.npy"): "folder.npy: is a folder",
+    ("embed", "--text", "a a a a a a a a a"): "is 9 tokens, this model has room for 7",
+    ("classify", "red.png", "--label", "it", "--template", "photo"): "--template 'photo': expected a {}",
+    ("classify", "absent.png", "--label", "it"): "absent.png: no such file",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_line_and_status_2(run, command):
+    status, out, err = run(*command)
+    assert (status, out) == (2, "")
+    assert err.startswith("pgfunc: ")
+    assert MISTAKES[command] in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_that_is_not_there(run):
+    status, _, err = run("embed", "red.png", chosen=("--model", "absent"))
+    assert status == 2
+    assert "absent: no such file or folder" in err

@@ -1,0 +1,256 @@
+"""`detect` and `segment` print, draw and write what the model's text says; `caption --box` asks about a region."""
+
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from cases import text_model
+from PIL import Image
+
+import pgfunc as pg
+from pgfunc import cli, coco, detect, draw, segment, tokenizer, vqvae
+
+MODEL, VQ = text_model(), vqvae.init(5)
+CODES = "".join(f"<seg{code:03d}>" for code in range(16))
+# the tests' tokenizer has a token for places 0 to 3 alone: only the first object has a confidence
+SURE, UNSURE = "<loc0000><loc0001><loc0002><loc0003>", "<loc0100><loc0200><loc0511><loc0767>"
+TEXT = f"{SURE}{CODES} cat ; {UNSURE}{CODES} yellow bus ; nonsense"
+IDS = tokenizer.encode(MODEL.tokenizer, TEXT)
+DONE = pg.Completion(TEXT, IDS, [-0.25] * len(IDS), "length")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random checkpoint, its mask decoder, and two pictures."""
+    folder = tmp_path_factory.mktemp("locate")
+    pg.save(MODEL, folder / "model")
+    pg.save(MODEL, folder / "bare")
+    segment.save(folder / "model" / "masks.safetensors", VQ)
+    segment.save(folder / "other.safetensors", vqvae.init(6))
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        Image.new("RGB", (200, 150), colour).save(folder / f"{name}.png")
+    (folder / "sub").mkdir()
+    Image.new("RGB", (20, 10)).save(folder / "sub" / "red.png")
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """Let the model write TEXT, whatever it is asked; what it was asked is kept."""
+    prompts: list[str] = []
+
+    def generate(model: pg.Model, image: Image.Image, prefix: str, max_new_tokens: int, **sampling) -> list:
+        assert max_new_tokens == 128
+        prompts.append(prefix)
+        return [DONE]
+
+    monkeypatch.setattr(pg, "generate", generate)
+    return prompts
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Run the command in that folder; returns exit status, standard output and standard error."""
+
+    def call(*arguments: str, model: str = "model") -> tuple[int, str, str]:
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", ["pgfunc", *arguments, "--model", model, "--device", "cpu"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return ended.value.code, out.out, out.err
+
+    return call
+
+
+def test_detect_prints_an_object_a_line_and_names_what_it_left_out(run, asked):
+    status, out, err = run("detect", "red.png", "cat ; yellow bus")
+    assert status == 0
+    assert asked == ["detect cat ; yellow bus"]
+    sure, unsure = out.splitlines()
+    assert sure == "red.png: cat\tx 0.2..0.6, y 0.0..0.3\tconfidence 0.78"
+    assert unsure == "red.png: yellow bus\tx 39.1..150.0, y 14.7..74.9"
+    assert err == "pgfunc: red.png: left out 'nonsense': 0 places, expected 4\n"
+
+
+@pytest.mark.parametrize("command", ["detect", "segment"])
+def test_sampling_options_reach_the_sampler(run, monkeypatch, command):
+    seen: dict = {}
+    monkeypatch.setattr(pg, "generate", lambda model, image, prefix, **sampling: seen.update(sampling) or [DONE])
+    options = ["--temperature", "1.2", "--top-k", "30", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
+    assert run(command, "red.png", "cat", "--max-new-tokens", "6", *options)[0] == 0
+    expected = {"max_new_tokens": 6, "temperature": 1.2, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 5}
+    assert seen == expected
+
+
+def test_detect_json_has_boxes_in_pixels_by_name(run, asked):
+    status, out, err = run("detect", "red.png", "sub/red.png", "--prompt", "cat", "--json")
+    assert (status, err, asked) == (0, "", ["detect cat"] * 2)
+    first, second = map(json.loads, out.splitlines())
+    assert [first[key] for key in ("image", "prompt", "text", "width", "height")] == [
+        "red.png",
+        asked[0],
+        TEXT,
+        200,
+        150,
+    ]
+    assert (second["width"], second["height"]) == (20, 10)
+    assert first["malformed"] == [{"piece": "nonsense", "reason": "0 places, expected 4"}]
+    sure, unsure = first["objects"]
+    assert sure["confidence"] == pytest.approx(np.exp(-0.25))
+    assert (unsure["label"], unsure["confidence"]) == ("yellow bus", None)
+    assert unsure["box"] == detect.parse(TEXT, 200, 150)[1].box._asdict()
+    assert unsure["box"]["xmin"] == pytest.approx(200 * 200 / 1023)
+
+
+def test_segment_json_has_the_masks(run, asked):
+    status, out, _ = run("segment", "red.png", "cat", "--json")
+    assert (status, asked) == (0, ["segment cat"])
+    expected = segment.parse(TEXT, 200, 150, VQ)
+    objects = json.loads(out)["objects"]
+    assert [item["mask"] for item in objects] == [coco.rle(item.mask) for item in expected]
+    assert [item["label"] for item in objects] == ["cat", "yellow bus"]
+    assert f"\t{expected[1].mask.sum()} pixels" in run("segment", "red.png", "cat")[1].splitlines()[1]
+
+
+def test_masks_says_which_decoder(run, asked):
+    out = run("segment", "red.png", "cat", "--json", "--masks", "other.safetensors", model="bare")[1]
+    expected = segment.parse(TEXT, 200, 150, vqvae.init(6))[1].mask
+    assert (
+        json.loads(out)["objects"][1]["mask"]
+        == coco.rle(expected)
+        != coco.rle(segment.parse(TEXT, 200, 150, VQ)[1].mask)
+    )
+
+
+@pytest.mark.parametrize("command", ["detect", "segment"])
+def test_out_writes_the_drawing(run, asked, place, tmp_path, command):
+    given = (place / "red.png").read_bytes()
+    assert run(command, "red.png", "cat", "--out", str(tmp_path / "out.png"))[0] == 0
+    found = (
+        segment.with_confidence(DONE, MODEL.tokenizer, 200, 150, VQ)
+        if command == "segment"
+        else detect.with_confidence(DONE, MODEL.tokenizer, 200, 150)
+    )
+    expected = draw.objects(Image.open(place / "red.png"), found)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
+    assert (place / "red.png").read_bytes() == given
+
+
+def test_out_of_several_pictures_is_a_folder(run, asked, tmp_path):
+    assert run("detect", "red.png", "blue.png", "cat", "--out", str(tmp_path / "drawn"))[0] == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["blue.png", "red.png"]
+    assert run("detect", "sub/red.png", "cat", "--out", str(tmp_path))[0] == 0
+    assert pg.image.open_image(tmp_path / "red.png").size == (20, 10), "of one picture too, if it is there"
+
+
+def test_coco_has_all_pictures(run, asked, tmp_path):
+    assert run("segment", "red.png", "sub/red.png", "cat", "--coco", str(tmp_path / "all.json"))[0] == 0
+    names = [("red.png", 200, 150), ("sub/red.png", 20, 10)]
+    pictures = [
+        coco.Picture(name, width, height, segment.with_confidence(DONE, MODEL.tokenizer, width, height, VQ))
+        for name, width, height in names
+    ]
+    assert json.loads((tmp_path / "all.json").read_text()) == coco.dataset(pictures)
+
+
+def test_names_and_labels_that_are_odd(run, place, monkeypatch, tmp_path):
+    """A file's name that is not text, a label of two lines: what is written can be read, a line an object."""
+    name, text = os.fsdecode(b"\xff.png"), f"{UNSURE} big\ncat ☃"
+    shutil.copy(place / "red.png", place / name)
+    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [pg.Completion(text, [], [], "eos")])
+    status, out, _ = run("detect", name, "cat", "--coco", str(tmp_path / "x.json"), "--out", str(tmp_path / "x.png"))
+    assert status == 0
+    assert out.splitlines() == ["\\udcff.png: big cat ☃\tx 39.1..150.0, y 14.7..74.9"]
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert (found["images"][0]["file_name"], found["categories"][0]["name"]) == (name, "big\ncat ☃")
+    assert json.loads(run("detect", name, "cat", "--json")[1])["finish"] == "eos"
+
+
+def test_a_model_that_finds_nothing_says_so(run, asked, monkeypatch):
+    nothing = pg.Completion("", [], [], "eos")
+    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [nothing])
+    assert run("detect", "red.png", "cat")[:2] == (0, "red.png: nothing found\n")
+    assert json.loads(run("segment", "red.png", "cat", "--json")[1])["objects"] == []
+
+
+def test_a_real_model_goes_all_the_way(run):
+    status, out, _ = run("detect", "red.png", "cat", "--max-new-tokens", "4")
+    expected = pg.generate(MODEL, Image.new("RGB", (200, 150), (200, 0, 0)), "detect cat", max_new_tokens=4)
+    assert (status, out) == (0, "red.png: nothing found\n")
+    value = json.loads(run("segment", "red.png", "cat", "--max-new-tokens", "4", "--json")[1])
+    assert value["malformed"] == [item._asdict() for item in segment.malformed(value["text"])]
+    assert json.loads(run("detect", "red.png", "cat", "--max-new-tokens", "4", "--json")[1])["text"] == expected[0].text
+
+
+def test_caption_of_a_box(run):
+    status, out, _ = run("caption", "red.png", "--box", "50,30,100,120", "--json", "--max-new-tokens", "3")
+    assert status == 0
+    assert json.loads(out)["prompt"] == "<loc0205><loc0256><loc0818><loc0512> caption en"
+    prompt = json.loads(run("caption", "red.png", "--box", "0,0,200,150", "--prompt", "cap en", "--json")[1])["prompt"]
+    assert prompt == "<loc0000><loc0000><loc1023><loc1023> cap en"
+
+
+MISTAKES = {
+    "nothing to look for": (["detect", "red.png"], "detect needs to know what to look for"),
+    "pictures alone": (["detect", "red.png", "blue.png"], "detect needs to know what to look for"),
+    "empty": (["segment", "red.png", ""], "segment needs to know what to look for"),
+    "blank": (["detect", "red.png", " "], "detect needs to know what to look for"),
+    "both": (["detect", "red.png", "cat", "--prompt", "dog"], "cat: no such file; --prompt already says what"),
+    "missing picture": (["detect", "no.png", "cat"], "no.png: no such file"),
+    "kind of out": (["detect", "red.png", "cat", "--out", "x.json"], "--out x.json: not a kind of picture"),
+    "folder of out": (["detect", "red.png", "cat", "--out", "no/x.png"], "no/x.png: there is no folder no"),
+    "folder of coco": (["detect", "red.png", "cat", "--coco", "no/x.json"], "no/x.json: there is no folder no"),
+    "out is the picture": (["detect", "red.png", "cat", "--out", "red.png"], "would replace the picture red.png"),
+    "out is its folder": (["detect", "red.png", "blue.png", "cat", "--out", "."], "would replace the picture red.png"),
+    "one name": (["detect", "red.png", "sub/red.png", "cat", "--out", "o"], "another picture would both be o/red.png"),
+    "out is a file": (["detect", "red.png", "blue.png", "cat", "--out", "other.safetensors"], "is a file; several"),
+    "kind that is read alone": (["detect", "red.png", "cat", "--out", "x.psd"], "--out x.psd: not a kind of picture"),
+    "coco is a folder": (["detect", "red.png", "cat", "--coco", "sub"], "sub: is a folder"),
+    "masks missing": (["segment", "red.png", "cat", "--masks", "x.npz"], "x.npz: no such file"),
+    "masks of another kind": (
+        ["segment", "red.png", "cat", "--masks", "model/model.safetensors"],
+        "model/model.safetensors: _vq_vae._embedding is missing; expected a mask VQ-VAE",
+    ),
+    "no edge": (["caption", "red.png", "--box", ""], "--box : expected four numbers XMIN,YMIN,XMAX,YMAX"),
+    "three edges": (["caption", "red.png", "--box", "1,2,3"], "--box 1,2,3: expected four numbers XMIN,YMIN,XMAX,YMAX"),
+    "outside": (["caption", "red.png", "--box", "1,2,201,4"], "inside red.png, which is 200 x 150 pixels"),
+    "mirrored": (["caption", "red.png", "--box", "5,2,3,4"], "is not XMIN,YMIN,XMAX,YMAX inside red.png"),
+    "nan": (["caption", "red.png", "--box", "1,2,nan,4"], "is not XMIN,YMIN,XMAX,YMAX inside red.png"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2_before_the_model_is_asked(run, asked, mistake):
+    arguments, said = MISTAKES[mistake]
+    status, out, err = run(*arguments)
+    assert (status, out, asked) == (2, "", [])
+    assert err.startswith("pgfunc: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("option", "owner"), [("--box", "caption"), ("--masks", "segment")])
+def test_an_option_exists_only_where_it_applies(run, option, owner):
+    for command in ("caption", "ask", "ocr", "generate", "detect", "segment"):
+        status, _, err = run(command, "red.png", option, "x", "cat")
+        assert status == 2
+        assert ("No such option" in err) == (command != owner)
+
+
+def test_a_model_without_a_mask_decoder_says_to_give_one(run, asked):
+    status, out, err = run("segment", "red.png", "cat", model="bare")
+    assert (status, out, asked) == (2, "", [])
+    assert (
+        err
+        == "pgfunc: bare/masks.safetensors: missing; give a mask decoder with --masks, such as Google's vae-oid.npz\n"
+    )
+
+
+def test_what_to_look_for_may_be_longer_than_a_file_name(run, asked):
+    wanted = " ; ".join(f"object {i}" for i in range(400))
+    assert run("detect", "red.png", wanted)[0] == 0
+    assert asked == [f"detect {wanted}"]

@@ -1,0 +1,185 @@
+"""`pgfunc train`: a run from the command line, interrupted and continued, and every mistake one line."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cases import text_model
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+import pgfunc as pg
+from pgfunc import cli, tree
+from pgfunc.cli import train as command
+from pgfunc.errors import DataError, PgfuncError, SettingError
+from pgfunc.train import fit, lora
+
+GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "ab"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model, a picture, five lines to learn and two to check."""
+    model = text_model()
+    pg.save(model, tmp_path / "model")
+    for name, colour in {"a.png": "red", "b.png": "blue"}.items():
+        Image.new("RGB", (20, 20), colour).save(tmp_path / name)
+    rows = [GOOD, GOOD | {"image": "b.png", "suffix": "xyz"}] * 3
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    return tmp_path
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return ["train", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--model", str(folder / "model"),
+            "--device", "cpu", "--batch-size", "2", *more]  # fmt: skip
+
+
+def run(folder: Path, *more: str):
+    return CliRunner().invoke(cli.app, arguments(folder, *more), catch_exceptions=False)
+
+
+def test_a_run_leaves_a_model_a_log_and_a_curve(folder):
+    result = run(folder, "--epochs", "20", "--learning-rate", "0.02", "--valid", str(folder / "valid.jsonl"))
+    assert result.exit_code == 0, result.output
+    out = folder / "out"
+    assert re.search(r"out: 60 steps, loss \d\.\d{4} -> 0\.\d{4}, validation 0\.\d{4}$", result.stdout.strip())
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json", "log.jsonl", "loss.png", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    log = fit.read_log(out)
+    assert [entry["step"] for entry in log] == list(range(1, 61))
+    assert [entry["step"] for entry in log if "valid" in entry] == list(range(3, 61, 3))
+    with Image.open(out / "loss.png") as curve:
+        assert curve.size == (840, 480)
+        assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 20  # it is not blank
+    model = pg.load(out, device="cpu")
+    answers = pg.generate(model, [str(folder / "a.png"), str(folder / "b.png")], "caption en", 8)
+    assert [answer.text for answer in answers] == ["ab", "xyz"]
+
+
+def test_lora_leaves_an_adapter(folder):
+    result = run(folder, "--steps", "2", "--lora-rank", "2", "--lora-target", "language.*.q", "--lora-alpha", "6")
+    assert result.exit_code == 0, result.output
+    found = lora.load(folder / "out", pg.load(folder / "model", device="cpu").cfg)
+    assert found.scale == 3
+    assert found.pairs.keys() == {f"language.layers.{i}.q" for i in range(3)}
+    assert any(pair.b.any() for pair in found.pairs.values())
+    merged = ["merge", str(folder / "out"), str(folder / "merged"), "--model", str(folder / "model")]
+    assert CliRunner().invoke(cli.app, merged, catch_exceptions=False).exit_code == 0
+    base = pg.load(folder / "model", device="cpu").params
+    for path, leaf in tree.flatten(pg.load(folder / "merged", device="cpu").params).items():
+        pair, before = found.pairs.get(path), tree.flatten(base)[path]
+        torch.testing.assert_close(leaf, before + 3 * pair.b @ pair.a if pair else before)
+    assert json.loads((folder / "out" / lora.CONFIG).read_text())["base_model_name_or_path"] == str(folder / "model")
+    assert not (folder / "out" / "model.safetensors").exists()
+
+
+def test_frozen_parts_stay(folder):
+    assert run(folder, "--steps", "1", "--freeze", "vision.*", "--freeze", "*.embed").exit_code == 0
+    before, after = (tree.flatten(pg.load(folder / name, device="cpu").params) for name in ("model", "out"))
+    for path, leaf in before.items():
+        frozen = path.startswith("vision.") or path == "language.embed"
+        assert torch.equal(leaf, after[path]) == frozen, path
+
+
+def test_tensorboard_gets_every_number(folder):
+    assert run(folder, "--steps", "3", "--tensorboard", "--valid", str(folder / "valid.jsonl")).exit_code == 0
+    events = EventAccumulator(str(folder / "out" / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "norm", "rate", "valid"]
+    log = fit.read_log(folder / "out")
+    for name in ("loss", "norm", "rate", "valid"):
+        expected = [(entry["step"], entry[name]) for entry in log if name in entry]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert torch.allclose(torch.tensor(found), torch.tensor(expected))
+
+
+def test_an_interrupt_from_the_keyboard_saves_and_the_same_command_goes_on(folder):
+    given = arguments(folder, "--steps", "40", "--learning-rate", "0.001")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgfunc.cli", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    log = folder / "out" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size > 0):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert output.strip().endswith("out: stopped and saved; the same command goes on")
+    assert "Traceback" not in output
+    done = len(fit.read_log(folder / "out"))
+    assert 0 < done < 40
+    result = run(folder, "--steps", "40", "--learning-rate", "0.001")
+    assert re.search(r"out: going on after step \d+", result.output)
+    assert [entry["step"] for entry in fit.read_log(folder / "out")] == list(range(1, 41))
+    straight = run_straight(folder)
+    assert (folder / "out" / "model.safetensors").read_bytes() == straight
+
+
+def run_straight(folder: Path) -> bytes:
+    given = arguments(folder, "--steps", "40", "--learning-rate", "0.001")
+    given[given.index("--out") + 1] = str(folder / "straight")
+    assert CliRunner().invoke(cli.app, given).exit_code == 0
+    return (folder / "straight" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--steps", "3", "--epochs", "2"], "give --epochs or --steps, not both"),
+    (["--steps", "0"], "steps is 0"),
+    (["--batch-size", "0"], "batch-size is 0"),
+    (["--checkpoint-every", "0"], "checkpoint-every is 0"),
+    (["--freeze", "visoin.*"], "'visoin.*' matches none"),
+    (["--lora-rank", "2", "--lora-target", "language.*.query"], "'language.*.query' matches none"),
+    (["--lora-target", "language.*.q"], "--lora-target and --lora-alpha need --lora-rank"),
+    (["--lora-rank", "2", "--freeze", "vision.*"], "leave out freeze"),
+    (["--dtype", "float16"], "dtype is float16, expected float32 or bfloat16"),
+    (["--dtype", "int8"], "dtype is int8"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_named_before_anything_is_written(more, said, folder):
+    with pytest.raises(SettingError, match=re.escape(said)):
+        run(folder, *more)
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "valid.jsonl"])
+@pytest.mark.parametrize("line", ['{"image": "a.png"', '{"image": "none.png", "prefix": "p", "suffix": "s"}',
+                                  json.dumps(GOOD | {"suffix": "long" * 40})])  # fmt: skip
+def test_a_bad_line_is_named_before_training_starts(line, name, folder, monkeypatch):
+    monkeypatch.setattr(fit, "fit", lambda *given: pytest.fail("training started"))
+    with (folder / name).open("a") as file:
+        file.write(line + "\n")
+    place = len((folder / name).read_text().splitlines())
+    with pytest.raises(DataError, match=rf"{name}:{place}: "):
+        run(folder, "--steps", "1", "--valid", str(folder / "valid.jsonl"))
+    assert not (folder / "out").exists()
+
+
+def test_a_folder_that_holds_a_model_is_not_overwritten(folder):
+    assert run(folder, "--steps", "1").exit_code == 0
+    with pytest.raises(SettingError, match="holds a model already"):
+        run(folder, "--steps", "1")
+
+
+def test_an_out_that_is_a_file_is_named(folder):
+    (folder / "out").write_text("")
+    with pytest.raises(PgfuncError, match="out: cannot be written"):
+        run(folder, "--steps", "1")
+
+
+def test_packages_that_are_not_there_are_named_with_the_way_to_get_them(folder, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=re.escape("python -m pip install 'pgfunc[plot]'")):
+        run(folder)
+    monkeypatch.setattr(command, "find_spec", lambda name: name == "matplotlib" or None)
+    with pytest.raises(SettingError, match=re.escape("python -m pip install 'pgfunc[train]'")):
+        run(folder, "--tensorboard")
+    assert not (folder / "out").exists()

@@ -1,0 +1,177 @@
+"""Boxes in text: what is written is read back, and one malformed piece never spoils another."""
+
+import math
+import re
+
+import pytest
+from cases import text_model
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import pgfunc as pg
+from pgfunc import detect, tokenizer
+from pgfunc.detect import Box, Detection
+from pgfunc.errors import PromptError
+
+MODEL = text_model()
+sides = st.integers(1, 5000)
+fractions = st.floats(0, 1)
+labels = st.text(max_size=12).map(str.strip).filter(lambda text: ";" not in text)
+
+
+@st.composite
+def detections(draw, width: int, height: int) -> Detection:
+    (top, bottom), (left, right) = (sorted((draw(fractions), draw(fractions))) for _ in range(2))
+    return Detection(draw(labels), Box(top * height, left * width, bottom * height, right * width))
+
+
+def text(*places: int, label: str = "", codes: int = 0) -> str:
+    return "".join(f"<loc{place:04d}>" for place in places) + "<seg005>" * codes + (f" {label}" if label else "")
+
+
+CAT, BUS = text(10, 20, 500, 600, label="cat"), text(0, 0, 1023, 1023, label="yellow bus")
+
+
+def test_places_are_ymin_xmin_ymax_xmax_in_steps_of_one_1023th():
+    found = detect.parse(f"{CAT} ; {BUS}", width=1023, height=2046)
+    assert found == [Detection("cat", Box(20, 20, 1000, 600)), Detection("yellow bus", Box(0, 0, 2046, 1023))]
+    assert detect.parse(text(0, 0, 341, 1023), 30, 9) == [Detection("", Box(0, 0, 3, 30))]
+    assert detect.malformed(f"{CAT} ; {BUS}") == []
+
+
+@given(st.data(), sides, sides)
+def test_box_to_text_to_box_moves_no_edge_by_more_than_half_a_step(data, width, height):
+    before = data.draw(detections(width, height))
+    (after,) = detect.parse(detect.render([before], width, height), width, height)
+    assert after.label == before.label
+    for low, high, side in ((0, 2, height), (1, 3, width)):
+        step = side / 1023
+        # a box thinner than a step is made a step thick, which takes its edges one step and rounding away
+        allowed = (0.5 if before.box[high] - before.box[low] >= step else 1) * step * (1 + 1e-9)
+        assert abs(after.box[low] - before.box[low]) <= allowed
+        assert abs(after.box[high] - before.box[high]) <= allowed
+
+
+@given(st.data(), sides, sides)
+def test_text_of_boxes_is_read_back_as_it_was(data, width, height):
+    found = data.draw(st.lists(detections(width, height), max_size=4))
+    written = detect.render(found, width, height)
+    assert detect.malformed(written) == []
+    again = detect.parse(written, width, height)
+    assert (
+        detect.render(again, width, height) == " ; ".join(dict.fromkeys(written.split(" ; "))) if found else not again
+    )
+
+
+def test_edges_outside_the_picture_are_moved_onto_its_border():
+    assert detect.render([Detection("cat", Box(-5, -1, 99, 20))], 10, 50) == text(0, 0, 1023, 1023, label="cat")
+    assert detect.render([Detection("cat", Box(70, 3, 80, 7))], 10, 50).startswith("<loc1022>")
+
+
+MALFORMED = {
+    "three places": (text(1, 2, 3, label="dog"), "3 places, expected 4"),
+    "five places": (text(1, 2, 3, 4, 5, label="dog"), "5 places, expected 4"),
+    "two objects without a semicolon": (f"{CAT} {BUS}", "8 places, expected 4"),
+    "cut off": ("<loc0001><loc00", "1 places, expected 4"),
+    "text": ("a dog in the grass", "0 places, expected 4"),
+    "label first": (f"dog {text(1, 2, 3, 4)}", "text before or between places"),
+    "label between": (f"{text(1, 2)} dog {text(3, 4)}", "text before or between places"),
+    "codes in the label": (f"{text(1, 2, 3, 4)} dog <seg001>", "text before or between places"),
+    "above 1023": (text(1, 2, 1024, 4, label="dog"), "place 1024 is above 1023"),
+    "upside down": (text(3, 2, 1, 4, label="dog"), "corners (3, 2) and (1, 4) are not top left and bottom right"),
+    "mirrored": (text(1, 4, 3, 2, label="dog"), "corners (1, 4) and (3, 2) are not top left and bottom right"),
+    "empty": (text(1, 2, 1, 4, label="dog"), "corners (1, 2) and (1, 4) are not top left and bottom right"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_piece_is_named_and_spoils_nothing(case):
+    piece, reason = MALFORMED[case]
+    for pieces in ([piece, CAT, BUS], [CAT, piece, BUS], [CAT, BUS, piece]):
+        written = " ; ".join(pieces)
+        assert detect.parse(written, 40, 30) == detect.parse(f"{CAT} ; {BUS}", 40, 30)
+        assert detect.malformed(written) == [(piece, reason)]
+
+
+@given(st.lists(st.sampled_from([CAT, BUS, "<loc0001>", "<seg001>", ";", " ", "cat", "<loc", "0001>", "\n", "é"])))
+def test_any_text_is_read_as_objects_and_malformed_pieces(words):
+    written = "".join(words)
+    pieces = [piece.strip() for piece in written.split(";") if piece.strip()]
+    good, bad = detect.written(written), detect.malformed(written)
+    assert len(good) + len(bad) == len(pieces)
+    assert [item.piece for item in bad] == [piece for piece in pieces if piece in {item.piece for item in bad}]
+    for item in good:
+        assert [written[start : start + 9] for start in item.starts] == [f"<loc{place:04d}>" for place in item.places]
+
+
+def test_what_is_not_quite_an_object_and_still_a_box():
+    box = detect.parse(CAT, 40, 30)[0].box
+    for labelled in ("cat", "", "cat < dog", "<b>"):
+        assert detect.parse(text(10, 20, 500, 600, label=labelled), 40, 30) == [Detection(labelled, box)]
+    for codes in (1, 15, 16, 17):
+        assert detect.parse(text(10, 20, 500, 600, label="cat", codes=codes), 40, 30) == [Detection("cat", box)]
+    spaced = " <loc0010> <loc0020>\n<loc0500><loc0600>\tcat "
+    assert detect.parse(spaced, 40, 30) == [Detection("cat", box)]
+    for empty in ("", " ", ";", " ; ; "):
+        assert (detect.parse(empty, 40, 30), detect.malformed(empty)) == ([], [])
+
+
+def test_repetitions_are_one_object():
+    other = CAT.replace("cat", "dog")
+    moved = CAT.replace("0600", "0601")
+    found = detect.parse(" ; ".join([CAT, other, CAT, moved, CAT, other]), 40, 30)
+    assert found == [item for piece in (CAT, other, moved) for item in detect.parse(piece, 40, 30)]
+
+
+@pytest.mark.parametrize("label", ["cat;dog", "cat <loc0001>", "<seg001>", " cat", "cat\n"])
+def test_a_label_that_could_not_be_read_back_is_refused(label):
+    with pytest.raises(PromptError, match=re.escape(repr(label))):
+        detect.render([Detection(label, Box(0, 0, 1, 1))], 1, 1)
+
+
+def test_prompts():
+    assert detect.prefix(["cat", "yellow bus"]) == "detect cat ; yellow bus"
+    assert detect.region(Box(1, 2, 3, 4), 8, 4) == f"{text(256, 256, 767, 512)} caption en"
+    assert (
+        detect.region(Box(1, 2, 3, 4), 8, 4, "describe en; short ") == f"{text(256, 256, 767, 512)} describe en; short "
+    )
+
+
+@pytest.mark.parametrize("labels", [[], [""], ["cat", ""], "cat"])
+def test_a_prompt_that_asks_for_nothing_is_refused(labels):
+    with pytest.raises(PromptError, match="expected a list of what to look for"):
+        detect.prefix(labels)
+
+
+def completion(written: str, logprob: float = -1.0) -> pg.Completion:
+    ids = tokenizer.encode(MODEL.tokenizer, written)
+    return pg.Completion(written, ids, [logprob * (i + 1) for i in range(len(ids))], "eos")
+
+
+@given(st.text(alphabet="aé☃🐈 ", max_size=5).map(str.strip), st.text(alphabet="aé☃🐈", max_size=5))
+def test_confidence_is_the_geometric_mean_of_the_four_places(first, second):
+    boxes = "<loc0000><loc0001><loc0002><loc0003>", "<loc0001><loc0000><loc0003><loc0002>"
+    assume(first or second)
+    done = completion(f"{boxes[0]} {first};{second} ;{boxes[1]}{second}", -0.1)
+    found = detect.with_confidence(done, MODEL.tokenizer, 40, 30)
+    assert [item._replace(confidence=None) for item in found] == detect.parse(done.text, 40, 30)
+    assert found[0].confidence == pytest.approx(math.exp(-0.1 * (1 + 2 + 3 + 4) / 4))
+    start = len(done.tokens) - len(second.encode()) - 4  # one token a byte
+    assert found[1].confidence == pytest.approx(math.exp(-0.1 * (start + 2.5)))
+
+
+def test_bytes_that_are_not_text_do_not_shift_the_confidence():
+    broken = tokenizer.encode(MODEL.tokenizer, "é☃")[:-1]
+    ids = [*broken, *tokenizer.encode(MODEL.tokenizer, f" ; {text(0, 1, 2, 3)} a"), broken[0]]
+    done = pg.Completion(tokenizer.decode(MODEL.tokenizer, ids), ids, [-0.5 * i for i in range(len(ids))], "length")
+    (found,) = detect.with_confidence(done, MODEL.tokenizer, 40, 30)
+    first = len(broken) + 3
+    assert found.confidence == pytest.approx(math.exp(-0.5 * (first + 1.5)))
+
+
+def test_places_spelled_in_other_tokens_have_no_confidence():
+    spelled = completion(CAT)  # the tests' tokenizer has tokens for places 0 to 3 alone
+    assert len(spelled.tokens) == len(CAT)
+    assert detect.with_confidence(spelled, MODEL.tokenizer, 40, 30) == detect.parse(CAT, 40, 30)
+    half = completion("<loc0000><loc0001><loc0002><loc0900> cat")
+    assert detect.with_confidence(half, MODEL.tokenizer, 40, 30)[0].confidence is None

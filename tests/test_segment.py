@@ -1,0 +1,207 @@
+"""Masks in text: a mask is pasted into its box alone, at the right place, and what is malformed is named."""
+
+import math
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from cases import text_model
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import pgfunc as pg
+from pgfunc import detect, segment, tokenizer, vqvae
+from pgfunc.detect import Box
+from pgfunc.errors import PromptError, SettingError
+from pgfunc.segment import Segment
+
+VQ, MODEL = vqvae.init(3), text_model()
+CODES = "".join(f"<seg{code:03d}>" for code in range(7, 23))
+CAT = f"<loc0100><loc0200><loc0511><loc0767>{CODES} cat"
+parse = partial(segment.parse, vq=VQ)
+
+
+def half(along: str) -> torch.Tensor:
+    """A map that is inside on one half."""
+    map = -torch.ones(64, 64)
+    map[{"top": slice(0, 32), "left": slice(None)}[along], {"top": slice(None), "left": slice(0, 32)}[along]] = 1
+    return map
+
+
+@st.composite
+def boxes(draw, width: int, height: int) -> Box:
+    """Any box inside a picture, edges between pixels or within one."""
+    (top, bottom), (left, right) = (
+        sorted(draw(st.floats(0, side)) for _ in range(2)) for side in (height, width)
+    )  # fmt: skip
+    return Box(top, left, bottom, right)
+
+
+@given(st.data(), st.integers(1, 90), st.integers(1, 90), st.integers(0, 99))
+def test_a_map_is_resized_as_pillow_does_and_pasted_inside_the_box_alone(data, width, height, seed):
+    box = data.draw(boxes(width, height))
+    map = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+    mask = segment.paste(map, box, width, height)
+    rows, columns = segment.pixels(box.ymin, box.ymax, height), segment.pixels(box.xmin, box.xmax, width)
+    size = (columns.stop - columns.start, rows.stop - rows.start)
+    expected = np.array(Image.fromarray(map.numpy()).resize(size, Image.Resampling.BILINEAR))
+    clear = np.abs(expected) > 1e-5  # rounding decides on the edge itself
+    assert np.array_equal(mask[rows, columns].numpy()[clear], expected[clear] > 0)
+    mask[rows, columns] = False
+    assert not mask.any()
+
+
+@given(st.data(), st.integers(1, 3000))
+def test_the_pixels_of_a_box_lie_within_half_a_pixel_of_its_edges(data, side):
+    low, high = sorted((data.draw(st.floats(0, side)), data.draw(st.floats(0, side))))
+    found = segment.pixels(low, high, side)
+    assert 0 <= found.start < found.stop <= side
+    if high - low >= 1:
+        assert abs(found.start - low) <= 0.5
+        assert abs(found.stop - high) <= 0.5
+
+
+def test_maps_stand_upright():
+    box = Box(10, 20, 30, 60)
+    top, left = (segment.paste(half(along), box, 100, 50) for along in ("top", "left"))
+    rows, columns = torch.arange(50)[:, None], torch.arange(100)
+    inside = (rows >= 10) & (rows < 30) & (columns >= 20) & (columns < 60)
+    assert torch.equal(top, inside & (rows < 20))
+    assert torch.equal(left, inside & (columns < 40))
+
+
+def test_masks_are_decoded_from_the_sixteen_codes():
+    (found,) = parse(CAT, 300, 200)
+    assert (found.label, found.box, found.confidence) == ("cat", *detect.parse(CAT, 300, 200)[0][1:])
+    map = vqvae.decode(VQ, VQ.codebook[torch.arange(7, 23)][None])[0]
+    assert torch.equal(found.mask, segment.paste(map, found.box, 300, 200))
+    assert 0 < found.mask.sum() < found.mask.numel()
+    assert parse("", 300, 200) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 127), st.integers(0, 900), st.integers(0, 900)), max_size=3))
+def test_several_masks_in_one_text_are_those_of_each_alone(objects):
+    pieces = list(dict.fromkeys(
+        f"<loc{y:04d}><loc{x:04d}><loc{y + 99:04d}><loc{x + 99:04d}>" + f"<seg{code:03d}>" * 16 + f" cat {code}"
+        for code, y, x in objects
+    ))  # fmt: skip
+    together = parse(" ; ".join(pieces), 80, 60)
+    assert len(together) == len(pieces)
+    for piece, found in zip(pieces, together, strict=True):
+        (alone,) = parse(piece, 80, 60)
+        assert found[:2] == alone[:2]
+        # a convolution of another batch size rounds otherwise where a map crosses 0
+        assert (found.mask != alone.mask).sum() <= 2
+
+
+MALFORMED = {
+    "no codes": ("<loc0001><loc0002><loc0003><loc0004> dog", "0 mask codes, expected 16"),
+    "cut off": (f"<loc0001><loc0002><loc0003><loc0004>{CODES[:-9]}", "14 mask codes, expected 16"),
+    "too many": (f"<loc0001><loc0002><loc0003><loc0004>{CODES}<seg000> dog", "17 mask codes, expected 16"),
+    "above 127": (f"<loc0001><loc0002><loc0003><loc0004>{'<seg128>' * 16} dog", "mask code 128 is above 127"),
+    "no box": (f"{CODES} dog", "0 places, expected 4"),
+    "mirrored": (f"<loc0001><loc0004><loc0003><loc0002>{CODES} dog", "corners (1, 4) and (3, 2) are not"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_piece_is_named_and_spoils_nothing(case):
+    piece, reason = MALFORMED[case]
+    for written in (f"{piece} ; {CAT}", f"{CAT} ; {piece}"):
+        (found,) = parse(written, 40, 30)
+        assert torch.equal(found.mask, parse(CAT, 40, 30)[0].mask)
+        ((said, why),) = segment.malformed(written)
+        assert said == piece
+        assert why.startswith(reason)
+    assert segment.malformed(CAT) == []
+
+
+def test_repetitions_and_missing_labels():
+    unlabelled = CAT.removesuffix(" cat")
+    found = parse(" ; ".join([CAT, CAT, unlabelled, CAT]), 40, 30)
+    assert [item.label for item in found] == ["cat", ""]
+    broken = CAT.replace("<seg007>", "")
+    assert len(parse(f"{broken} ; {CAT}", 40, 30)) == 1, "the one with a mask stays"
+
+
+def blob(width: int, height: int, seed: int) -> torch.Tensor:
+    """A random ellipse, of one pixel at least."""
+    a, b, c, d = np.random.default_rng(seed).random(4)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    cy, cx = int(a * height), int(b * width)
+    return ((y - cy) / (1 + c * height / 2)) ** 2 + ((x - cx) / (1 + d * width / 2)) ** 2 < 1
+
+
+@given(st.integers(1, 120), st.integers(1, 120), st.integers(0, 999))
+def test_mask_to_text_to_mask_keeps_box_label_and_codes(width, height, seed):
+    before = segment.from_mask("cat", blob(width, height, seed))
+    written = segment.render([before], VQ)
+    (after,) = parse(written, width, height)
+    assert segment.malformed(written) == []
+    assert after.label == "cat"
+    for low, high, side in ((0, 2, height), (1, 3, width)):
+        assert abs(after.box[low] - before.box[low]) <= side / 1023 / 2 * (1 + 1e-9)
+        assert abs(after.box[high] - before.box[high]) <= side / 1023 / 2 * (1 + 1e-9)
+    codes = segment.encode([before.mask], [before.box], VQ)
+    assert [list(item.codes) for item in segment.written(written)] == codes
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 999))
+def test_the_box_of_a_mask_is_the_tightest(width, height, seed):
+    mask = blob(width, height, seed)
+    top, left, bottom, right = map(int, segment.from_mask("cat", mask).box)
+    assert mask[top:bottom, left:right].sum() == mask.sum()
+    assert all(edge.any() for edge in (mask[top], mask[bottom - 1], mask[:, left], mask[:, right - 1]))
+
+
+def test_a_crop_is_resized_as_pillow_does():
+    mask = blob(200, 150, 5)
+    box = segment.from_mask("cat", mask).box
+    top, left, bottom, right = map(int, box)
+    part = Image.fromarray(mask[top:bottom, left:right].numpy().astype(np.float32))
+    expected = np.array(part.resize((64, 64), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(segment.crop(mask, box), expected, atol=1e-5)  # float32
+    soft = mask.float() * 0.25
+    np.testing.assert_allclose(segment.crop(soft, box), expected / 4, atol=1e-5)
+
+
+def test_encode_crops_encodes_and_quantizes():
+    masks = [blob(200, 150, 5), blob(60, 70, 6)]
+    found = [segment.from_mask("cat", mask) for mask in masks]
+    crops = torch.stack([segment.crop(item.mask, item.box) for item in found])
+    expected = vqvae.quantize(VQ.codebook, vqvae.encode(VQ, crops)).tolist()
+    assert segment.encode(masks, [item.box for item in found], VQ) == expected
+    assert segment.encode([], [], VQ) == []
+    assert segment.render([], VQ) == ""
+
+
+def test_mistakes_of_a_caller():
+    with pytest.raises(SettingError, match="the mask of 'cat' has no pixels"):
+        segment.from_mask("cat", torch.zeros(3, 4, dtype=torch.bool))
+    bad = Segment("cat;dog", Box(0, 0, 2, 2), torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(PromptError, match=re.escape("'cat;dog'")):
+        segment.render([bad], VQ)
+    with pytest.raises(PromptError, match="what to look for"):
+        segment.prefix("")
+    assert segment.prefix("yellow bus") == "segment yellow bus"
+
+
+def test_confidence_is_that_of_the_box():
+    words = "<loc0000><loc0001><loc0002><loc0003>" + "<seg001>" * 16 + " a"
+    ids = tokenizer.encode(MODEL.tokenizer, words)
+    done = pg.Completion(words, ids, [-0.1 * (i + 1) for i in range(len(ids))], "eos")
+    (found,) = segment.with_confidence(done, MODEL.tokenizer, 40, 30, VQ)
+    assert found.confidence == pytest.approx(math.exp(-0.25))
+    assert torch.equal(found.mask, parse(words, 40, 30)[0].mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masks_stay_on_the_device_of_the_decoder():
+    vq = pg.tree.map(lambda leaf: leaf.cuda(), VQ)
+    (found,) = segment.parse(CAT, 40, 30, vq)
+    assert found.mask.is_cuda
+    assert len(segment.encode([found.mask], [found.box], vq)[0]) == 16

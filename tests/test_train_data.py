@@ -1,0 +1,150 @@
+"""JSON Lines: what is read, the order of reading, and that every mistake is named with its file and line."""
+
+import json
+
+import pytest
+import torch
+from cases import text_model
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import pgfunc as pg
+from pgfunc.errors import DataError
+from pgfunc.train import data
+
+GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "a dog"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    (tmp_path / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+def write(folder, *rows) -> str:
+    path = folder / "data.jsonl"
+    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
+    return str(path)
+
+
+def test_lines_are_examples_in_order(folder):
+    path = write(folder, GOOD, GOOD | {"image": ["a.png", "b.png"], "suffix": ""}, b"", GOOD | {"id": 7, "image": []})
+    first, second, third = data.read(path)
+    assert first == data.Example(f"{path}:1", (folder / "a.png",), "caption en", "a dog")
+    assert second.images == (folder / "a.png", folder / "b.png")
+    assert (third.where, third.images) == (f"{path}:4", ())
+    data.check(text_model(), [first, second, third])
+
+
+def test_pictures_may_lie_in_another_folder_or_anywhere(folder, tmp_path):
+    away = tmp_path / "away"
+    away.mkdir()
+    path = write(away, GOOD, GOOD | {"image": str(folder / "b.png")})
+    found = data.read(path, folder)
+    assert [row.images for row in found] == [(folder / "a.png",), (folder / "b.png",)]
+    data.check(text_model(), found)
+
+
+@pytest.mark.parametrize("text", [
+    b'\xef\xbb\xbf{"image": "a.png", "prefix": "p", "suffix": "s"}\r\n',  # a byte order mark, and Windows' line ends
+    '{"image": "a.png", "prefix": "p", "suffix": "wei\u00df \\u00df\u2028"}'.encode(),
+])  # fmt: skip
+def test_files_of_other_systems_are_read(text, folder):
+    (row,) = data.read(write(folder, text))
+    assert row.suffix in ("s", "weiß ß\u2028")
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    (b'{"image": "a.png", "prefix": ', "not JSON"),
+    (b"\xff\xfe", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    ([1], "expected an object with image, prefix and suffix, found [1]"),
+    ({"image": "a.png", "prefix": "p"}, "suffix is missing"),
+    ({"image": "a.png", "suffix": "p"}, "prefix is missing"),
+    ({"prefix": "p", "suffix": "p"}, "image is missing"),
+    (GOOD | {"suffix": None}, "suffix is null, expected text"),
+    (GOOD | {"prefix": ["p"]}, 'prefix is ["p"], expected text'),
+    (GOOD | {"image": ["a.png", 3]}, "image is 3, expected text"),
+], ids=str)  # fmt: skip
+def test_a_line_that_is_no_example_is_named(row, said, folder):
+    path = write(folder, GOOD, GOOD, row, GOOD)
+    with pytest.raises(DataError) as error:
+        data.read(path)
+    assert str(error.value).startswith(f"{path}:3: {said}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    (GOOD | {"image": "c.png"}, "c.png: no such file"),
+    (GOOD | {"image": ["a.png", "broken.png"]}, "broken.png: "),
+    (GOOD | {"image": "notes.txt"}, "notes.txt: not a picture"),
+    (GOOD | {"image": "."}, "cannot be read as a picture"),
+    (GOOD | {"image": "a\0.png"}, "cannot be read as a picture"),
+    (GOOD | {"suffix": "long " * 30}, "1 x 4 image tokens and 163 of text do not fit 120 positions"),
+    (GOOD | {"image": ["a.png"] * 30}, "30 x 4 image tokens and 18 of text do not fit 120 positions"),
+    (GOOD | {"suffix": "\ud800"}, "is not text that can be encoded"),
+], ids=str)  # fmt: skip
+def test_a_line_that_cannot_be_trained_on_is_named(row, said, folder):
+    path = write(folder, GOOD, row)
+    examples = data.read(path)
+    with pytest.raises(DataError) as error:
+        data.check(text_model(), examples)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_label_that_just_fits_is_taken(folder):
+    model = text_model()
+    room = model.cfg.text.positions - model.cfg.vision.tokens - len("caption en") - 3  # bos, newline, eos
+    data.check(model, data.read(write(folder, GOOD | {"suffix": "x" * room})))
+    with pytest.raises(DataError, match=":1: "):
+        data.check(model, data.read(write(folder, GOOD | {"suffix": "x" * (room + 1)})))
+
+
+@pytest.mark.parametrize("rows", [(), (b"", b"  ")])
+def test_an_empty_file_is_named(rows, folder):
+    with pytest.raises(DataError, match=r"data\.jsonl: empty"):
+        data.read(write(folder, *rows))
+
+
+def test_a_file_that_is_not_there_is_named(folder):
+    for path in (folder / "none.jsonl", folder):
+        with pytest.raises(DataError, match=f"{path}: cannot be read"):
+            data.read(path)
+
+
+@given(seed=st.integers(0, 2**32), epoch=st.integers(0, 100), count=st.integers(1, 40), size=st.integers(1, 50))
+def test_an_epoch_reads_every_example_once(seed, epoch, count, size):
+    steps = data.steps_per_epoch(size, count)
+    batches = [data.batch(seed, epoch * steps + step, size, count) for step in range(steps)]
+    assert sorted(row for batch in batches for row in batch) == list(range(count))
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert 1 <= len(batches[-1]) <= size
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [data.order(seed, epoch, 20) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[0] == data.order(0, 0, 20)
+
+
+@given(parts=st.integers(1, 9))
+def test_prompts_hold_every_row_once_in_parts_of_like_rows(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.new("RGB", (9, 9)).save(folder / "a.png")
+    images = [(folder / "a.png",) * count for count in (1, 0, 1, 2, 1, 0)]
+    rows = [data.Example("", each, "p", "ab"[: i % 3]) for i, each in enumerate(images)]
+    model = text_model()
+    found = list(data.prompts(model, rows, parts))
+    assert sum(len(prompt.tokens) for prompt in found) == len(rows)
+    assert sum(prompt.pixels.shape[0] * prompt.pixels.shape[1] for prompt in found) == sum(map(len, images))
+    assert sum(int(prompt.causal.sum()) for prompt in found) == sum(len(row.suffix) + 1 for row in rows)
+    alone = [tuple(pg.prepare(model, [row.images], ["p"], [row.suffix]).tokens[0].tolist()) for row in rows]
+    seen = [tuple(t[v].tolist()) for prompt in found for t, v in zip(prompt.tokens, prompt.valid, strict=True)]
+    assert sorted(seen) == sorted(alone)
+    assert all(torch.equal(prompt.pixels, -torch.ones_like(prompt.pixels)) for prompt in found)  # they are black

@@ -1,268 +1,257 @@
-"""Scenes of coloured shapes: what is in them, how they look, what can be said of them.
+"""Scenes: which things stand where, on which background, beside which sign. Everything is a function of a seed.
 
-Owns the vocabulary of shapes and colours, the held-out combinations, the splits, the renderer, captions and questions.
-Everything is a function of a seed. Knows nothing about models, tokens or training. Texts are in American English, as
-PaliGemma's own training data are.
+Owns the splits, the held-out combinations and the placement. Knows nothing about pixels (`render`) or words beyond
+names (`texts`).
+
+    S0  new scenes
+    S1  each scene has a combination that never occurs in training: a colour of a shape, or two classes side by side
+    S2  unseen instances of the classes
+    S3  photographic cut-outs, of which training has none, on photographs that it has not seen
+    style  the classes as a set of icons draws them of which training has none
 """
 
-import colorsys
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw
+from jaxtyping import Bool, Float, UInt8
 
-COLOURS = {
-    "red": (214, 40, 40), "orange": (245, 140, 25), "yellow": (246, 222, 50), "green": (45, 155, 60),
-    "cyan": (60, 205, 220), "blue": (40, 80, 205), "purple": (130, 55, 170), "pink": (246, 140, 190),
-    "brown": (120, 72, 38), "black": (22, 22, 22), "white": (246, 246, 246), "gray": (132, 132, 132),
-}  # fmt: skip
-# of the shorter side; the gaps are meant
-SIZES = {"small": (0.21, 0.25), "medium": (0.31, 0.37), "large": (0.46, 0.56)}
-ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
-SPLITS = {"train": 0, "S0": 1, "S1": 2, "crowd": 3}
+from examples.tiny import plates, shapes
+
+SPLITS = {"train": 0, "S0": 1, "S1": 2, "S2": 3, "S3": 4, "style": 5}
+SPRITES = {"train": "train", "S0": "train", "S1": "train", "S2": "unseen", "S3": "photo", "style": "style"}
+HELD_OUT = 0.12  # of the combinations
+SIZES = {0: (0, 0), 1: (0.3, 0.8), 2: (0.28, 0.58), 3: (0.25, 0.48), 4: (0.22, 0.42)}  # of the picture's side
+CROWDS = (0.06, 0.25, 0.31, 0.22, 0.16)  # the shares of scenes with 0 to 4 things
+SMALLEST = 0.16
+GREY = np.array([[0.299, 0.587, 0.114]] * 3)  # a colour -> its luma
+OVERLAP = 0.15  # of the smaller one's box, that two things may share
 
 
-class Object(NamedTuple):
-    shape: str
-    colour: str
-    size: str
-    box: tuple[float, float, float, float]  # ymin, xmin, ymax, xmax as fractions of the picture
-    outline: Float[np.ndarray, "n 2"]  # x, y as fractions of the picture
-    tone: tuple[int, int, int]
+class Catalog(NamedTuple):
+    """What scenes are made of: textures are numbered, the sprites first, then the shapes."""
+
+    names: tuple[str, ...]  # of the classes
+    sprites: dict[str, dict[str, list[int]]]  # sprite split -> class -> textures
+    extent: Float[np.ndarray, "n 2"]  # width and height of what is opaque, as fractions of the texture
+    photos: dict[str, list[int]]  # "train" and "test" -> numbers of background photographs
+    pairs: Bool[np.ndarray, "c c"]  # class pairs that never occur in training
+    coloured: frozenset[tuple[str, str]]  # (colour, shape) that never occur in training
+    fonts: tuple[Path, ...]
+    words: plates.Words  # of signs
+
+
+class Thing(NamedTuple):
+    name: str  # "cat", "red star"
+    colour: str  # "" unless a shape
+    texture: int
+    centre: tuple[float, float]  # x, y as fractions of the picture
+    reach: tuple[float, float]  # half the width and height of the box around it
+    theta: Float[np.ndarray, "2 3"]  # picture -> texture, both from -1 to 1
+    tint: Float[np.ndarray, "3 3"]  # the texture's red, green and blue -> the picture's
+
+
+class Sign(NamedTuple):
+    text: str
+    pixels: UInt8[np.ndarray, "y x 4"]
+    corner: tuple[int, int]  # y, x in pixels
 
 
 class Background(NamedTuple):
-    kind: str  # flat, gradient or noise
-    tones: Float[np.ndarray, "2 3"]
-    angle: float
-    grain: float
-    seed: int
+    tones: UInt8[np.ndarray, "3 16 16"]  # enlarged smoothly
+    photo: int  # -1: none
+    crop: Float[np.ndarray, "2 3"]
+    grain: float  # standard deviation of the noise, in grey levels
 
 
 class Scene(NamedTuple):
-    objects: tuple[Object, ...]
+    things: tuple[Thing, ...]  # the later ones in front
+    sign: Sign | None
     background: Background
-    aspect: float  # width / height
 
 
-class Question(NamedTuple):
-    kind: str  # color, count, existence or position
-    text: str
-    answer: str
+def catalog(names, sprites, extent, photos, fonts: tuple[Path, ...], words: plates.Words) -> Catalog:
+    """Choose what is held out: one draw of a fixed seed over all combinations."""
+    rng = np.random.default_rng(27)
+    upper = np.triu(rng.random((len(names), len(names))) < HELD_OUT, 1)
+    every = [(colour, shape) for colour in shapes.COLOURS for shape in shapes.OUTLINES]
+    chosen = np.random.default_rng(27).choice(len(every), 12, replace=False)
+    coloured = frozenset(every[i] for i in chosen)
+    return Catalog(tuple(names), sprites, extent, photos, upper | upper.T, coloured, fonts, words)
 
 
-# --- shapes: outlines inside the unit disc, y down -------------------------------------------------------------------
-
-
-def _arc(start: float, stop: float, radius: float = 1.0, centre: float = 0.0) -> Float[np.ndarray, "n 2"]:
-    turn = np.linspace(start, stop, 40)
-    return np.stack([centre + radius * np.cos(turn), radius * np.sin(turn)], -1)
-
-
-def _spokes(radii: list[float], start: float) -> Float[np.ndarray, "n 2"]:
-    turn = start + np.arange(len(radii)) * 2 * np.pi / len(radii)
-    return np.asarray(radii)[:, None] * np.stack([np.cos(turn), np.sin(turn)], -1)
-
-
-def _heart() -> Float[np.ndarray, "n 2"]:
-    t = np.linspace(0, 2 * np.pi, 60)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, -2.5 - y], -1) / 17
-
-
-_ARM = np.array(
-    [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]
-)
-_RIGHT = np.pi / 2
-OUTLINES = {
-    "circle": _arc(0, 2 * np.pi, 0.95),
-    "square": _spokes([1.15] * 4, np.pi / 4),
-    "triangle": _spokes([1.1] * 3, -_RIGHT),
-    "star": _spokes([1.1, 0.46] * 5, -_RIGHT),
-    "heart": _heart(),
-    "cross": _ARM / 3,
-    "ring": np.concatenate([_arc(0, 2 * np.pi), _arc(2 * np.pi, 0, 0.55)]),  # the seam has no width
-    "moon": np.concatenate([_arc(0.9, 2 * np.pi - 0.9), _arc(2 * np.pi - 1.35, 1.35, 0.8, 0.45)]),
-}
-TILT = {"circle": 180, "ring": 180, "square": 12, "triangle": 20, "star": 36, "heart": 20, "cross": 15, "moon": 35}
-PAIRS = [(colour, shape) for colour in COLOURS for shape in OUTLINES]
-# the first seeds leave some shape with five unseen colours; with this one no shape and no colour lacks more than two
-HELD_OUT = [PAIRS[i] for i in sorted(np.random.default_rng(27).choice(len(PAIRS), 12, replace=False))]
-TRAINED = [pair for pair in PAIRS if pair not in HELD_OUT]
-
-
-# --- drawing a scene from random numbers -----------------------------------------------------------------------------
-
-
-def _place(pair: tuple[str, str], size: str, frame: np.ndarray, rng: np.random.Generator) -> Object:
-    colour, shape = pair
-    turn = np.deg2rad(rng.uniform(-TILT[shape], TILT[shape]))
-    spin = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    outline = OUTLINES[shape] @ spin
-    outline = (outline - (outline.max(0) + outline.min(0)) / 2) * rng.uniform(*SIZES[size]) / np.ptp(outline, 0).max()
-    reach = outline.max(0) + 0.02
-    outline = (outline + rng.uniform(reach, frame - reach)) / frame
-    (xmin, ymin), (xmax, ymax) = outline.min(0), outline.max(0)
-    tone = np.clip(COLOURS[colour] + rng.normal(0, 5, 3) + rng.normal(0, 7), 0, 255).astype(int)
-    return Object(shape, colour, size, (ymin, xmin, ymax, xmax), outline, tuple(tone.tolist()))
-
-
-def centre(thing: Object) -> Float[np.ndarray, "2"]:
-    """x, y as fractions of the picture."""
-    ymin, xmin, ymax, xmax = thing.box
-    return np.array([(xmin + xmax) / 2, (ymin + ymax) / 2])
-
-
-def _apart(a: Object, b: Object, gap: float = 0.03) -> bool:
-    return any(a.box[i] > b.box[i + 2] + gap or b.box[i] > a.box[i + 2] + gap for i in (0, 1))
-
-
-def _clear(objects: list[Object], frame: np.ndarray) -> bool:
-    """Whether the objects keep apart and their order or relation is beyond doubt."""
-    if not all(_apart(a, b) for i, a in enumerate(objects) for b in objects[:i]):
-        return False
-    if len(objects) == 2:
-        low, high = np.sort(np.abs((centre(objects[0]) - centre(objects[1])) * frame))
-        return high > 1.5 * low
-    return len(objects) == 1 or np.diff(sorted(centre(o)[0] for o in objects)).min() > 0.12
-
-
-def _background(tones: list[tuple[int, int, int]], rng: np.random.Generator) -> Background:
-    """Muted colours; of 24 candidates the first that stands off from every object, else the one that does best."""
-    draws = zip(rng.uniform(size=(24, 2)), rng.uniform(0, 0.35, (24, 2)), rng.uniform(0.12, 0.97, (24, 2)), strict=True)
-    pairs = 255 * np.array([[colorsys.hsv_to_rgb(*hsv) for hsv in zip(*draw, strict=True)] for draw in draws])
-    shades = np.stack([pairs[:, 0], pairs.mean(1), pairs[:, 1]], 1)
-    distance = np.linalg.norm(shades[:, :, None] - np.array(tones), axis=-1).min((1, 2))
-    best = int(np.argmax(distance > 85)) if distance.max() > 85 else int(distance.argmax())
-    kind = str(rng.choice(["flat", "gradient", "noise"]))
-    return Background(kind, pairs[best], rng.uniform(0, 2 * np.pi), rng.uniform(0, 4), int(rng.integers(2**31)))
-
-
-def draw(rng: np.random.Generator, first: list[tuple[str, str]]) -> Scene:
-    """One to three objects, no combination twice; the first comes from `first`, the rest from the trained ones."""
-    aspect = float(np.exp(rng.uniform(-0.3, 0.3)))
-    frame = np.array([aspect, 1.0]) / min(aspect, 1.0)
-    pairs = [first[rng.integers(len(first))]]
-    for _ in range(rng.choice(3, p=[0.3, 0.4, 0.3])):
-        rest = [pair for pair in TRAINED if pair not in pairs]
-        pairs.append(rest[rng.integers(len(rest))])
-    while True:
-        # two objects never share a size, since the larger one is named first
-        sizes = rng.permutation(list(SIZES))[: len(pairs)] if len(pairs) < 3 else rng.choice(["small", "medium"], 3)
-        objects = [_place(pair, str(size), frame, rng) for pair, size in zip(pairs, sizes, strict=True)]
-        if _clear(objects, frame):
-            return Scene(tuple(objects), _background([o.tone for o in objects], rng), aspect)
-
-
-def crowd(rng: np.random.Generator) -> Scene:
-    """As many trained combinations as find room in thirty attempts: more to look at than there is to say."""
-    aspect = float(np.exp(rng.uniform(-0.3, 0.3)))
-    frame = np.array([aspect, 1.0]) / min(aspect, 1.0)
-    objects: list[Object] = []
-    for _ in range(30):
-        pair, size = TRAINED[rng.integers(len(TRAINED))], rng.choice(list(SIZES), p=[0.5, 0.35, 0.15])
-        thing = _place(pair, str(size), frame, rng)
-        objects += [thing] if all(_apart(thing, other) for other in objects) else []
-    return Scene(tuple(objects), _background([o.tone for o in objects], rng), aspect)
-
-
-def sample(split: str, index: int) -> Scene:
-    """The scene of that number: every scene of `S1` has a held-out combination, those of all other splits have none."""
+def draw(cat: Catalog, split: str, index: int, side: int = 224) -> Scene:
+    """Scene number `index` of a split; one of S1 is drawn again where its combination has found no room."""
     rng = np.random.default_rng((SPLITS[split], index))
-    return crowd(rng) if split == "crowd" else draw(rng, HELD_OUT if split == "S1" else TRAINED)
+    while True:
+        scene = _attempt(cat, split, side, rng)
+        if split != "S1" or not familiar(cat, [thing.name for thing in scene.things]):
+            return scene
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+def _attempt(cat: Catalog, split: str, side: int, rng: np.random.Generator) -> Scene:
+    crowd = int(rng.choice(5, p=CROWDS))
+    if split == "S1":
+        crowd = max(crowd, 2)
+    sign = _sign(cat, rng, split, side) if crowd == 0 or rng.random() < 0.3 else None
+    boxes = [] if sign is None else [_sign_box(sign, side)]
+    things = []
+    for name in _names(cat, split, crowd, rng):
+        if (thing := _place(cat, split, name, SIZES[crowd], boxes, rng)) is not None:
+            things.append(thing)
+            boxes.append((*thing.centre, *thing.reach))
+    if not things and sign is None:  # there was no room for what was drawn
+        sign = _sign(cat, rng, split, side)
+    return Scene(tuple(things), sign, _background(cat, split, rng))
 
 
-def _fill(background: Background, width: int, height: int) -> Float[np.ndarray, "h w 3"]:
-    rng = np.random.default_rng(background.seed)
-    first, second = background.tones
-    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j] - 0.5
-    ramp = 0.5 + 0.7 * (x * np.cos(background.angle) + y * np.sin(background.angle))
-    if background.kind == "noise":
-        coarse = Image.fromarray(rng.uniform(0, 255, (rng.integers(3, 24),) * 2).astype(np.uint8))
-        ramp = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) / 255
-    return first + (ramp[..., None] * (second - first) if background.kind != "flat" else np.zeros((height, width, 1)))
+def _names(cat: Catalog, split: str, count: int, rng: np.random.Generator) -> list[str]:
+    """The names of a scene; combinations that are held out occur in S1 alone, and there in every scene."""
+    names = _held_out_names(cat, split, rng) if split == "S1" else []
+    while len(names) < count:
+        again = names and split != "S1" and rng.random() < 0.15
+        name = str(rng.choice(names)) if again else _name(cat, split, rng)
+        if split == "S1" or allowed(cat, names, name):
+            names.append(name)
+    rng.shuffle(names)
+    return names
 
 
-def render(scene: Scene, width: int, height: int, oversample: int = 3) -> UInt8[np.ndarray, "h w 3"]:
-    """Stretched to width x height whatever the aspect, as the model's own resize does; drawn large, then averaged."""
-    fill = _fill(scene.background, width, height).clip(0, 255).astype(np.uint8)
-    canvas = Image.fromarray(fill).resize((width * oversample, height * oversample), Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(canvas)
-    for thing in scene.objects:
-        pen.polygon([tuple(point) for point in thing.outline * canvas.size], fill=thing.tone)
-    rng = np.random.default_rng(scene.background.seed + 1)
-    grain = rng.normal(0, scene.background.grain, (height, width, 1))
-    return (np.asarray(canvas.reduce(oversample)) + grain).clip(0, 255).astype(np.uint8)
+def _name(cat: Catalog, split: str, rng: np.random.Generator) -> str:
+    if split in ("train", "S0", "S1") and rng.random() < 0.3:
+        colours, outlines = list(shapes.COLOURS), list(shapes.OUTLINES)
+        while (pair := (str(rng.choice(colours)), str(rng.choice(outlines)))) in cat.coloured:
+            pass
+        return " ".join(pair)
+    return str(rng.choice(_classes(cat, split)))
 
 
-def picture(scene: Scene, shorter: int = 240) -> Image.Image:
-    """The scene as a person would see it, in its own aspect."""
-    width, height = (round(shorter * side / min(scene.aspect, 1.0)) for side in (scene.aspect, 1.0))
-    return Image.fromarray(render(scene, width, height))
+def _classes(cat: Catalog, split: str) -> list[str]:
+    return list(cat.sprites[SPRITES[split]])
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+def _held_out_names(cat: Catalog, split: str, rng: np.random.Generator) -> list[str]:
+    """A colour-shape combination and something beside it, or a pair of classes."""
+    if rng.random() < 0.4:
+        pair = sorted(cat.coloured)[int(rng.integers(len(cat.coloured)))]
+        return [" ".join(pair)]
+    known = _classes(cat, split)
+    while True:
+        first, second = (str(name) for name in rng.choice(known, 2, replace=False))
+        if cat.pairs[cat.names.index(first), cat.names.index(second)]:
+            return [first, second]
 
 
-def name(thing: Object, article: bool = True) -> str:
-    words = f"{thing.colour} {thing.shape}"
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}" if article else words
+def familiar(cat: Catalog, names: list[str]) -> bool:
+    """Whether no combination among the names is held out."""
+    return all(allowed(cat, names[:i], name) for i, name in enumerate(names))
 
 
-def relation(a: Object, b: Object, aspect: float) -> str:
-    """Where a lies from b, by the axis on which they are further apart."""
-    dx, dy = (centre(a) - centre(b)) * (aspect, 1)
-    if abs(dx) > abs(dy):
-        return "left of" if dx < 0 else "right of"
-    return "above" if dy < 0 else "below"
+def allowed(cat: Catalog, names: list[str], name: str) -> bool:
+    """Whether no held-out combination arises when `name` joins `names`."""
+    if name not in cat.names:
+        return tuple(name.split(" ")) not in cat.coloured
+    number = cat.names.index(name)
+    return not any(cat.pairs[number, cat.names.index(other)] for other in names if other in cat.names)
 
 
-def caption(scene: Scene) -> str:
-    """One: its size unless medium. Two: the larger one first, and how it lies. Three: from left to right."""
-    if len(scene.objects) == 1:
-        (thing,) = scene.objects
-        return name(thing) if thing.size == "medium" else f"a {thing.size} {name(thing, article=False)}"
-    if len(scene.objects) == 2:
-        a, b = sorted(scene.objects, key=lambda o: -list(SIZES).index(o.size))
-        return f"{name(a)} {relation(a, b, scene.aspect)} {name(b)}"
-    a, b, c = sorted(scene.objects, key=lambda o: centre(o)[0])
-    return f"{name(a)}, {name(b)} and {name(c)}"
+def _place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Generator) -> Thing | None:
+    """A thing at a random place, where it hides and is hidden little; None when the picture is full."""
+    sprite = name in cat.names
+    colour, shape = ("", "") if sprite else name.split(" ")
+    known = cat.sprites[SPRITES[split]][name] if sprite else [_plain(cat, shape)]
+    texture = known[int(rng.integers(len(known)))]
+    tilt = 20 if sprite else shapes.TILT[shape]
+    size = rng.uniform(*sizes)
+    while size > SMALLEST:
+        turn, axes = rng.uniform(-tilt, tilt), (size * np.exp(rng.normal(0, 0.08, 2))).tolist()
+        cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+        width, height = (axis * extent / 2 for axis, extent in zip(axes, cat.extent[texture], strict=True))
+        reach = abs(cos) * width + abs(sin) * height, abs(sin) * width + abs(cos) * height
+        if centre := _free(reach, boxes, rng):
+            flip = -1.0 if sprite and rng.random() < 0.5 else 1.0
+            theta = _theta(centre, axes, cos, sin, flip)
+            return Thing(name, colour, texture, centre, reach, theta, _tint(colour, split == "train", rng))
+        size *= 0.88
+    return None
 
 
-def _cell(thing: Object) -> str:
-    """Top left ... bottom right; empty where the centre is within 0.04 of a border between the nine cells."""
-    thirds = centre(thing) * 3
-    if np.abs(thirds - np.array([[1], [2]])).min() < 0.12:
-        return ""
-    column, row = thirds.astype(int)
-    return f"{ROWS[row]} {COLUMNS[column]}".strip() or "center"
+def _free(reach: tuple[float, float], boxes, rng: np.random.Generator) -> tuple[float, float] | None:
+    """A centre where a box of that reach lies in the picture and shares little with the others; None if not found."""
+    if max(reach) > 0.5:
+        return None
+    for x, y in rng.random((8, 2)).tolist():
+        centre = reach[0] + x * (1 - 2 * reach[0]), reach[1] + y * (1 - 2 * reach[1])
+        if all(_shared((*centre, *reach), box) <= OVERLAP for box in boxes):
+            return centre
+    return None
 
 
-def _existence(scene: Scene, rng: np.random.Generator) -> Question:
-    """Half of the answers are no; where a scene allows it, half of those recombine a colour and a shape of it."""
-    present = [(o.colour, o.shape) for o in scene.objects]
-    if rng.random() < 0.5:
-        pick, answer = present[rng.integers(len(present))], "yes"
-    else:
-        mixed = [(c, s) for c, _ in present for _, s in present if (c, s) in TRAINED and (c, s) not in present]
-        absent = mixed if mixed and rng.random() < 0.5 else [pair for pair in TRAINED if pair not in present]
-        pick, answer = absent[rng.integers(len(absent))], "no"
-    return Question("existence", f"is there a{'n' if pick[0][0] in 'aeiou' else ''} {' '.join(pick)}?", answer)
+def _plain(cat: Catalog, shape: str) -> int:
+    return len(cat.extent) - len(shapes.OUTLINES) + list(shapes.OUTLINES).index(shape)
 
 
-def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Some of each kind; none of color where no shape stands alone, none of position where each would be in doubt."""
-    shapes = [o.shape for o in scene.objects]
-    thing = scene.objects[rng.integers(len(scene.objects))]
-    alone = [o for o in scene.objects if shapes.count(o.shape) == 1]
-    asked = [Question("color", f"what color is the {o.shape}?", o.colour) for o in alone]
-    plural = thing.shape + ("es" if thing.shape.endswith("s") else "s")
-    asked.append(Question("count", "how many objects are there?", str(len(shapes))))
-    asked.append(Question("count", f"how many {plural} are there?", str(shapes.count(thing.shape))))
-    asked.append(_existence(scene, rng))
-    places = [(o, _cell(o)) for o in scene.objects]
-    return asked + [Question("position", f"where is the {name(o, False)}?", cell) for o, cell in places if cell]
+def _theta(centre, axes, cos: float, sin: float, flip: float) -> Float[np.ndarray, "2 3"]:
+    """The map from the picture to the texture of a thing that was turned, scaled and put at a centre."""
+    x, y = 1 - 2 * centre[0], 1 - 2 * centre[1]
+    (a, b), (c, d) = (flip * cos / axes[0], flip * sin / axes[0]), (-sin / axes[1], cos / axes[1])
+    return np.array([[a, b, a * x + b * y], [c, d, c * x + d * y]], np.float32)
+
+
+def _tint(colour: str, varied: bool, rng: np.random.Generator) -> Float[np.ndarray, "3 3"]:
+    """A shape's tone; of a sprite its light and, where it may be varied, its saturation and hue."""
+    if colour:
+        tone = np.asarray(shapes.COLOURS[colour]) + rng.normal(0, 6, 3) + rng.normal(0, 8)
+        return np.diag(np.clip(tone / 255, 0, 1)).astype(np.float32)
+    light = rng.uniform(0.8, 1.1)
+    if not varied:
+        return (light * np.eye(3)).astype(np.float32)
+    saturation = 0.0 if rng.random() < 0.06 else rng.uniform(0.5, 1.3)
+    mixed = saturation * np.eye(3) + (1 - saturation) * GREY
+    return (light * rng.uniform(0.85, 1.15, (3, 1)) * mixed).astype(np.float32)
+
+
+def _shared(a, b) -> float:
+    """The share of the smaller of two boxes (centre, reach) that the other covers."""
+    across = min(a[0] + a[2], b[0] + b[2]) - max(a[0] - a[2], b[0] - b[2])
+    down = min(a[1] + a[3], b[1] + b[3]) - max(a[1] - a[3], b[1] - b[3])
+    return max(across, 0) * max(down, 0) / (4 * min(a[2] * a[3], b[2] * b[3]))
+
+
+def _sign(cat: Catalog, rng: np.random.Generator, split: str, side: int) -> Sign:
+    text = plates.phrase(rng, cat.words.seen if split == "train" else cat.words.unseen)
+    pixels = plates.sign(text, rng, cat.fonts)
+    corner = (int(rng.integers(side - pixels.shape[0] + 1)), int(rng.integers(side - pixels.shape[1] + 1)))
+    return Sign(text, pixels, corner)
+
+
+def _sign_box(sign: Sign, side: int) -> tuple[float, float, float, float]:
+    height, width = (length / side for length in sign.pixels.shape[:2])
+    return sign.corner[1] / side + width / 2, sign.corner[0] / side + height / 2, width / 2, height / 2
+
+
+def _background(cat: Catalog, split: str, rng: np.random.Generator) -> Background:
+    """A photograph, smooth noise, a gradient or one colour."""
+    kind = (
+        "photo" if split == "S3" else str(rng.choice(["photo", "noise", "gradient", "flat"], p=(0.35, 0.25, 0.2, 0.2)))
+    )
+    tones = _tones(kind, rng)
+    known = cat.photos["test" if split == "S3" else "train"]
+    photo = known[int(rng.integers(len(known)))] if kind == "photo" and known else -1
+    zoom, (x, y) = rng.uniform(0.3, 0.95), rng.uniform(-1, 1, 2)
+    flip = rng.choice([-1.0, 1.0])
+    crop = np.array([[zoom * flip, 0, x * (1 - zoom)], [0, zoom, y * (1 - zoom)]], np.float32)
+    return Background(tones, photo, crop, float(rng.exponential(4)))
+
+
+def _tones(kind: str, rng: np.random.Generator) -> UInt8[np.ndarray, "3 16 16"]:
+    """One colour, or what varies around it."""
+    first, second = rng.integers(0, 256, (2, 3, 1, 1))
+    place, turn = np.linspace(0, 1, 16), rng.uniform(0, 2 * np.pi)
+    tones = np.broadcast_to(first, (3, 16, 16))
+    if kind == "noise":
+        tones = rng.integers(0, 256, (3, 16, 16)) * rng.uniform(0.2, 0.9) + first * 0.3
+    if kind == "gradient":
+        tones = first + (second - first) * (np.cos(turn) * place[None] + np.sin(turn) * place[:, None] + 1) / 3
+    return np.clip(tones, 0, 255).astype(np.uint8)

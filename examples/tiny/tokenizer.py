@@ -6,32 +6,29 @@ Owns the vocabulary. Decoding undoes encoding for any text, but that a ▁ reads
 """
 
 import json
-import pydoc_data.topics
+from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from examples.tiny import scenes
+from examples.tiny import plates, shapes
+from examples.tiny.texts import COLUMNS, ROWS, article, plural
 
-TEXT = 1024  # ids below the first <loc>
+TEXT = 2048  # ids below the first <loc>
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 MARK = "▁"
 
 
-def corpus() -> list[str]:
-    """Scene texts, often enough that each of their words becomes one token, and Python's own manual for the rest."""
-    rng = np.random.default_rng(0)
-    words = [*scenes.ROWS, *scenes.COLUMNS, *scenes.COLOURS, *scenes.OUTLINES]
-    texts = ["caption en", "answer en", *words, "yes", "no"] * 500
-    for scene in (scenes.sample("train", i) for i in range(4000)):
-        asked = scenes.questions(scene, rng)
-        texts += [
-            scenes.caption(scene),
-            *(f"answer en {q.text}" for q in asked),
-            *(f"{q.answer} {q.answer}" for q in asked),
-        ]
-    return texts + list(pydoc_data.topics.topics.values())
+def corpus(names: Sequence[str]) -> list[str]:
+    """Scene texts, often enough that each of their words becomes one token; English words as often as they occur."""
+    things = [*names, *(f"{colour} {shape}" for colour in shapes.COLOURS for shape in shapes.OUTLINES)]
+    said = [f" {article(name)} and two {plural(name)}, {name} left of above" for name in things]
+    asked = [f"answer en is there {article(name)}? how many {plural(name)} are there?" for name in things]
+    fixed = ["caption en", "ocr", "detect", "segment", "answer en where is the", "answer en what color is the",
+             "answer en how many objects are there?", "answer en what does the sign say?", "yes", "no", "two", "three",
+             "four", "center", *ROWS, *COLUMNS, *(f" {column}" for column in COLUMNS), *shapes.COLOURS]  # fmt: skip
+    return [*(fixed + said + asked) * 300, *(" ".join([""] + [word] * n) for word, n in plates.frequencies().items())]
 
 
 def _pieces() -> pre_tokenizers.PreTokenizer:
@@ -55,9 +52,9 @@ def _merges(texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return sorted(ids, key=ids.__getitem__), [(left, right) for left, right in merges]
 
 
-def build() -> Tokenizer:
+def build(names: Sequence[str]) -> Tokenizer:
     """Learn the merges and lay out the ids."""
-    pieces, merges = _merges(corpus())
+    pieces, merges = _merges(corpus(names))
     vocab = {piece: i for i, piece in enumerate(SPECIAL + BYTES + pieces)}
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", MARK)
@@ -68,3 +65,11 @@ def build() -> Tokenizer:
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in places])
     tokenizer.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
     return tokenizer
+
+
+def of_run(run: Path, names: Sequence[str]) -> Tokenizer:
+    """The tokenizer of a training run, learned once: other versions of the package may learn other merges."""
+    path = run / "tokenizer.json"
+    if not path.exists():
+        build(names).save(str(path))
+    return Tokenizer.from_file(str(path))

@@ -1,0 +1,153 @@
+"""Scenes and texts as batches of arrays, made by worker processes; blanks are filled once the scenes are painted.
+
+A template's token from `BLANK` on stands for a number of some thing: 20 a thing, four places of its box, then sixteen
+codes of its mask.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import pgfunc as pg
+from examples.tiny import render, scenes, texts
+from examples.tiny.scenes import Catalog, Scene
+from pgfunc.tokenizer import Tokenizer
+
+BLANK = 1 << 16
+NUMBERS = 20  # of a thing: 4 places and 16 codes
+
+
+class Texts(NamedTuple):
+    """Templates of prompts, padded to one length."""
+
+    tokens: Int[Tensor, "r t"]
+    valid: Bool[Tensor, "r t"]
+    causal: Bool[Tensor, "r t"]
+    scene: Int[Tensor, "r"]  # the scene of each row
+
+
+class Batch(NamedTuple):
+    layout: render.Layout
+    texts: Texts
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer and the ids that templates need."""
+
+    tokenizer: Tokenizer
+    pad: int
+    bos: int
+    eos: int
+    loc: int  # the id of <loc0000>
+    seg: int  # the id of <seg000>
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    ids = tokenizer.backend.get_vocab()
+    return Vocabulary(tokenizer, *(ids[name] for name in ("<pad>", "<bos>", "<eos>", "<loc0000>", "<seg000>")))
+
+
+def template(vocab: Vocabulary, row: texts.Row) -> tuple[list[int], list[int]]:
+    """The ids of prefix and suffix, with blanks."""
+    owners = iter(row.things)
+    prefix, suffix = (_blanked(vocab, text, owners) for text in (row.prefix, row.suffix))
+    return [vocab.bos, *prefix, vocab.tokenizer.newline], [*suffix, vocab.eos]
+
+
+def _blanked(vocab: Vocabulary, text: str, owners: Iterator[int]) -> list[int]:
+    """The ids of a text; every fourth place begins the box of the next owner."""
+    found, thing, place, code = [], 0, 0, 0
+    for id in pg.tokenizer.encode(vocab.tokenizer, text):
+        if id == vocab.loc:
+            thing = next(owners) if place % 4 == 0 else thing
+            found.append(BLANK + NUMBERS * thing + place % 4)
+            place, code = place + 1, 0
+        elif id == vocab.seg:
+            found.append(BLANK + NUMBERS * thing + 4 + code)
+            code += 1
+        else:
+            found.append(id)
+    return found
+
+
+def pack(pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[int], width: int) -> Texts:
+    """Prefixes and suffixes as padded rows."""
+    tokens, ends = np.zeros((len(pairs), width), np.int64), np.zeros((len(pairs), 2), np.int64)
+    for i, (prefix, suffix) in enumerate(pairs):
+        tokens[i, : len(prefix) + len(suffix)] = prefix + suffix
+        ends[i] = len(prefix), len(prefix) + len(suffix)
+    place = np.arange(width)
+    valid, causal = place < ends[:, 1:], (place >= ends[:, :1]) & (place < ends[:, 1:])
+    scene = np.array(owners, np.int64)
+    return Texts(*(torch.from_numpy(array) for array in (tokens, valid, causal, scene)))
+
+
+def fill(
+    texts: Texts, boxes: Float[Tensor, "s k 4"], codes: Int[Tensor, "s k 16"], vocab: Vocabulary
+) -> Int[Tensor, "r t"]:
+    """The tokens, with every blank replaced by the place or code that it stands for."""
+    places = vocab.loc + (boxes * 1023).round().long()
+    numbers = rearrange(torch.cat([places, vocab.seg + codes], -1), "s k c -> s (k c)")
+    known = numbers[texts.scene].gather(1, (texts.tokens - BLANK).clamp(min=0))
+    return torch.where(texts.tokens >= BLANK, known, texts.tokens)
+
+
+class Stream(Dataset):
+    """Batch number i, for DataLoader's workers: a function of i alone."""
+
+    def __init__(
+        self, cat: Catalog, vocab: Vocabulary, written: str, size: int, prompts: int, width: int, side: int, start: int
+    ):
+        self.cat, self.vocab, self.written, self.size, self.side = cat, vocab, written, size, side
+        self.prompts, self.width, self.start = prompts, width, start
+
+    def __getitem__(self, number: int) -> Batch:
+        first = self.start + number * self.size
+        drawn = [scenes.draw(self.cat, "train", first + i, self.side) for i in range(self.size)]
+        layout = render.layout(drawn)
+        if self.written == "prompts":
+            return Batch(layout, self.asked(drawn, first))
+        if self.written == "description":
+            return Batch(layout, self.described(drawn))
+        return Batch(layout, pack([], [], self.width))
+
+    def asked(self, drawn: Sequence[Scene], seed: int) -> Texts:
+        """As many prompts of each scene as asked for, from the mix; those that are too long are drawn again."""
+        rng, pairs, owners = np.random.default_rng((99, seed)), [], []
+        for i, scene in enumerate(drawn):
+            while len(pairs) < (i + 1) * self.prompts:
+                (row,) = texts.rows(scene, self.cat, 1, rng)
+                pair = template(self.vocab, row)
+                if len(pair[0]) + len(pair[1]) <= self.width:
+                    pairs.append(pair)
+                    owners.append(i)
+        return pack(pairs, owners, self.width)
+
+    def described(self, drawn: Sequence[Scene]) -> Texts:
+        """What the text encoder reads of each scene."""
+        ids = [description(self.vocab, scene, self.width) for scene in drawn]
+        return pack([(row, []) for row in ids], range(len(drawn)), self.width)
+
+
+def description(vocab: Vocabulary, scene: Scene, width: int) -> list[int]:
+    """In lower case, ended and padded to one length, as SigLIP 2's text encoder is given its texts."""
+    ids = pg.tokenizer.encode(vocab.tokenizer, texts.description(scene).lower())[: width - 1]
+    return [*ids, vocab.eos, *[vocab.pad] * (width - 1 - len(ids))]
+
+
+def loader(stream: Stream, first: int, last: int, workers: int) -> DataLoader:
+    """Batches `first` to `last`, in order."""
+    return DataLoader(
+        stream, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None, worker_init_fn=_single,
+    )  # fmt: skip
+
+
+def _single(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,96 @@
+"""One stage of training: the loop over batches, and the file in which an interrupted one goes on.
+
+A stage is its loss and its first parameters; the optimizer, the schedule and the gradient are `pgfunc.train`'s.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from examples.tiny.recipe import Plan
+from pgfunc import tree
+from pgfunc.errors import NumericalError
+from pgfunc.train import finetune, optim
+
+Loss = Callable[[Any, Any], tuple[Tensor, Any]]  # of (parameters, batch), and a tree of numbers to watch
+
+
+def fit(
+    stage: str, params: Any, loss: Loss, batches: Callable[[int], Iterable[Any]], plan: Plan, folder: Path, until: float
+) -> bool:
+    """Train from where the folder's file ends, to the end of the plan or to the time `until`; True when done.
+
+    `batches(n)` are the batches from number n on. `folder/stage.safetensors` then holds the parameters alone.
+    """
+    going, settings = folder / f"{stage}.going.safetensors", optim.Settings(beta2=0.98, weight_decay=plan.weight_decay)
+    params, state = resume(going, params)
+    done, began, watched = int(state.step), time.monotonic(), []
+    for step, batch in enumerate(batches(done), done):
+        grads, (value, seen) = finetune.grad_and_value(lambda given, batch=batch: loss(given, batch), params)
+        grads, _ = optim.clip(grads, 1.0)
+        rate = optim.cosine(step, plan.peak, plan.warmup, plan.steps)
+        params, state = optim.update(grads, state, params, rate, settings)
+        watched.append(torch.stack([value.detach(), *(each.detach().float() for each in seen.values())]))
+        if (step + 1) % 100 == 0 or step + 1 == plan.steps:
+            figures = dict(zip(["loss", *seen], torch.stack(watched).mean(0).tolist(), strict=True))
+            note(folder, {"stage": stage, "step": step + 1, "seconds": round(time.monotonic() - began, 1)} | figures)
+            watched = []
+            finite(stage, step, figures["loss"])
+        if time.monotonic() > until and step + 1 < plan.steps:
+            finite(stage, step, float(value))
+            save(going, params, state)
+            return False
+    write(folder / f"{stage}.safetensors", tree.flatten(params))
+    going.unlink(missing_ok=True)
+    return True
+
+
+def finite(stage: str, step: int, loss: float) -> None:
+    if not isfinite(loss):
+        raise NumericalError(f"{stage}: the loss is {loss} at step {step + 1}")
+
+
+def note(folder: Path, line: dict[str, Any]) -> None:
+    said = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()})
+    print(said, flush=True)
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(said + "\n")
+
+
+def save(path: Path, params: Any, state: optim.State) -> None:
+    parts = {"params": params, "first": state.first, "second": state.second, "step": state.step}
+    write(path, {f"{part}/{name}": leaf for part, each in parts.items() for name, leaf in tree.flatten(each).items()})
+
+
+def resume(path: Path, params: Any) -> tuple[Any, optim.State]:
+    """Parameters and optimizer state from the file; those of the first step where there is none."""
+    state = optim.init(params)
+    if not path.exists():
+        return params, state
+    stored, device = load_file(path), next(iter(tree.flatten(params).values())).device
+    parts = {"params": params, "first": state.first, "second": state.second, "step": state.step}
+    read = {
+        part: tree.replace(each, {name: stored[f"{part}/{name}"].to(device) for name in tree.flatten(each)})
+        for part, each in parts.items()
+    }
+    return read["params"], optim.State(read["step"].cpu(), read["first"], read["second"])
+
+
+def write(path: Path, leaves: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}, part)
+    part.replace(path)
+
+
+def read(path: Path, params: Any) -> Any:
+    """The parameters that a finished stage left, in the shape of `params`."""
+    stored = load_file(path)
+    return tree.map_with_path(lambda name, leaf: stored[name].to(leaf), params)

@@ -1,0 +1,88 @@
+"""Signs with one to three words or numbers on them: what is to be read. Owns the words and how a sign is set.
+
+Every sixth word never occurs in training: held-out signs are made of those.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import compress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+HEIGHT, WIDTH = 48, 208  # pixels that hold any sign, on a picture of 224
+
+
+class Words(NamedTuple):
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+
+@cache
+def frequencies() -> dict[str, int]:
+    """How often the manual of Python 3.11 has each word of lower-case letters."""
+    lines = Path(__file__).with_name("words.tsv").read_text().splitlines()
+    return {word: int(number) for word, number in (line.split("\t") for line in lines)}
+
+
+def split(words: Iterable[str]) -> Words:
+    """The words of three to eight letters, by what a hash says of each."""
+    found = sorted({word for word in words if 3 <= len(word) <= 8})
+    unseen = [hashlib.sha256(word.encode()).digest()[0] % 6 == 0 for word in found]
+    return Words(tuple(compress(found, (not each for each in unseen))), tuple(compress(found, unseen)))
+
+
+def phrase(rng: np.random.Generator, known: Sequence[str]) -> str:
+    """One to three items, each a word, a number or (rarely) letters at random; of one case."""
+    count = int(rng.choice(3, p=(0.5, 0.35, 0.15))) + 1
+    items = [_item(rng, known) for _ in range(count)]
+    case = (str.lower, str.upper, str.title)[int(rng.integers(3))]
+    return case(" ".join(items))
+
+
+def _item(rng: np.random.Generator, known: Sequence[str]) -> str:
+    kind = rng.random()
+    if kind < 0.25:
+        return str(int(rng.integers(10 ** int(rng.integers(1, 5)))))
+    if kind < 0.4:
+        return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(3, 7))))
+    return known[int(rng.integers(len(known)))]
+
+
+@cache
+def _font(path: Path | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.truetype(str(path), size) if path else ImageFont.load_default(size)
+
+
+def sign(text: str, rng: np.random.Generator, fonts: Sequence[Path]) -> UInt8[np.ndarray, "y x 4"]:
+    """The text in a random font, size and colors, premultiplied; without fonts in Pillow's own.
+
+    It is never larger than a sign may be.
+    """
+    path = fonts[int(rng.integers(len(fonts)))] if fonts else None
+    size = int(rng.integers(16, 33))
+    while True:
+        left, top, right, bottom = _font(path, size).getbbox(text)
+        margin = 3 + size // 6
+        width, height = int(right - left) + 2 * margin, int(bottom - top) + 2 * margin
+        if width <= WIDTH and height <= HEIGHT:
+            break
+        size -= 1
+    paper, ink = _colours(rng)
+    plate = Image.new("RGBA", (width, height))
+    draw = ImageDraw.Draw(plate)
+    draw.rounded_rectangle((0, 0, plate.width - 1, plate.height - 1), int(rng.integers(0, 8)), fill=(*paper, 255))
+    draw.text((margin - left, margin - top), text, font=_font(path, size), fill=(*ink, 255))
+    drawn = np.asarray(plate).astype(np.uint16)
+    drawn[..., :3] = drawn[..., :3] * drawn[..., 3:] // 255
+    return drawn.astype(np.uint8)
+
+
+def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of plate and letters, one of them light and the other dark."""
+    light, dark = tuple(rng.integers(170, 256, 3).tolist()), tuple(rng.integers(0, 90, 3).tolist())
+    return (light, dark) if rng.random() < 0.6 else (dark, light)

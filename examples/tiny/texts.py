@@ -1,0 +1,215 @@
+"""What can be said of a scene, in PaliGemma's own prompt forms. Owns the wording and the mix of tasks.
+
+Boxes and masks are known once a scene is rendered, so texts hold blanks, `<loc0000>` and `<seg000>`, in the places of
+numbers, and `Row.things` says in order whose they are.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from examples.tiny import shapes
+from examples.tiny.scenes import Catalog, Scene, Thing, allowed
+
+MIX = {"detect": 0.32, "caption": 0.2, "question": 0.2, "segment": 0.15, "ocr": 0.13}
+PLACE, CODES = "<loc0000>" * 4, "<seg000>" * 16
+ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
+NUMBERS = ("no", "one", "two", "three", "four")
+PLURALS = {
+    "mouse": "mice", "fish": "fish", "sheep": "sheep", "deer": "deer", "knife": "knives", "leaf": "leaves",
+    "wolf": "wolves", "loaf": "loaves", "die": "dice", "snowman": "snowmen", "potato": "potatoes",
+    "tomato": "tomatoes", "mango": "mangoes", "volcano": "volcanoes", "bow and arrow": "bows and arrows",
+}  # fmt: skip
+UNITS = {
+    "bacon": "strip", "bread": "loaf", "broccoli": "head", "cheese": "piece", "corn": "ear", "french fries": "portion",
+    "garlic": "bulb", "grapes": "bunch", "lightning": "bolt", "pancakes": "stack", "popcorn": "bucket",
+    "spaghetti": "plate", "glasses": "pair", "headphones": "pair", "pants": "pair", "scissors": "pair",
+    "sunglasses": "pair",
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    task: str  # detect, caption, ocr, segment, region, or the kind of question
+    prefix: str
+    suffix: str
+    things: tuple[int, ...] = ()  # whose box (and mask) each blank is, the prefix's first
+
+
+def noun(name: str) -> str:
+    """The name as something that can be counted: `cat`, `pair of scissors`."""
+    return f"{UNITS[name]} of {name}" if name in UNITS else name
+
+
+def plural(name: str) -> str:
+    if name in UNITS:
+        return f"{plural(UNITS[name])} of {name}"
+    if name in PLURALS or " " not in name:
+        return PLURALS.get(name) or _regular(name)
+    words, _, last = name.rpartition(" ")
+    return f"{words} {plural(last)}"
+
+
+def _regular(word: str) -> str:
+    if word[-1] == "y" and word[-2] not in "aeiou":
+        return word[:-1] + "ies"
+    return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def article(name: str) -> str:
+    said = noun(name)
+    vowel = said.startswith(("a", "e", "i", "o", "u", "hour")) and not said.startswith("uni")
+    return f"{'an' if vowel else 'a'} {said}"
+
+
+def ordered(scene: Scene) -> list[int]:
+    """The numbers of the things from left to right."""
+    return sorted(range(len(scene.things)), key=lambda i: scene.things[i].centre[0])
+
+
+def caption(scene: Scene) -> str:
+    """Things from left to right, like ones together; two single things by their relation, when it is clear."""
+    names = [scene.things[i].name for i in ordered(scene)]
+    counts = {name: names.count(name) for name in names}
+    said = [article(name) if n == 1 else f"{NUMBERS[n]} {plural(name)}" for name, n in counts.items()]
+    if len(names) == len(said) == 2:
+        first, second = (scene.things[i] for i in ordered(scene))
+        across, down = second.centre[0] - first.centre[0], second.centre[1] - first.centre[1]
+        if across > 1.4 * abs(down):
+            return f"{said[0]} left of {said[1]}"
+        if abs(down) > 1.4 * across:
+            return f"{said[0]} above {said[1]}" if down > 0 else f"{said[1]} above {said[0]}"
+    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+
+
+def description(scene: Scene) -> str:
+    """All that is in the picture, for the contrastive stages: the caption, and what the sign says."""
+    said = [caption(scene)] if scene.things else []
+    return ", ".join([*said, f'a sign that says "{scene.sign.text}"'] if scene.sign else said)
+
+
+def captions(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    return Row("caption", "caption en", caption(scene)) if scene.things else None
+
+
+def ocr(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    return Row("ocr", "ocr", scene.sign.text) if scene.sign else None
+
+
+def detect(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    """One name, two, or all; sometimes one that is not there, whose answer is empty."""
+    present = list(dict.fromkeys(scene.things[i].name for i in ordered(scene)))
+    if not present or rng.random() < 0.08:
+        return Row("detect", f"detect {_absent(scene, cat, rng)}", "")
+    if rng.random() < 0.15:
+        return region(scene, cat, rng)
+    count = int(rng.choice([1, 2, 4], p=(0.6, 0.2, 0.2)))
+    labels = [str(name) for name in rng.permutation(present)[:count]]
+    return located("detect", scene, labels)
+
+
+def region(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row:
+    number = int(rng.integers(len(scene.things)))
+    return Row("region", f"{PLACE} caption en", article(scene.things[number].name), (number,))
+
+
+def segment(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    """One name, of which there are two at most: three masks would be longer than a row."""
+    names = [thing.name for thing in scene.things]
+    known = [name for name in names if names.count(name) < 3]
+    return located("segment", scene, [known[int(rng.integers(len(known)))]]) if known else None
+
+
+def located(task: str, scene: Scene, labels: list[str]) -> Row:
+    """Every thing of the given names, name after name and from left to right."""
+    found = [i for label in labels for i in ordered(scene) if scene.things[i].name == label]
+    blank = PLACE + CODES if task == "segment" else PLACE
+    parts = [f"{blank} {scene.things[i].name}" for i in found]
+    return Row(task, f"{task} {' ; '.join(labels)}", " ; ".join(parts), tuple(found))
+
+
+def _absent(scene: Scene, cat: Catalog, rng: np.random.Generator) -> str:
+    """A name that is not in the scene; sometimes a shape that is there, in another colour.
+
+    No `clock` beside an alarm clock: that is one.
+    """
+    present = {thing.name for thing in scene.things}
+    kinds = {thing.name.split(" ")[-1] for thing in scene.things if not thing.colour}
+    coloured = [thing for thing in scene.things if thing.colour]
+    while True:
+        if (coloured and rng.random() < 0.5) or rng.random() < 0.3:
+            outline = coloured[0].name.split(" ")[1] if coloured else str(rng.choice(list(shapes.OUTLINES)))
+            name = f"{rng.choice(list(shapes.COLOURS))} {outline}"
+        else:
+            name = str(rng.choice(cat.names))
+        if name not in present and name.split(" ")[-1] not in kinds and allowed(cat, [], name):
+            return name
+
+
+def question(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    """A question of a random kind among those that the scene allows."""
+    asked = [ask(scene, cat, rng) for ask in QUESTIONS.values()]
+    known = [row for row in asked if row is not None]
+    return known[int(rng.integers(len(known)))] if known else None
+
+
+def color(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    outlines = [thing.name.split(" ")[1] for thing in scene.things if thing.colour]
+    single = [thing for thing in scene.things if thing.colour and outlines.count(thing.name.split(" ")[1]) == 1]
+    if not single:
+        return None
+    thing = single[int(rng.integers(len(single)))]
+    return Row("color", f"answer en what color is the {thing.name.split(' ')[1]}?", thing.colour)
+
+
+def count(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    if rng.random() < 0.4:
+        return Row("count", "answer en how many objects are there?", str(len(scene.things)))
+    names = [thing.name for thing in scene.things]
+    name = str(rng.choice(names)) if names and rng.random() < 0.8 else _absent(scene, cat, rng)
+    return Row("count", f"answer en how many {plural(name)} are there?", str(names.count(name)))
+
+
+def existence(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    present = bool(scene.things) and rng.random() < 0.5
+    name = scene.things[int(rng.integers(len(scene.things)))].name if present else _absent(scene, cat, rng)
+    return Row("existence", f"answer en is there {article(name)}?", "yes" if present else "no")
+
+
+def position(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    """The third of the picture that a thing's centre lies in, down and across; not asked where that is in doubt."""
+    names = [thing.name for thing in scene.things]
+    single = [thing for thing in scene.things if names.count(thing.name) == 1 and clear(thing)]
+    if not single:
+        return None
+    thing = single[int(rng.integers(len(single)))]
+    column, row = (int(3 * place) for place in thing.centre)
+    where = " ".join(word for word in (ROWS[row], COLUMNS[column]) if word) or "center"
+    return Row("position", f"answer en where is the {noun(thing.name)}?", where)
+
+
+def clear(thing: Thing) -> bool:
+    return all(abs(place - edge) > 0.03 for place in thing.centre for edge in (1 / 3, 2 / 3))
+
+
+def sign(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
+    return Row("sign", "answer en what does the sign say?", scene.sign.text) if scene.sign else None
+
+
+Maker = Callable[[Scene, Catalog, np.random.Generator], Row | None]
+QUESTIONS: dict[str, Maker] = {
+    "color": color, "count": count, "existence": existence, "position": position, "sign": sign,
+}  # fmt: skip
+TASKS: dict[str, Maker] = {
+    "detect": detect, "caption": captions, "question": question, "segment": segment, "ocr": ocr,
+}  # fmt: skip
+
+
+def rows(scene: Scene, cat: Catalog, count: int, rng: np.random.Generator) -> list[Row]:
+    """Prompts of the training mix."""
+    made: list[Row] = []
+    while len(made) < count:
+        task = str(rng.choice(list(MIX), p=list(MIX.values())))
+        row = TASKS[task](scene, cat, rng)
+        made += [row] if row else []
+    return made

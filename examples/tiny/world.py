@@ -1,0 +1,98 @@
+"""From the fetched packages to what scenes are drawn from: the catalog, which names things, and the textures.
+
+`small` is a stand-in of a few plain drawings, with which the whole pipeline runs without a download.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from examples.tiny import plates, render, scenes, shapes, sprites
+from examples.tiny.scenes import Catalog
+
+PHOTO = 256  # pixels along each side of a background
+LEAST = 5  # training sprites of a class that is used
+OPAQUE = 0.5  # of what is visible of a sprite, at least: the rest of it would be no part of its mask
+
+
+class World(NamedTuple):
+    catalog: Catalog
+    textures: UInt8[Tensor, "n 4 128 128"]
+    photos: UInt8[Tensor, "m 3 z z"]
+
+    def bank(self, device: torch.device | str) -> render.Bank:
+        return render.bank(self.textures, self.photos, device)
+
+
+def load(folder: Path, more: str = "") -> World:
+    """What `examples.tiny.fetch` left in a folder. `more` names a class to add that is else too small to be used.
+
+    The last training sprite of that class counts as unseen.
+    """
+    pack = sprites.load(folder / "sprites.npz")
+    solid = opaque(pack.rgba[..., 3])
+    names = usable(pack, solid) + ([more] if more else [])
+    numbers = {name: pack.classes.index(name) for name in names}
+    known = {}
+    for split in sprites.SPLITS:
+        of_split = np.where(solid & (pack.split == split), pack.label, -1)
+        found = {name: np.flatnonzero(of_split == number).tolist() for name, number in numbers.items()}
+        known[split] = {name: textures for name, textures in found.items() if textures}
+    if more:
+        known["unseen"][more] = [known["train"][more].pop()]
+    with np.load(folder / "backgrounds.npz") as stored:
+        pictures, splits = sprites.split_files(stored), stored["split"]
+    photos = np.stack([np.asarray(Image.fromarray(p[..., :3]).resize((PHOTO, PHOTO))) for p in pictures])
+    grounds = {split: np.flatnonzero(splits == split).tolist() for split in ("train", "test")}
+    signs = tuple(sorted((folder / "fonts").iterdir())), plates.split((folder / "words.txt").read_text().split())
+    return assemble(names, known, pack.rgba, photos, grounds, *signs)
+
+
+def usable(pack: sprites.Pack, solid: Bool[np.ndarray, "n"]) -> list[str]:
+    """The classes with sprites enough. A class `star` would be two things."""
+    sizes = np.bincount(pack.label[solid & (pack.split == "train")], minlength=len(pack.classes))
+    return [n for n, size in zip(pack.classes, sizes, strict=True) if size >= LEAST and n not in shapes.OUTLINES]
+
+
+def small() -> World:
+    """Four classes, each drawn in four tones from two shapes; two noisy photographs; Pillow's own font; few words."""
+    names, masks = ("box", "cup", "kite", "leaf"), list(shapes.OUTLINES)
+    drawn, known = [], {split: {} for split in sprites.SPLITS}
+    for i, name in enumerate(names):
+        for split, level in (("train", 90), ("unseen", 150), ("style", 180), ("photo", 210)):
+            alpha = shapes.mask(masks[2 * i], 128)
+            tone = np.where(shapes.mask(masks[2 * i + 1], 128) > 127, level, 255 - level)
+            known[split][name] = [len(drawn)]
+            drawn.append(np.stack([(tone * (alpha / 255)).astype(np.uint8)] * 3 + [alpha], -1))
+    photos = np.random.default_rng(0).integers(0, 256, (2, PHOTO, PHOTO, 3)).astype(np.uint8)
+    return assemble(names, known, np.stack(drawn), photos, {"train": [0], "test": [1]}, (),
+                    plates.split(plates.frequencies()))  # fmt: skip
+
+
+def assemble(
+    names, known, rgba: UInt8[np.ndarray, "n 128 128 4"], photos, numbers, fonts: tuple[Path, ...], words: plates.Words
+) -> World:
+    """The sprites and after them the shapes as textures, and their catalog."""
+    plain = np.stack([np.repeat(shapes.mask(name, 128)[..., None], 4, -1) for name in shapes.OUTLINES])
+    textures = np.concatenate([rgba, plain])
+    catalog = scenes.catalog(names, known, extent(textures[..., 3]), numbers, fonts, words)
+    as_planes = [rearrange(torch.from_numpy(array), "n y x c -> n c y x").contiguous() for array in (textures, photos)]
+    return World(catalog, *as_planes)
+
+
+def opaque(alpha: UInt8[np.ndarray, "n y x"]) -> Bool[np.ndarray, "n"]:
+    """Whether most of what is visible of a sprite hides what is behind it, unlike a drinking glass."""
+    return (alpha > 127).sum((1, 2)) > OPAQUE * (alpha > 20).sum((1, 2))
+
+
+def extent(alpha: UInt8[np.ndarray, "n y x"]) -> Float[np.ndarray, "n 2"]:
+    """Width and height of a box around the texture's centre that holds what is opaque, as fractions."""
+    seen, side = alpha > 127, alpha.shape[-1]
+    distance = np.abs(np.arange(side) - (side - 1) / 2) + 0.5
+    return np.stack([(seen.any(axis) * distance).max(-1) for axis in (1, 2)], -1) * 2 / side

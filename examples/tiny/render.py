@@ -1,7 +1,7 @@
 """Scenes -> pictures, visible masks and exact boxes, a batch at a time on any device.
 
 Things are textures with premultiplied alpha, placed by an affine map and painted one over the other. Owns pixels; knows
-nothing about words. Axes: s scenes, k things a scene, n textures, y and x pixels.
+nothing about words. Axes: s scenes, k things a scene, m things in all, n textures, p photographs, y and x pixels.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,16 @@ class Bank(NamedTuple):
 
     textures: UInt8[Tensor, "n 4 128 128"]  # premultiplied
     soft: UInt8[Tensor, "n 4 128 128"]  # the same without what small copies cannot show
-    photos: UInt8[Tensor, "m 3 z z"]
+    photos: UInt8[Tensor, "p 3 z z"]
 
 
 class Layout(NamedTuple):
     """Scenes as arrays."""
 
-    texture: Int[Tensor, "s k"]  # -1: nothing
-    theta: Float[Tensor, "s k 2 3"]
-    tint: Float[Tensor, "s k 3 3"]
+    texture: Int[Tensor, "m"]
+    theta: Float[Tensor, "m 2 3"]
+    tint: Float[Tensor, "m 3 3"]
+    thing: Int[Tensor, "m"]  # which it is, counted through all scenes, each with room for four
     tones: UInt8[Tensor, "s 3 16 16"]
     photo: Int[Tensor, "h"]
     crop: Float[Tensor, "h 2 3"]
@@ -50,7 +51,7 @@ class Rendered(NamedTuple):
     boxes: Float[Tensor, "s k 4"]  # ymin, xmin, ymax, xmax of what is seen, as fractions of the picture
 
 
-def bank(textures: UInt8[Tensor, "n 4 128 128"], photos: UInt8[Tensor, "m 3 z z"], device) -> Bank:
+def bank(textures: UInt8[Tensor, "n 4 128 128"], photos: UInt8[Tensor, "p 3 z z"], device) -> Bank:
     half = F.avg_pool2d(textures.float(), 2)
     soft = F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False).round().to(torch.uint8)
     return Bank(textures.to(device), soft.to(device), photos.to(device))
@@ -74,15 +75,13 @@ def layout(scenes: Sequence[Scene]) -> Layout:
     )
 
 
-def _placed(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Texture, theta and tint of each thing."""
-    texture = np.full((len(scenes), THINGS), -1)
-    theta = np.tile(np.eye(2, 3, dtype=np.float32), (len(scenes), THINGS, 1, 1))
-    tint = np.zeros((len(scenes), THINGS, 3, 3), np.float32)
-    for i, scene in enumerate(scenes):
-        for j, thing in enumerate(scene.things):
-            texture[i, j], theta[i, j], tint[i, j] = thing.texture, thing.theta, thing.tint
-    return texture, theta, tint
+def _placed(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Texture, theta and tint of each thing, and which it is of those that the scenes have room for."""
+    found = [(i * THINGS + j, thing) for i, scene in enumerate(scenes) for j, thing in enumerate(scene.things)]
+    texture = np.array([thing.texture for _, thing in found], np.int64)
+    theta = np.array([thing.theta for _, thing in found], np.float32).reshape(-1, 2, 3)
+    tint = np.array([thing.tint for _, thing in found], np.float32).reshape(-1, 3, 3)
+    return texture, theta, tint, np.array([number for number, _ in found], np.int64)
 
 
 def _padded(signs: Sequence[np.ndarray]) -> UInt8[np.ndarray, "g h w 4"]:
@@ -112,18 +111,19 @@ def render(bank: Bank, where: Layout, side: int, seed: int) -> Rendered:
 def things(bank: Bank, where: Layout, side: int) -> Float[Tensor, "s k 4 y x"]:
     """Each thing alone on the whole picture: premultiplied colour and alpha, from 0 to 1."""
     dtype = torch.float16 if where.theta.is_cuda else torch.float32
-    number = where.texture.clamp(min=0).flatten()
+    whole = torch.zeros(len(where.grain) * THINGS, 4, side, side, device=where.theta.device)
+    if not len(where.thing):
+        return rearrange(whole, "(s k) c y x -> s k c y x", k=THINGS)
+    (a, b), (c, d) = where.theta[:, :, :2].permute(1, 2, 0)
     # the side of the texture on the picture, in pixels; a bilinear sample skips texels below half their number
-    size = side * torch.linalg.det(where.theta[..., :2]).abs().clamp(min=1e-6).rsqrt().flatten()
-    fine, soft = bank.textures[number], bank.soft[number]
-    texture = torch.where(rearrange(size < 88, "n -> n 1 1 1"), soft, fine).to(dtype) / 255
-    grid = F.affine_grid(where.theta.flatten(0, 1), [len(number), 4, side, side], align_corners=False)
-    drawn = F.grid_sample(texture, grid.to(dtype), align_corners=False)
-    drawn = rearrange(drawn, "(s k) c y x -> s k c y x", k=THINGS)
-    drawn = drawn * rearrange(where.texture >= 0, "s k -> s k 1 1 1").to(dtype)
-    colour, alpha = drawn[:, :, :3], drawn[:, :, 3:]
-    colour = einsum(where.tint.to(dtype), colour, "s k d c, s k c y x -> s k d y x")
-    return torch.cat([torch.minimum(colour.clamp(min=0), alpha), alpha], 2).float()
+    size = side * (a * d - b * c).abs().rsqrt()
+    texture = torch.where(rearrange(size < 88, "m -> m 1 1 1"), bank.soft[where.texture], bank.textures[where.texture])
+    grid = F.affine_grid(where.theta, [len(size), 4, side, side], align_corners=False)
+    drawn = F.grid_sample(texture.to(dtype) / 255, grid.to(dtype), align_corners=False)
+    colour, alpha = drawn[:, :3], drawn[:, 3:]
+    colour = einsum(where.tint.to(dtype), colour, "m d c, m c y x -> m d y x")
+    whole[where.thing] = torch.cat([torch.minimum(colour.clamp(min=0), alpha), alpha], 1).float()
+    return rearrange(whole, "(s k) c y x -> s k c y x", k=THINGS)
 
 
 def pasted(where: Layout, side: int) -> Float[Tensor, "g 4 y x"]:

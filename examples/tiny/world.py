@@ -24,7 +24,7 @@ OPAQUE = 0.5  # of what is visible of a sprite, at least: the rest of it would b
 class World(NamedTuple):
     catalog: Catalog
     textures: UInt8[Tensor, "n 4 128 128"]
-    photos: UInt8[Tensor, "m 3 z z"]
+    photos: UInt8[Tensor, "p 3 z z"]
 
     def bank(self, device: torch.device | str) -> render.Bank:
         return render.bank(self.textures, self.photos, device)

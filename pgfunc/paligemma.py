@@ -60,7 +60,10 @@ def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Para
 def encode_images(
     params: Params, pixels: Float[Tensor, "b i 3 y x"], cfg: Config, tap=identity, wrap=plain
 ) -> Float[Tensor, "b ip d"]:
-    """The pictures of each row -> image tokens in the language model's width, picture after picture."""
+    """The pictures of each row -> image tokens in the language model's width, picture after picture.
+
+    `wrap` is applied to the vision encoder's `block`.
+    """
     batch, pictures = pixels.shape[:2]
     if not pictures:
         return pixels.new_empty((batch, 0, cfg.text.width), dtype=params.projector.dtype)

@@ -104,6 +104,7 @@ MISTAKES = {
     ("embed", "red.png", "--out", "folder.npy"): "folder.npy: is a folder",
     ("embed", "--text", "a a a a a a a a a"): "is 9 tokens, this model has room for 7",
     ("classify", "red.png", "--label", "it", "--template", "photo"): "--template 'photo': expected a {}",
+    ("classify", "red.png", "--label", "it", "--label", " "): "--label is empty",
     ("classify", "absent.png", "--label", "it"): "absent.png: no such file",
 }
 

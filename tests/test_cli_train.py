@@ -16,9 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 import pgfunc as pg
-from pgfunc import cli, tree
+from pgfunc import cli, paligemma, tree
 from pgfunc.cli import train as command
-from pgfunc.errors import DataError, PgfuncError, SettingError
+from pgfunc.config import PUBLISHED
+from pgfunc.errors import CheckpointError, DataError, PgfuncError, SettingError
 from pgfunc.train import fit, lora
 
 GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "ab"}
@@ -73,14 +74,40 @@ def test_lora_leaves_an_adapter(folder):
     assert found.scale == 3
     assert found.pairs.keys() == {f"language.layers.{i}.q" for i in range(3)}
     assert any(pair.b.any() for pair in found.pairs.values())
+    with pytest.raises(CheckpointError, match="a LoRA adapter, not a model; `pgfunc merge`"):
+        pg.load(folder / "out")
     merged = ["merge", str(folder / "out"), str(folder / "merged"), "--model", str(folder / "model")]
     assert CliRunner().invoke(cli.app, merged, catch_exceptions=False).exit_code == 0
     base = pg.load(folder / "model", device="cpu").params
     for path, leaf in tree.flatten(pg.load(folder / "merged", device="cpu").params).items():
         pair, before = found.pairs.get(path), tree.flatten(base)[path]
         torch.testing.assert_close(leaf, before + 3 * pair.b @ pair.a if pair else before)
-    assert json.loads((folder / "out" / lora.CONFIG).read_text())["base_model_name_or_path"] == str(folder / "model")
+    assert json.loads((folder / "out" / lora.ADAPTER).read_text())["base_model_name_or_path"] == str(folder / "model")
     assert not (folder / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("more", "rate"), [
+    ((), 1e-3), (("--lora-rank", "2"), 1e-2), (("--learning-rate", "0.5"), 0.5),
+])  # fmt: skip
+def test_the_rate_is_the_usual_one_where_none_is_given(more, rate, folder):
+    assert run(folder, "--steps", "60", *more).exit_code == 0
+    rates = [entry["rate"] for entry in fit.read_log(folder / "out")]
+    assert rates[:4] == pytest.approx([rate / 4, rate / 2, rate * 3 / 4, rate])  # it rises over a twentieth of 60
+    assert max(rates) == rates[3]
+
+
+def test_a_published_model_has_the_rate_of_big_visions_transfers():
+    abstract = paligemma.abstract(PUBLISHED["paligemma-3b-224"])
+    assert [command.usual_rate(abstract, rank) for rank in (0, 8)] == pytest.approx([1e-5, 1e-4])
+
+
+def test_too_little_memory_is_one_line(folder, monkeypatch):
+    def advance(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr(fit.run, "advance", advance)
+    with pytest.raises(SettingError, match="not enough memory on the device: raise --accumulate"):
+        run(folder, "--steps", "1")
 
 
 def test_frozen_parts_stay(folder):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pgfunc as pg
-from pgfunc import tree
+from pgfunc import gemma, paligemma, siglip, tree
 from pgfunc.checkpoint import hf
 from pgfunc.checkpoint.files import arrange
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
@@ -136,6 +136,17 @@ def test_a_batch_may_be_cut_anywhere(data):
     assert_trees(cut[0], whole[0], atol=1e-6, rtol=1e-5)  # rotations and logits are float32 somewhere
 
 
+def test_leaves_that_enter_as_a_sum_have_one_gradient():
+    """Autograd gives both leaves the same tensor then: adding the parts in place would count it twice."""
+    values = params(CFG)
+    half = {"one": values.projector / 2, "other": values.projector / 2}
+    parts = [prompt(CFG, [2], [5]), prompt(CFG, [4], [1], seed=1)]
+    expected, _ = finetune.gradient(lambda p: values._replace(projector=p), values.projector, parts, CFG)
+    grads, _ = finetune.gradient(lambda p: values._replace(projector=p["one"] + p["other"]), half, parts, CFG)
+    for grad in grads.values():
+        torch.testing.assert_close(grad, expected, atol=1e-6, rtol=1e-4)  # float32
+
+
 def _double(leaf):
     return leaf.double() if leaf.is_floating_point() else leaf
 
@@ -166,6 +177,22 @@ def test_freezing_leaves_out_what_matches():
         path for path in tree.flatten(values) if not path.startswith("vision.") and not path.endswith("norm")
     }
     assert finetune.select(values).keys() == tree.flatten(values).keys()
+
+
+@pytest.mark.parametrize(("freeze", "differentiated"), [(["vision.*"], True), (["vision.*", "projector*"], False)])
+def test_what_is_frozen_is_not_differentiated(freeze, differentiated, monkeypatch):
+    seen = {}
+
+    def encode(params, pixels, cfg, wrap):
+        seen["patches"] = siglip.encode_image(params.vision, pixels[:, 0], cfg.vision, wrap=wrap).requires_grad
+        image = paligemma.encode_images(params, pixels, cfg, wrap=wrap)
+        seen["tokens"] = image.requires_grad
+        return image
+
+    monkeypatch.setattr(finetune, "encode_images", encode)
+    values = params(CFG)
+    finetune.gradient(lambda p: tree.replace(values, p), finetune.select(values, freeze), [prompt(CFG, [2], [3])], CFG)
+    assert seen == {"patches": False, "tokens": differentiated}
 
 
 @pytest.mark.parametrize("freeze", [["visoin.*"], ["vision.*", "language.layer.*"], ["*"]])
@@ -223,6 +250,23 @@ def test_recomputing_changes_no_number_and_saves_memory(name):
         peak(lambda r=r: finetune.gradient(lambda p: p, values, [given], cfg, recompute=r)) for r in (False, True)
     )
     assert saved < 0.6 * kept, (saved, kept)
+
+
+def test_every_block_of_both_towers_is_recomputed(monkeypatch):
+    wrapped, recomputed = [], finetune.recomputed
+    monkeypatch.setattr(finetune, "recomputed", lambda block: wrapped.append(block) or recomputed(block))
+    finetune.loss(params(CFG), prompt(CFG, [2], [3]), CFG, recompute=True)
+    assert wrapped == [siglip.block] * CFG.vision.layers + [gemma.block] * CFG.text.layers
+
+
+def test_a_weight_that_is_trained_takes_28_bytes_at_the_peak_of_a_step(examples):
+    """Weights, gradient and AdamW's two means in float32, and the new ones of all but the gradient: 7 x 4 bytes."""
+    given = run.Job(pg.load(dtype="bfloat16", device="cpu"), examples[:2], run.Settings(steps=2, dtype="bfloat16"))
+
+    def two_steps():
+        advanced(given, run.start(given), 2)
+
+    assert peak(two_steps) == pytest.approx(28 * tree.count(given.model.params), rel=0.01)
 
 
 def test_torch_func_needs_more_memory_than_grad_and_value():
@@ -369,6 +413,12 @@ def test_a_run_on_other_data_is_not_continued(examples, tmp_path):
         run.resume(tmp_path / "state.safetensors", job([*examples[:6], examples[6]._replace(suffix="z")]))
 
 
+def test_a_run_on_another_model_is_not_continued(examples, tmp_path):
+    run.save(tmp_path / "state.safetensors", job(examples), run.start(job(examples)))
+    with pytest.raises(SettingError, match="with model "):
+        run.resume(tmp_path / "state.safetensors", job(examples)._replace(model=text_model(seed=1)))
+
+
 def test_a_damaged_state_is_named(examples, tmp_path):
     path, given = tmp_path / "state.safetensors", job(examples)
     run.save(path, given, run.start(given))
@@ -423,6 +473,37 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(examples, tmp_path):
     assert [entry["step"] for entry in fit.read_log(broken) if "valid" in entry] == [3, 6]
     with pytest.raises(SettingError, match="holds a model already"):
         fit.begin(given, broken)
+
+
+def test_an_interrupt_while_the_model_is_written_loses_nothing(examples, tmp_path, monkeypatch):
+    given, straight, broken = job(examples), tmp_path / "straight", tmp_path / "broken"
+    fit.fit(given, straight, fit.begin(given, straight))
+    with monkeypatch.context() as patched:
+        patched.setattr(fit, "draw", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(given, broken, fit.begin(given, broken))
+    state = fit.begin(given, broken)
+    assert int(state.optimizer.step) == 6
+    fit.fit(given, broken, state)
+    assert [path.name for path in sorted(broken.iterdir())] == [path.name for path in sorted(straight.iterdir())]
+    for name in ("model.safetensors", fit.LOG):
+        assert (broken / name).read_bytes() == (straight / name).read_bytes()
+
+
+def interrupt(*given):
+    raise KeyboardInterrupt
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_written_again(examples, tmp_path):
+    given = job(examples)
+    fit.begin(given, tmp_path)
+    run.save(tmp_path / fit.STATE, given, advanced(given, run.start(given), 1))
+    (tmp_path / fit.LOG).write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    fit.begin(given, tmp_path)
+    assert (tmp_path / fit.LOG).read_text() == '{"step": 1, "loss": 2.5}\n'
+    (tmp_path / fit.LOG).write_text('{"step": 1, "lo\n{"step": 2, "loss": 2.5}\n')
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / fit.LOG}: not the log of a run")):
+        fit.begin(given, tmp_path)
 
 
 def test_a_run_is_saved_every_so_many_steps(examples, tmp_path, monkeypatch):

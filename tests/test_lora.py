@@ -171,7 +171,18 @@ def test_what_is_saved_is_read_again(tmp_path):
     ours = random(params(CFG))
     lora.save(tmp_path / "new" / "folder", ours, CFG, "base")
     assert_equal(lora.load(tmp_path / "new" / "folder", CFG), ours)
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [lora.CONFIG, lora.WEIGHTS]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [lora.ADAPTER, lora.WEIGHTS]
+
+
+@pytest.mark.parametrize(("base", "name", "revision"), [
+    ("google/paligemma-3b-pt-224@bfloat16", "google/paligemma-3b-pt-224", "bfloat16"),
+    ("google/paligemma-3b-pt-224", "google/paligemma-3b-pt-224", None),
+    ("/a/folder@home", "/a/folder@home", None),
+])  # fmt: skip
+def test_a_revision_of_a_hub_id_is_said_as_peft_says_it(base, name, revision, tmp_path):
+    lora.save(tmp_path, random(params(CFG)), CFG, base)
+    found = LoraConfig.from_pretrained(tmp_path)
+    assert (found.base_model_name_or_path, found.revision) == (name, revision)
 
 
 def assert_equal(found: lora.Lora, expected: lora.Lora) -> None:
@@ -202,7 +213,7 @@ def test_an_adapter_that_is_not_whole_is_named(change, said, tmp_path):
         arrays[key.replace("lora_", "lora_embedding_")] = torch.zeros(2)
     save_file(arrays, tmp_path / lora.WEIGHTS)
     if change == "config":
-        (tmp_path / lora.CONFIG).unlink()
+        (tmp_path / lora.ADAPTER).unlink()
     with pytest.raises(CheckpointError, match=said):
         lora.load(tmp_path, CFG)
 
@@ -213,8 +224,8 @@ def test_an_adapter_that_is_not_whole_is_named(change, said, tmp_path):
 ])  # fmt: skip
 def test_more_than_plain_lora_is_refused(name, value, tmp_path):
     lora.save(tmp_path, random(params(CFG)), CFG, "base")
-    settings = json.loads((tmp_path / lora.CONFIG).read_text())
-    (tmp_path / lora.CONFIG).write_text(json.dumps(settings | {name: value}))
+    settings = json.loads((tmp_path / lora.ADAPTER).read_text())
+    (tmp_path / lora.ADAPTER).write_text(json.dumps(settings | {name: value}))
     with pytest.raises(CheckpointError, match=f"{name} is "):
         lora.load(tmp_path, CFG)
 
@@ -222,7 +233,7 @@ def test_more_than_plain_lora_is_refused(name, value, tmp_path):
 @pytest.mark.parametrize("changed", [{"peft_type": "IA3"}, {"r": None}, {"lora_alpha": "much"}])
 def test_what_is_no_lora_is_refused(changed, tmp_path):
     lora.save(tmp_path, random(params(CFG)), CFG, "base")
-    settings = json.loads((tmp_path / lora.CONFIG).read_text())
-    (tmp_path / lora.CONFIG).write_text(json.dumps(settings | changed))
+    settings = json.loads((tmp_path / lora.ADAPTER).read_text())
+    (tmp_path / lora.ADAPTER).write_text(json.dumps(settings | changed))
     with pytest.raises(CheckpointError, match="not a LoRA adapter"):
         lora.load(tmp_path, CFG)

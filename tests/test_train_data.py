@@ -59,11 +59,12 @@ def test_files_of_other_systems_are_read(text, folder):
 
 
 @pytest.mark.parametrize(("row", "said"), [
-    (b'{"image": "a.png", "prefix": ', "not JSON"),
-    (b"\xff\xfe", "not JSON"),
-    (b"[" * 100_000, "not JSON"),
+    (b'{"image": "a.png", "prefix": ', "not a line of JSON in UTF-8"),
+    (b"\xff\xfe", "not a line of JSON in UTF-8"),
+    (json.dumps(GOOD).encode("utf-16-le"), "not a line of JSON in UTF-8"),
+    (b"[" * 100_000, "not a line of JSON in UTF-8"),
     ([1], "expected an object with image, prefix and suffix, found [1]"),
-    ({"image": "a.png", "prefix": "p"}, "suffix is missing"),
+    ({"image": "a.png", "prefix": "p"}, "suffix is missing; a line has image, prefix and suffix"),
     ({"image": "a.png", "suffix": "p"}, "prefix is missing"),
     ({"prefix": "p", "suffix": "p"}, "image is missing"),
     (GOOD | {"suffix": None}, "suffix is null, expected text"),

@@ -16,6 +16,7 @@ from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+ADAPTER = "adapter_config.json"  # of PEFT
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 Source = str | Path | None
@@ -42,6 +43,8 @@ def load(
     if path.is_dir():
         if config is not None:
             raise SettingError(f"config {config} is for a .npz; {path} has a {CONFIG} of its own")
+        if (path / ADAPTER).exists() and not (path / CONFIG).exists():
+            raise CheckpointError(f"{path}: a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base")
         cfg = read_config(path)
         params = hf.load(path, cfg, kind, where)
         tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)

@@ -65,6 +65,8 @@ def classify(
     template = template or ("this is a photo of {}" if model else "{}")
     if "{}" not in template:
         raise SettingError(f"--template {template!r}: expected a {{}} where the label goes")
+    if not all(name.strip() for name in label):
+        raise SettingError("--label is empty; name what may be in the picture")
     loaded = pg.load_siglip(model, dtype, device)
     ids = pg.dual_prompt.text_ids(loaded, [template.replace("{}", name) for name in label])
     texts = pg.dual.embed_texts(loaded.params, ids, loaded.cfg)

@@ -2,8 +2,9 @@
 
     {"image": "dog.jpg", "prefix": "caption en", "suffix": "a dog on a sofa"}
 
-`image` may be a list; its paths are relative to the file's folder, or to another one. It is the format of big_vision's
-and of Roboflow's PaliGemma data. What a batch holds is a function of (seed, epoch): there is no state to lose.
+`image` may be a list; its paths are relative to the file's folder, or to another one. Roboflow exports this format, and
+big_vision reads it; but in big_vision's own example data the prefix is missing, its config adds "caption en". What a
+batch holds is a function of (seed, step): there is no state to lose.
 """
 
 import json
@@ -48,14 +49,14 @@ def read(path: str | Path, images: str | Path | None = None) -> list[Example]:
 def parse(line: bytes, where: str, folder: Path) -> Example:
     """One line."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
-        raise DataError(f"{where}: not JSON ({error})") from error
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with image, prefix and suffix, found {_short(row)}")
     for key in ("image", "prefix", "suffix"):
         if key not in row:
-            raise DataError(f"{where}: {key} is missing")
+            raise DataError(f"{where}: {key} is missing; a line has image, prefix and suffix")
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
     for key, values in {"image": images, "prefix": [row["prefix"]], "suffix": [row["suffix"]]}.items():
         if wrong := [value for value in values if not isinstance(value, str)]:

@@ -103,13 +103,11 @@ def gradient(
 
     `build` makes the parameters from what is trained, and is differentiated: there compute precision is chosen and LoRA
     merged. The parts' sums are added and divided by the number of suffix tokens in all, so it does not matter how a
-    batch is cut, or how ragged its parts are.
+    batch is cut, or how ragged its parts are. There is at least one part.
     """
-    grads, total, count = tree.map(torch.zeros_like, trained), torch.zeros(()), torch.zeros(())
-    for prompt in prompts:
-        more, (value, tokens) = grad_and_value(
-            lambda trained, prompt=prompt: loss_terms(build(trained), prompt, cfg, recompute), trained
-        )
-        tree.map(lambda own, new: own.add_(new), grads, more)  # in place: nobody else has seen them
-        total, count = total + value.cpu(), count + tokens.cpu()
-    return tree.map(lambda own: own.div_(count.to(own.device)), grads), total / count
+    parts = (grad_and_value(lambda x, p=prompt: loss_terms(build(x), p, cfg, recompute), trained) for prompt in prompts)
+    grads, (total, count) = next(parts)
+    for more, (value, tokens) in parts:
+        grads = tree.map(torch.add, grads, more)
+        total, count = total + value, count + tokens  # on the device: a GPU computes while the next part is prepared
+    return tree.map(lambda leaf: leaf / count, grads), total / count

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pgfunc import checkpoint
+from pgfunc.checkpoint import ADAPTER
 from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.errors import CheckpointError, SettingError
 from pgfunc.train import lora, run
@@ -28,7 +29,7 @@ def begin(job: Job, out: Path) -> State:
 
     Raises SettingError when the folder holds a model, or a run with other settings.
     """
-    for name in (CONFIG, lora.CONFIG):
+    for name in (CONFIG, ADAPTER):
         if (out / name).exists() and not (out / STATE).exists():
             raise SettingError(f"{out} holds a model already ({name}); give another folder")
     state = run.resume(out / STATE, job) if (out / STATE).exists() else run.start(job)
@@ -65,10 +66,10 @@ def fit(
             state = new  # last: an interrupt before it is one before the step, and the log is cut to that
             if step % every == 0:
                 run.save(out / STATE, job, state)
+        finish(job, out, state, base)
     except KeyboardInterrupt:
         run.save(out / STATE, job, state)
         raise
-    finish(job, out, state, base)
     return state
 
 
@@ -83,8 +84,12 @@ def finish(job: Job, out: Path, state: State, base: str) -> None:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (out / LOG).read_text().splitlines()] if (out / LOG).exists() else []
+    """The lines of a run's log; one that was cut off while it was written is none."""
+    text = (out / LOG).read_text() if (out / LOG).exists() else ""
+    try:
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+    except ValueError as error:
+        raise CheckpointError(f"{out / LOG}: not the log of a run ({error}); give another folder") from error
 
 
 def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:
@@ -96,8 +101,9 @@ def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     steps, losses = [entry["step"] for entry in entries], [entry["loss"] for entry in entries]
     window = max(1, len(losses) // 20)
     means = [float(np.mean(losses[max(0, i + 1 - window) : i + 1])) for i in range(len(losses))]
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="a batch")
-    axes.plot(steps, means, color="tab:blue", label=f"mean of the last {window}")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3 if window > 1 else 1, label="a batch")
+    if window > 1:
+        axes.plot(steps, means, color="tab:blue", label=f"mean of the last {window} batches")
     if checked := [(entry["step"], entry["valid"]) for entry in entries if "valid" in entry]:
         axes.plot(*zip(*checked, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))

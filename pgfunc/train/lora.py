@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pgfunc import paligemma, tree
-from pgfunc.checkpoint import hf
+from pgfunc.checkpoint import ADAPTER, HUB_ID, hf
 from pgfunc.checkpoint.files import check
 from pgfunc.checkpoint.hf_config import read_json, write_json
 from pgfunc.config import Config
@@ -25,7 +25,7 @@ from pgfunc.ops import widen
 from pgfunc.paligemma import Params
 from pgfunc.train.finetune import matching
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 TABLES = {"vision.position", "language.embed"}
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 # versions of transformers name the modules differently; the newest first, which `save` writes
@@ -94,15 +94,17 @@ def _added(params: Params, pairs: dict[str, Pair], scale: float) -> Params:
 
 
 def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
-    """Write PEFT's two files; `base` names the model that the pairs belong to, a folder or a hub id."""
+    """Write PEFT's two files; `base` names the model that the pairs belong to, a folder or a hub id as `load` takes."""
     folder, names = Path(folder), modules(cfg)
+    base, _, revision = base.partition("@") if HUB_ID.fullmatch(base) and not Path(base).exists() else (base, "", "")
     arrays = {
         f"base_model.model.model.{names[path]}.lora_{part}.weight": array.contiguous()
         for path, pair in lora.pairs.items()
         for part, array in zip("AB", pair, strict=True)
     }
     rank = next(iter(lora.pairs.values())).a.shape[0]
-    settings = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": lora.scale * rank,
+    settings = {"peft_type": "LORA", "base_model_name_or_path": base,
+                "revision": revision or None, "r": rank, "lora_alpha": lora.scale * rank,
                 "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
                 "target_modules": sorted(names[path] for path in lora.pairs)}  # fmt: skip
     beside = folder / f"{WEIGHTS}.part"
@@ -110,7 +112,7 @@ def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(arrays, beside, metadata={"format": "pt"})
         beside.replace(folder / WEIGHTS)
-        write_json(folder / CONFIG, settings)
+        write_json(folder / ADAPTER, settings)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written ({error})") from error
 
@@ -121,7 +123,7 @@ def load(folder: str | Path, cfg: Config) -> Lora:
     Raises CheckpointError for keys that are not this model's, half a pair, a wrong shape, or more than plain LoRA.
     """
     folder = Path(folder)
-    rank, scale = read_settings(folder / CONFIG)
+    rank, scale = read_settings(folder / ADAPTER)
     paths = {name: path for path, name in modules(cfg).items()}
     shapes = tree.flatten(paligemma.abstract(cfg))
     entries, expected = {}, {}

@@ -35,7 +35,7 @@ class Settings:
     steps: int
     batch_size: int = 8
     accumulate: int = 1  # parts of a batch, of which one is in memory at a time
-    learning_rate: float = 1e-4  # the highest: it rises over `warmup` steps and falls to 0 as a cosine
+    learning_rate: float = 1e-5  # the highest: it rises over `warmup` steps and falls to 0 as a cosine
     warmup: int = 0
     weight_decay: float = 0.0  # of matrices
     clip: float = 1.0  # the largest norm of a gradient
@@ -202,7 +202,13 @@ def resume(path: Path, job: Job) -> State:
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """What must be the same for a run to go on, as JSON: the settings, the model's shape and the data."""
+    """What must be the same for a run to go on, as JSON: the settings, the model and the data.
+
+    The projector stands for all of the model's weights: checkpoints of one shape differ in it.
+    """
     rows = [(list(map(str, row.images)), row.prefix, row.suffix) for row in job.examples]
-    digest = hashlib.sha256(json.dumps([rows, repr(job.model.cfg)]).encode()).hexdigest()
-    return json.loads(json.dumps(asdict(job.settings))) | {"data": digest[:16]}
+    weights = job.model.params.projector.float().cpu().numpy().tobytes()
+    digests = {"model": repr(job.model.cfg).encode() + weights, "data": json.dumps(rows).encode()}
+    return json.loads(json.dumps(asdict(job.settings))) | {
+        name: hashlib.sha256(value).hexdigest()[:16] for name, value in digests.items()
+    }

@@ -7,11 +7,12 @@ JSON on standard output; progress goes to standard error. Each file of commands 
 import io
 import sys
 
-from pgfunc.cli import checkpoints as checkpoints
-from pgfunc.cli import contrast as contrast
-from pgfunc.cli import locate as locate
-from pgfunc.cli import text as text
-from pgfunc.cli import train as train
+# in this order the commands stand in --help
+from pgfunc.cli import text as text  # isort: skip
+from pgfunc.cli import locate as locate  # isort: skip
+from pgfunc.cli import contrast as contrast  # isort: skip
+from pgfunc.cli import train as train  # isort: skip
+from pgfunc.cli import checkpoints as checkpoints  # isort: skip
 from pgfunc.cli.options import app
 from pgfunc.errors import PgfuncError
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
-from examples.tiny import render, scenes, sprites, texts, world
+from examples.tiny import fetch, render, scenes, texts, world
 from examples.tiny.scenes import Catalog, Scene
 from examples.tiny.texts import Row
 from pgfunc.detect import Box
@@ -80,9 +80,8 @@ def asked(scene: Scene, cat: Catalog, rng: np.random.Generator) -> list[Row]:
 
 def photographs(path: Path) -> list[tuple[str, Image.Image]]:
     """S4: whole photographs, each with the name of its main thing."""
-    with np.load(path) as stored:
-        pictures = [Image.fromarray(picture[..., :3]) for picture in sprites.split_files(stored)]
-        return list(zip([str(name) for name in stored["classes"][stored["label"]]], pictures, strict=True))
+    found = fetch.load_photos(path)
+    return [(found.classes[label], Image.fromarray(rgb)) for label, rgb in zip(found.label, found.rgb, strict=True)]
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from examples.tiny import plates, render, scenes, shapes, sprites
+from examples.tiny import fetch, plates, render, scenes, shapes, sprites
 from examples.tiny.scenes import Catalog
 
 PHOTO = 256  # pixels along each side of a background
@@ -46,10 +46,9 @@ def load(folder: Path, more: str = "") -> World:
         known[split] = {name: textures for name, textures in found.items() if textures}
     if more:
         known["unseen"][more] = [known["train"][more].pop()]
-    with np.load(folder / "backgrounds.npz") as stored:
-        pictures, splits = sprites.split_files(stored), stored["split"]
-    photos = np.stack([np.asarray(Image.fromarray(p[..., :3]).resize((PHOTO, PHOTO))) for p in pictures])
-    grounds = {split: np.flatnonzero(splits == split).tolist() for split in ("train", "test")}
+    pictures = fetch.load_backgrounds(folder / "backgrounds.npz")
+    photos = np.stack([np.asarray(Image.fromarray(picture).resize((PHOTO, PHOTO))) for picture in pictures.rgb])
+    grounds = {split: np.flatnonzero(pictures.split == split).tolist() for split in ("train", "test")}
     signs = tuple(sorted((folder / "fonts").iterdir())), plates.split((folder / "words.txt").read_text().split())
     return assemble(names, known, pack.rgba, photos, grounds, *signs)
 

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from pgfunc.detect import Box, Detection
 from pgfunc.segment import Segment
@@ -36,11 +39,11 @@ def objects(picture: Image.Image, found: Sequence[Detection | Segment]) -> Image
     names = list(dict.fromkeys(item.label for item in found))
     colours = [COLOURS[names.index(item.label) % len(COLOURS)] for item in found]
     picture = picture.copy()
+    line = max(1, round(min(picture.size) / 140))
     for item, colour in zip(found, colours, strict=True):
         if isinstance(item, Segment):
-            shade(picture, item, colour)
+            shade(picture, item.mask.cpu(), colour, line)
     pen = ImageDraw.Draw(picture)
-    line = max(1, round(min(picture.size) / 140))
     for item, colour in zip(found, colours, strict=True):
         outline(pen, item.box, colour, line, picture.size)
     font = ImageFont.load_default(max(9, round(min(picture.size) / 28)))
@@ -49,10 +52,21 @@ def objects(picture: Image.Image, found: Sequence[Detection | Segment]) -> Image
     return picture
 
 
-def shade(picture: Image.Image, item: Segment, colour: Colour) -> None:
-    """Lay a translucent colour over the mask, in place."""
-    cover = Image.fromarray((item.mask.cpu().numpy() * round(255 * OPACITY)).astype(np.uint8))
-    picture.paste(colour, (0, 0), cover)
+def shade(picture: Image.Image, mask: Bool[Tensor, "y x"], colour: Colour, line: int) -> None:
+    """Lay a translucent colour over the mask, and its edge, with a dark line inside, on top; in place."""
+    picture.paste(colour, (0, 0), stencil(mask, OPACITY))
+    picture.paste((0, 0, 0), (0, 0), stencil(edge(mask, line + max(1, line // 3))))
+    picture.paste(colour, (0, 0), stencil(edge(mask, line)))
+
+
+def stencil(mask: Bool[Tensor, "y x"], opacity: float = 1.0) -> Image.Image:
+    return Image.fromarray((mask.numpy() * round(255 * opacity)).astype(np.uint8))
+
+
+def edge(mask: Bool[Tensor, "y x"], width: int) -> Bool[Tensor, "y x"]:
+    """What of the mask lies within so many pixels of its outside."""
+    outside = F.max_pool2d((~mask).float()[None], 2 * width + 1, stride=1, padding=width)[0]
+    return mask & (outside > 0)
 
 
 def outline(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, line: int, size: tuple[int, int]) -> None:

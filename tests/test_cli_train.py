@@ -87,7 +87,7 @@ def test_lora_leaves_an_adapter(folder):
 
 
 @pytest.mark.parametrize(("more", "rate"), [
-    ((), 1e-3), (("--lora-rank", "2"), 1e-2), (("--learning-rate", "0.5"), 0.5),
+    ((), 3e-4), (("--lora-rank", "2"), 3e-3), (("--learning-rate", "0.5"), 0.5),
 ])  # fmt: skip
 def test_the_rate_is_the_usual_one_where_none_is_given(more, rate, folder):
     assert run(folder, "--steps", "60", *more).exit_code == 0

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageFont
 
 from pgfunc import draw, segment
@@ -59,16 +60,27 @@ def test_an_outline_lies_on_the_edges_of_its_box_and_grows_with_the_picture(size
     assert not touched[round(0.5 * height), round(0.6 * width) : round(0.8 * width)].any(), "only the edges"
 
 
-def test_a_mask_is_translucent_and_covers_its_pixels_alone():
+def test_a_mask_is_translucent_inside_an_edge_and_covers_its_pixels_alone():
     mask = torch.zeros(480, 640, dtype=torch.bool)
-    mask[300:400, 200:220] = True
+    mask[300:400, 200:260] = True
     item = segment.from_mask("", mask)._replace(box=Box(0, 0, 480, 640))
     drawn = pixels(draw.objects(grey(640, 480), [item]))
-    expected = 90 * (1 - draw.OPACITY) + np.array(draw.COLOURS[0]) * draw.OPACITY
-    assert np.abs(drawn[300:400, 200:220] - expected).max() <= 1  # 8 bits
+    colour = np.array(draw.COLOURS[0])
+    assert (drawn[300:400, 200:203] == colour).all(), "three pixels of edge, as a box has"
+    assert (drawn[303:397, 203:204] == 0).all(), "one dark pixel inside it"
+    expected = 90 * (1 - draw.OPACITY) + colour * draw.OPACITY
+    assert np.abs(drawn[304:396, 204:256] - expected).max() <= 1  # 8 bits
     around = drawn[200:470, 100:600].copy()
-    around[100:200, 100:120] = 90
+    around[100:200, 100:160] = 90
     assert (around == 90).all()
+
+
+@given(hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))), st.integers(1, 3))
+def test_an_edge_is_what_lies_near_the_outside(mask, width):
+    found = draw.edge(torch.from_numpy(mask), width).numpy()
+    for y, x in np.ndindex(mask.shape):
+        near = mask[max(y - width, 0) : y + width + 1, max(x - width, 0) : x + width + 1]
+        assert found[y, x] == (mask[y, x] and not near.all())
 
 
 def test_a_label_has_one_colour_and_labels_differ():

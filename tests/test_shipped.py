@@ -1,4 +1,7 @@
-"""The shipped checkpoint: transformers reads it as it stands, and it captions pictures that it has not seen."""
+"""The shipped checkpoint: transformers reads it as it stands, and it does what its card says on scenes that it has not
+seen, which are committed."""
+
+from pathlib import Path
 
 import pytest
 import reference
@@ -7,16 +10,14 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import pgfunc as pg
+from examples.tiny import evaluate, heldout
+from pgfunc import detect, segment
 from pgfunc.checkpoint import shipped as folder
+from pgfunc.detect import Box
 
-PREFIXES = ["caption en", "answer en how many shapes are there?", "caption en\nand a newline"]
-CAPTIONS = {
-    "examples/images/scene.png": "a yellow moon, a red triangle and a black cross",
-    "examples/images/square-and-heart.png": "a black square right of a blue heart",
-    "examples/images/heart.jpg": "a large green heart",
-    "examples/images/moon.png": "a small red moon",
-}
-PICTURES = list(CAPTIONS)
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "examples/images"
+PICTURES = [str(IMAGES / f"{name}.png") for name in ("scene", "cars", "shapes")]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,21 @@ def processor():
     return AutoProcessor.from_pretrained(folder())
 
 
-@pytest.mark.parametrize("prefix", PREFIXES[:2])
+@pytest.fixture(scope="module")
+def vq():
+    return pg.tree.map(lambda leaf: leaf.float(), segment.load(folder() / "masks.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> dict[str, list[heldout.Example]]:
+    """100 scenes of each split."""
+    return heldout.read(ROOT / "examples/tiny/heldout")
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["caption en", "answer en how many objects are there?", "detect cat ; red star"])
 def test_tokens_and_pixels_equal_those_of_transformers_processor(shipped, processor, prefix):
     ours = pg.prepare(shipped, PICTURES[0], prefix)
     theirs = processor(images=Image.open(PICTURES[0]), text=f"<image>{prefix}", return_tensors="np")
@@ -37,18 +52,74 @@ def test_tokens_and_pixels_equal_those_of_transformers_processor(shipped, proces
     )  # a grey level, rounded
 
 
-def test_greedy_text_equals_that_of_transformers(shipped):
-    other = reference.load(folder()).float()
-    for prefix in PREFIXES:
-        prompt = pg.prepare(shipped, PICTURES, prefix)
-        marks = torch.full((len(PICTURES), shipped.cfg.vision.tokens), shipped.cfg.image)
-        ids = torch.cat([marks, prompt.tokens], 1)
+def test_greedy_text_equals_that_of_transformers_on_50_held_out_prompts(shipped, scenes):
+    every = [(e.picture, row) for examples in scenes.values() for e in examples for row in e.rows]
+    asked = every[:: len(every) // 50][:50]
+    assert {row.task for _, row in asked} >= {"caption", "detect", "segment", "ocr", "count", "position"}
+    other, expected = reference.load(folder()).float(), []
+    for picture, row in asked:
+        prompt = pg.prepare(shipped, picture, row.prefix)
+        ids = torch.cat([torch.full((1, shipped.cfg.vision.tokens), shipped.cfg.image), prompt.tokens], 1)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        rows = other.generate(**given, pixel_values=prompt.pixels[:, 0], max_new_tokens=24, do_sample=False)
-        texts = [pg.tokenizer.decode(shipped.tokenizer, row) for row in rows[:, ids.shape[1] :].tolist()]
-        assert [done.text for done in pg.generate(shipped, PICTURES, prefix, max_new_tokens=24)] == texts
+        found = other.generate(**given, pixel_values=prompt.pixels[:, 0], max_new_tokens=48, do_sample=False)
+        expected.append(pg.tokenizer.decode(shipped.tokenizer, found[0, ids.shape[1] :].tolist()))
+    pictures, rows = zip(*asked, strict=True)
+    done = pg.generate(shipped, list(pictures), [row.prefix for row in rows], max_new_tokens=48)
+    assert [each.text for each in done] == expected
+
+
+# --- what it can do ---------------------------------------------------------------------------------------------------
+
+
+def test_new_scenes_are_captioned_counted_located_and_masked(shipped, scenes, vq):
+    examples = scenes["S0"]
+    found = evaluate.figures(examples, evaluate.answers(shipped, examples), vq)
+    assert found["objects named, F1"] > 0.88
+    assert min(found[f"question: {kind}"] for kind in evaluate.QUESTIONS) > 0.9
+    assert found["detect: IoU > 0.5"] > 0.8
+    assert found["detect: precision"] > 0.8
+    assert found["segment: mean IoU"] > 0.65
+    assert found["invalid boxes or masks"] < 0.01
+
+
+def test_it_looks_before_it_speaks(shipped, scenes, vq):
+    examples = scenes["S0"][:20]
+    found = evaluate.figures(examples, evaluate.answers(shipped, examples, blind=True), vq)
+    assert found["objects named, F1"] < 0.1
+    assert found["detect: IoU > 0.5"] < 0.1
+
+
+def test_drawings_that_it_has_not_seen_are_found(shipped, scenes, vq):
+    examples = [e._replace(rows=[row for row in e.rows if row.task == "detect"]) for e in scenes["S2"]]
+    found = evaluate.figures(examples, evaluate.answers(shipped, examples), vq)
+    assert found["detect: IoU > 0.5"] > 0.7
+
+
+def test_pictures_and_texts_find_each_other(scenes):
+    siglip = pg.load_siglip(folder() / "siglip", dtype="float32")
+    found = evaluate.retrieval(siglip, scenes["S0"])
+    assert min(row["model"] for row in found.values()) > 0.85
+
+
+def test_masks_of_new_scenes_survive_their_codes(scenes, vq):
+    assert evaluate.bound(scenes["S0"], vq) > 0.9
+
+
+# --- the example pictures ---------------------------------------------------------------------------------------------
 
 
 def test_captions_name_what_is_in_the_pictures(shipped):
-    done = pg.generate(shipped, list(CAPTIONS), "caption en", max_new_tokens=32)
-    assert [completion.text for completion in done] == list(CAPTIONS.values())
+    done = pg.generate(shipped, PICTURES, "caption en", max_new_tokens=32)
+    assert [completion.text for completion in done] == [
+        "an apple and two strawberries",
+        "a turkey and two cars",
+        "a yellow cross, a yellow square and a red moon",
+    ]
+
+
+def test_the_cat_and_the_bus_are_where_they_were_drawn(shipped):
+    (done,) = pg.generate(shipped, IMAGES / "cat-and-bus.png", detect.prefix(["cat", "bus"]), max_new_tokens=32)
+    cat, bus = detect.parse(done.text, 224, 224)
+    assert (cat.label, bus.label) == ("cat", "bus")
+    assert evaluate.iou(cat.box, Box(83, 7, 144, 86)) > 0.9
+    assert evaluate.iou(bus.box, Box(34, 89, 123, 208)) > 0.9

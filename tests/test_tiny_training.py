@@ -143,14 +143,56 @@ def test_a_loss_that_is_no_number_stops_the_stage(tmp_path):
                 lambda n: range(n, 3), plan, tmp_path, float("inf"))  # fmt: skip
 
 
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_learn_what_one_would(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    (alone := tmp_path / "alone").mkdir()
+    both = torch.cat([SHARES, SHARES.flip(1)], 1)
+    fit.fit("toy", {"x": torch.ones(3)}, toy, lambda n: iter(both[n:]), TOY, alone, float("inf"))
+    together = load_file(tmp_path / "toy.safetensors")["x"]
+    torch.testing.assert_close(together, load_file(alone / "toy.safetensors")["x"])
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1  # one of them writes
+    assert not (together == 1).any()
+
+
+SHARES = torch.arange(60.0).reshape(5, 4, 3).sin()  # five batches of four rows
+TOY = Plan(steps=5, scenes=8, peak=0.1, warmup=1)
+
+
+def toy(params, rows):
+    return (rows * params["x"] - 1).square().mean(), {}
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rows = SHARES if rank == 0 else SHARES.flip(1)
+    for until in (0, 0, float("inf")):  # stopped twice, gone on with
+        fit.fit("toy", {"x": torch.ones(3)}, toy, lambda n: iter(rows[n:]), TOY, Path(folder), until)
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_out_the_scenes_of_one(tmp_path):
+    def batch(process: int, processes: int) -> batches.Batch:
+        at = job(tmp_path)._replace(process=process, processes=processes)
+        return train.stream(at, "contrast", "description")[1]
+
+    whole, parts = batch(0, 1), [batch(rank, 2) for rank in (0, 1)]
+    assert torch.equal(whole.layout.tones, torch.cat([each.layout.tones for each in parts]))
+    assert torch.equal(whole.texts.tokens, torch.cat([each.texts.tokens for each in parts]))
+
+
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def test_speak_is_the_fine_tuning_loss_of_every_prompt_with_its_own_picture(trained):
     at = job(trained)
     params = tree.map(lambda leaf: leaf.bfloat16(), paligemma.init(SMALL.model, 1))
-    pixels, tokens, valid, causal = next(iter(train.prompts(at, 0)))
-    ours, _ = train.speak(SMALL.model, SMALL.prompts, params, (pixels, tokens, valid, causal))
+    batch = next(iter(train.prompts(at, 0)))
+    pixels, tokens, valid, causal, _ = batch
+    ours, _ = train.speak(SMALL.model, SMALL.prompts, params, batch)
     each = train.scaled(pixels).repeat_interleave(SMALL.prompts, 0)
     theirs = finetune.loss(params, pg.Prompt(each, tokens, valid, causal), SMALL.model)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-3)  # bf16: the same sums in another order
@@ -181,7 +223,8 @@ def lesson(vocab: batches.Vocabulary, at: world.World, coder: vqvae.Params):
         asked += [(i, row) for row in [*rows, texts.located("detect", scene, list(dict.fromkeys(names))),
                                        texts.located("segment", scene, names[:1])]]  # fmt: skip
     packed = batches.pack([batches.template(vocab, row) for _, row in asked], [i for i, _ in asked], 64)
-    batch = painted.pixels, batches.fill(packed, painted.boxes, codes, vocab), packed.valid, packed.causal
+    tokens, learned = batches.fill(packed, painted.boxes, codes, vocab), (packed.causal & packed.valid).sum()
+    batch = painted.pixels, tokens, packed.valid, packed.causal, learned
     return asked, batch, answers(asked, drawn, painted, codes)
 
 

@@ -102,13 +102,22 @@ class Stream(Dataset):
     """Batch number i, for DataLoader's workers: a function of i alone."""
 
     def __init__(
-        self, cat: Catalog, vocab: Vocabulary, written: str, size: int, prompts: int, width: int, side: int, start: int
+        self,
+        cat: Catalog,
+        vocab: Vocabulary,
+        written: str,
+        size: int,
+        prompts: int,
+        width: int,
+        side: int,
+        start: int,
+        stride: int = 0,
     ):
         self.cat, self.vocab, self.written, self.size, self.side = cat, vocab, written, size, side
-        self.prompts, self.width, self.start = prompts, width, start
+        self.prompts, self.width, self.start, self.stride = prompts, width, start, stride or size
 
     def __getitem__(self, number: int) -> Batch:
-        first = self.start + number * self.size
+        first = self.start + number * self.stride
         drawn = [scenes.draw(self.cat, "train", first + i, self.side) for i in range(self.size)]
         layout = render.layout(drawn)
         if self.written == "prompts":

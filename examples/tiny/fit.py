@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,14 +28,15 @@ def fit(
 ) -> bool:
     """Train from where the folder's file ends, to the end of the plan or to the time `until`; True when done.
 
-    `batches(n)` are the batches from number n on. `folder/stage.safetensors` then holds the parameters alone.
+    `batches(n)` are the batches from number n on. `folder/stage.safetensors` then holds the parameters alone. Processes
+    of one torch.distributed group each bring their own share of every batch; the first of them writes.
     """
     going, settings = folder / f"{stage}.going.safetensors", optim.Settings(beta2=0.98, weight_decay=plan.weight_decay)
     params, state = resume(going, params)
     done, began, watched = int(state.step), time.monotonic(), []
     for step, batch in enumerate(batches(done), done):
         grads, (value, seen) = finetune.grad_and_value(lambda given, batch=batch: loss(given, batch), params)
-        grads, _ = optim.clip(grads, 1.0)
+        grads, _ = optim.clip(average(grads), 1.0)
         rate = optim.cosine(step, plan.peak, plan.warmup, plan.steps)
         params, state = optim.update(grads, state, params, rate, settings)
         watched.append(torch.stack([value.detach(), *(each.detach().float() for each in seen.values())]))
@@ -43,13 +45,39 @@ def fit(
             note(folder, {"stage": stage, "step": step + 1, "seconds": round(time.monotonic() - began, 1)} | figures)
             watched = []
             finite(stage, step, figures["loss"])
-        if time.monotonic() > until and step + 1 < plan.steps:
+        if late(until) and step + 1 < plan.steps:
             finite(stage, step, float(value))
-            save(going, params, state)
+            if writes():
+                save(going, params, state)
             return False
-    write(folder / f"{stage}.safetensors", tree.flatten(params))
-    going.unlink(missing_ok=True)
+    if writes():
+        write(folder / f"{stage}.safetensors", tree.flatten(params))
+        going.unlink(missing_ok=True)
     return True
+
+
+def writes() -> bool:
+    """Whether this process is the one that logs and saves."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def average(grads: Any) -> Any:
+    """The mean of all processes' gradients, exchanged at once."""
+    if not dist.is_initialized():
+        return grads
+    leaves = tree.flatten(grads)
+    together = torch.cat([leaf.flatten() for leaf in leaves.values()])
+    dist.all_reduce(together)
+    parts = (together / dist.get_world_size()).split([leaf.numel() for leaf in leaves.values()])
+    return tree.replace(grads, {name: part.view_as(leaves[name]) for name, part in zip(leaves, parts, strict=True)})
+
+
+def late(until: float) -> bool:
+    """Whether the time is up for any process."""
+    over = torch.tensor(float(time.monotonic() > until))
+    if dist.is_initialized():
+        dist.all_reduce(over, dist.ReduceOp.MAX)
+    return bool(over)
 
 
 def finite(stage: str, step: int, loss: float) -> None:
@@ -58,6 +86,8 @@ def finite(stage: str, step: int, loss: float) -> None:
 
 
 def note(folder: Path, line: dict[str, Any]) -> None:
+    if not writes():
+        return
     said = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()})
     print(said, flush=True)
     with (folder / "log.jsonl").open("a") as log:

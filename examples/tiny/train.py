@@ -7,10 +7,15 @@
     speak     the whole model, on the mix of all tasks (cross-entropy of the suffix)
     align     a text encoder for the vision encoder as it then is, which stays (LiT, Zhai et al. 2022)
 
+Several GPUs divide the scenes of each batch of the stage `speak`, which is the long one:
+
+    torchrun --nproc-per-node 2 -m examples.tiny.train speak --run runs/tiny
+
 `--small` runs the same code at toy sizes on a CPU, with a stand-in for the fetched pictures.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
@@ -43,18 +49,26 @@ class Job(NamedTuple):
     workers: int
     seed: int
     until: float
+    process: int  # of so many
+    processes: int
+
+
+def stream(job: Job, stage: str, written: str) -> batches.Stream:
+    """This process's share of the batches of a stage."""
+    plan, number = job.recipe.plans[stage], recipe.STAGES.index(stage)
+    share = plan.scenes // job.processes
+    prompts = job.recipe.prompts if written == "prompts" else 0
+    start = ((job.seed * len(recipe.STAGES) + number) << 32) + job.process * share
+    return batches.Stream(job.world.catalog, job.vocab, written, share, prompts, job.recipe.width, job.recipe.side,
+                          start, stride=plan.scenes)  # fmt: skip
 
 
 def painted(job: Job, stage: str, written: str, first: int) -> Iterable[tuple[render.Rendered, batches.Texts]]:
     """The rendered batches of a stage from number `first` on, with their texts, on the device."""
-    plan, side = job.recipe.plans[stage], job.recipe.side
-    prompts = job.recipe.prompts if written == "prompts" else 0
-    number = recipe.STAGES.index(stage)
-    stream = batches.Stream(job.world.catalog, job.vocab, written, plan.scenes, prompts, job.recipe.width, side,
-                            start=(job.seed * len(recipe.STAGES) + number) << 32)  # fmt: skip
-    for i, batch in enumerate(batches.loader(stream, first, plan.steps, job.workers), first):
+    last = job.recipe.plans[stage].steps
+    for i, batch in enumerate(batches.loader(stream(job, stage, written), first, last, job.workers), first):
         layout, texts = tree.map(lambda leaf: leaf.to(job.device, non_blocking=True), tuple(batch))
-        yield render.render(job.bank, layout, side, seed=i), texts
+        yield render.render(job.bank, layout, job.recipe.side, seed=i * job.processes + job.process), texts
 
 
 def scaled(pixels: Tensor) -> Tensor:
@@ -135,20 +149,25 @@ def train_speak(job: Job) -> bool:
     return fit.fit("speak", params, loss, partial(prompts, job), job.recipe.plans["speak"], job.folder, job.until)
 
 
-def prompts(job: Job, first: int) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Pixels a scene; tokens with their places and codes, and what is valid and causal, a row."""
+def prompts(job: Job, first: int) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Pixels a scene; tokens with their places and codes, and what is valid and causal, a row; the number of tokens to
+    learn (of several processes, their mean)."""
     coder = fit.read(job.folder / "masks.safetensors", vqvae.init())
     coder = tree.map(lambda leaf: leaf.to(job.device), coder)
     for drawn, texts in painted(job, "speak", "prompts", first):
         crops = masks.crops(drawn.masks.flatten(0, 1), drawn.boxes.flatten(0, 1).clamp(0, 1))
         codes = vqvae.quantize(coder.codebook, vqvae.encode(coder, crops))
         codes = rearrange(codes, "(s k) c -> s k c", k=render.THINGS)
-        yield drawn.pixels, batches.fill(texts, drawn.boxes, codes, job.vocab), texts.valid, texts.causal
+        count = (texts.causal & texts.valid).sum().float()
+        if job.processes > 1:
+            dist.all_reduce(count)
+        tokens = batches.fill(texts, drawn.boxes, codes, job.vocab)
+        yield drawn.pixels, tokens, texts.valid, texts.causal, count / job.processes
 
 
 def speak(cfg: Config, count: int, params: pg.Params, batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy of the suffixes in bf16; each picture is encoded once for its `count` prompts."""
-    pixels, tokens, valid, causal = batch
+    pixels, tokens, valid, causal, learned = batch
     low = tree.map(lambda leaf: leaf.bfloat16(), params)
     image = repeat(paligemma.encode_images(low, scaled(pixels), cfg), "s p d -> (s n) p d", n=count)
     x, valid, causal = paligemma.join(low, image, pg.Prompt(pixels, tokens, valid, causal), cfg)
@@ -158,7 +177,7 @@ def speak(cfg: Config, count: int, params: pg.Params, batch) -> tuple[Tensor, di
     target = (causal & valid)[:, 1 - width :]
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none") * target.flatten()
     right = (logits.detach().argmax(-1) == tokens[:, 1:]) | ~target
-    return losses.sum() / target.sum(), {"right": right.all(-1).float().mean()}
+    return losses.sum() / learned, {"right": right.all(-1).float().mean()}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -175,8 +194,16 @@ def job(args: argparse.Namespace) -> Job:
     found = world.small() if args.small else world.load(args.data)
     vocab = batches.vocabulary(pg.tokenizer.wrap(tokenizer.of_run(args.run, found.catalog.names), "the tokenizer"))
     device = "cuda" if torch.cuda.is_available() and not args.small else "cpu"
+    group = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return Job(chosen, found, vocab, found.bank(device), args.run, device, args.workers, args.seed,
-               time.monotonic() + args.seconds)  # fmt: skip
+               time.monotonic() + args.seconds, *group)  # fmt: skip
+
+
+def join() -> None:
+    """This process's place among those that torchrun started: its GPU, and the group."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def main() -> None:
@@ -191,6 +218,10 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
+    if "WORLD_SIZE" in os.environ:  # torchrun set it
+        if args.stages != ["speak"]:
+            parser.error("torchrun divides the stage `speak` alone: run the others by themselves")
+        join()
     at = job(args)
     for stage in args.stages:
         if not (args.run / f"{stage}.safetensors").exists() and not TRAIN[stage](at):

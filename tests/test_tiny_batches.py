@@ -181,10 +181,12 @@ def test_worker_processes_make_the_same_batches_in_the_same_order(vocab, written
 def test_descriptions_are_what_the_text_encoder_is_given_at_inference(vocab):
     params = dual.init(RECIPE.siglip)
     siglip = dual_prompt.SiglipModel(RECIPE.siglip, params, dual_prompt.wrap(vocab.tokenizer.backend, "the tokenizer"))
-    packed = stream(vocab, "description", size=20)[0].texts
-    drawn = [scenes.draw(CAT, "train", index) for index in range(20)]
-    assert torch.equal(packed.tokens, dual_prompt.text_ids(siglip, [texts.description(scene) for scene in drawn]))
-    assert packed.scene.tolist() == list(range(20))
+    packed = stream(vocab, "description", size=80)[0].texts
+    drawn = [scenes.draw(CAT, "train", index) for index in range(80)]
+    whole = dual_prompt.text_ids(siglip, [texts.description(scene) for scene in drawn])
+    same = (packed.tokens == whole).all(-1)
+    assert 0.7 < same.float().mean() < 0.95, "some speak of a part"
+    assert packed.scene.tolist() == list(range(80))
 
 
 # --- masks, as training and inference crop them -----------------------------------------------------------------------

@@ -235,7 +235,7 @@ def check_located(at: Scene, row: Row) -> None:
 
 def test_detect_has_a_box_for_each_thing_of_each_name_or_is_empty_for_a_name_that_is_not_there():
     kinds = Counter()
-    for at, row in many(texts.detect, 800):
+    for at, row in many(texts.detect, 1200):
         kinds[row.task if row.things else "empty"] += 1
         if row.task == "region":
             assert row.prefix == "<loc0000>" * 4 + " caption en"
@@ -249,11 +249,31 @@ def test_detect_has_a_box_for_each_thing_of_each_name_or_is_empty_for_a_name_tha
     assert min(kinds[kind] for kind in ("detect", "region", "empty", 0, 1, 2)) > 20
 
 
-def test_segment_asks_for_one_name_and_has_the_masks_of_all_of_that_name():
-    for at, row in many(texts.segment):
-        check_located(at, row)
-        assert " ; " not in row.prefix
-        assert row.things
+def test_segment_has_the_masks_of_all_of_one_name_or_of_two_single_things_or_is_empty():
+    kinds = Counter()
+    for at, row in many(texts.segment, 800):
+        labels = row.prefix.removeprefix("segment ").split(" ; ")
+        if row.things:
+            check_located(at, row)
+            assert len(row.things) <= 2
+            kinds[len(labels), len(row.things)] += 1
+        else:
+            assert (row.suffix, len(labels), names(at)[labels[0]]) == ("", 1, 0)
+            kinds["empty"] += 1
+    assert min(kinds[kind] for kind in ("empty", (1, 1), (1, 2), (2, 2))) > 10
+
+
+def test_a_part_of_a_scene_has_some_of_its_things_and_is_never_empty():
+    rng, kinds = np.random.default_rng(0), Counter()
+    for index in range(400):
+        at = scenes.draw(CAT, "train", index)
+        part = texts.partly(at, rng)
+        assert set(map(id, part.things)) <= set(map(id, at.things))
+        assert part.sign in (None, at.sign)
+        assert texts.description(part)
+        kinds["less"] += len(part.things) < len(at.things)
+        kinds["signless"] += at.sign is not None and part.sign is None
+    assert min(kinds.values()) > 50
 
 
 @given(places, seeds, st.sampled_from(list(scenes.SPLITS)))

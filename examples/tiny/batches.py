@@ -123,7 +123,7 @@ class Stream(Dataset):
         if self.written == "prompts":
             return Batch(layout, self.asked(drawn, first))
         if self.written == "description":
-            return Batch(layout, self.described(drawn))
+            return Batch(layout, self.described(drawn, first))
         return Batch(layout, pack([], [], self.width))
 
     def asked(self, drawn: Sequence[Scene], seed: int) -> Texts:
@@ -138,9 +138,11 @@ class Stream(Dataset):
                     owners.append(i)
         return pack(pairs, owners, self.width)
 
-    def described(self, drawn: Sequence[Scene]) -> Texts:
-        """What the text encoder reads of each scene."""
-        ids = [description(self.vocab, scene, self.width) for scene in drawn]
+    def described(self, drawn: Sequence[Scene], seed: int) -> Texts:
+        """What the text encoder reads of each scene: of two fifths it may be a part alone."""
+        rng = np.random.default_rng((98, seed))
+        told = [texts.partly(scene, rng) if rng.random() < 0.4 else scene for scene in drawn]
+        ids = [description(self.vocab, scene, self.width) for scene in told]
         return pack([(row, []) for row in ids], range(len(drawn)), self.width)
 
 

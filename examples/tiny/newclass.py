@@ -5,8 +5,8 @@
     python -m examples.tiny.newclass check helicopters                  # before and after
 
 Of 200 pictures, 140 have a helicopter, drawn in three ways, among things that the checkpoint knows; 60 have none, so
-that it learns what is no helicopter, and keeps what it knew. It is checked on 60 pictures with a fourth helicopter and, for
-what it forgot, on the held-out scenes. The weights have never seen any helicopter, nor the vocabulary the word.
+that it learns what is no helicopter, and keeps what it knew. It is checked on 60 pictures with a fourth helicopter and,
+for what it forgot, on the held-out scenes. The weights have never seen any helicopter, nor the vocabulary the word.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-HEIGHT, WIDTH = 48, 208  # pixels that hold any sign, on a picture of 224
+HEIGHT, WIDTH = 60, 208  # pixels that hold any sign, on a picture of 224
 
 
 class Words(NamedTuple):
@@ -64,7 +64,7 @@ def sign(text: str, rng: np.random.Generator, fonts: Sequence[Path]) -> UInt8[np
     It is never larger than a sign may be.
     """
     path = fonts[int(rng.integers(len(fonts)))] if fonts else None
-    size = int(rng.integers(16, 33))
+    size = int(rng.integers(16, 42))
     while True:
         left, top, right, bottom = _font(path, size).getbbox(text)
         margin = 3 + size // 6

@@ -12,7 +12,8 @@ import numpy as np
 from examples.tiny import shapes
 from examples.tiny.scenes import Catalog, Scene, Thing, allowed
 
-MIX = {"detect": 0.32, "caption": 0.2, "question": 0.2, "segment": 0.15, "ocr": 0.13}
+# of scenes with things and a sign; half of the scenes have no sign, and share out what `ocr` leaves
+MIX = {"detect": 0.24, "caption": 0.17, "question": 0.12, "segment": 0.12, "ocr": 0.35}
 PLACE, CODES = "<loc0000>" * 4, "<seg000>" * 16
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 NUMBERS = ("no", "one", "two", "three", "four")
@@ -83,9 +84,16 @@ def caption(scene: Scene) -> str:
 
 
 def description(scene: Scene) -> str:
-    """All that is in the picture, for the contrastive stages: the caption, and what the sign says."""
+    """What is in the picture, for the contrastive stages: the caption, and what the sign says."""
     said = [caption(scene)] if scene.things else []
     return ", ".join([*said, f'a sign that says "{scene.sign.text}"'] if scene.sign else said)
+
+
+def partly(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with some of its things and perhaps without its sign, to be described; never with neither."""
+    things = tuple(thing for thing in scene.things if rng.random() < 0.5)
+    sign = scene.sign if rng.random() < 0.5 else None
+    return scene._replace(things=things, sign=sign) if things or sign else scene
 
 
 def captions(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
@@ -114,8 +122,13 @@ def region(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row:
 
 
 def segment(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
-    """One name, of which there are two at most: three masks would be longer than a row."""
+    """One name or two, of two things at most: three masks would be longer than a row; rarely one that is not there."""
+    if not scene.things or rng.random() < 0.05:
+        return Row("segment", f"segment {_absent(scene, cat, rng)}", "")
     names = [thing.name for thing in scene.things]
+    single = [name for name in names if names.count(name) == 1]
+    if len(single) > 1 and rng.random() < 0.4:
+        return located("segment", scene, [str(name) for name in rng.choice(single, 2, replace=False)])
     known = [name for name in names if names.count(name) < 3]
     return located("segment", scene, [known[int(rng.integers(len(known)))]]) if known else None
 

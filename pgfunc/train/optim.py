@@ -57,7 +57,8 @@ def update(grads: T, state: State, params: T, rate: float, settings: Settings = 
     decayed = [settings.decay_vectors or leaf.dim() > 1 for leaf in new]
     for decay in (True, False):
         chosen = [i for i, each in enumerate(decayed) if each == decay]
-        steps = [state.step.to(new[i].device, torch.float32, copy=True) for i in chosen]
+        # adamw counts in place, so each has its own; filled where it is, for a copy from the CPU would wait for the GPU
+        steps = [torch.full((), float(state.step), device=new[i].device) for i in chosen]
         adamw(
             _pick(new, chosen), _pick(given[1], chosen), _pick(first, chosen), _pick(second, chosen), [], steps,
             fused=True, amsgrad=False, maximize=False, lr=rate, beta1=settings.beta1, beta2=settings.beta2,

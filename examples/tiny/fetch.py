@@ -31,11 +31,21 @@ NPM = {  # folder: package
     "noto-v1": "@iconify-json/noto-v1@1.2.5",
     "flat-color-icons": "@iconify-json/flat-color-icons@1.2.3",
     "fxemoji": "@iconify-json/fxemoji@1.2.2",
+    "noto-svg": "@iconify-json/noto@1.2.9",
+    "twemoji": "@iconify-json/twemoji@1.2.5",
+    "emojione": "@iconify-json/emojione@1.2.3",
+    "streamline-emojis": "@iconify-json/streamline-emojis@1.2.4",
+    "streamline-ultimate-color": "@iconify-json/streamline-ultimate-color@1.2.2",
+    "streamline-kameleon-color": "@iconify-json/streamline-kameleon-color@1.2.2",
+    "streamline-stickies-color": "@iconify-json/streamline-stickies-color@1.2.2",
+    "flat-ui": "@iconify-json/flat-ui@1.2.3",
+    "fluent-color": "@iconify-json/fluent-color@1.2.21",
+    "meteocons": "@iconify-json/meteocons@1.2.4",
     "pmndrs-assets": "@pmndrs/assets@1.7.0",
 }
 WHEELS = {"scikit-image": "0.26.0", "scikit-learn": "1.9.1"}
 DEBIAN = (
-    *("fonts-noto-color-emoji", "openclipart-png", "sweethome3d-furniture"),
+    *("fonts-noto-color-emoji", "openclipart-png", "sweethome3d-furniture", "tango-icon-theme"),
     *("tuxpaint-stamps-default", "gcompris-qt-data", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"),
     *("fonts-dejavu-core", "fonts-liberation2", "fonts-lato", "fonts-comic-neue", "fonts-ebgaramond"),
     *("fonts-quicksand", "fonts-roboto-slab", "wamerican-small"),

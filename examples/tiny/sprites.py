@@ -7,6 +7,7 @@ Owns the table's columns, how each package's pictures are read, the fit into a s
 import csv
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -66,13 +67,16 @@ def _icons(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def _iconify(folder: str) -> Callable[[Path, str], Image.Image]:
+def _iconify(folder: str, plate: bool = False) -> Callable[[Path, str], Image.Image]:
+    """`plate`: the first path of every picture is a disc behind the thing, which is left out."""
+
     def draw(packages: Path, name: str) -> Image.Image:
         icons = _icons(packages / folder / "icons.json")
         icon = icons["icons"][name]
         width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        return _svg(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>')
+        body = re.sub("<path[^>]*/>", "", icon["body"], count=1) if plate else icon["body"]
+        return _svg(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{body}</svg>')
 
     return draw
 
@@ -100,13 +104,20 @@ def _member(packages: Path, path: str) -> Image.Image:
         return Image.open(io.BytesIO(opened.read(member)))
 
 
+ICONIFY = (  # sources that are called like their folder
+    *("noto-v1", "noto-svg", "twemoji", "emojione", "fxemoji", "streamline-emojis"),
+    *("streamline-ultimate-color", "streamline-stickies-color", "flat-color-icons", "flat-ui", "fluent-color"),
+    "meteocons",
+)
 DRAW: dict[str, Callable[[Path, str], Image.Image]] = {
     "fluent-3d": lambda packages, name: Image.open(packages / f"fluent-emoji-3d/assets/{name}.webp"),
     "fluent-flat": _iconify("fluent-emoji-flat"),
     "noto": _glyph,
-    "noto-v1": _iconify("noto-v1"),
-    "fxemoji": _iconify("fxemoji"),
-    "flat-color-icons": _iconify("flat-color-icons"),
+    **{source: _iconify(source) for source in ICONIFY},
+    "streamline-kameleon-color": _iconify("streamline-kameleon-color", plate=True),
+    "tango": lambda packages, name: _svg(
+        (packages / f"tango-icon-theme/usr/share/icons/Tango/scalable/{name}.svg").read_text()
+    ),
     "openclipart": lambda packages, name: Image.open(
         packages / f"openclipart-png/usr/share/openclipart/png/{name}.png"
     ),

@@ -17,7 +17,7 @@ from examples.tiny import fetch, plates, render, scenes, shapes, sprites
 from examples.tiny.scenes import Catalog
 
 PHOTO = 256  # pixels along each side of a background
-LEAST = 5  # training sprites of a class that is used
+LEAST = 8  # training sprites of a class that is used
 OPAQUE = 0.5  # of what is visible of a sprite, at least: the rest of it would be no part of its mask
 
 

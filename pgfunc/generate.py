@@ -16,8 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc import paligemma, tokenizer
+from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
+from pgfunc.jit import jit
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
 from pgfunc.sample import Settings, choose
@@ -42,25 +44,29 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int = 0,
+    compile: bool = False,
 ) -> list[Completion]:
     """Complete each row; `images` and `prefixes` as in `prepare`, but rows may have different numbers of pictures.
 
-    Temperature 0 is greedy. Raises SettingError for a setting outside its range and PromptError for a prompt that
-    does not fit.
+    Temperature 0 is greedy. `compile` makes machine code of the decode step (`jit`), once for each batch size, bucket
+    of lengths and settings: worth it for many tokens. Raises SettingError for a setting outside its range and
+    PromptError for a prompt that does not fit.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
 
     def run(places: list[int], prompt: Prompt) -> list[Completion]:
-        return complete(model, prompt, settings, uniform(seed, places, max_new_tokens))
+        return complete(model, prompt, settings, uniform(seed, places, max_new_tokens), compile)
 
     return grouped(model, as_rows(images, prefixes), max_new_tokens, run)
 
 
-def complete(model: Model, prompt: Prompt, settings: Settings, u: Float[Tensor, "b n"]) -> list[Completion]:
+def complete(
+    model: Model, prompt: Prompt, settings: Settings, u: Float[Tensor, "b n"], compile: bool = False
+) -> list[Completion]:
     """The completions of one prompt, each up to its own end of sequence; decoding stops when every row has ended."""
     tokens, logprobs = [], []
     ended = torch.zeros(len(u), dtype=torch.bool)
-    for token, logprob in steps(model.params, prompt, model.cfg, settings, u):
+    for token, logprob in steps(model.params, prompt, model.cfg, settings, u, compile):
         tokens.append(token.cpu())
         logprobs.append(logprob.cpu())
         ended |= tokens[-1] == model.cfg.eos
@@ -79,6 +85,7 @@ def stream(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int = 0,
+    compile: bool = False,
 ) -> Iterator[str]:
     """Complete one row and yield its text piece by piece; the pieces joined are the text of `generate`.
 
@@ -89,7 +96,7 @@ def stream(
     u = uniform(seed, [0], max_new_tokens)
 
     def tokens() -> Iterator[int]:
-        for token, logprob in steps(model.params, prompt, model.cfg, settings, u):
+        for token, logprob in steps(model.params, prompt, model.cfg, settings, u, compile):
             check_numbers(logprob)
             yield int(token)
 
@@ -98,16 +105,29 @@ def stream(
 
 @torch.no_grad()
 def steps(
-    params: Params, prompt: Prompt, cfg: Config, settings: Settings, u: Float[Tensor, "b n"]
+    params: Params, prompt: Prompt, cfg: Config, settings: Settings, u: Float[Tensor, "b n"], compile: bool = False
 ) -> Iterator[tuple[Int[Tensor, "b"], Float[Tensor, "b"]]]:
     """The tokens that follow a prompt, a column at a time, with their log-probabilities; as many as u has columns."""
+    step = compiled_advance if compile else advance
     logits, cache = paligemma.prefill(params, prompt, cfg, u.shape[1])
-    columns = u.to(logits.device).unbind(1)
-    for i, column in enumerate(columns):
-        token = choose(logits, column, settings)
-        yield token, logprob(logits, token)
-        if i + 1 < len(columns):
-            logits, cache = paligemma.decode(params, token, cache, cfg)
+    first, *columns = u.to(logits.device).unbind(1)
+    token = choose(logits, first, settings)
+    yield token, logprob(logits, token)
+    for column in columns:
+        token, likely, cache = step(params, token, cache, cfg, settings, column)
+        yield token, likely
+
+
+def advance(
+    params: Params, token: Int[Tensor, "b"], cache: Cache, cfg: Config, settings: Settings, u: Float[Tensor, "b"]
+) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
+    """Append a token: the next one, its log-probability, and the new cache."""
+    logits, cache = paligemma.decode(params, token, cache, cfg)
+    token = choose(logits, u, settings)
+    return token, logprob(logits, token), cache
+
+
+compiled_advance = jit(advance, donate="cache")
 
 
 @torch.no_grad()

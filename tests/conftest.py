@@ -7,6 +7,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+collect_ignore = ["compiled"]  # which `test_compiled.py` runs
+
 # every jaxtyping signature of the package is checked while the tests run
 assert "pgfunc" not in sys.modules, "the import hook must come first"
 install_import_hook("pgfunc", "beartype.beartype")

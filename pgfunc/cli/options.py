@@ -31,6 +31,7 @@ TopK = Annotated[int | None, unset("--top-k", help="Sample among the k most prob
 TopP = Annotated[float | None, unset("--top-p", help="Sample among the fewest tokens of total probability p.")]
 MinP = Annotated[float | None, unset("--min-p", help="Sample among tokens p times as probable as the best.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when the temperature is not 0.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the decode step first: pays off for many tokens.")]
 Device = Annotated[str | None, unset("--device", help="cpu, cuda, cuda:1; without it CUDA where there is one.")]
 Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it the files' own.")]
 Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, a config.json or its folder.")]

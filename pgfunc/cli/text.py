@@ -32,6 +32,7 @@ def completing(name: str, template: str | None, about: str) -> None:
         top_p: options.TopP = None,
         min_p: options.MinP = None,
         seed: options.Seed = 0,
+        compile: options.Compile = False,
         device: options.Device = None,
         dtype: options.Dtype = None,
         config: options.Config = None,
@@ -43,7 +44,7 @@ def completing(name: str, template: str | None, about: str) -> None:
             prefixes = [region(box, image, prefix) for image, prefix in zip(images, prefixes, strict=True)]
         loaded = pg.load(model, dtype, device, config, tokenizer)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-                                    "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
+                                    "top_p": top_p, "min_p": min_p, "seed": seed, "compile": compile}  # fmt: skip
         if len(images) == 1 and not as_json:
             for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):
                 print(piece, end="", flush=True)

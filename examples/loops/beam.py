@@ -1,0 +1,38 @@
+"""Beam search: the most likely of many continuations, their caches reordered as beams live and die.
+
+python examples/loops/beam.py examples/images/scene.png "caption en"
+"""
+
+import sys
+
+import torch
+
+import pgfunc as pg
+
+
+def beam(model: pg.Model, image, prefix: str, width: int = 4, tokens: int = 64) -> str:
+    eos, step = model.cfg.eos, pg.jit(pg.decode, donate="cache")
+    with torch.no_grad():
+        logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, tokens)
+    total, ids = logits.log_softmax(-1)[0].topk(width)
+    cache = pg.tree.map(lambda x: x.repeat_interleave(width, 0), cache)
+    said, done = ids[:, None], []
+    for length in range(1, tokens):
+        ended = said[:, -1] == eos
+        over = zip(total[ended].tolist(), said[ended, :-1].tolist(), strict=True)
+        done += [(score / length, row) for score, row in over]
+        total = total.masked_fill(ended, -torch.inf)
+        if ended.all() or (done and max(done)[0] > total.max() / (length + 1)):
+            break
+        logits, cache = step(model.params, said[:, -1], cache, model.cfg)
+        scores = total[:, None] + logits.log_softmax(-1)
+        total, flat = scores.flatten().topk(width)
+        rows, ids = flat // logits.shape[-1], flat % logits.shape[-1]
+        cache = pg.tree.map(lambda x, rows=rows: x[rows], cache)
+        said = torch.cat([said[rows], ids[:, None]], 1)
+    done += [(score / said.shape[1], row) for score, row in zip(total.tolist(), said.tolist(), strict=True)]
+    return pg.tokenizer.decode(model.tokenizer, max(done)[1])
+
+
+if __name__ == "__main__":
+    print(beam(pg.load(), *sys.argv[1:]))

@@ -1,0 +1,231 @@
+"""Compiled code means what the pure function means, whichever handle of a cache goes on, and is compiled rarely."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CONFIGS, params, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pgfunc as pg
+from pgfunc.errors import SettingError
+from pgfunc.jit import Jitted, bucket
+
+LIMIT = {"atol": 1e-5, "rtol": 1e-4}  # float32, sums in another order
+
+
+def close(one, other) -> None:
+    torch.testing.assert_close(one, other, **LIMIT)
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return CONFIGS["gemma"]
+
+
+@pytest.fixture(scope="module")
+def weights(cfg):
+    return params(cfg)
+
+
+@pytest.fixture(scope="module")
+def step() -> Jitted:
+    return pg.jit(pg.decode, donate="cache")
+
+
+def filled(weights, cfg, lengths: list[int], size: int = 20, seed: int = 0) -> pg.Cache:
+    with torch.no_grad():
+        return pg.prefill(weights, prompt(cfg, lengths, [0] * len(lengths), seed=seed), cfg, size)[1]
+
+
+def addresses(cache: pg.Cache) -> list[int]:
+    return [x.data_ptr() for x in (*cache.k, *cache.v)]
+
+
+# --- the meaning ------------------------------------------------------------------------------------------------------
+
+# what to do with one of the handles that are alive: continue it by a token and keep or forget it, or go back from it
+moves = st.lists(
+    st.tuples(st.integers(0, 99), st.integers(0, 63), st.sampled_from(["keep", "forget", "rewind"])),
+    min_size=1, max_size=14,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2"])
+@settings(deadline=None, max_examples=60)
+@given(moves=moves)
+def test_every_handle_continues_as_its_own_past_says_whatever_was_appended_since(step, name, moves):
+    cfg = CONFIGS[name]
+    weights = params(cfg)
+    start = filled(weights, cfg, [3, 2])
+    alive = [(start, start)]  # the compiled handle beside the pure one
+    for which, token, then in moves:
+        mine, pure = alive[which % len(alive)]
+        if then == "rewind":
+            length = torch.maximum(mine.length - token % 4, start.length)
+            alive[which % len(alive)] = pg.rewind(mine, length), pure._replace(length=length)
+            continue
+        tokens = torch.tensor([token, 63 - token])
+        logits, mine = step(weights, tokens, mine, cfg)
+        expected, pure = pg.decode(weights, tokens, pure, cfg)
+        close(logits, expected)
+        if then == "forget":
+            del alive[which % len(alive)]
+        alive.append((mine, pure))
+    for mine, pure in alive:
+        assert torch.equal(mine.length, pure.length)
+        seen = torch.arange(pure.slots) < pure.length[:, None]
+        for one, other in zip((*mine.k, *mine.v), (*pure.k, *pure.v), strict=True):
+            close(one[:, : pure.slots][seen], other[seen])
+
+
+def test_a_handle_with_another_length_is_a_handle_of_its_own(step, cfg, weights):
+    _, one = step(weights, torch.tensor([5, 6]), filled(weights, cfg, [3, 2]), cfg)
+    _, two = step(weights, torch.tensor([7, 8]), one, cfg)
+    back = two._replace(length=one.length.clone())  # goes back by hand
+    kept = two._replace(length=two.length.clone())
+    del one, two
+    step(weights, torch.tensor([9, 9]), back, cfg)
+    found, _ = step(weights, torch.tensor([1, 2]), kept, cfg)
+    pure = filled(weights, cfg, [3, 2])
+    for tokens in ([5, 6], [7, 8]):
+        _, pure = pg.decode(weights, torch.tensor(tokens), pure, cfg)
+    close(found, pg.decode(weights, torch.tensor([1, 2]), pure, cfg)[0])
+
+
+def test_several_tokens_are_appended_at_once(cfg, weights):
+    start, tokens = filled(weights, cfg, [4, 2]), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    logits, cache = pg.jit(pg.extend, donate="cache")(weights, tokens, start, cfg)
+    expected, pure = pg.extend(weights, tokens, start, cfg)
+    close(logits, expected)
+    assert torch.equal(cache.length, pure.length)
+
+
+def test_results_of_any_structure_come_back_with_the_continuation_in_its_place(cfg, weights):
+    def chosen(cache, token, scale):
+        logits, cache = pg.decode(weights, token, cache, cfg)
+        return {"cache": cache, "best": [logits.argmax(-1)], "scaled": (logits * scale,), "nothing": ()}
+
+    start, token = filled(weights, cfg, [2]), torch.tensor([3])
+    found, expected = (fn(start, token, scale=2.0) for fn in (pg.jit(chosen, donate="cache"), chosen))
+    assert list(found) == list(expected)
+    close(found["scaled"][0], expected["scaled"][0])
+    assert torch.equal(found["best"][0], expected["best"][0])
+    assert found["nothing"] == ()
+    assert torch.equal(found["cache"].length, expected["cache"].length)
+
+
+def test_without_donation_a_function_is_compiled_and_its_arguments_stay_what_they_are(cfg, weights):
+    start, token = filled(weights, cfg, [2]), torch.tensor([3])
+    before = [x.clone() for x in start.k]
+    logits, cache = pg.jit(pg.decode)(weights, token, start, cfg)
+    expected, pure = pg.decode(weights, token, start, cfg)
+    close(logits, expected)
+    close(cache.k[0], pure.k[0])
+    assert all(torch.equal(one, other) for one, other in zip(start.k, before, strict=True))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loop_writes_into_one_set_of_buffers_and_only_a_fork_copies(step, cfg, weights):
+    token, cache = torch.tensor([1]), filled(weights, cfg, [3])
+    foreign = addresses(cache)
+    _, cache = step(weights, token, cache, cfg)
+    first = addresses(cache)
+    assert not set(first) & set(foreign), "what was not made here is copied"
+    for _ in range(3):
+        _, cache = step(weights, token, cache, cfg)
+        assert addresses(cache) == first
+    _, newer = step(weights, token, cache, cfg)
+    _, fork = step(weights, token, cache, cfg)
+    assert addresses(newer) == first
+    assert not set(addresses(fork)) & set(first)
+    del newer
+    gc.collect()
+    _, again = step(weights, token, cache, cfg)  # the newer handle is gone: nobody sees what it wrote
+    assert addresses(again) == first
+
+
+def test_going_back_copies_nothing_if_the_longer_handle_is_forgotten(step, cfg, weights):
+    token = torch.tensor([1])
+    _, cache = step(weights, token, filled(weights, cfg, [3]), cfg)
+    at, length = addresses(cache), cache.length
+    for _ in range(3):
+        _, cache = step(weights, token, cache, cfg)
+    longer, cache = cache, pg.rewind(cache, length)
+    _, fork = step(weights, token, cache, cfg)
+    assert not set(addresses(fork)) & set(at), "the longer one is alive"
+    del longer
+    _, cache = step(weights, token, cache, cfg)
+    assert addresses(cache) == at
+
+
+# --- compilations -----------------------------------------------------------------------------------------------------
+
+
+def test_lengths_and_positions_share_the_code_and_batches_settings_and_buckets_do_not(cfg, weights):
+    mine, compiled = pg.jit(pg.decode, donate="cache"), torch._dynamo.utils.counters["stats"]
+    before = compiled["unique_graphs"]
+    for lengths, size in (([3, 2], 4), ([1, 4], 20), ([4, 4], 33), ([2, 2], 40)):
+        cache = filled(weights, cfg, lengths, size)
+        for _ in range(3):
+            _, cache = mine(weights, torch.tensor([1, 2]), cache, cfg)
+    assert mine.compilations == compiled["unique_graphs"] - before == 1
+    mine(weights, torch.tensor([1]), filled(weights, cfg, [3]), cfg)
+    assert mine.compilations == compiled["unique_graphs"] - before == 2
+    other = pg.tree.map(torch.clone, weights)  # other weights of the same shapes
+    mine(other, torch.tensor([1]), filled(other, cfg, [3]), cfg)
+    mine(weights, torch.arange(6)[::2][:1], filled(weights, cfg, [3]), cfg)  # a slice is as good as a dense tensor
+    assert mine.compilations == compiled["unique_graphs"] - before == 2
+    warmer = replace(cfg, text=replace(cfg.text, theta=500.0))
+    mine(weights, torch.tensor([1]), filled(weights, cfg, [3]), warmer)
+    mine(weights, torch.tensor([1]), filled(weights, cfg, [3], size=60), cfg)
+    assert mine.compilations == compiled["unique_graphs"] - before == 4
+
+
+@given(st.integers(0, 10**6))
+def test_a_bucket_holds_what_was_asked_for_and_wastes_a_third_at_most(slots):
+    size = bucket(slots)
+    assert size >= slots
+    assert size == 64 or slots > size * 2 // 3
+    assert bucket(size) == size
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named(cfg, weights):
+    token, cache = torch.tensor([1]), filled(weights, cfg, [3])
+    with pytest.raises(SettingError, match="donate is 'kv', expected one of params, token, cache, cfg, tap"):
+        pg.jit(pg.decode, donate="kv")
+    with pytest.raises(SettingError, match="token is a Tensor, expected a Cache"):
+        pg.jit(pg.decode, donate="token")(weights, token, cache, cfg)
+    for wrong, said in {
+        (lambda cache: cache.length): "returns 0 caches, expected one",
+        (lambda cache: (cache, cache._replace(length=cache.length + 1))): "returns 2 caches, expected one",
+        (lambda cache: cache._replace(k=tuple(x + 1 for x in cache.k))): "changes a donated cache before its length",
+        (lambda cache: cache._replace(length=cache.length - 1)): "makes a donated cache shorter",
+    }.items():
+        with pytest.raises(SettingError, match=said):
+            pg.jit(wrong, donate="cache")(cache)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 5}])
+def test_generate_and_stream_say_the_same_compiled(sampling):
+    from cases import text_model
+
+    model = text_model()
+    picture = torch.randint(0, 255, (40, 30, 3), dtype=torch.uint8).numpy()
+    asked = {"images": [picture, [picture, picture]], "prefixes": ["a", "b?"], "max_new_tokens": 12}
+    pure, fast = (pg.generate(model, **asked, **sampling, compile=compile) for compile in (False, True))
+    assert [done.tokens for done in fast] == [done.tokens for done in pure]
+    for one, other in zip(fast, pure, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    alone = {"images": picture, "prefix": "a", "max_new_tokens": 12}
+    assert list(pg.stream(model, **alone, **sampling, compile=True)) == list(pg.stream(model, **alone, **sampling))

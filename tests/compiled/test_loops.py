@@ -1,0 +1,53 @@
+"""The loops in `examples/loops` say what `generate` says where they must."""
+
+import pytest
+import torch
+from cases import text_model
+
+import pgfunc as pg
+from examples.loops import beam, best_of_n, greedy, speculative
+
+TOKENS = 14
+
+
+@pytest.fixture(scope="module")
+def model() -> pg.Model:
+    return text_model(seed=2)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return torch.randint(0, 255, (40, 30, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+
+
+@pytest.fixture(scope="module")
+def expected(model, picture) -> str:
+    (done,) = pg.generate(model, picture, "what", max_new_tokens=TOKENS)
+    assert len(done.tokens) > 3
+    return done.text
+
+
+def likely(model, picture, text: str) -> float:
+    return float(pg.score(model, picture, "what", [text])[0, 0])
+
+
+def test_greedy(model, picture, expected):
+    assert greedy.greedy(model, picture, "what", TOKENS) == expected
+
+
+def test_speculation_changes_the_number_of_steps_alone(model, picture, expected):
+    text, steps = speculative.speculative(model, picture, "what", TOKENS)
+    assert text == expected
+    assert steps < TOKENS
+
+
+def test_a_beam_of_one_is_greedy_and_a_wider_one_finds_what_is_at_least_as_likely(model, picture, expected):
+    assert beam.beam(model, picture, "what", 1, TOKENS) == expected
+    (done,) = pg.generate(model, picture, "what", max_new_tokens=TOKENS)
+    wide = beam.beam(model, picture, "what", 4, TOKENS)
+    if done.finish == "eos":
+        assert likely(model, picture, wide) >= likely(model, picture, expected) - 1e-4
+
+
+def test_samples_at_next_to_no_temperature_are_greedy(model, picture, expected):
+    assert best_of_n.best_of_n(model, picture, "what", 3, TOKENS, temperature=1e-5) == expected

@@ -178,15 +178,25 @@ def test_theta_takes_the_centre_of_the_picture_of_a_thing_to_the_centre_of_its_t
         np.testing.assert_allclose(reach, thing.reach, rtol=1e-5)
 
 
-@given(places)
-def test_shapes_are_turned_no_further_than_their_name_bears_and_only_sprites_are_mirrored(index):
-    for thing in scenes.draw(CAT, "train", index).things:
+@given(places, st.sampled_from(["train", "S0"]))
+def test_shapes_are_turned_no_further_than_their_name_bears_and_only_sprites_of_training_lean(index, split):
+    for thing in scenes.draw(CAT, split, index).things:
         right, down = forward(thing).T
         mirrored = np.cross([*right, 0], [*down, 0])[2] < 0
         assert not (mirrored and thing.colour)
-        turn = np.degrees(np.arctan2(-down[0], down[1]))
-        assert abs(turn) <= (shapes.TILT[thing.name.split(" ")[1]] if thing.colour else 20) + 1e-3
-        assert abs(right @ down) < 1e-6, "without shear"
+        right = -right if mirrored else right
+        turn = np.degrees(np.arctan2(right[1], right[0]))
+        lean = abs(right @ down) / np.linalg.norm(right) / np.linalg.norm(down)
+        varied = split == "train" and not thing.colour
+        limit = shapes.TILT[thing.name.split(" ")[1]] if thing.colour else 25 if varied else 20
+        assert abs(turn) <= limit + 1e-3
+        assert lean < (0.6 if varied else 1e-6)  # 5 sigma
+
+
+def test_in_training_sprites_do_lean():
+    leans = [right @ down for index in range(100) for thing in scenes.draw(CAT, "train", index).things
+             if not thing.colour for right, down in [forward(thing).T]]  # fmt: skip
+    assert np.mean(np.abs(leans) > 1e-4) > 0.8
 
 
 def test_crowds_come_in_the_stated_shares_and_no_scene_is_empty():
@@ -196,17 +206,26 @@ def test_crowds_come_in_the_stated_shares_and_no_scene_is_empty():
     assert all(scene.things or scene.sign for scene in drawn)
 
 
-def test_a_shape_keeps_its_colour_and_a_sprite_never_turns_dark():
+@pytest.mark.parametrize(("split", "least", "most"), [("train", 0.44, 1.45), ("S0", 0.79, 1.11)])
+def test_a_shape_keeps_its_colour_and_a_sprite_never_turns_dark(split, least, most):
     for index in range(200):
-        for thing in scenes.draw(CAT, "train", index).things:
+        for thing in scenes.draw(CAT, split, index).things:
             shown = thing.tint @ np.ones(3)
             if thing.colour:
                 distances = {name: np.abs(255 * shown - tone).max() for name, tone in shapes.COLOURS.items()}
                 assert distances[thing.colour] < 55  # 5 sigma of 10 levels
                 assert thing.name.startswith(thing.colour + " ")
             else:
-                assert shown.min() > 0.6
-                assert shown.max() < 1.3
+                assert shown.min() > least
+                assert shown.max() < most
+
+
+@given(st.floats(-4, 4))
+def test_a_turn_of_the_hue_keeps_grey_and_lengths_and_a_third_of_a_circle_swaps_the_channels(angle):
+    turn = scenes._hue(angle)
+    np.testing.assert_allclose(turn @ np.ones(3), 1, atol=1e-9)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(scenes._hue(2 * np.pi / 3) @ [1, 0, 0], [0, 1, 0], atol=1e-9)
 
 
 # --- signs ------------------------------------------------------------------------------------------------------------

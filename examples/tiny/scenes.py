@@ -159,23 +159,28 @@ def allowed(cat: Catalog, names: list[str], name: str) -> bool:
 
 def _place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Generator) -> Thing | None:
     """A thing at a random place, where it hides and is hidden little; None when the picture is full."""
-    sprite = name in cat.names
+    sprite, varied = name in cat.names, name in cat.names and split == "train"
     colour, shape = ("", "") if sprite else name.split(" ")
     known = cat.sprites[SPRITES[split]][name] if sprite else [_plain(cat, shape)]
     texture = known[int(rng.integers(len(known)))]
-    tilt = 20 if sprite else shapes.TILT[shape]
+    tilt, stretch, lean = (25, 0.16, 0.12) if varied else (20 if sprite else shapes.TILT[shape], 0.08, 0.0)
     size = rng.uniform(*sizes)
     while size > SMALLEST:
-        turn, axes = rng.uniform(-tilt, tilt), (size * np.exp(rng.normal(0, 0.08, 2))).tolist()
-        cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-        width, height = (axis * extent / 2 for axis, extent in zip(axes, cat.extent[texture], strict=True))
-        reach = abs(cos) * width + abs(sin) * height, abs(sin) * width + abs(cos) * height
-        if centre := _free(reach, boxes, rng):
-            flip = -1.0 if sprite and rng.random() < 0.5 else 1.0
-            theta = _theta(centre, axes, cos, sin, flip)
-            return Thing(name, colour, texture, centre, reach, theta, _tint(colour, split == "train", rng))
+        forward = _turned(rng.uniform(-tilt, tilt), rng.normal(0, lean), size * np.exp(rng.normal(0, stretch, 2)))
+        across, down = (abs(forward) @ cat.extent[texture] / 2).tolist()
+        if centre := _free((across, down), boxes, rng):
+            if sprite and rng.random() < 0.5:
+                forward = forward * [-1, 1]
+            tint = _tint(colour, varied, rng)
+            return Thing(name, colour, texture, centre, (across, down), _theta(centre, forward), tint)
         size *= 0.88
     return None
+
+
+def _turned(degrees: float, lean: float, axes: Float[np.ndarray, "2"]) -> Float[np.ndarray, "2 2"]:
+    """The map from a texture to the picture of a thing that is scaled, leans and is turned, in this order."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[cos, lean * cos - sin], [sin, lean * sin + cos]]) * axes
 
 
 def _free(reach: tuple[float, float], boxes, rng: np.random.Generator) -> tuple[float, float] | None:
@@ -193,11 +198,10 @@ def _plain(cat: Catalog, shape: str) -> int:
     return len(cat.extent) - len(shapes.OUTLINES) + list(shapes.OUTLINES).index(shape)
 
 
-def _theta(centre, axes, cos: float, sin: float, flip: float) -> Float[np.ndarray, "2 3"]:
-    """The map from the picture to the texture of a thing that was turned, scaled and put at a centre."""
-    x, y = 1 - 2 * centre[0], 1 - 2 * centre[1]
-    (a, b), (c, d) = (flip * cos / axes[0], flip * sin / axes[0]), (-sin / axes[1], cos / axes[1])
-    return np.array([[a, b, a * x + b * y], [c, d, c * x + d * y]], np.float32)
+def _theta(centre: tuple[float, float], forward: Float[np.ndarray, "2 2"]) -> Float[np.ndarray, "2 3"]:
+    """The way back: from the picture to the texture of a thing that was mapped and put at a centre."""
+    back = np.linalg.inv(forward)
+    return np.column_stack([back, back @ (1 - 2 * np.array(centre))]).astype(np.float32)
 
 
 def _tint(colour: str, varied: bool, rng: np.random.Generator) -> Float[np.ndarray, "3 3"]:
@@ -205,12 +209,19 @@ def _tint(colour: str, varied: bool, rng: np.random.Generator) -> Float[np.ndarr
     if colour:
         tone = np.asarray(shapes.COLOURS[colour]) + rng.normal(0, 6, 3) + rng.normal(0, 8)
         return np.diag(np.clip(tone / 255, 0, 1)).astype(np.float32)
-    light = rng.uniform(0.8, 1.1)
     if not varied:
-        return (light * np.eye(3)).astype(np.float32)
-    saturation = 0.0 if rng.random() < 0.06 else rng.uniform(0.5, 1.3)
-    mixed = saturation * np.eye(3) + (1 - saturation) * GREY
-    return (light * rng.uniform(0.85, 1.15, (3, 1)) * mixed).astype(np.float32)
+        return (rng.uniform(0.8, 1.1) * np.eye(3)).astype(np.float32)
+    hue = rng.uniform(-np.pi, np.pi) if rng.random() < 0.2 else rng.normal(0, 0.15)
+    saturation = 0.0 if rng.random() < 0.12 else rng.uniform(0.3, 1.5)
+    mixed = (saturation * np.eye(3) + (1 - saturation) * GREY) @ _hue(hue)
+    return (rng.uniform(0.6, 1.15) * rng.uniform(0.75, 1.25, (3, 1)) * mixed).astype(np.float32)
+
+
+def _hue(angle: float) -> Float[np.ndarray, "3 3"]:
+    """The rotation of red, green and blue about grey."""
+    cos, sin = math.cos(angle), math.sin(angle) / math.sqrt(3)
+    same, next_, last = (1 + 2 * cos) / 3, (1 - cos) / 3 - sin, (1 - cos) / 3 + sin
+    return np.array([[same, next_, last], [last, same, next_], [next_, last, same]])
 
 
 def _shared(a, b) -> float:

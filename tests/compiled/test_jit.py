@@ -1,7 +1,10 @@
 """Compiled code means what the pure function means, whichever handle of a cache goes on, and is compiled rarely."""
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import pgfunc as pg
 from pgfunc.errors import SettingError
 from pgfunc.jit import Jitted, bucket
 
+ROOT = Path(__file__).parent.parent.parent
 LIMIT = {"atol": 1e-5, "rtol": 1e-4}  # float32, sums in another order
 
 
@@ -229,3 +233,10 @@ def test_generate_and_stream_say_the_same_compiled(sampling):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     alone = {"images": picture, "prefix": "a", "max_new_tokens": 12}
     assert list(pg.stream(model, **alone, **sampling, compile=True)) == list(pg.stream(model, **alone, **sampling))
+
+
+def test_the_command_line_says_the_same_compiled():
+    command = [sys.executable, "-m", "pgfunc.cli", "caption", str(ROOT / "examples/images/scene.png")]
+    pure, fast = (subprocess.run([*command, *more], capture_output=True, text=True) for more in ([], ["--compile"]))
+    assert fast.stdout == pure.stdout != ""
+    assert not fast.stderr

@@ -174,10 +174,11 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_processes_share_out_the_scenes_of_one(tmp_path):
+@pytest.mark.parametrize(("stage", "written"), [("contrast", "description"), ("speak", "prompts")])
+def test_processes_share_out_the_scenes_of_one(tmp_path, stage, written):
     def batch(process: int, processes: int) -> batches.Batch:
         at = job(tmp_path)._replace(process=process, processes=processes)
-        return train.stream(at, "contrast", "description")[1]
+        return train.stream(at, stage, written)[1]
 
     whole, parts = batch(0, 1), [batch(rank, 2) for rank in (0, 1)]
     assert torch.equal(whole.layout.tones, torch.cat([each.layout.tones for each in parts]))

@@ -126,10 +126,11 @@ class Stream(Dataset):
             return Batch(layout, self.described(drawn, first))
         return Batch(layout, pack([], [], self.width))
 
-    def asked(self, drawn: Sequence[Scene], seed: int) -> Texts:
+    def asked(self, drawn: Sequence[Scene], first: int) -> Texts:
         """As many prompts of each scene as asked for, from the mix; those that are too long are drawn again."""
-        rng, pairs, owners = np.random.default_rng((99, seed)), [], []
+        pairs, owners = [], []
         for i, scene in enumerate(drawn):
+            rng = np.random.default_rng((99, first + i))
             while len(pairs) < (i + 1) * self.prompts:
                 (row,) = texts.rows(scene, self.cat, 1, rng)
                 pair = template(self.vocab, row)
@@ -138,11 +139,13 @@ class Stream(Dataset):
                     owners.append(i)
         return pack(pairs, owners, self.width)
 
-    def described(self, drawn: Sequence[Scene], seed: int) -> Texts:
+    def described(self, drawn: Sequence[Scene], first: int) -> Texts:
         """What the text encoder reads of each scene: of two fifths it may be a part alone."""
-        rng = np.random.default_rng((98, seed))
-        told = [texts.partly(scene, rng) if rng.random() < 0.4 else scene for scene in drawn]
-        ids = [description(self.vocab, scene, self.width) for scene in told]
+        ids = []
+        for i, scene in enumerate(drawn):
+            rng = np.random.default_rng((98, first + i))
+            told = texts.partly(scene, rng) if rng.random() < 0.4 else scene
+            ids.append(description(self.vocab, told, self.width))
         return pack([(row, []) for row in ids], range(len(drawn)), self.width)
 
 

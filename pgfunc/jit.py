@@ -4,8 +4,9 @@
     logits, cache = step(params, token, cache, cfg)
 
 A cache is append-only: a handle does not see what is written behind its length. So its buffers may be written in place
-there, unless a newer handle on them is alive: then the older one forks, and its buffers are copied first. Owns who may
-write where. Knows nothing about models.
+there, unless a newer handle on them is alive: then the older one forks, and its buffers are copied first. A handle is
+alive while any of its tensors is, or a view of one; what was detached from it, or cut in inference mode, is not seen
+to be a part of it. Owns who may write where. Knows nothing about models.
 """
 
 import inspect
@@ -30,11 +31,19 @@ CACHE = "the continuation"  # stands for it among the results of compiled code
 
 
 class Handle(NamedTuple):
-    """A cache that was made here, as long as it lives; each has a tensor object of its own for the first buffer."""
+    """A cache that was made here, while it lives: its tensors, which are objects of its own on shared memory."""
 
-    first: "ref[Tensor]"
+    buffers: tuple["ref[Tensor]", ...]
     length: "ref[Tensor]"
     rewound: bool  # then those before it may see more than it does
+
+    def alive(self) -> bool:
+        return any(buffer() is not None for buffer in self.buffers)
+
+    def of(self, cache: Cache) -> bool:
+        return self.length() is cache.length and all(
+            mine() is given for mine, given in zip(self.buffers, buffers(cache), strict=True)
+        )
 
 
 _lineages: "WeakTensorKeyDictionary" = (
@@ -46,13 +55,15 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     """`fn`, compiled: the same arguments, the same results, without gradients.
 
     `fn` is a pure function of trees of tensors. What else is among its arguments (a config, a number) is fixed in the
-    code, which is compiled once for each combination of those with the tensors' shapes, strides and dtypes. `donate`
-    names an argument that is a `Cache`, of which `fn` returns the continuation as one of its results: it appends
-    behind the length of each row and leaves the rest alone. Caches have `bucket(slots)` slots in compiled code, so that
-    prompts of many lengths share it; one that was not made by compiled code is copied once.
+    code, which is compiled once for each combination of those with the tensors' shapes, strides and dtypes; what it
+    closes over is fixed when it is first called. `donate` names an argument that is a `Cache`, of which `fn` returns
+    the continuation as one of its results: it appends behind the length of each row and leaves the rest alone, so rows
+    are reordered outside. Caches have `bucket(slots)` slots in compiled code, so that prompts of many lengths share it;
+    one that was not made by compiled code is copied whenever it is continued. A row must have room: beyond it, what
+    happens is up to the device.
 
-    Raises SettingError where `fn` has no such argument, or does not return a continuation: before the code is compiled,
-    `fn` runs once as it is.
+    Raises SettingError where `fn` has no such argument, or does not return a continuation, or is seen to change what
+    stands before its length: it runs once as it is before it is compiled, on the first arguments.
     """
     return Jitted(fn, donate)
 
@@ -64,8 +75,13 @@ class Jitted(Generic[P, R]):
         self.fn: Callable[..., R] = fn
         self.donate, self.signature = donate, inspect.signature(fn)
         self._compiled: dict[Any, Callable[[list[Tensor]], Any]] = {}
-        if donate is not None and donate not in self.signature.parameters:
-            raise SettingError(f"donate is {donate!r}, expected one of {', '.join(self.signature.parameters)}")
+        named = [
+            p.name for p in self.signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        if len(named) < len(self.signature.parameters):
+            raise SettingError("the function has arguments without a name of their own (*args, **kwargs or before a /)")
+        if donate is not None and donate not in named:
+            raise SettingError(f"donate is {donate!r}, expected one of {', '.join(named)}")
 
     @property
     def compilations(self) -> int:
@@ -73,29 +89,40 @@ class Jitted(Generic[P, R]):
 
     @torch.no_grad()
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        bound = self.signature.bind(*args, **kwargs)
-        given, cache = dict(bound.arguments), ()
+        given, cache = dict(self.signature.bind(*args, **kwargs).arguments), ()
         if self.donate is not None:
             cache = given.pop(self.donate, ())
             if not isinstance(cache, Cache):
-                raise SettingError(
-                    f"{self.donate} is a {type(cache).__name__}, expected a Cache: others stay undonated"
-                )
+                raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
             cache = writable(cache)
         leaves, structure = pytree.tree_flatten((given, cache))
         moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         fixed = tuple(leaf for leaf, moves in zip(leaves, moving, strict=True) if not moves)
-        tensors = [dense(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        key = structure, moving, fixed, tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-        if key not in self._compiled:
+        tensors = [plain(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+        key = structure, moving, fixed, tuple(map(type, fixed)), shapes  # 2 == 2.0 == True
+        try:
+            run = self._compiled.get(key)
+        except TypeError:
+            kinds = ", ".join(sorted({type(leaf).__name__ for leaf in fixed}))
+            raise SettingError(f"an argument is neither a tensor nor a value that can be hashed: {kinds}") from None
+        if run is None:
             if isinstance(cache, Cache):
                 check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
-            self._compiled[key] = compiled(self.fn, self.donate, structure, moving, fixed)
-        results, length = self._compiled[key](tensors)
+            run = compiled(self.fn, self.donate, structure, moving, fixed)
+        results, length = run(tensors)
+        self._compiled[key] = run
         if not isinstance(cache, Cache):
             return results
-        new = continued(cache, length)
-        return pytree.tree_map(lambda leaf: new if leaf is CACHE else leaf, results)
+        new, written = continued(cache, length), {x.untyped_storage().data_ptr() for x in buffers(cache)}
+
+        def own(leaf: Any) -> Any:
+            """A result as a value: the continuation in its place, a copy of what is written later."""
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in written:
+                return leaf.clone()
+            return new if isinstance(leaf, str) and leaf == CACHE else leaf
+
+        return pytree.tree_map(own, results)
 
 
 def compiled(fn, donate: str | None, structure, moving: tuple[bool, ...], fixed: tuple) -> Callable:
@@ -109,8 +136,8 @@ def compiled(fn, donate: str | None, structure, moving: tuple[bool, ...], fixed:
             return fn(**given), ()
         results = fn(**given, **{donate: cache})
         new = continuation(results)
-        for old, after in zip((*cache.k, *cache.v), (*new.k, *new.v), strict=True):
-            old.copy_(after)  # compiled, this writes the new slots and nothing else
+        for old, after in zip(buffers(cache), buffers(new), strict=True):
+            old.copy_(after)  # inductor leaves nothing of it but the writing of the new slots
         return pytree.tree_map(lambda x: CACHE if x is new else x, results, is_leaf=lambda x: x is new), new.length
 
     # torch keeps a few compiled versions of each code object, and this has one object a version
@@ -126,16 +153,21 @@ def continuation(results: Any) -> Cache:
     return found[0]
 
 
-def dense(x: Tensor) -> Tensor:
-    """A slice of one axis as a tensor of its own, so that it does not matter where it was cut from."""
+def plain(x: Tensor) -> Tensor:
+    """A tensor without a gradient; a slice of one axis is made dense: where it was cut from must not matter."""
+    x = x.detach() if x.requires_grad or type(x) is not Tensor else x
     return x.clone(memory_format=torch.contiguous_format) if x.dim() == 1 and x.stride() != (1,) else x
+
+
+def buffers(cache: Cache) -> tuple[Tensor, ...]:
+    return (*cache.k, *cache.v)
 
 
 def check_appends(cache: Cache, new: Cache) -> None:
     """Raise SettingError where a continuation differs from the cache in what a handle on it sees."""
     seen = torch.arange(cache.slots, device=cache.length.device) < rearrange(cache.length, "b -> b 1")
-    for old, after in zip((*cache.k, *cache.v), (*new.k, *new.v), strict=True):
-        if old.shape != after.shape or not torch.equal(old[seen], after[seen]):
+    for old, after in zip(buffers(cache), buffers(new), strict=True):
+        if old.shape != after.shape or not torch.allclose(old[seen], after[seen], rtol=0, atol=0, equal_nan=True):
             raise SettingError("the function changes a donated cache before its length: it may append to it alone")
     if (new.length < cache.length).any():
         raise SettingError("the function makes a donated cache shorter: it may append to it alone")
@@ -152,16 +184,11 @@ def bucket(slots: int) -> int:
 def writable(cache: Cache) -> Cache:
     """The cache on buffers of which no living handle sees the slots behind its length: its own, or copies."""
     handles = _lineages.get(cache.k[0]) or []
-    handles[:] = [handle for handle in handles if handle.first() is not None]
-    if handles:
-        last = handles[-1]
-        alone = len(handles) == 1 or not last.rewound
-        if alone and last.first() is cache.k[0] and last.length() is cache.length:
-            return cache
+    handles[:] = [handle for handle in handles if handle.alive()]
+    if handles and handles[-1].of(cache) and (len(handles) == 1 or not handles[-1].rewound):
+        return cache
     room = bucket(cache.slots) - cache.slots
     k, v = (tuple(F.pad(x, (0, 0, 0, 0, 0, room)).contiguous() for x in side) for side in (cache.k, cache.v))
-    if not room:
-        k, v = (tuple(x.clone() for x in side) for side in (k, v))
     _lineages[k[0]] = []
     return Cache(k, v, cache.length)
 
@@ -177,16 +204,14 @@ def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
 
     Compiled code goes on from it without a copy if no other handle on its buffers is alive: a loop keeps one.
     """
-    handles = _lineages.get(cache.k[0])
-    if handles is None:
-        return cache._replace(length=length)
-    place = next(i for i, handle in enumerate(handles) if handle.first() is cache.k[0])
-    return registered(cache, length, handles, place, rewound=True)
+    handles = [] if torch.compiler.is_compiling() else _lineages.get(cache.k[0]) or []
+    places = [i for i, handle in enumerate(handles) if handle.of(cache)]
+    return registered(cache, length, handles, places[0], rewound=True) if places else cache._replace(length=length)
 
 
 def registered(cache: Cache, length: Tensor, handles: list[Handle], place: int, rewound: bool) -> Cache:
     """A handle of its own on the buffers of a cache, at a place among the others."""
-    first = cache.k[0].detach()  # the same memory
-    _lineages[first] = handles
-    handles.insert(place, Handle(ref(first), ref(length), rewound))
-    return Cache((first, *cache.k[1:]), cache.v, length)
+    k, v = (tuple(x.detach() for x in side) for side in (cache.k, cache.v))  # new objects on the same memory
+    _lineages[k[0]] = handles
+    handles.insert(place, Handle(tuple(ref(x) for x in (*k, *v)), ref(length), rewound))
+    return Cache(k, v, length)

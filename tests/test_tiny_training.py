@@ -168,9 +168,12 @@ def toy(params, rows):
 def one_of_two(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     rows = SHARES if rank == 0 else SHARES.flip(1)
-    for until in (0, 0, float("inf")):  # stopped twice, gone on with
-        fit.fit("toy", {"x": torch.ones(3)}, toy, lambda n: iter(rows[n:]), TOY, Path(folder), until)
+    ends = []
+    for until in (0, 0, float("inf")):  # stopped twice, when the time of one of them is up; gone on with
+        late = until if rank else float("inf")
+        ends.append(fit.fit("toy", {"x": torch.ones(3)}, toy, lambda n: iter(rows[n:]), TOY, Path(folder), late))
         torch.distributed.barrier()
+    assert ends == [False, False, True]
     torch.distributed.destroy_process_group()
 
 

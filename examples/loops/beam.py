@@ -1,17 +1,17 @@
-"""Beam search: the most likely of many continuations, their caches reordered as beams live and die.
-
-python examples/loops/beam.py examples/images/scene.png "caption en"
-"""
+"""Beam search, by the mean log-probability of a token: `python examples/loops/beam.py IMAGE PREFIX`."""
 
 import sys
 
 import torch
 
 import pgfunc as pg
+from pgfunc.prompt import tokenizer_of
+
+step = pg.jit(pg.decode, donate="cache")
 
 
 def beam(model: pg.Model, image, prefix: str, width: int = 4, tokens: int = 64) -> str:
-    eos, step = model.cfg.eos, pg.jit(pg.decode, donate="cache")
+    eos = model.cfg.eos
     with torch.no_grad():
         logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, tokens)
     total, ids = logits.log_softmax(-1)[0].topk(width)
@@ -31,8 +31,8 @@ def beam(model: pg.Model, image, prefix: str, width: int = 4, tokens: int = 64) 
         cache = pg.tree.map(lambda x, rows=rows: x[rows], cache)
         said = torch.cat([said[rows], ids[:, None]], 1)
     done += [(score / said.shape[1], row) for score, row in zip(total.tolist(), said.tolist(), strict=True)]
-    return pg.tokenizer.decode(model.tokenizer, max(done)[1])
+    return pg.tokenizer.decode(tokenizer_of(model), [id for id in max(done)[1] if id != eos])
 
 
 if __name__ == "__main__":
-    print(beam(pg.load(), *sys.argv[1:]))
+    print(beam(pg.load(), sys.argv[1], sys.argv[2]))

@@ -1,7 +1,4 @@
-"""Several samples of one prompt, which share its prefill, and the one that the model finds most likely.
-
-python examples/loops/best_of_n.py examples/images/scene.png "caption en"
-"""
+"""Samples on one prefix, and the most likely of them: `python examples/loops/best_of_n.py IMAGE PREFIX`."""
 
 import sys
 
@@ -9,15 +6,19 @@ import torch
 
 import pgfunc as pg
 from pgfunc.generate import logprob, uniform
+from pgfunc.prompt import tokenizer_of
+
+
+def advance(params, token, cache, cfg, temperature, u):
+    logits, cache = pg.decode(params, token, cache, cfg)
+    token = pg.sample.draw(logits / temperature, u)
+    return token, logprob(logits, token), cache
+
+
+step = pg.jit(advance, donate="cache")
 
 
 def best_of_n(model: pg.Model, image, prefix: str, n: int = 8, tokens: int = 64, temperature: float = 0.7) -> str:
-    def advance(params, token, cache, u):
-        logits, cache = pg.decode(params, token, cache, model.cfg)
-        token = pg.sample.draw(logits / temperature, u)
-        return token, logprob(logits, token), cache
-
-    step = pg.jit(advance, donate="cache")
     with torch.no_grad():
         logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, tokens)
     logits, cache = pg.tree.map(lambda x: x.repeat_interleave(n, 0), (logits, cache))  # n rows of one prefix
@@ -27,12 +28,12 @@ def best_of_n(model: pg.Model, image, prefix: str, n: int = 8, tokens: int = 64,
     for numbers in u[1:]:
         if not open_.any():
             break
-        token, likely, cache = step(model.params, token, cache, numbers)
+        token, likely, cache = step(model.params, token, cache, model.cfg, temperature, numbers)
         said.append(torch.where(open_, token, model.cfg.eos))
         total, open_ = total + likely * open_, open_ & (token != model.cfg.eos)
     best = torch.stack(said, 1)[total.argmax()].tolist()
-    return pg.tokenizer.decode(model.tokenizer, [id for id in best if id != model.cfg.eos])
+    return pg.tokenizer.decode(tokenizer_of(model), [id for id in best if id != model.cfg.eos])
 
 
 if __name__ == "__main__":
-    print(best_of_n(pg.load(), *sys.argv[1:]))
+    print(best_of_n(pg.load(), sys.argv[1], sys.argv[2]))

@@ -1,13 +1,13 @@
-"""Greedy decoding with drafts from the prompt and from what was said (prompt lookup): several tokens a step.
-
-python examples/loops/speculative.py examples/images/cars.png "detect car ; turkey"
-"""
+"""Greedy, with drafts from what was said (prompt lookup): `python examples/loops/speculative.py IMAGE PREFIX`."""
 
 import sys
 
 import torch
 
 import pgfunc as pg
+from pgfunc.prompt import tokenizer_of
+
+step = pg.jit(pg.extend, donate="cache")
 
 
 def draft(history: list[int], ahead: int) -> list[int]:
@@ -18,10 +18,10 @@ def draft(history: list[int], ahead: int) -> list[int]:
 
 
 def speculative(model: pg.Model, image, prefix: str, tokens: int = 64, ahead: int = 4) -> tuple[str, int]:
-    step, prompt = pg.jit(pg.extend, donate="cache"), pg.prepare(model, image, prefix)
+    prompt = pg.prepare(model, image, prefix)
     with torch.no_grad():
         logits, cache = pg.prefill(model.params, prompt, model.cfg, tokens + ahead)
-    known, said, steps = prompt.tokens[0].tolist(), [logits.argmax(-1).item()], 0
+    known, said, steps = prompt.tokens[0].tolist(), [int(logits.argmax())], 0
     while said[-1] != model.cfg.eos and len(said) < tokens:
         guess = draft(known + said, ahead)
         given = torch.tensor([[said[-1], *guess]], device=logits.device)
@@ -31,8 +31,8 @@ def speculative(model: pg.Model, image, prefix: str, tokens: int = 64, ahead: in
         cache, longer = pg.rewind(longer, cache.length + count), None  # the slots of wrong guesses are written again
         said, steps = said + right[:count], steps + 1
     end = said.index(model.cfg.eos) if model.cfg.eos in said else tokens
-    return pg.tokenizer.decode(model.tokenizer, said[:end][:tokens]), steps
+    return pg.tokenizer.decode(tokenizer_of(model), said[:end][:tokens]), steps
 
 
 if __name__ == "__main__":
-    print(*speculative(pg.load(), *sys.argv[1:]), sep=" | steps: ")
+    print(*speculative(pg.load(), sys.argv[1], sys.argv[2]), sep=" | steps: ")

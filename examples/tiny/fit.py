@@ -29,7 +29,8 @@ def fit(
     """Train from where the folder's file ends, to the end of the plan or to the time `until`; True when done.
 
     `batches(n)` are the batches from number n on. `folder/stage.safetensors` then holds the parameters alone. Processes
-    of one torch.distributed group each bring their own share of every batch; the first of them writes.
+    of one torch.distributed group each bring their own share of every batch; the first of them writes, and the figures
+    that it notes are those of its share.
     """
     going, settings = folder / f"{stage}.going.safetensors", optim.Settings(beta2=0.98, weight_decay=plan.weight_decay)
     params, state = resume(going, params)

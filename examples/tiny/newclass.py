@@ -1,7 +1,7 @@
 """A new class for the shipped checkpoint: pictures to fine-tune it on, and how well it then knows the class.
 
     python -m examples.tiny.newclass make                               # writes examples/helicopters, from runs/tiny
-    pgfunc train examples/helicopters/train.jsonl --out helicopters     # fine-tunes
+    pgfunc train examples/helicopters/train.jsonl --out helicopters --epochs 8      # fine-tunes
     python -m examples.tiny.newclass check helicopters                  # before and after
 
 Of 200 pictures, 140 have a helicopter, drawn in three ways, among things that the checkpoint knows; 60 have none, so
@@ -45,7 +45,7 @@ def lines(example: heldout.Example, image: str) -> Iterator[dict[str, str]]:
         "prefix": "caption en",
         "suffix": next(row.suffix for row in example.rows if row.task == "caption"),
     }
-    for labels in ([NAME], names):
+    for labels in dict.fromkeys(((NAME,), tuple(names))):
         boxes = [Detection(thing.name, thing.box) for label in labels for thing in things if thing.name == label]
         suffix = detect.render(boxes, side, side)
         yield {"image": image, "prefix": f"detect {' ; '.join(labels)}", "suffix": suffix}

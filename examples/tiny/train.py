@@ -223,10 +223,15 @@ def main() -> None:
             parser.error("torchrun divides the stage `speak` alone: run the others by themselves")
         join()
     at = job(args)
+    if at.recipe.plans["speak"].scenes % at.processes:
+        parser.error(f"{at.processes} processes cannot share {at.recipe.plans['speak'].scenes} scenes evenly")
     for stage in args.stages:
         if not (args.run / f"{stage}.safetensors").exists() and not TRAIN[stage](at):
-            print(f"{stage}: time is up; the same command goes on")
+            if fit.writes():
+                print(f"{stage}: time is up; the same command goes on")
             break
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -50,9 +50,10 @@ def addresses(cache: pg.Cache) -> list[int]:
 
 # --- the meaning ------------------------------------------------------------------------------------------------------
 
-# what to do with one of the handles that are alive: continue it by a token and keep or forget it, or go back from it
+# what to do with one of the handles that are alive: continue it by a token and keep or forget it, go back from it,
+# drop it, or edit it
 moves = st.lists(
-    st.tuples(st.integers(0, 99), st.integers(0, 63), st.sampled_from(["keep", "forget", "rewind"])),
+    st.tuples(st.integers(0, 99), st.integers(0, 63), st.sampled_from(["keep", "forget", "rewind", "drop", "edit"])),
     min_size=1, max_size=14,
 )  # fmt: skip
 
@@ -70,6 +71,14 @@ def test_every_handle_continues_as_its_own_past_says_whatever_was_appended_since
         if then == "rewind":
             length = torch.maximum(mine.length - token % 4, start.length)
             alive[which % len(alive)] = pg.rewind(mine, length), pure._replace(length=length)
+            continue
+        if then == "drop":
+            alive = [pair for i, pair in enumerate(alive) if i != which % len(alive) or len(alive) == 1]
+            del mine, pure
+            continue
+        if then == "edit":
+            changed = (cache._replace(k=tuple(2 * x for x in cache.k)) for cache in (mine, pure))
+            alive[which % len(alive)] = tuple(changed)
             continue
         tokens = torch.tensor([token, 63 - token])
         logits, mine = step(weights, tokens, mine, cfg)
@@ -119,6 +128,31 @@ def test_results_of_any_structure_come_back_with_the_continuation_in_its_place(c
     assert torch.equal(found["best"][0], expected["best"][0])
     assert found["nothing"] == ()
     assert torch.equal(found["cache"].length, expected["cache"].length)
+
+
+def test_other_results_do_not_change_when_the_loop_goes_on(cfg, weights):
+    def seen(token, cache):
+        logits, cache = pg.decode(weights, token, cache, cfg)
+        return logits, cache.k[0], cache.v[1][:, :3], cache
+
+    step = pg.jit(seen, donate="cache")
+    logits, keys, values, cache = step(torch.tensor([1]), filled(weights, cfg, [3]))
+    before = [x.clone() for x in (logits, keys, values)]
+    step(torch.tensor([2]), cache)
+    assert all(torch.equal(one, other) for one, other in zip((logits, keys, values), before, strict=True))
+
+
+def test_a_cache_of_two_handles_is_copied(step, cfg, weights):
+    start = filled(weights, cfg, [3])
+    one, two = (step(weights, torch.tensor([token]), start, cfg)[1] for token in (1, 2))
+    kept = [x.clone() for x in two.v]
+    step(weights, torch.tensor([3]), one._replace(v=two.v), cfg)
+    assert all(torch.equal(x, y) for x, y in zip(two.v, kept, strict=True))
+
+
+def test_numbers_are_told_apart_by_their_type():
+    scaled = pg.jit(lambda x, by: x * by)
+    assert [scaled(torch.tensor([3]), by).dtype for by in (2, 2.0)] == [torch.int64, torch.float32]
 
 
 def test_without_donation_a_function_is_compiled_and_its_arguments_stay_what_they_are(cfg, weights):
@@ -207,6 +241,10 @@ def test_mistakes_are_named(cfg, weights):
         pg.jit(pg.decode, donate="kv")
     with pytest.raises(SettingError, match="token is a Tensor, expected a Cache"):
         pg.jit(pg.decode, donate="token")(weights, token, cache, cfg)
+    with pytest.raises(SettingError, match="without a name of their own"):
+        pg.jit(lambda *tokens: tokens)
+    with pytest.raises(SettingError, match="neither a tensor nor a value that can be hashed: ndarray"):
+        pg.jit(lambda x: x)(token.numpy())
     for wrong, said in {
         (lambda cache: cache.length): "returns 0 caches, expected one",
         (lambda cache: (cache, cache._replace(length=cache.length + 1))): "returns 2 caches, expected one",

@@ -27,10 +27,6 @@ def expected(model, picture) -> str:
     return done.text
 
 
-def likely(model, picture, text: str) -> float:
-    return float(pg.score(model, picture, "what", [text])[0, 0])
-
-
 def test_greedy(model, picture, expected):
     assert greedy.greedy(model, picture, "what", TOKENS) == expected
 
@@ -38,15 +34,11 @@ def test_greedy(model, picture, expected):
 def test_speculation_changes_the_number_of_steps_alone(model, picture, expected):
     text, steps = speculative.speculative(model, picture, "what", TOKENS)
     assert text == expected
-    assert steps < TOKENS
+    assert steps < TOKENS - 1, "of those after the first token, some came together"
 
 
-def test_a_beam_of_one_is_greedy_and_a_wider_one_finds_what_is_at_least_as_likely(model, picture, expected):
+def test_a_beam_of_one_is_greedy(model, picture, expected):
     assert beam.beam(model, picture, "what", 1, TOKENS) == expected
-    (done,) = pg.generate(model, picture, "what", max_new_tokens=TOKENS)
-    wide = beam.beam(model, picture, "what", 4, TOKENS)
-    if done.finish == "eos":
-        assert likely(model, picture, wide) >= likely(model, picture, expected) - 1e-4
 
 
 def test_samples_at_next_to_no_temperature_are_greedy(model, picture, expected):

@@ -46,9 +46,8 @@ class Handle(NamedTuple):
         )
 
 
-_lineages: "WeakTensorKeyDictionary" = (
-    WeakTensorKeyDictionary()
-)  # first buffer -> handles on it: none sees more than the next
+# the first buffer of each handle -> all handles on its memory, of which none sees more than the next
+_lineages: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
 def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
@@ -98,7 +97,7 @@ class Jitted(Generic[P, R]):
         leaves, structure = pytree.tree_flatten((given, cache))
         moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         fixed = tuple(leaf for leaf, moves in zip(leaves, moving, strict=True) if not moves)
-        tensors = [plain(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [as_input(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
         key = structure, moving, fixed, tuple(map(type, fixed)), shapes  # 2 == 2.0 == True
         try:
@@ -153,7 +152,7 @@ def continuation(results: Any) -> Cache:
     return found[0]
 
 
-def plain(x: Tensor) -> Tensor:
+def as_input(x: Tensor) -> Tensor:
     """A tensor without a gradient; a slice of one axis is made dense: where it was cut from must not matter."""
     x = x.detach() if x.requires_grad or type(x) is not Tensor else x
     return x.clone(memory_format=torch.contiguous_format) if x.dim() == 1 and x.stride() != (1,) else x

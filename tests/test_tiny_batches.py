@@ -1,8 +1,12 @@
 """The tiny checkpoint's batches: what training reads is what inference writes, token by token."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pgfunc as pg
 from examples.tiny import batches, masks, recipe, render, scenes, shapes, sprites, texts, tokenizer, world
@@ -32,7 +36,7 @@ def stream(vocab, written: str, size: int = 6, prompts: int = 4, start: int = 0)
 def rows_of(count: int = 120) -> list[tuple[scenes.Scene, texts.Row]]:
     rng = np.random.default_rng(1)
     drawn = [scenes.draw(CAT, "train", index) for index in range(count)]
-    return [(scene, row) for scene in drawn for row in texts.rows(scene, CAT, 4, rng)]
+    return [(scene, row) for scene in drawn for row in islice(texts.rows(scene, CAT, rng), 4)]
 
 
 def equal(a, b) -> bool:
@@ -73,6 +77,8 @@ def test_the_words_of_every_class_and_prompt_are_one_token_each():
 def test_a_template_is_the_prompt_of_its_text_once_its_blanks_are_filled(vocab, model):
     generator = np.random.default_rng(0)
     for _, row in rows_of():
+        if row.task in batches.SPELLED:
+            continue
         places = [generator.integers(0, 1024, 4).tolist() for _ in range(4)]
         codes = [generator.integers(0, 128, 16).tolist() for _ in range(4)]
         prefix, suffix = written(row, places, codes)
@@ -100,6 +106,14 @@ def written(row: texts.Row, places: list[list[int]], codes: list[list[int]]) -> 
         return out
 
     return fill(row.prefix), fill(row.suffix)
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=26))
+def test_what_is_read_is_learned_letter_by_letter(vocab, text):
+    _, suffix = batches.template(vocab, texts.Row("ocr", "ocr", text))
+    assert len(suffix) == len(text) + 1
+    assert suffix[-1] == vocab.eos
+    assert pg.tokenizer.decode(vocab.tokenizer, suffix[:-1]) == text
 
 
 def test_a_blank_names_its_thing_and_the_place_of_the_number(vocab):

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -279,7 +280,7 @@ def test_a_part_of_a_scene_has_some_of_its_things_and_is_never_empty():
 @given(places, seeds, st.sampled_from(list(scenes.SPLITS)))
 def test_blanks_and_the_things_they_belong_to_are_equally_many(index, seed, split):
     at = scenes.draw(CAT, split, index)
-    for row in texts.rows(at, CAT, 6, np.random.default_rng(seed)):
+    for row in islice(texts.rows(at, CAT, np.random.default_rng(seed)), 6):
         assert blanks(row.prefix + row.suffix) == len(row.things)
         assert all(0 <= i < len(at.things) for i in row.things)
         codes = 16 * len(row.things) if row.task == "segment" else 0
@@ -289,7 +290,8 @@ def test_blanks_and_the_things_they_belong_to_are_equally_many(index, seed, spli
 @given(places, seeds)
 def test_no_text_of_a_training_scene_speaks_of_a_held_out_colour_of_a_shape(index, seed):
     at = scenes.draw(CAT, "train", index)
-    said = " | ".join(row.prefix + " " + row.suffix for row in texts.rows(at, CAT, 8, np.random.default_rng(seed)))
+    rows = islice(texts.rows(at, CAT, np.random.default_rng(seed)), 8)
+    said = " | ".join(row.prefix + " " + row.suffix for row in rows)
     for colour, shape in CAT.coloured:
         assert not re.search(rf"\b{colour} {shape}\b", said)
         assert not re.search(rf"\b{texts.plural(f'{colour} {shape}')}\b", said)
@@ -300,14 +302,20 @@ def test_tasks_come_in_the_shares_of_the_mix():
     rng, made = np.random.default_rng(0), Counter()
     for index in range(1200):
         at = scenes.draw(CAT, "train", index)
-        if at.things and at.sign:
-            made.update(row.task for row in texts.rows(at, CAT, 8, rng))
+        for _ in range(8 if at.things and at.sign else 0):
+            made[next(texts.rows(at, CAT, rng)).task] += 1
     groups = {"region": "detect"} | dict.fromkeys(texts.QUESTIONS, "question")
     found = Counter()
     for task, count in made.items():
         found[groups.get(task, task)] += count
     for task, share in texts.MIX.items():
         assert found[task] / found.total() == pytest.approx(share, abs=0.03)  # 3 sigma of 2,400 rows
+
+
+@given(places, seeds)
+def test_no_two_prompts_of_a_scene_are_alike(index, seed):
+    asked = list(islice(texts.rows(scenes.draw(CAT, "train", index), CAT, np.random.default_rng(seed)), 6))
+    assert len({(row.prefix, row.things) for row in asked}) == 6
 
 
 # --- what is asked of held-out scenes ---------------------------------------------------------------------------------

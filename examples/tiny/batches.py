@@ -5,6 +5,7 @@ codes of its mask.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from pgfunc.tokenizer import Tokenizer
 
 BLANK = 1 << 16
 NUMBERS = 20  # of a thing: 4 places and 16 codes
+SPELLED = ("ocr", "sign")  # answered letter by letter: a token of several letters is guessed from words, not read
 
 
 class Texts(NamedTuple):
@@ -56,8 +58,14 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 def template(vocab: Vocabulary, row: texts.Row) -> tuple[list[int], list[int]]:
     """The ids of prefix and suffix, with blanks."""
     owners = iter(row.things)
-    prefix, suffix = (_blanked(vocab, text, owners) for text in (row.prefix, row.suffix))
+    prefix = _blanked(vocab, row.prefix, owners)
+    suffix = _spelled(vocab, row.suffix) if row.task in SPELLED else _blanked(vocab, row.suffix, owners)
     return [vocab.bos, *prefix, vocab.tokenizer.newline], [*suffix, vocab.eos]
+
+
+def _spelled(vocab: Vocabulary, text: str) -> list[int]:
+    """One token a letter."""
+    return [id for letter in text for id in pg.tokenizer.encode(vocab.tokenizer, letter)]
 
 
 def _blanked(vocab: Vocabulary, text: str, owners: Iterator[int]) -> list[int]:
@@ -127,17 +135,13 @@ class Stream(Dataset):
         return Batch(layout, pack([], [], self.width))
 
     def asked(self, drawn: Sequence[Scene], first: int) -> Texts:
-        """As many prompts of each scene as asked for, from the mix; those that are too long are drawn again."""
-        pairs, owners = [], []
+        """As many prompts of each scene as asked for, from the mix; none that is too long."""
+        pairs = []
         for i, scene in enumerate(drawn):
             rng = np.random.default_rng((99, first + i))
-            while len(pairs) < (i + 1) * self.prompts:
-                (row,) = texts.rows(scene, self.cat, 1, rng)
-                pair = template(self.vocab, row)
-                if len(pair[0]) + len(pair[1]) <= self.width:
-                    pairs.append(pair)
-                    owners.append(i)
-        return pack(pairs, owners, self.width)
+            made = (template(self.vocab, row) for row in texts.rows(scene, self.cat, rng))
+            pairs += islice((pair for pair in made if sum(map(len, pair)) <= self.width), self.prompts)
+        return pack(pairs, np.repeat(range(len(drawn)), self.prompts).tolist(), self.width)
 
     def described(self, drawn: Sequence[Scene], first: int) -> Texts:
         """What the text encoder reads of each scene: of two fifths it may be a part alone."""

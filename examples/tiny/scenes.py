@@ -26,7 +26,7 @@ SIZES = {0: (0, 0), 1: (0.3, 0.8), 2: (0.28, 0.58), 3: (0.25, 0.48), 4: (0.22, 0
 CROWDS = (0.06, 0.25, 0.31, 0.22, 0.16)  # the shares of scenes with 0 to 4 things
 SMALLEST = 0.16
 GREY = np.array([[0.299, 0.587, 0.114]] * 3)  # a colour -> its luma
-SIGNED = 0.45  # of scenes with things
+SIGNED = 0.6  # of scenes with things
 OVERLAP = 0.15  # of the smaller one's box, that two things may share
 
 

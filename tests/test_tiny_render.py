@@ -17,14 +17,17 @@ SQUARE = FIRST_SHAPE + list(shapes.OUTLINES).index("square")
 SIDE = 224
 
 
-def placed(texture: int, centre=(0.5, 0.5), axes=(0.5, 0.5), turn: float = 0.0, tint=(1.0, 1.0, 1.0)) -> Thing:
-    """A thing by hand: `theta` is the inverse of scaling, turning and moving a texture."""
+def placed(
+    texture: int, centre=(0.5, 0.5), axes=(0.5, 0.5), turn: float = 0.0, tint=(1.0, 1.0, 1.0), off=(0.0, 0.0)
+) -> Thing:
+    """A thing by hand: `theta` is the inverse of scaling, turning and moving a texture, which is read `off` there."""
     cos, sin = np.cos(turn), np.sin(turn)
     ahead = np.array([[cos, -sin], [sin, cos]]) * axes
     back = np.linalg.inv(ahead)
     theta = np.concatenate([back, -back @ (2 * np.asarray(centre) - 1)[:, None]], 1).astype(np.float32)
     reach = np.abs(ahead) @ CAT.extent[texture] / 2
-    return Thing("", "", texture, tuple(centre), tuple(reach), theta, np.diag(tint).astype(np.float32))
+    warp = np.broadcast_to(np.array(off, np.float32)[:, None, None], (2, scenes.KNOTS, scenes.KNOTS))
+    return Thing("", "", texture, tuple(centre), tuple(reach), theta, warp, np.diag(tint).astype(np.float32))
 
 
 def painted(*things: Thing, sign: Sign | None = None, ground: Background = FLAT, side: int = SIDE) -> render.Rendered:
@@ -50,6 +53,15 @@ def box_of(mask: np.ndarray) -> tuple[float, ...]:
 def test_a_texture_put_where_it_is_comes_out_as_it_is(texture):
     found = render.things(BANK, render.layout([Scene((placed(texture, axes=(1, 1)),), None, FLAT)]), 128)[0, 0]
     torch.testing.assert_close(found, WORLD.textures[texture] / 255, atol=1e-5, rtol=0)  # bilinear weights, float32
+
+
+@given(st.floats(-0.2, 0.2), st.floats(-0.2, 0.2), st.floats(-1, 1), st.sampled_from([2, 5, SQUARE]))
+def test_a_warp_that_is_the_same_everywhere_moves_the_thing(x, y, turn, texture):
+    warped = placed(texture, axes=(0.5, 0.3), turn=turn, off=(x, y))
+    moved = placed(texture, axes=(0.5, 0.3), turn=turn)
+    moved.theta[:, 2] += (x, y)
+    one, other = (render.things(BANK, render.layout([Scene((each,), None, FLAT)]), SIDE) for each in (warped, moved))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=0)  # float32 places in a texture of 128 texels, steep edges
 
 
 @given(st.integers(-40, 40), st.integers(-40, 40), st.floats(-1, 1), st.sampled_from([2, 5, SQUARE]))
@@ -79,9 +91,11 @@ def test_things_are_seen_where_their_scene_says_and_nowhere_else(split):
         for j, thing in enumerate(scene.things):
             (x, y), (wide, tall) = thing.centre, thing.reach
             ymin, xmin, ymax, xmax = boxes[i, j].tolist()
-            slack = 1.01 / SIDE  # a pixel counts where its centre is covered
-            assert y - tall - slack <= ymin < ymax <= y + tall + slack
-            assert x - wide - slack <= xmin < xmax <= x + wide + slack
+            # a pixel counts where its centre is covered; between its knots a cubic goes a little beyond them
+            warped = np.abs(np.linalg.inv(thing.theta[:, :2])) @ np.abs(thing.warp).max((1, 2)) / 2
+            across, down = 1.01 / SIDE + 1.3 * warped
+            assert y - tall - down <= ymin < ymax <= y + tall + down
+            assert x - wide - across <= xmin < xmax <= x + wide + across
         assert not boxes[i, len(scene.things) :].any()
 
 

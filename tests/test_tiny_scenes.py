@@ -58,7 +58,7 @@ def fingerprint() -> str:
     for split in SPLITS:
         for index in (0, 1, 2**33):
             scene = scenes.draw(CAT, split, index)
-            numbers = [*(thing.theta for thing in scene.things), *(thing.tint for thing in scene.things)]
+            numbers = [array for thing in scene.things for array in (thing.theta, thing.warp, thing.tint)]
             for array in (*numbers, *scene.background[:3], *(scene.sign[1:] if scene.sign else ())):
                 digest.update(np.ascontiguousarray(array).tobytes())
             digest.update(repr((names(scene), scene.sign and scene.sign.text)).encode())
@@ -179,7 +179,7 @@ def test_theta_takes_the_centre_of_the_picture_of_a_thing_to_the_centre_of_its_t
 
 
 @given(places, st.sampled_from(["train", "S0"]))
-def test_shapes_are_turned_no_further_than_their_name_bears_and_only_sprites_of_training_lean(index, split):
+def test_shapes_are_turned_no_further_than_their_name_bears_and_only_sprites_of_training_lean_or_warp(index, split):
     for thing in scenes.draw(CAT, split, index).things:
         right, down = forward(thing).T
         mirrored = np.cross([*right, 0], [*down, 0])[2] < 0
@@ -191,12 +191,18 @@ def test_shapes_are_turned_no_further_than_their_name_bears_and_only_sprites_of_
         limit = shapes.TILT[thing.name.split(" ")[1]] if thing.colour else 25 if varied else 20
         assert abs(turn) <= limit + 1e-3
         assert lean < (0.6 if varied else 1e-6)  # 5 sigma
+        assert thing.warp.any() == varied
 
 
 def test_in_training_sprites_do_lean():
     leans = [right @ down for index in range(100) for thing in scenes.draw(CAT, "train", index).things
              if not thing.colour for right, down in [forward(thing).T]]  # fmt: skip
     assert np.mean(np.abs(leans) > 1e-4) > 0.8
+
+
+def test_in_training_sprites_are_warped_by_a_few_hundredths_of_their_size():
+    things = [thing for index in range(100) for thing in scenes.draw(CAT, "train", index).things if not thing.colour]
+    assert np.std([thing.warp for thing in things]) == pytest.approx(scenes.WARP, rel=0.05)
 
 
 def test_crowds_come_in_the_stated_shares_and_no_scene_is_empty():

@@ -21,7 +21,8 @@ places, seeds = st.integers(0, 2**40), st.integers(0, 2**32)
 
 def thing(name: str, x: float, y: float) -> Thing:
     colour = name.split(" ")[0] if name.split(" ")[-1] in shapes.OUTLINES else ""
-    return Thing(name, colour, 0, (x, y), (0.1, 0.1), np.eye(2, 3, dtype=np.float32), np.eye(3, dtype=np.float32))
+    theta, tint = np.eye(2, 3, dtype=np.float32), np.eye(3, dtype=np.float32)
+    return Thing(name, colour, 0, (x, y), (0.1, 0.1), theta, np.zeros((2, 5, 5), np.float32), tint)
 
 
 def scene(*things: tuple[str, float, float]) -> Scene:

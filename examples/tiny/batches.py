@@ -5,6 +5,7 @@ codes of its mask.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -65,13 +66,19 @@ def template(vocab: Vocabulary, row: texts.Row) -> tuple[list[int], list[int]]:
 
 def _spelled(vocab: Vocabulary, text: str) -> list[int]:
     """One token a letter."""
-    return [id for letter in text for id in pg.tokenizer.encode(vocab.tokenizer, letter)]
+    return [id for letter in text for id in _ids(vocab.tokenizer, letter)]
+
+
+@lru_cache(1 << 14)
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Letters and questions come again and again."""
+    return pg.tokenizer.encode(tokenizer, text)
 
 
 def _blanked(vocab: Vocabulary, text: str, owners: Iterator[int]) -> list[int]:
     """The ids of a text; every fourth place begins the box of the next owner."""
     found, thing, place, code = [], 0, 0, 0
-    for id in pg.tokenizer.encode(vocab.tokenizer, text):
+    for id in _ids(vocab.tokenizer, text):
         if id == vocab.loc:
             thing = next(owners) if place % 4 == 0 else thing
             found.append(BLANK + NUMBERS * thing + place % 4)

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import compress
 from pathlib import Path
+from string import ascii_lowercase
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from examples.tiny.chance import pick, weighted
 
 HEIGHT, WIDTH = 60, 208  # pixels that hold any sign, on a picture of 224
 
@@ -38,9 +41,9 @@ def split(words: Iterable[str]) -> Words:
 
 def phrase(rng: np.random.Generator, known: Sequence[str]) -> str:
     """One to three items, each a word, a number or (rarely) letters at random; of one case."""
-    count = int(rng.choice(3, p=(0.5, 0.35, 0.15))) + 1
+    count = weighted(rng, (1, 2, 3), (0.5, 0.35, 0.15))
     items = [_item(rng, known) for _ in range(count)]
-    case = (str.lower, str.upper, str.title)[int(rng.integers(3))]
+    case = pick(rng, (str.lower, str.upper, str.title))
     return case(" ".join(items))
 
 
@@ -49,13 +52,15 @@ def _item(rng: np.random.Generator, known: Sequence[str]) -> str:
     if kind < 0.25:
         return str(int(rng.integers(10 ** int(rng.integers(1, 5)))))
     if kind < 0.4:
-        return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(3, 7))))
-    return known[int(rng.integers(len(known)))]
+        return "".join(pick(rng, ascii_lowercase) for _ in range(int(rng.integers(3, 7))))
+    return pick(rng, known)
 
 
 @cache
 def _font(path: Path | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.truetype(str(path), size) if path else ImageFont.load_default(size)
+    # Pillow's own layout: a fifth of the time of Raqm's, and the same whether that is installed or not
+    basic = ImageFont.Layout.BASIC
+    return ImageFont.truetype(str(path), size, layout_engine=basic) if path else ImageFont.load_default(size)
 
 
 def sign(text: str, rng: np.random.Generator, fonts: Sequence[Path]) -> UInt8[np.ndarray, "y x 4"]:
@@ -63,23 +68,22 @@ def sign(text: str, rng: np.random.Generator, fonts: Sequence[Path]) -> UInt8[np
 
     It is never larger than a sign may be.
     """
-    path = fonts[int(rng.integers(len(fonts)))] if fonts else None
+    path = pick(rng, fonts) if fonts else None
     size = int(rng.integers(16, 42))
     while True:
         left, top, right, bottom = _font(path, size).getbbox(text)
         margin = 3 + size // 6
         width, height = int(right - left) + 2 * margin, int(bottom - top) + 2 * margin
-        if width <= WIDTH and height <= HEIGHT:
+        room = min(WIDTH / width, HEIGHT / height)
+        if room >= 1:
             break
-        size -= 1
+        size = min(size - 1, round(size * room))
     paper, ink = _colours(rng)
     plate = Image.new("RGBA", (width, height))
     draw = ImageDraw.Draw(plate)
-    draw.rounded_rectangle((0, 0, plate.width - 1, plate.height - 1), int(rng.integers(0, 8)), fill=(*paper, 255))
+    draw.rounded_rectangle((0, 0, width - 1, height - 1), int(rng.integers(0, 8)), fill=(*paper, 255))
     draw.text((margin - left, margin - top), text, font=_font(path, size), fill=(*ink, 255))
-    drawn = np.asarray(plate).astype(np.uint16)
-    drawn[..., :3] = drawn[..., :3] * drawn[..., 3:] // 255
-    return drawn.astype(np.uint8)
+    return np.asarray(plate.convert("RGBa"))  # premultiplied
 
 
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:

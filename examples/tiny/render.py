@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from examples.tiny import plates
-from examples.tiny.scenes import Scene
+from examples.tiny.scenes import KNOTS, Scene
 
 THINGS = 4  # most in a scene
 
@@ -33,6 +33,7 @@ class Layout(NamedTuple):
 
     texture: Int[Tensor, "m"]
     theta: Float[Tensor, "m 2 3"]
+    warp: Float[Tensor, "m 2 k k"]
     tint: Float[Tensor, "m 3 3"]
     thing: Int[Tensor, "m"]  # which it is, counted through all scenes, each with room for four
     tones: UInt8[Tensor, "s 3 16 16"]
@@ -75,13 +76,14 @@ def layout(scenes: Sequence[Scene]) -> Layout:
     )
 
 
-def _placed(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Texture, theta and tint of each thing, and which it is of those that the scenes have room for."""
+def _placed(scenes: Sequence[Scene]) -> tuple[np.ndarray, ...]:
+    """Texture, theta, warp and tint of each thing, and which it is of those that the scenes have room for."""
     found = [(i * THINGS + j, thing) for i, scene in enumerate(scenes) for j, thing in enumerate(scene.things)]
     texture = np.array([thing.texture for _, thing in found], np.int64)
     theta = np.array([thing.theta for _, thing in found], np.float32).reshape(-1, 2, 3)
+    warp = np.array([thing.warp for _, thing in found], np.float32).reshape(-1, 2, KNOTS, KNOTS)
     tint = np.array([thing.tint for _, thing in found], np.float32).reshape(-1, 3, 3)
-    return texture, theta, tint, np.array([number for number, _ in found], np.int64)
+    return texture, theta, warp, tint, np.array([number for number, _ in found], np.int64)
 
 
 def _padded(signs: Sequence[np.ndarray]) -> UInt8[np.ndarray, "g h w 4"]:
@@ -119,6 +121,8 @@ def things(bank: Bank, where: Layout, side: int) -> Float[Tensor, "s k 4 y x"]:
     size = side * (a * d - b * c).abs().rsqrt()
     texture = torch.where(rearrange(size < 88, "m -> m 1 1 1"), bank.soft[where.texture], bank.textures[where.texture])
     grid = F.affine_grid(where.theta, [len(size), 4, side, side], align_corners=False)
+    off = F.grid_sample(where.warp, grid, mode="bicubic", padding_mode="border", align_corners=True)
+    grid = grid + rearrange(off, "m c y x -> m y x c")
     drawn = F.grid_sample(texture.to(dtype) / 255, grid.to(dtype), align_corners=False)
     colour, alpha = drawn[:, :3], drawn[:, 3:]
     colour = einsum(where.tint.to(dtype), colour, "m d c, m c y x -> m d y x")

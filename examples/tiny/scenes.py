@@ -18,16 +18,19 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from examples.tiny import plates, shapes
+from examples.tiny.chance import pick, weighted
 
 SPLITS = {"train": 0, "S0": 1, "S1": 2, "S2": 3, "S3": 4, "style": 5}
 SPRITES = {"train": "train", "S0": "train", "S1": "train", "S2": "unseen", "S3": "photo", "style": "style"}
 HELD_OUT = 0.12  # of the combinations
 SIZES = {0: (0, 0), 1: (0.3, 0.8), 2: (0.28, 0.58), 3: (0.25, 0.48), 4: (0.22, 0.42)}  # of the picture's side
 CROWDS = (0.06, 0.25, 0.31, 0.22, 0.16)  # the shares of scenes with 0 to 4 things
+GROUNDS = {"photo": 0.35, "noise": 0.25, "gradient": 0.2, "flat": 0.2}  # the shares of backgrounds
 SMALLEST = 0.16
 GREY = np.array([[0.299, 0.587, 0.114]] * 3)  # a colour -> its luma
 SIGNED = 0.6  # of scenes with things
 OVERLAP = 0.15  # of the smaller one's box, that two things may share
+KNOTS, WARP = 5, 0.05  # a warp's knots along each side of a texture, and how far one moves, of half that side
 
 
 class Catalog(NamedTuple):
@@ -50,6 +53,7 @@ class Thing(NamedTuple):
     centre: tuple[float, float]  # x, y as fractions of the picture
     reach: tuple[float, float]  # half the width and height of the box around it
     theta: Float[np.ndarray, "2 3"]  # picture -> texture, both from -1 to 1
+    warp: Float[np.ndarray, "2 k k"]  # how far off in x and y the texture is read, at knots over it, smooth between
     tint: Float[np.ndarray, "3 3"]  # the texture's red, green and blue -> the picture's
 
 
@@ -92,7 +96,7 @@ def draw(cat: Catalog, split: str, index: int, side: int = 224) -> Scene:
 
 
 def _attempt(cat: Catalog, split: str, side: int, rng: np.random.Generator) -> Scene:
-    crowd = int(rng.choice(5, p=CROWDS))
+    crowd = weighted(rng, range(5), CROWDS)
     if split == "S1":
         crowd = max(crowd, 2)
     sign = _sign(cat, rng, split, side) if crowd == 0 or rng.random() < SIGNED else None
@@ -112,7 +116,7 @@ def _names(cat: Catalog, split: str, count: int, rng: np.random.Generator) -> li
     names = _held_out_names(cat, split, rng) if split == "S1" else []
     while len(names) < count:
         again = names and split != "S1" and rng.random() < 0.15
-        name = str(rng.choice(names)) if again else _name(cat, split, rng)
+        name = pick(rng, names) if again else _name(cat, split, rng)
         if split == "S1" or allowed(cat, names, name):
             names.append(name)
     rng.shuffle(names)
@@ -122,10 +126,10 @@ def _names(cat: Catalog, split: str, count: int, rng: np.random.Generator) -> li
 def _name(cat: Catalog, split: str, rng: np.random.Generator) -> str:
     if split in ("train", "S0", "S1") and rng.random() < 0.3:
         colours, outlines = list(shapes.COLOURS), list(shapes.OUTLINES)
-        while (pair := (str(rng.choice(colours)), str(rng.choice(outlines)))) in cat.coloured:
+        while (pair := (pick(rng, colours), pick(rng, outlines))) in cat.coloured:
             pass
         return " ".join(pair)
-    return str(rng.choice(_classes(cat, split)))
+    return pick(rng, _classes(cat, split))
 
 
 def _classes(cat: Catalog, split: str) -> list[str]:
@@ -135,7 +139,7 @@ def _classes(cat: Catalog, split: str) -> list[str]:
 def _held_out_names(cat: Catalog, split: str, rng: np.random.Generator) -> list[str]:
     """A colour-shape combination and something beside it, or a pair of classes."""
     if rng.random() < 0.4:
-        pair = sorted(cat.coloured)[int(rng.integers(len(cat.coloured)))]
+        pair = pick(rng, sorted(cat.coloured))
         return [" ".join(pair)]
     known = _classes(cat, split)
     while True:
@@ -162,7 +166,7 @@ def _place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Gen
     sprite, varied = name in cat.names, name in cat.names and split == "train"
     colour, shape = ("", "") if sprite else name.split(" ")
     known = cat.sprites[SPRITES[split]][name] if sprite else [_plain(cat, shape)]
-    texture = known[int(rng.integers(len(known)))]
+    texture = pick(rng, known)
     tilt, stretch, lean = (25, 0.16, 0.12) if varied else (20 if sprite else shapes.TILT[shape], 0.08, 0.0)
     size = rng.uniform(*sizes)
     while size > SMALLEST:
@@ -171,8 +175,9 @@ def _place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Gen
         if centre := _free((across, down), boxes, rng):
             if sprite and rng.random() < 0.5:
                 forward = forward * [-1, 1]
+            warp = rng.normal(0, WARP if varied else 0, (2, KNOTS, KNOTS)).astype(np.float32)
             tint = _tint(colour, varied, rng)
-            return Thing(name, colour, texture, centre, (across, down), _theta(centre, forward), tint)
+            return Thing(name, colour, texture, centre, (across, down), _theta(centre, forward), warp, tint)
         size *= 0.88
     return None
 
@@ -200,8 +205,10 @@ def _plain(cat: Catalog, shape: str) -> int:
 
 def _theta(centre: tuple[float, float], forward: Float[np.ndarray, "2 2"]) -> Float[np.ndarray, "2 3"]:
     """The way back: from the picture to the texture of a thing that was mapped and put at a centre."""
-    back = np.linalg.inv(forward)
-    return np.column_stack([back, back @ (1 - 2 * np.array(centre))]).astype(np.float32)
+    (a, b), (c, d) = forward.tolist()
+    x, y, size = 1 - 2 * centre[0], 1 - 2 * centre[1], a * d - b * c  # a 2 x 2 inverse: numpy's takes longer to call
+    rows = (d, -b, d * x - b * y), (-c, a, a * y - c * x)
+    return np.array(rows, np.float32) / np.float32(size)
 
 
 def _tint(colour: str, varied: bool, rng: np.random.Generator) -> Float[np.ndarray, "3 3"]:
@@ -226,9 +233,11 @@ def _hue(angle: float) -> Float[np.ndarray, "3 3"]:
 
 def _shared(a, b) -> float:
     """The share of the smaller of two boxes (centre, reach) that the other covers."""
+    if abs(a[0] - b[0]) >= a[2] + b[2] or abs(a[1] - b[1]) >= a[3] + b[3]:
+        return 0.0
     across = min(a[0] + a[2], b[0] + b[2]) - max(a[0] - a[2], b[0] - b[2])
     down = min(a[1] + a[3], b[1] + b[3]) - max(a[1] - a[3], b[1] - b[3])
-    return max(across, 0) * max(down, 0) / (4 * min(a[2] * a[3], b[2] * b[3]))
+    return across * down / (4 * min(a[2] * a[3], b[2] * b[3]))
 
 
 def _sign(cat: Catalog, rng: np.random.Generator, split: str, side: int) -> Sign:
@@ -245,14 +254,12 @@ def _sign_box(sign: Sign, side: int) -> tuple[float, float, float, float]:
 
 def _background(cat: Catalog, split: str, rng: np.random.Generator) -> Background:
     """A photograph, smooth noise, a gradient or one colour."""
-    kind = (
-        "photo" if split == "S3" else str(rng.choice(["photo", "noise", "gradient", "flat"], p=(0.35, 0.25, 0.2, 0.2)))
-    )
+    kind = "photo" if split == "S3" else weighted(rng, list(GROUNDS), list(GROUNDS.values()))
     tones = _tones(kind, rng)
     known = cat.photos["test" if split == "S3" else "train"]
-    photo = known[int(rng.integers(len(known)))] if kind == "photo" and known else -1
+    photo = pick(rng, known) if kind == "photo" and known else -1
     zoom, (x, y) = rng.uniform(0.3, 0.95), rng.uniform(-1, 1, 2)
-    flip = rng.choice([-1.0, 1.0])
+    flip = pick(rng, (-1.0, 1.0))
     crop = np.array([[zoom * flip, 0, x * (1 - zoom)], [0, zoom, y * (1 - zoom)]], np.float32)
     return Background(tones, photo, crop, float(rng.exponential(4)))
 
@@ -260,10 +267,10 @@ def _background(cat: Catalog, split: str, rng: np.random.Generator) -> Backgroun
 def _tones(kind: str, rng: np.random.Generator) -> UInt8[np.ndarray, "3 16 16"]:
     """One colour, or what varies around it."""
     first, second = rng.integers(0, 256, (2, 3, 1, 1))
-    place, turn = np.linspace(0, 1, 16), rng.uniform(0, 2 * np.pi)
     tones = np.broadcast_to(first, (3, 16, 16))
     if kind == "noise":
         tones = rng.integers(0, 256, (3, 16, 16)) * rng.uniform(0.2, 0.9) + first * 0.3
     if kind == "gradient":
+        place, turn = np.linspace(0, 1, 16), rng.uniform(0, 2 * np.pi)
         tones = first + (second - first) * (np.cos(turn) * place[None] + np.sin(turn) * place[:, None] + 1) / 3
     return np.clip(tones, 0, 255).astype(np.uint8)

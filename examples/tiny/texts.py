@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.tiny import shapes
+from examples.tiny.chance import pick, weighted
 from examples.tiny.scenes import Catalog, Scene, Thing, allowed
 
 # of the first prompt of a scene with things and a sign; a scene without a sign shares out what `ocr` leaves
@@ -111,7 +112,7 @@ def detect(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
         return Row("detect", f"detect {_absent(scene, cat, rng)}", "")
     if rng.random() < 0.15:
         return region(scene, cat, rng)
-    count = int(rng.choice([1, 2, 4], p=(0.6, 0.2, 0.2)))
+    count = weighted(rng, (1, 2, 4), (0.6, 0.2, 0.2))
     labels = [str(name) for name in rng.permutation(present)[:count]]
     return located("detect", scene, labels)
 
@@ -130,7 +131,7 @@ def segment(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
     if len(single) > 1 and rng.random() < 0.4:
         return located("segment", scene, [str(name) for name in rng.choice(single, 2, replace=False)])
     known = [name for name in names if names.count(name) < 3]
-    return located("segment", scene, [known[int(rng.integers(len(known)))]]) if known else None
+    return located("segment", scene, [pick(rng, known)]) if known else None
 
 
 def located(task: str, scene: Scene, labels: list[str]) -> Row:
@@ -151,10 +152,10 @@ def _absent(scene: Scene, cat: Catalog, rng: np.random.Generator) -> str:
     coloured = [thing for thing in scene.things if thing.colour]
     while True:
         if (coloured and rng.random() < 0.5) or rng.random() < 0.3:
-            outline = coloured[0].name.split(" ")[1] if coloured else str(rng.choice(list(shapes.OUTLINES)))
-            name = f"{rng.choice(list(shapes.COLOURS))} {outline}"
+            outline = coloured[0].name.split(" ")[1] if coloured else pick(rng, list(shapes.OUTLINES))
+            name = f"{pick(rng, list(shapes.COLOURS))} {outline}"
         else:
-            name = str(rng.choice(cat.names))
+            name = pick(rng, cat.names)
         if name not in present and name.split(" ")[-1] not in kinds and allowed(cat, [], name):
             return name
 
@@ -179,7 +180,7 @@ def count(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
     if rng.random() < 0.4:
         return Row("count", "answer en how many objects are there?", str(len(scene.things)))
     names = [thing.name for thing in scene.things]
-    name = str(rng.choice(names)) if names and rng.random() < 0.8 else _absent(scene, cat, rng)
+    name = pick(rng, names) if names and rng.random() < 0.8 else _absent(scene, cat, rng)
     return Row("count", f"answer en how many {plural(name)} are there?", str(names.count(name)))
 
 
@@ -222,7 +223,7 @@ def rows(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Iterator[Row]:
     """Prompts of the training mix without end, no two of them alike."""
     made = set()
     while True:
-        task = str(rng.choice(list(MIX), p=list(MIX.values())))
+        task = weighted(rng, list(MIX), list(MIX.values()))
         row = TASKS[task](scene, cat, rng)
         if row and (row.prefix, row.things) not in made:
             made.add((row.prefix, row.things))

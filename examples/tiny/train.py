@@ -9,7 +9,7 @@
 
 Several GPUs divide the scenes of each batch of the stage `speak`, which is the long one:
 
-    torchrun --nproc-per-node 2 -m examples.tiny.train speak --run runs/tiny
+    torchrun --nproc-per-node 2 -m examples.tiny.train speak
 
 `--small` runs the same code at toy sizes on a CPU, with a stand-in for the fetched pictures.
 """

@@ -1,0 +1,20 @@
+"""Draws of one value from a short list: what numpy's `choice` does, without making an array of the list each time."""
+
+from bisect import bisect
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """One of the items, all equally likely."""
+    return items[int(rng.random() * len(items))]
+
+
+def weighted(rng: np.random.Generator, items: Sequence[T], shares: Sequence[float]) -> T:
+    """One of the items, each with its share, whose sum is 1."""
+    return items[min(bisect(list(accumulate(shares)), rng.random()), len(items) - 1)]

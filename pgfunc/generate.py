@@ -24,6 +24,8 @@ from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
 from pgfunc.sample import Settings, choose
 
+POLL = 8  # tokens
+
 
 class Completion(NamedTuple):
     """What the model wrote: without the end-of-sequence token, which `finish` reports."""
@@ -63,16 +65,19 @@ def generate(
 def complete(
     model: Model, prompt: Prompt, settings: Settings, u: Float[Tensor, "b n"], compile: bool = False
 ) -> list[Completion]:
-    """The completions of one prompt, each up to its own end of sequence; decoding stops when every row has ended."""
-    tokens, logprobs = [], []
-    ended = torch.zeros(len(u), dtype=torch.bool)
+    """The completions of one prompt, each up to its own end of sequence; decoding stops when every row has ended.
+
+    A GPU is asked only every `POLL` tokens whether that is so: it must not wait for an answer a token.
+    """
+    tokens, logprobs, ended = [], [], torch.zeros((), dtype=torch.bool)
     for token, logprob in steps(model.params, prompt, model.cfg, settings, u, compile):
-        tokens.append(token.cpu())
-        logprobs.append(logprob.cpu())
-        ended |= tokens[-1] == model.cfg.eos
-        if ended.all():
+        tokens.append(token)
+        logprobs.append(logprob)
+        ended = ended.to(token.device) | (token == model.cfg.eos)
+        if len(tokens) % (POLL if token.is_cuda else 1) == 0 and ended.all():
             break
-    return [_completion(model, *row) for row in zip(torch.stack(tokens, 1), torch.stack(logprobs, 1), strict=True)]
+    rows = zip(torch.stack(tokens, 1).cpu(), torch.stack(logprobs, 1).cpu(), strict=True)
+    return [_completion(model, *row) for row in rows]
 
 
 def stream(

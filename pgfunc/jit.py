@@ -7,9 +7,13 @@ A cache is append-only: a handle does not see what is written behind its length.
 there, unless a newer handle on them is alive: then the older one forks, and its buffers are copied first. A handle is
 alive while any of its tensors is, or a view of one; what was detached from it, or cut in inference mode, is not seen
 to be a part of it. Owns who may write where. Knows nothing about models.
+
+Buffers are used again when all handles on them are gone; so on CUDA, where compiled code is captured in a graph and
+replayed (`replay.py`), a loop over the next prompt finds the graph of the last.
 """
 
 import inspect
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 from weakref import ref
@@ -22,6 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pgfunc import replay
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
 
@@ -74,6 +79,7 @@ class Jitted(Generic[P, R]):
         self.fn: Callable[..., R] = fn
         self.donate, self.signature = donate, inspect.signature(fn)
         self._compiled: dict[Any, Callable[[list[Tensor]], Any]] = {}
+        self._arena: deque[Cache] = deque(maxlen=replay.KEPT)  # buffers that were written, to be used again
         named = [
             p.name for p in self.signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
@@ -93,7 +99,7 @@ class Jitted(Generic[P, R]):
             cache = given.pop(self.donate, ())
             if not isinstance(cache, Cache):
                 raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
-            cache = writable(cache)
+            cache = writable(cache, self._arena)
         leaves, structure = pytree.tree_flatten((given, cache))
         moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         fixed = tuple(leaf for leaf, moves in zip(leaves, moving, strict=True) if not moves)
@@ -109,6 +115,9 @@ class Jitted(Generic[P, R]):
             if isinstance(cache, Cache):
                 check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
             run = compiled(self.fn, self.donate, structure, moving, fixed)
+            if tensors and replay.possible(tensors):
+                last = len(tensors) - 1  # the length of the cache, behind its buffers
+                run = replay.Replayed(run, range(last - len(buffers(cache)), last) if isinstance(cache, Cache) else ())
         results, length = run(tensors)
         self._compiled[key] = run
         if not isinstance(cache, Cache):
@@ -180,16 +189,34 @@ def bucket(slots: int) -> int:
     return size
 
 
-def writable(cache: Cache) -> Cache:
-    """The cache on buffers of which no living handle sees the slots behind its length: its own, or copies."""
-    handles = _lineages.get(cache.k[0]) or []
-    handles[:] = [handle for handle in handles if handle.alive()]
+def writable(cache: Cache, arena: deque[Cache]) -> Cache:
+    """The cache on buffers of which no living handle sees the slots behind its length: its own, or copies.
+
+    Copies are made in buffers of the arena that no handle uses any more, or in new ones, which join it.
+    """
+    handles = living(cache)
     if handles and handles[-1].of(cache) and (len(handles) == 1 or not handles[-1].rewound):
         return cache
     room = bucket(cache.slots) - cache.slots
+    sizes = [(x.shape[0], x.shape[1] + room, *x.shape[2:]) for x in buffers(cache)]
+    for made in arena:
+        kinds = [(x.dtype, x.device) for x in buffers(cache)] == [(x.dtype, x.device) for x in buffers(made)]
+        if kinds and sizes == [x.shape for x in buffers(made)] and not living(made):
+            for old, new in zip(buffers(cache), buffers(made), strict=True):
+                new[:, : cache.slots].copy_(old)
+                new[:, cache.slots :].zero_()
+            return made._replace(length=cache.length)
     k, v = (tuple(F.pad(x, (0, 0, 0, 0, 0, room)).contiguous() for x in side) for side in (cache.k, cache.v))
     _lineages[k[0]] = []
-    return Cache(k, v, cache.length)
+    arena.append(Cache(k, v, cache.length))
+    return arena[-1]
+
+
+def living(cache: Cache) -> list[Handle]:
+    """The handles on the cache's buffers; those that are dead are forgotten."""
+    handles = _lineages.get(cache.k[0]) or []
+    handles[:] = [handle for handle in handles if handle.alive()]
+    return handles
 
 
 def continued(cache: Cache, length: Tensor) -> Cache:

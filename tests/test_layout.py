@@ -7,7 +7,7 @@ import pgfunc
 
 ORDER = [
     "errors", "tree", "config", "ops", "masks", "cache", "siglip", "dual", "gemma", "paligemma", "image",
-    "dual_prompt", "tokenizer", "prompt", "sample", "jit", "generate", "detect", "vqvae", "checkpoint.files",
+    "dual_prompt", "tokenizer", "prompt", "sample", "replay", "jit", "generate", "detect", "vqvae", "checkpoint.files",
     "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.vqvae",
     "checkpoint", "checkpoint.siglip", "segment", "draw", "coco", "__init__", "train", "train.contrastive",
     "train.optim", "train.data", "train.finetune", "train.lora", "train.run", "train.fit", "cli.options",

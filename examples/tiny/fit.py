@@ -4,9 +4,9 @@ A stage is its loss and its first parameters; the optimizer, the schedule and th
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.tiny.recipe import Plan
-from pgfunc import tree
+from pgfunc import replay, tree
 from pgfunc.errors import NumericalError
 from pgfunc.train import finetune, optim
 
@@ -35,8 +35,9 @@ def fit(
     going, settings = folder / f"{stage}.going.safetensors", optim.Settings(beta2=0.98, weight_decay=plan.weight_decay)
     params, state = resume(going, params)
     done, began, watched = int(state.step), time.monotonic(), []
+    gradient = replay.graphed(lambda params, batch: finetune.grad_and_value(lambda given: loss(given, batch), params))
     for step, batch in enumerate(batches(done), done):
-        grads, (value, seen) = finetune.grad_and_value(lambda given, batch=batch: loss(given, batch), params)
+        grads, (value, seen) = gradient(params, batch)
         grads, _ = optim.clip(average(grads), 1.0)
         rate = optim.cosine(step, plan.peak, plan.warmup, plan.steps)
         params, state = optim.update(grads, state, params, rate, settings)
@@ -82,7 +83,7 @@ def late(until: float) -> bool:
 
 
 def finite(stage: str, step: int, loss: float) -> None:
-    if not isfinite(loss):
+    if not math.isfinite(loss):
         raise NumericalError(f"{stage}: the loss is {loss} at step {step + 1}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CONFIGS, params, prompt
+from graphs import played
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +40,11 @@ def step() -> Jitted:
     return pg.jit(pg.decode, donate="cache")
 
 
+@pytest.fixture(scope="module")
+def graphed_step() -> Jitted:
+    return pg.jit(pg.decode, donate="cache")
+
+
 def filled(weights, cfg, lengths: list[int], size: int = 20, seed: int = 0) -> pg.Cache:
     with torch.no_grad():
         return pg.prefill(weights, prompt(cfg, lengths, [0] * len(lengths), seed=seed), cfg, size)[1]
@@ -62,7 +68,19 @@ moves = st.lists(
 @settings(deadline=None, max_examples=60)
 @given(moves=moves)
 def test_every_handle_continues_as_its_own_past_says_whatever_was_appended_since(step, name, moves):
-    cfg = CONFIGS[name]
+    follow(step, CONFIGS[name], moves)
+
+
+@settings(deadline=None, max_examples=60)
+@given(moves=moves)
+def test_the_same_with_graphs(graphed_step, cfg, moves):
+    with pytest.MonkeyPatch.context() as patch:
+        played(patch)
+        follow(graphed_step, cfg, moves)
+
+
+def follow(step: Jitted, cfg: pg.Config, moves: list[tuple[int, int, str]]) -> None:
+    """Make these moves with the step and with the pure function, and compare all that is alive at the end."""
     weights = params(cfg)
     start = filled(weights, cfg, [3, 2])
     alive = [(start, start)]  # the compiled handle beside the pure one
@@ -106,6 +124,18 @@ def test_a_handle_with_another_length_is_a_handle_of_its_own(step, cfg, weights)
     for tokens in ([5, 6], [7, 8]):
         _, pure = pg.decode(weights, torch.tensor(tokens), pure, cfg)
     close(found, pg.decode(weights, torch.tensor([1, 2]), pure, cfg)[0])
+
+
+def test_loops_over_prompt_after_prompt_replay_one_graph(cfg, weights, monkeypatch):
+    counted, step = played(monkeypatch), pg.jit(pg.decode, donate="cache")
+    for seed in range(3):
+        cache = pure = filled(weights, cfg, [3, 2], seed=seed)
+        for token in range(6):
+            tokens = torch.tensor([token, 1])
+            logits, cache = step(weights, tokens, cache, cfg)
+            expected, pure = pg.decode(weights, tokens, pure, cfg)
+            close(logits, expected)
+    assert counted == {"captured": 1, "replayed": 17}  # the first step of all is none
 
 
 def test_several_tokens_are_appended_at_once(cfg, weights):

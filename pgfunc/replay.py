@@ -1,0 +1,110 @@
+"""CUDA graphs of a function: all of its kernels launched at once, where a launch each would take longer than they do.
+
+A graph reads and writes fixed places in memory. Its large inputs lie where the caller has them, and another graph is
+captured when they lie elsewhere; small inputs that change places from call to call are copied into places of the
+graph's own, and results are copied out of them. So what goes in and comes out are values, as without a graph. Owns
+where things lie. Knows nothing about caches or models.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+LARGE = 1 << 20  # bytes from which on an input is not copied
+KEPT = 4  # graphs
+
+Fn = Callable[[list[Tensor]], Any]
+
+
+class Captured(NamedTuple):
+    replay: Callable[[], None]
+    own: dict[int, Tensor]  # the inputs that are copied, by their numbers
+    results: Any
+
+
+def capture(fn: Fn, inputs: list[Tensor]) -> tuple[Callable[[], None], Any]:
+    """`fn` on these inputs as a CUDA graph, and where its results will lie.
+
+    It has run before, so that nothing is compiled or tuned meanwhile.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = fn(inputs)
+    return graph.replay, results
+
+
+def possible(leaves: Iterable[Any]) -> bool:
+    """Whether all of these are tensors where there are graphs."""
+    return all(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves)
+
+
+class Replayed:
+    """`fn` by graphs: a call with inputs that lie elsewhere and are not copied runs it as it is, the next captures it.
+
+    `fn` is a pure function of tensors of fixed shapes on one device, but that it may write into the inputs numbered in
+    `written`, which are not copied, nor are those of `large` bytes or more. The last `KEPT` graphs are kept, with the
+    memory that they compute in; of the inputs they hold nothing.
+    """
+
+    def __init__(self, fn: Fn, written: Iterable[int] = (), large: float = LARGE):
+        self.fn, self.written, self.large = fn, frozenset(written), large
+        self.last: list[int] = []  # where the inputs of the last call lay
+        self.moving: set[int] = set()  # the inputs that are copied
+        self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        key, seen = self.look(tensors)
+        if key not in self.graphs:
+            if not seen:
+                return self.fn(tensors)
+            own = {i: tensors[i].clone() for i in self.moving}
+            replay, results = capture(self.fn, [own.get(i, x) for i, x in enumerate(tensors)])
+            self.graphs[key] = Captured(replay, own, results)
+            if len(self.graphs) > KEPT:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(key)
+        graph = self.graphs[key]
+        if graph.own:
+            torch._foreach_copy_(list(graph.own.values()), [tensors[i] for i in graph.own])  # pyright: ignore[reportPrivateImportUsage]
+        graph.replay()
+        return copied(graph.results)
+
+    def look(self, tensors: list[Tensor]) -> tuple[tuple[int, ...], bool]:
+        """Where the inputs lie that are not copied, and whether they lay there at the last call."""
+        places, last = [x.data_ptr() for x in tensors], self.last or [0] * len(tensors)
+        changed = {i for i, (now, before) in enumerate(zip(places, last, strict=True)) if now != before}
+        if self.last:
+            self.moving |= {i for i in changed - self.written if tensors[i].nbytes < self.large}
+        self.last = places
+        return tuple(0 if i in self.moving else place for i, place in enumerate(places)), changed <= self.moving
+
+
+def copied(results: Any) -> Any:
+    """A tree with copies of its tensors, made at once."""
+    leaves, structure = pytree.tree_flatten(results)
+    old = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    new = [torch.empty_like(leaf) for leaf in old]
+    if old:
+        torch._foreach_copy_(new, old)  # pyright: ignore[reportPrivateImportUsage]
+    rest = iter(new)
+    return pytree.tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+
+def graphed(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, a pure function of trees of tensors whose shapes stay: by a graph where all are on a GPU, inputs copied."""
+    made: dict[Any, Replayed] = {}
+
+    def call(*trees: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(trees)
+        if not possible(leaves):
+            return fn(*trees)
+        if structure not in made:
+            made[structure] = Replayed(lambda given: fn(*pytree.tree_unflatten(given, structure)), large=inf)
+        return made[structure](leaves)
+
+    return call

@@ -1,0 +1,62 @@
+"""Graphs on a CUDA device give what the pure function gives there: loops, forks, rewinds, other prompts and weights."""
+
+import pytest
+import torch
+from cases import CONFIGS, params, prompt
+
+import pgfunc as pg
+from pgfunc.replay import Replayed
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+LIMIT = {"atol": 1e-4, "rtol": 1e-4}  # float32, no tf32, sums in another order
+
+
+def on_gpu(tree):
+    return pg.tree.map(lambda leaf: leaf.cuda(), tree)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loops_forks_rewinds_and_other_weights(name):
+    cfg = CONFIGS[name]
+    step = pg.jit(pg.decode, donate="cache")
+    for seed in (0, 0, 1):  # the third loop has other weights
+        weights, given = on_gpu(params(cfg, seed)), on_gpu(prompt(cfg, [3, 2], [0, 0], seed=seed))
+        with torch.no_grad():
+            _, cache = pg.prefill(weights, given, cfg, 20)
+        pure, kept = cache, []
+        for token in range(8):
+            tokens = torch.tensor([token, 63 - token], device="cuda")
+            logits, cache = step(weights, tokens, cache, cfg)
+            expected, pure = pg.decode(weights, tokens, pure, cfg)
+            torch.testing.assert_close(logits, expected, **LIMIT)
+            if token == 3:
+                kept = [(cache, pure), (pg.rewind(cache, cache.length - 2), pg.rewind(pure, pure.length - 2))]
+        for mine, other in kept:
+            tokens = torch.tensor([7, 9], device="cuda")
+            logits, _ = step(weights, tokens, mine, cfg)
+            torch.testing.assert_close(logits, pg.decode(weights, tokens, other, cfg)[0], **LIMIT)
+        del cache, kept, mine
+    assert step.compilations == 1
+    (run,) = step._compiled.values()
+    assert isinstance(run, Replayed)
+    assert run.graphs
+
+
+def test_tokens_fed_back_on_the_device_are_those_of_the_eager_loop():
+    cfg = CONFIGS["gemma2"]
+    weights, given = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3, 4, 2], [0, 0, 0]))
+
+    def advance(params, token, cache):
+        logits, cache = pg.decode(params, token, cache, cfg)
+        return pg.sample.greedy(logits), cache
+
+    said = []
+    for step in (advance, pg.jit(advance, donate="cache")):
+        with torch.no_grad():
+            logits, cache = pg.prefill(weights, given, cfg, 30)
+            tokens = [pg.sample.greedy(logits)]
+            for _ in range(29):
+                token, cache = step(weights, tokens[-1], cache)
+                tokens.append(token)
+        said.append(torch.stack(tokens).tolist())
+    assert said[0] == said[1]

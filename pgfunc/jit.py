@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pgfunc import replay
+from pgfunc.arguments import Arguments, Kind, as_input, shape
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
 
@@ -78,6 +79,7 @@ class Jitted(Generic[P, R]):
     def __init__(self, fn: Callable[P, R], donate: str | None = None):
         self.fn: Callable[..., R] = fn
         self.donate, self.signature = donate, inspect.signature(fn)
+        self._arguments = Arguments()
         self._compiled: dict[Any, Callable[[list[Tensor]], Any]] = {}
         self._arena: deque[Cache] = deque(maxlen=replay.KEPT)  # buffers that were written, to be used again
         named = [
@@ -94,33 +96,27 @@ class Jitted(Generic[P, R]):
 
     @torch.no_grad()
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        given, cache = dict(self.signature.bind(*args, **kwargs).arguments), ()
+        given, cache = dict(self.signature.bind(*args, **kwargs).arguments), None
         if self.donate is not None:
             cache = given.pop(self.donate, ())
             if not isinstance(cache, Cache):
                 raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
             cache = writable(cache, self._arena)
-        leaves, structure = pytree.tree_flatten((given, cache))
-        moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-        fixed = tuple(leaf for leaf, moves in zip(leaves, moving, strict=True) if not moves)
-        tensors = [as_input(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        shapes = tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-        key = structure, moving, fixed, tuple(map(type, fixed)), shapes  # 2 == 2.0 == True
-        try:
-            run = self._compiled.get(key)
-        except TypeError:
-            kinds = ", ".join(sorted({type(leaf).__name__ for leaf in fixed}))
-            raise SettingError(f"an argument is neither a tensor nor a value that can be hashed: {kinds}") from None
+        read = {name: self._arguments.read(name, value) for name, value in given.items()}
+        tensors = [x for argument in read.values() for x in argument.tensors]
+        donated = [] if cache is None else [*buffers(cache), as_input(cache.length)]
+        key = tuple((name, argument.kind) for name, argument in read.items()), tuple(map(shape, donated))
+        run = self._compiled.get(key)
         if run is None:
-            if isinstance(cache, Cache):
+            if cache is not None:
                 check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
-            run = compiled(self.fn, self.donate, structure, moving, fixed)
-            if tensors and replay.possible(tensors):
-                last = len(tensors) - 1  # the length of the cache, behind its buffers
-                run = replay.Replayed(run, range(last - len(buffers(cache)), last) if isinstance(cache, Cache) else ())
-        results, length = run(tensors)
+            kinds = {name: self._arguments.kinds[argument.kind] for name, argument in read.items()}
+            run = compiled(self.fn, self.donate, kinds)
+            if tensors and replay.possible(tensors + donated):
+                run = replay.Replayed(run, range(len(tensors), len(tensors) + len(donated) - 1))
+        results, length = run(tensors + donated)
         self._compiled[key] = run
-        if not isinstance(cache, Cache):
+        if cache is None:
             return results
         new, written = continued(cache, length), {x.untyped_storage().data_ptr() for x in buffers(cache)}
 
@@ -133,15 +129,19 @@ class Jitted(Generic[P, R]):
         return pytree.tree_map(own, results)
 
 
-def compiled(fn, donate: str | None, structure, moving: tuple[bool, ...], fixed: tuple) -> Callable:
-    """A function of the tensors alone: the results of `fn`, and the length of the continuation, whose buffers are those
-    that went in."""
+def compiled(fn, donate: str | None, kinds: dict[str, Kind]) -> Callable:
+    """A function of the tensors alone, those of each argument and then of the donated cache: the results of `fn`, and
+    the length of the continuation, whose buffers are those that went in."""
 
     def body(tensors: list[Tensor]):
-        rest, others = iter(tensors), iter(fixed)
-        given, cache = pytree.tree_unflatten([next(rest if moves else others) for moves in moving], structure)
+        given, at = {}, 0
+        for name, kind in kinds.items():
+            given[name] = kind.rebuilt(tensors[at : at + len(kind.shapes)])
+            at += len(kind.shapes)
         if donate is None:
             return fn(**given), ()
+        layers = (len(tensors) - at) // 2
+        cache = Cache(tuple(tensors[at : at + layers]), tuple(tensors[at + layers : -1]), tensors[-1])
         results = fn(**given, **{donate: cache})
         new = continuation(results)
         for old, after in zip(buffers(cache), buffers(new), strict=True):
@@ -159,12 +159,6 @@ def continuation(results: Any) -> Cache:
     if len(found) != 1:
         raise SettingError(f"the function returns {len(found)} caches, expected one: the donated one, continued")
     return found[0]
-
-
-def as_input(x: Tensor) -> Tensor:
-    """A tensor without a gradient; a slice of one axis is made dense: where it was cut from must not matter."""
-    x = x.detach() if x.requires_grad or type(x) is not Tensor else x
-    return x.clone(memory_format=torch.contiguous_format) if x.dim() == 1 and x.stride() != (1,) else x
 
 
 def buffers(cache: Cache) -> tuple[Tensor, ...]:

@@ -1,0 +1,100 @@
+"""The arguments of a call as tensors, and what is fixed about them: what code is compiled for. Quick to find again.
+
+A tree of parameters comes back call after call, and to flatten and describe it anew would take longer than a GPU takes
+for a token. What was learned of a nested tuple holds as long as it has the same tensors, object by object. Knows
+nothing about compilers or caches.
+"""
+
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pgfunc.errors import SettingError
+
+
+class Kind(NamedTuple):
+    """All about an argument but the numbers in its tensors."""
+
+    structure: pytree.TreeSpec
+    moving: tuple[bool, ...]  # which leaves are tensors
+    fixed: tuple[Any, ...]  # the other leaves
+    types: tuple[type, ...]  # theirs: 2 == 2.0 == True
+    shapes: tuple[Any, ...]  # of the tensors, with strides, dtypes and devices
+
+    def rebuilt(self, tensors: list[Tensor]) -> Any:
+        """The argument, from tensors of these shapes."""
+        moving, fixed = iter(tensors), iter(self.fixed)
+        return pytree.tree_unflatten([next(moving if moves else fixed) for moves in self.moving], self.structure)
+
+
+class Argument(NamedTuple):
+    tensors: list[Tensor]
+    kind: int  # the number of its kind
+
+
+class Arguments:
+    """The arguments of one function, and the kinds that it has met."""
+
+    def __init__(self):
+        self.kinds: list[Kind] = []
+        self._numbers: dict[Kind, int] = {}
+        self._last: dict[str, tuple[list[Any], int]] = {}  # the parts of each argument's last value, tensors weakly
+
+    def read(self, name: str, value: Any) -> Argument:
+        """A value of the argument of that name: a tree of tensors and of what can be hashed, else a SettingError."""
+        parts: list[Any] = []
+        constant = spread(value, parts)
+        if constant and name in self._last and same(self._last[name][0], parts):
+            return Argument([part for part in parts if isinstance(part, Tensor)], self._last[name][1])
+        leaves, structure = pytree.tree_flatten(value)
+        given, fixed = (
+            [x for x in leaves if isinstance(x, Tensor)],
+            tuple(x for x in leaves if not isinstance(x, Tensor)),
+        )
+        tensors, moving = [as_input(x) for x in given], tuple(isinstance(x, Tensor) for x in leaves)
+        kind = self.number(Kind(structure, moving, tuple(fixed), tuple(map(type, fixed)), tuple(map(shape, tensors))))
+        if constant and same(given, tensors):
+            self._last[name] = [ref(part) if isinstance(part, Tensor) else part for part in parts], kind
+        return Argument(tensors, kind)
+
+    def number(self, kind: Kind) -> int:
+        try:
+            number = self._numbers.setdefault(kind, len(self.kinds))
+        except TypeError:
+            kinds = ", ".join(sorted({type(leaf).__name__ for leaf in kind.fixed}))
+            raise SettingError(f"an argument is neither a tensor nor a value that can be hashed: {kinds}") from None
+        if number == len(self.kinds):
+            self.kinds.append(kind)
+        return number
+
+
+def spread(value: Any, parts: list[Any]) -> bool:
+    """Add to the parts what tells nested tuples apart; False for other containers, which change while they stay."""
+    if not isinstance(value, tuple):
+        parts.append(value)
+        return type(value) not in pytree.SUPPORTED_NODES
+    parts += (type(value), len(value))
+    constant = True
+    for each in value:
+        constant &= spread(each, parts)
+    return constant
+
+
+def same(known: list[Any], parts: list[Any]) -> bool:
+    """Whether these are the known parts, object by object."""
+    if len(known) != len(parts):
+        return False
+    return all((one() if type(one) is ref else one) is part for one, part in zip(known, parts, strict=True))
+
+
+def as_input(x: Tensor) -> Tensor:
+    """A tensor without a gradient; a slice of one axis is made dense: where it was cut from must not matter."""
+    x = x.detach() if x.requires_grad or type(x) is not Tensor else x
+    return x.clone(memory_format=torch.contiguous_format) if x.dim() == 1 and x.stride() != (1,) else x
+
+
+def shape(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.device

@@ -92,9 +92,11 @@ def attend(
 
     A query that may see no key gives zeros. PyTorch's fused kernels serve when they can; they know neither softcaps
     nor forward-mode AD nor vmap, where the same formula is written out. They also have no second derivative: use
-    torch.func for it, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    torch.func for it, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. Nor are they made for a single query on a
+    GPU: written out, a compiler joins the formula to what stands around it.
     """
-    if cap or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    one = q.shape[1] == 1 and q.is_cuda
+    if one or cap or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return attend_explicit(q, k, v, mask, scale, cap)
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]

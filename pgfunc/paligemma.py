@@ -62,9 +62,12 @@ def encode_images(
 ) -> Float[Tensor, "b ip d"]:
     """The pictures of each row -> image tokens in the language model's width, picture after picture.
 
-    `wrap` is applied to the vision encoder's `block`.
+    `wrap` is applied to the vision encoder's `block`. Pictures that all rows share (`prepare`) are encoded once, but
+    for a tap, which sees every row.
     """
     batch, pictures = pixels.shape[:2]
+    if batch > 1 and pixels.stride(0) == 0 and tap is identity:
+        return encode_images(params, pixels[:1], cfg, wrap=wrap).expand(batch, -1, -1)
     if not pictures:
         return pixels.new_empty((batch, 0, cfg.text.width), dtype=params.projector.dtype)
     x = siglip.encode_image(params.vision, rearrange(pixels, "b i c y x -> (b i) c y x"), cfg.vision, tap, wrap)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pgfunc import image, tokenizer, tree
+from pgfunc import image, tokenizer
 from pgfunc.config import Config
 from pgfunc.errors import PromptError
 from pgfunc.paligemma import Params, Prompt
@@ -43,6 +43,8 @@ class Row(NamedTuple):
 def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> Prompt:
     """The Prompt of a batch, on the model's device; rows are padded on the right.
 
+    Where all rows have the same pictures, `pixels` holds them once (its first stride is 0), and they are encoded once.
+
     images: a row each, which is one picture or a list of 0..n; or a single picture for all rows.
     prefixes, suffixes: a row each, or one text for all rows. In place of text a row may have token ids: a prefix's ids
     then stand for everything from bos to newline.
@@ -61,14 +63,20 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     sources = [source for row in rows for source in row.images]
     once = {id(source): source for source in sources}  # a picture that stands in several rows is decoded once
     pixels = {key: image.pixels(source, cfg) for key, source in once.items()}
-    stacked = torch.stack([pixels[id(source)] for source in sources]) if sources else torch.empty(0, 3, side, side)
-    prompt = Prompt(
-        pixels=stacked.reshape(len(rows), len(rows[0].images), 3, side, side),
-        tokens=_pad([[*prefix, *suffix] for prefix, suffix in tokens], width, cfg.pad),
-        valid=_pad([[True] * (len(prefix) + len(suffix)) for prefix, suffix in tokens], width, False),
-        causal=_pad([[False] * len(prefix) + [True] * len(suffix) for prefix, suffix in tokens], width, False),
+    alike = len({tuple(map(id, row.images)) for row in rows}) == 1
+    shown = rows[0].images if alike else sources  # rows with the same pictures share them
+    stacked = torch.stack([pixels[id(source)] for source in shown]) if shown else torch.empty(0, 3, side, side)
+    stacked = stacked.to(device).reshape(1 if alike else len(rows), len(rows[0].images), 3, side, side)
+
+    def padded(values: list[list[Any]], value: Any) -> Tensor:
+        return torch.tensor([row + [value] * (width - len(row)) for row in values], device=device)
+
+    return Prompt(
+        pixels=stacked.expand(len(rows), -1, -1, -1, -1),
+        tokens=padded([[*prefix, *suffix] for prefix, suffix in tokens], cfg.pad),
+        valid=padded([[True] * (len(prefix) + len(suffix)) for prefix, suffix in tokens], False),
+        causal=padded([[False] * len(prefix) + [True] * len(suffix) for prefix, suffix in tokens], False),
     )
-    return tree.map(lambda leaf: leaf.to(device), prompt)
 
 
 def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
@@ -135,7 +143,3 @@ def fits(cfg: Config, pictures: int, tokens: int) -> None:
             f"{pictures} x {cfg.vision.tokens} image tokens and {tokens} of text do not fit "
             f"{cfg.text.positions} positions; shorten the text"
         )
-
-
-def _pad(rows: list[list[Any]], width: int, value: Any) -> Tensor:
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

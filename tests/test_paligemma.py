@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import pgfunc as pg
-from pgfunc import paligemma
+from pgfunc import paligemma, siglip
 
 ATOL = 1e-4  # float32, few layers, logits of order 1
 
@@ -234,6 +234,20 @@ def test_nothing_that_goes_in_is_changed_and_two_calls_agree_bitwise(data, cfg, 
     ):
         assert fingerprint(fn()) == fingerprint(fn())
     assert fingerprint(tree, whole, token, cache) == before
+
+
+@given(configs, seeds)
+def test_a_picture_that_all_rows_share_is_encoded_once_and_means_the_same(cfg, seed):
+    tree, given = params(cfg, seed), prompt(cfg, [2, 4, 3], [1, 0, 2], seed=seed)
+    shared = given._replace(pixels=given.pixels[:1].expand(3, -1, -1, -1, -1))
+    encoded = []
+    with pytest.MonkeyPatch.context() as patch:
+        once = siglip.encode_image
+        patch.setattr(siglip, "encode_image", lambda p, x, *rest: encoded.append(len(x)) or once(p, x, *rest))
+        found = pg.forward(tree, shared, cfg)
+    assert encoded == [1]
+    expected = pg.forward(tree, shared._replace(pixels=shared.pixels.contiguous()), cfg)
+    torch.testing.assert_close(found[given.valid], expected[given.valid], atol=1e-4, rtol=0)  # float32
 
 
 def test_a_tap_sees_every_layer_and_can_edit_it():

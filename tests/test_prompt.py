@@ -263,6 +263,13 @@ def test_a_picture_that_stands_in_many_rows_is_decoded_once(monkeypatch):
     assert not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("row", [RED, [RED, BLUE]])
+def test_pictures_that_all_rows_share_are_held_once(row):
+    pixels = pg.prepare(MODEL, [row, row], ["a", "b"]).pixels
+    assert pixels.stride(0) == 0
+    assert torch.equal(pixels, torch.cat([pg.prepare(MODEL, [row], ["a"]).pixels] * 2))
+
+
 def test_text_that_is_no_text_is_refused():
     assert "encoded" in failing(RED, "a\ud800")
     assert "encoded" in failing(RED, "a", ["\udfff\n"])

@@ -5,13 +5,13 @@ from dataclasses import replace
 from cases import CONFIGS, params
 
 import pgfunc as pg
-from pgfunc import bench
+from pgfunc import bench, floors
 
 
 def test_one_compilation_serves_decode_and_generate():
     cfg = replace(CONFIGS["gemma"], text=replace(CONFIGS["gemma"].text, layers=1))
     stages = list(
-        bench.stages(pg.Model(cfg, params(cfg), None), bench.Case(tokens=4, repeat=1), bench.Machine(1e10, 1e11))
+        bench.stages(pg.Model(cfg, params(cfg), None), bench.Case(tokens=4, repeat=1), floors.Machine(1e10, 1e11))
     )
     assert [(stage.name, stage.compiled, stage.compilations) for stage in stages] == [
         ("vision", False, 0), ("prefill", False, 0), ("decode", False, 0), ("decode", True, 1),

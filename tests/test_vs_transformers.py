@@ -8,6 +8,7 @@ from cases import CONFIGS, params, text_model
 
 import pgfunc as pg
 from examples.benchmarks import vs_transformers
+from pgfunc import bench
 
 FEW = ("--tokens", "6", "--repeat", "2", "--batch", "2", "--no-compile", "--device", "cpu")
 PGFUNC, DYNAMIC, STATIC = "pgfunc", "transformers, dynamic cache", "transformers, static cache, eager"
@@ -34,7 +35,7 @@ def test_everyone_says_the_same_in_float32(name, folders, capsys):
         if who == STATIC and name == "gemma2" and "raises" in row:
             assert row["raises"].startswith("AttributeError"), "as transformers 5.17 to 5.24 do"
             continue
-        assert (row["agree"], row["differs_at"]) == (1.0, None)
+        assert (row["agree"], row["differs_at"], row["margin"]) == (1.0, None, None)
         for key in ("first", "token", "whole"):
             times = row[f"{key}_ms"]
             assert times["least"] <= times["median"] <= times["most"]
@@ -66,21 +67,34 @@ def test_another_token_is_exit_status_1(folders, monkeypatch, capsys):
     monkeypatch.setattr(vs_transformers, "writers", liar)
     assert vs_transformers.main(["--model", str(folders["gemma"]), *FEW]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith("0.833, not token 4") for line in lines if DYNAMIC in line] == [True, True]
+    assert ["0.833, not token 4: margin " in line for line in lines if DYNAMIC in line] == [True, True]
 
 
-def test_who_raises_is_a_line_and_has_no_more_turns():
+def test_the_margin_is_of_the_logits_where_a_row_first_differs():
+    model = MODELS["gemma"]
+    prompt = bench.random_prompt(model.cfg, 2, 3, torch.device("cpu"))
+    expected = torch.tensor([[5, 6, 7], [8, 9, 1]])
+    found = vs_transformers.agreement(torch.tensor([[5, 6, 7], [8, 2, 3]]), expected, model, prompt)
+    assert (found["agree"], found["differs_at"]) == (pytest.approx(4 / 6), 1)
+    _, cache = pg.prefill(model.params, prompt, model.cfg, 1)
+    logits = pg.decode(model.params, expected[:, 0], cache, model.cfg)[0][1]
+    assert found["margin"] == pytest.approx(float((logits[2] - logits[9]).abs() / logits.std()), rel=1e-3)
+
+
+def test_where_transformers_raises_is_a_line_and_no_turn_more():
     turns = []
 
     def broken(tokens):
         turns.append(tokens)
         raise AttributeError("no ndim\nand more")
 
-    everyone = {"pgfunc": lambda tokens: torch.zeros(1, tokens), "theirs": broken}
-    mine, other = vs_transformers.rows(vs_transformers.contest(everyone, torch.device("cpu"), 4, 3), batch=1)
+    everyone = {"pgfunc": lambda tokens: torch.zeros(1, tokens), "transformers": broken}
+    found = vs_transformers.contest(everyone, torch.device("cpu"), 4, 3)
+    _, other = vs_transformers.rows(found, 1, lambda said, expected: {})
     assert turns == [4]
-    assert "raises" not in mine
-    assert vs_transformers.line(other) == "    1  theirs                               raises AttributeError: no ndim"
+    assert vs_transformers.line(other) == "    1  transformers                        raises AttributeError: no ndim"
+    with pytest.raises(AttributeError):
+        vs_transformers.contest({"pgfunc": broken}, torch.device("cpu"), 4, 3)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pgfunc import paligemma, tree
@@ -96,16 +97,26 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The fastest of a few runs: reading 1 GiB on the CPU, with PyTorch's threads; copying it elsewhere, bytes read and
-    bytes written counted; and a square matrix product in the dtype."""
+    """The fastest of a few runs of reading 1 GiB, or copying it, and of a square matrix product in the dtype."""
     cpu = device.type == "cpu"
     buffer = torch.ones(2**28, device=device)
-    other = buffer.new_empty(0 if cpu else buffer.shape)
-    seconds = min(times((lambda: buffer.sum()) if cpu else (lambda: other.copy_(buffer)), device, 5, 1 if cpu else 10))
-    bandwidth = tree.nbytes((buffer, other)) / seconds
+    bandwidth = read_bandwidth(buffer) if cpu else copy_bandwidth(buffer)
     side = 2048 if cpu else 8192
     x = torch.randn(side, side, device=device).to(dtype)
     return Machine(bandwidth, 2 * side**3 / min(times(lambda: x @ x.T, device, 5, 1 if cpu else 10)))
+
+
+def read_bandwidth(buffer: Float[Tensor, "n"]) -> float:
+    """Bytes/s with PyTorch's threads, by a sum or a matrix-vector product: which one is faster depends on the CPU."""
+    vector = buffer[:2048].clone()
+    reads = (lambda: buffer.sum(), lambda: buffer.view(-1, 2048) @ vector)
+    return tree.nbytes(buffer) / min(min(times(read, buffer.device, 5)) for read in reads)
+
+
+def copy_bandwidth(buffer: Float[Tensor, "n"]) -> float:
+    """Bytes/s of a copy on the device: the bytes read and the bytes written."""
+    other = torch.empty_like(buffer)
+    return 2 * tree.nbytes(buffer) / min(times(lambda: other.copy_(buffer), buffer.device, 5, 10))
 
 
 def hardware(device: torch.device) -> str:

@@ -8,7 +8,7 @@ import torch
 from cases import CONFIGS, params, prompt, text_model
 
 import pgfunc as pg
-from pgfunc import ops, paligemma
+from pgfunc import bench, ops, paligemma
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -101,3 +101,17 @@ def test_at_full_size_decode_equals_longer_prefill(name):
             assert error < 0.03  # bf16, up to 26 layers
             if step < 5:
                 logits, cache = pg.decode(tree, whole.tokens[rows, here + 1], cache, cfg)
+
+
+def test_a_benchmark_at_full_size_takes_the_weights_own_memory_and_stays_above_the_floor():
+    cfg, device = pg.PUBLISHED["paligemma-3b-224"], torch.device("cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    tree = bench.random_params(cfg, torch.bfloat16, device)
+    assert torch.cuda.max_memory_allocated() - before < 1.01 * pg.tree.nbytes(tree)  # no second copy, even of a leaf
+    machine = bench.measure(device, torch.bfloat16)
+    case = bench.Case(tokens=8, repeat=2, compile=False)
+    for stage in bench.stages(pg.Model(cfg, tree, None), case, machine):
+        print(f"{stage.name}: {1e3 * min(stage.seconds):.2f} ms, floor {1e3 * stage.floor:.2f} ms")
+        assert stage.floor < 1.05 * min(stage.seconds)

@@ -3,10 +3,12 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from tqdm import tqdm
 
@@ -14,7 +16,7 @@ from pgfunc.errors import SettingError
 
 app = typer.Typer(
     help="PaliGemma on pictures: caption, ask, read, detect, segment, train. SigLIP: embed, classify. "
-    "And their checkpoints: inspect, convert.",
+    "And their checkpoints: inspect, convert, bench.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,6 +47,15 @@ def without(command: Callable[..., None], option: str) -> Callable[..., None]:
     kept = [parameter for name, parameter in whole.parameters.items() if name != option]
     setattr(command, "__signature__", whole.replace(parameters=kept))  # noqa: B010  pyright knows no such attribute
     return command
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """A SettingError that says what helps, where the memory of a GPU does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SettingError(f"not enough memory on the device: {remedy}") from error
 
 
 def check_file(path: Path) -> None:

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from tqdm import tqdm
 
@@ -14,11 +13,12 @@ import pgfunc as pg
 from pgfunc import tree
 from pgfunc.checkpoint import find
 from pgfunc.cli import options
-from pgfunc.cli.options import app, unset
+from pgfunc.cli.options import app, enough_memory, unset
 from pgfunc.errors import SettingError
 from pgfunc.train import data, fit, lora, run
 
 TARGETS = ("language.layers.*",)
+SAVING = "raise --accumulate, or give --recompute, --dtype bfloat16, --freeze, or --lora-rank"
 
 
 @app.command()
@@ -78,7 +78,7 @@ def train(
     )  # fmt: skip
     job = run.Job(loaded, rows, settings)
     data.check(loaded, tqdm([*rows, *others], desc="checking", unit="line", leave=False, disable=None))
-    with enough_memory():
+    with enough_memory(SAVING):
         state = fit.begin(job, out)
         with watching(job, state, out, tensorboard) as watch:
             fit.fit(job, out, state, others, checkpoint_every, watch, str(find(model)) if model is None else model)
@@ -113,18 +113,6 @@ def need(package: str, extra: str) -> None:
     """Raise SettingError when an optional package is not installed, before anything is done."""
     if find_spec(package) is None:
         raise SettingError(f"{package} is not installed: python -m pip install 'pgfunc[{extra}]'")
-
-
-@contextmanager
-def enough_memory() -> Iterator[None]:
-    """A SettingError that says what helps, where the memory of a GPU does not suffice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise SettingError(
-            "not enough memory on the device: raise --accumulate, or give --recompute, --dtype bfloat16, --freeze, "
-            "or --lora-rank"
-        ) from error
 
 
 @contextmanager

@@ -1,0 +1,133 @@
+"""`pgfunc bench` prints what was measured, as a table and as JSON that says the same; a mistake is one line."""
+
+import json
+import sys
+
+import pytest
+import torch
+from cases import CONFIGS, params
+from torch._dynamo.exc import TorchDynamoException
+
+import pgfunc as pg
+from pgfunc import bench, cli
+from pgfunc.floors import Machine
+
+MACHINE = Machine(bandwidth=2e9, rate=3e10)
+FEW = ("--tokens", "4", "--repeat", "2", "--prompt-tokens", "3", "--no-compile")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bench") / "model"
+    pg.save(pg.Model(CONFIGS["gemma"], params(CONFIGS["gemma"]), None), place)
+    return place
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command on the CPU of a machine whose speed is known; returns exit status, output and errors."""
+    monkeypatch.setattr(bench, "measure", lambda device, dtype: MACHINE)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        device = [] if "--device" in arguments else ["--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["pgfunc", "bench", *arguments, *device])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return ended.value.code or 0, out.out, out.err
+
+    return call
+
+
+def test_json_holds_every_figure_and_they_agree(run, folder):
+    status, out, _ = run("--model", str(folder), "--batch", "2", "--slots", "20", "--json", *FEW)
+    assert status == 0
+    found = json.loads(out)
+    stages = found.pop("stages")
+    hardware, torch_version = found.pop("hardware"), found.pop("torch")
+    assert hardware
+    assert torch_version == torch.__version__
+    assert found == {
+        "model": str(folder), "dtype": "float32", "device": "cpu", "threads": torch.get_num_threads(),
+        "image_tokens": 4, "batch": 2, "prompt_tokens": 3, "tokens": 4, "slots": 20, "repeat": 2, "compile": False,
+        "bandwidth": 2e9, "rate": 3e10,
+    }  # fmt: skip
+    assert [stage["stage"] for stage in stages] == ["load", "vision", "prefill", "decode", "generate"]
+    for stage in stages:
+        assert 0 < stage["fastest"] <= stage["seconds"] <= stage["slowest"]
+        assert stage["bytes_per_second"] == pytest.approx(stage["bytes"] / stage["seconds"])
+        assert stage["floor_over_time"] == pytest.approx(stage["floor"] / stage["seconds"])
+        assert not stage["compiled"]
+        assert stage["compilations"] == stage["first_seconds"] == 0
+    for stage in stages[:3]:  # which are one piece of work
+        assert stage["floor"] == pytest.approx(max(stage["bytes"] / 2e9, stage["flops"] / 3e10))
+
+
+def test_the_table_has_a_line_a_stage_and_says_on_what(run, folder):
+    status, out, _ = run("--model", str(folder), *FEW)
+    assert status == 0
+    assert out.startswith(f"{folder}, float32, batch 1: a picture of 4 tokens, 3 of text, 4 generated, 11 cache slots")
+    assert "2.0 GB/s read, 0.03 TFLOP/s" in out
+    for label in ("load, read once", "vision", "prefill, with vision", "decode, a token", "generate"):
+        assert sum(line.strip().startswith(label) for line in out.splitlines()) == 1
+
+
+def test_a_published_name_draws_its_weights(run, monkeypatch):
+    monkeypatch.setitem(pg.PUBLISHED, "paligemma-3b-224", CONFIGS["gemma2"])
+    status, out, _ = run("--config", "paligemma-3b-224", "--json", *FEW)
+    assert status == 0
+    found = json.loads(out)
+    assert (found["model"], found["dtype"]) == ("paligemma-3b-224, random weights", "bfloat16")
+    assert found["stages"][0]["stage"] == "draw"
+    assert (
+        json.loads(run("--config", "paligemma-3b-224", "--json", "--dtype", "float32", *FEW)[1])["dtype"] == "float32"
+    )
+
+
+def test_threads_are_pytorchs(run, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert run("--model", str(folder), "--threads", "1", *FEW)[0] == 0
+    assert asked == [1]
+
+
+MISTAKES = {
+    ("--batch", "0"): "batch is 0",
+    ("--tokens", "1"): "tokens is 1",
+    ("--repeat", "0"): "repeat is 0",
+    ("--threads", "0"): "threads is 0",
+    ("--prompt-tokens", "9000"): "1 x 256 image tokens and 9128 of text do not fit",
+    ("--slots", "5"): "slots is 5",
+    ("--config", "paligemma-3b"): "config paligemma-3b is not one of paligemma-3b-224, ",
+    ("--device", "cuda:99"): "device cuda:99 is not there",
+    ("--device", "meta"): "device meta has shapes",
+    ("--dtype", "int8"): "dtype is int8",
+    ("--model", "nowhere"): "nowhere: no such file",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_line_before_anything_is_measured(run, arguments, monkeypatch):
+    monkeypatch.delattr(bench, "measure")
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"pgfunc: {MISTAKES[arguments]}")
+    assert err.count("\n") == 1
+
+
+FAILURES = {
+    "not enough memory on the device: lower --batch": torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
+    "torch.compile fails here (no C++ compiler): give --no-compile": TorchDynamoException("no C++ compiler\n\nmore"),
+}
+
+
+@pytest.mark.parametrize("said", FAILURES)
+def test_what_the_machine_lacks_is_one_line(run, folder, said, monkeypatch):
+    def fail(*given):
+        raise FAILURES[said]
+
+    monkeypatch.setattr(bench, "decode_stage", fail)
+    status, out, err = run("--model", str(folder), *FEW)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"pgfunc: {said}")
+    assert err.count("\n") == 1

@@ -1,0 +1,91 @@
+"""What a stage must do is what PyTorch counts, what the tensors weigh, and what is published."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CONFIGS, params
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import pgfunc as pg
+from pgfunc import bench, floors, paligemma
+from pgfunc.floors import Machine, Work
+
+CPU = torch.device("cpu")
+UNWINDOWED = {name: replace(cfg, text=replace(cfg.text, window=0)) for name, cfg in CONFIGS.items()}
+
+
+def counted(fn) -> int:
+    """The FLOPs that PyTorch sees in a call, attention written out."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        fn()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", UNWINDOWED)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 5)])
+def test_flops_are_those_that_pytorch_counts(name, batch, tokens):
+    cfg = UNWINDOWED[name]
+    tree, prompt = params(cfg), bench.random_prompt(cfg, batch, tokens, CPU)
+    length = cfg.vision.tokens + tokens
+    assert (
+        counted(lambda: paligemma.encode_images(tree, prompt.pixels, cfg)) == floors.vision_work(tree, cfg, batch).flops
+    )
+    assert counted(lambda: pg.prefill(tree, prompt, cfg, 1)) == floors.prefill_work(tree, cfg, batch, tokens).flops
+    _, cache = pg.prefill(tree, prompt, cfg, 1)  # full after one step, so that no empty slot is computed
+    token = torch.zeros(batch, dtype=torch.long)
+    assert counted(lambda: pg.decode(tree, token, cache, cfg)) == floors.decode_work(tree, cfg, batch, length).flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", UNWINDOWED)
+def test_bytes_are_those_of_the_tensors_that_are_read(name, dtype):
+    cfg = UNWINDOWED[name]
+    tree = params(cfg, dtype=dtype)
+    leaves = {path: leaf.numel() * leaf.element_size() for path, leaf in pg.tree.flatten(tree).items()}
+    leaves["language.embed"] = cfg.text.vocab * cfg.text.width * dtype.itemsize
+    language = sum(size for path, size in leaves.items() if path.startswith("language."))
+    _, cache = pg.prefill(tree, bench.random_prompt(cfg, 2, 3, CPU), cfg, 1)
+    live = sum(buffer.numel() * buffer.element_size() for buffer in (*cache.k, *cache.v))
+    assert floors.decode_work(tree, cfg, 2, cfg.vision.tokens + 3).nbytes == language + live
+    vision = sum(size for path, size in leaves.items() if not path.startswith("language."))
+    assert floors.vision_work(tree, cfg, 2).nbytes == vision
+    _, cache = pg.prefill(tree, bench.random_prompt(cfg, 2, 3, CPU), cfg, 0)
+    written = sum(buffer.numel() * buffer.element_size() for buffer in (*cache.k, *cache.v))
+    assert floors.prefill_work(tree, cfg, 2, 3).nbytes == vision + language + written
+
+
+@given(st.integers(0, 40), st.integers(1, 3))
+def test_a_window_bounds_what_the_even_layers_read(length, batch):
+    cfg, whole = CONFIGS["gemma2"], UNWINDOWED["gemma2"]
+    tree = paligemma.abstract(cfg)
+    unseen = max(0, length + 1 - cfg.text.window) * 2  # of the layers 0 and 2
+    kv = 2 * cfg.text.kv_heads * cfg.text.head_dim * 4
+    few, all_ = floors.decode_work(tree, cfg, batch, length), floors.decode_work(tree, whole, batch, length)
+    assert all_.nbytes - few.nbytes == batch * unseen * kv
+    assert (all_.flops > few.flops) == (unseen > 0)
+
+
+# what one token reads in bf16: every weight of the language model, and so much more a token of context
+PUBLISHED = {"paligemma-3b-224": (5.02e9, 18_432), "paligemma2-3b-224": (5.23e9, 106_496),
+             "paligemma2-10b-224": (18.5e9, 344_064)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_bytes_of_a_token_are_the_published_ones_and_nothing_is_allocated(name):
+    cfg, (weights, kv) = pg.PUBLISHED[name], PUBLISHED[name]
+    tree = pg.tree.map(lambda leaf: leaf.to(torch.bfloat16), paligemma.abstract(cfg))
+    read = [floors.decode_work(tree, cfg, 1, length).nbytes for length in (271, 272)]
+    assert read[0] - 272 * kv == pytest.approx(weights, rel=0.01)
+    assert read[1] - read[0] == kv
+
+
+@given(st.lists(st.builds(Work, st.integers(0, 10**12), st.integers(0, 10**12)), max_size=4))
+def test_a_floor_is_the_longer_of_reading_and_computing_one_piece_after_another(pieces):
+    expected = 0.0
+    for flops, nbytes in pieces:
+        expected += flops / 1e10 if flops / 1e10 > nbytes / 1e9 else nbytes / 1e9
+    assert floors.floor(pieces, Machine(bandwidth=1e9, rate=1e10)) == pytest.approx(expected)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 from weakref import ref
 
+import einops
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -33,6 +34,8 @@ from pgfunc.errors import SettingError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+for operation in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
+    torch.compiler.allow_in_graph(operation)  # whole: to trace how a pattern is parsed took most of a compilation
 CACHE = "the continuation"  # stands for it among the results of compiled code
 
 

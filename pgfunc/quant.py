@@ -50,7 +50,7 @@ def apply(params: T, methods: Mapping[str, str]) -> T:
 
 def quantized(path: str, w: Tensor | Quantized, method: str) -> Quantized:
     """One matrix of a tree in the given form, or a reason why not that names its path."""
-    if method not in tuple(GROUPS):
+    if method not in GROUPS:
         raise SettingError(f"quantize is {method!r}, expected one of {', '.join(GROUPS)}")
     if isinstance(w, Quantized):
         if (found := lowbit.method(w)) != method:

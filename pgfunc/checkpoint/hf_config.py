@@ -65,8 +65,8 @@ def read_methods(folder: Path, cfg: Config) -> dict[str, str]:
     raw = read_json(folder / CONFIG).get("quantization_config")
     if raw is None:
         return {}
-    given = raw.get("weights") if isinstance(raw, dict) and raw.get("quant_method") == "pgfunc" else None
-    if not isinstance(given, dict):
+    given = raw.get("weights") if isinstance(raw, dict) and raw.get("format") == "pgfunc" else None
+    if not isinstance(given, dict) or not all(isinstance(method, str) for method in given.values()):
         raise CheckpointError(f"{folder / CONFIG}: quantization_config is not of pgfunc; load the original weights")
     try:
         quant.apply(paligemma.abstract(cfg), given)
@@ -190,7 +190,8 @@ def require(raw: Mapping[str, Any], key: str, value: Any) -> None:
 
 def write_config(folder: Path, cfg: Config, dtype: str, methods: Mapping[str, str]) -> None:
     """Write `config.json` and `preprocessor_config.json`, as transformers reads them where nothing is quantized."""
-    quantized = {"quantization_config": {"quant_method": "pgfunc", "weights": dict(methods)}} if methods else {}
+    # an entry without quant_method stops transformers; one that it does not know, it skips, and makes up the weights
+    quantized = {"quantization_config": {"format": "pgfunc", "weights": dict(methods)}} if methods else {}
     write_json(folder / CONFIG, render(cfg, dtype) | quantized)
     processor.write(folder, cfg, processor_class="PaliGemmaProcessor", image_seq_length=cfg.vision.tokens)
 

@@ -129,7 +129,6 @@ def test_quantize_is_an_option_of_what_runs_a_model_and_of_convert(run, place):
     score = ["score", "red.png", "--prompt", "what?", "--candidate", "one", "--json", "--quantize", "int8"]
     (likely,) = pg.score(small, str(place / "red.png"), "what?", ["one"])[0].tolist()
     assert json.loads(run(*score)[1])["scores"]["one"] == pytest.approx(likely, abs=1e-4)
-    assert run("detect", "red.png", "car", "--quantize", "int8", *options)[0] == 0
     assert run("convert", "model", "small", "--quantize", "int8", model=None)[0] == 0
     assert json.loads(run("caption", "red.png", *options, model="small")[1]) == found
     lines = run("inspect", "small", model=None)[1].splitlines()
@@ -150,6 +149,7 @@ MISTAKES = {
     "too long": (["caption", "red.png", "--max-new-tokens", "5000"], "do not fit 120 positions"),
     "dtype": (["caption", "red.png", "--dtype", "int3"], "dtype is int3, expected"),
     "bits": (["caption", "red.png", "--quantize", "int3"], "quantize is 'int3', expected one of int8, int4,"),
+    "bits of detect": (["detect", "red.png", "car", "--quantize", "int3"], "quantize is 'int3', expected"),
     "sizes of int4": (["caption", "red.png", "--quantize", "int4"], "language.layers.0.q: int4 takes outputs in"),
     "decompression bomb": (["caption", "bomb.png"], "bomb.png: too many pixels"),
     "truncated picture": (["caption", "cut.png"], "cut.png: cannot be read as a picture"),

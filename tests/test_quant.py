@@ -108,6 +108,16 @@ def test_what_cannot_be_quantized_is_said_in_one_line(what):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize(("method", "inputs"), [("int4", 192), ("int4-64", 96), ("int4-32", 16)])
+def test_int4_takes_whole_groups_and_whole_blocks(method, inputs):
+    for shape in ((64, inputs), (96, 256)):
+        tree = {"w": torch.ones(shape)}
+        with pytest.raises(SettingError, match=rf"w: {method} takes outputs .* found {shape[0]} x {shape[1]}"):
+            quant.quantize(tree, method, ["w"])
+        assert quant.methods(quant.quantize(tree, "int8", ["w"])) == {"w": "int8"}
+    assert quant.methods(quant.quantize({"w": torch.ones(64, 2 * inputs)}, "int4-32", ["w"])) == {"w": "int4-32"}
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_an_error_that_names_the_weight(number):
     plain = params(WIDE_CONFIGS["gemma"])
@@ -125,7 +135,9 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_the_weight(number):
 def test_logits_are_those_of_the_dequantized_tree(cfg, method, data):
     found, asked = small(cfg, method, data.draw(seeds)), data.draw(prompts(cfg))
     plain = quant.dequantize(found)
-    torch.testing.assert_close(pg.forward(found, asked, cfg), pg.forward(plain, asked, cfg), **CLOSE)
+    logits = pg.forward(found, asked, cfg)
+    assert logits.shape[-1] == cfg.text.vocab, "without the padding of the table"
+    torch.testing.assert_close(logits, pg.forward(plain, asked, cfg), **CLOSE)
 
 
 @torch.no_grad()
@@ -196,9 +208,12 @@ def test_scales_of_float32_survive_bfloat16(tmp_path):
     cfg, tree = WIDE_CONFIGS["gemma"], small(WIDE_CONFIGS["gemma"])
     pg.save(pg.Model(cfg, tree, None), tmp_path)
     back = quant.weights(pg.load(tmp_path, dtype="bfloat16", device="cpu").params)
-    for path, w in quant.weights(tree).items():
-        assert back[path].scale.dtype == torch.bfloat16 if path in quant.methods(tree) else True
-        assert path not in quant.methods(tree) or torch.equal(back[path].scale.float(), w.scale)
+    for path in quant.methods(tree):
+        given = quant.weights(tree)[path]
+        assert back[path].scale.dtype == torch.bfloat16
+        assert back[path].values.dtype == given.values.dtype
+        assert torch.equal(back[path].scale.float(), given.scale)
+        assert torch.equal(back[path].values, given.values)
 
 
 def test_load_and_convert_quantize(tmp_path):
@@ -258,6 +273,7 @@ def test_a_damaged_file_is_one_line_that_names_key_and_shapes(what, tmp_path):
 ENTRIES = {
     "another library's": ({"quant_method": "bitsandbytes"}, "quantization_config is not of pgfunc; load the original"),
     "no table": ({"format": "pgfunc", "weights": ["q"]}, "quantization_config is not of pgfunc"),
+    "another's table": ({"quant_method": "x", "weights": {"language.embed": "int8"}}, "is not of pgfunc"),
     "no names": ({"format": "pgfunc", "weights": {"language.embed": [8]}}, "quantization_config is not of pgfunc"),
     "no such method": ({"format": "pgfunc", "weights": {"language.embed": "8"}}, "quantize is '8', expected"),
     "no such weight": ({"format": "pgfunc", "weights": {"language.q": "int8"}}, "language.q is no matrix"),

@@ -56,7 +56,8 @@ def quantize(w: Float[Tensor, "o i"], method: str) -> Quantized:
     """
     group = GROUPS[method]
     # in float64 the levels are exact, and a few rows at a time it costs little memory
-    parts = [_int4(rows.double(), group, w.dtype) if group else _int8(rows.double(), w.dtype) for rows in w.split(4096)]
+    pieces = w.split(len(w) if w.is_meta else 1024)
+    parts = [_int4(rows.double(), group, w.dtype) if group else _int8(rows.double(), w.dtype) for rows in pieces]
     values, scales = zip(*parts, strict=True)
     return Int4(torch.cat(values), torch.cat(scales, 1)) if group else Int8(torch.cat(values), torch.cat(scales))
 
@@ -79,7 +80,7 @@ def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> Int4:
 
 
 def _scale(step: Tensor, dtype: torch.dtype) -> Tensor:
-    # where numbers lose bits, or are 0, a larger scale is as good
+    # neither 0 nor a number so small that it has fewer bits: then the bound of half a step would not hold
     return _coarse(step, dtype).clamp(min=max(torch.finfo(dtype).tiny, torch.finfo(torch.bfloat16).tiny))
 
 
@@ -134,10 +135,11 @@ def pieces(w: Quantized) -> Iterator[Quantized]:
 
 def kernel(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
     """`multiply` by PyTorch's kernels for CPUs, which have no derivative; they sum in float32."""
-    rows, inputs = rearrange(x, "... i -> (...) i").contiguous(), x.shape[-1]
+    rows = rearrange(x, "... i -> (...) i").contiguous()
     if isinstance(w, Int8):
         out = torch.ops.aten._weight_int8pack_mm(rows, w.values, w.scale)
     else:
+        inputs = w.values.shape[1]
         packed = w.values.view(-1, inputs // 2)  # the same bytes, under the shape that the kernel asks for
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, inputs // len(w.scale), w.scale)
     return out.view(*x.shape[:-1], -1)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import reference
@@ -28,6 +29,7 @@ WIDE = {
     "query_scale": 0.125,
 }  # sizes that int4 takes
 WIDE_CONFIGS = {name: replace(CONFIGS[name], text=replace(CONFIGS[name].text, **WIDE)) for name in ("gemma", "gemma2")}
+IMAGES = Path(__file__).parent.parent / "examples/images"
 METHODS = ["int8", "int4", "int4-64", "int4-32"]
 
 wide_configs = st.sampled_from(sorted(WIDE_CONFIGS)).map(WIDE_CONFIGS.__getitem__)
@@ -316,7 +318,7 @@ def test_transformers_refuses_a_quantized_folder(tmp_path):
 @pytest.fixture(scope="module")
 def answered(shipped) -> tuple[pg.Prompt, torch.Tensor]:
     """The shipped checkpoint's own answers about its pictures as suffixes, and the logits that predict them."""
-    pictures = [f"examples/images/{name}.png" for name in ("scene", "cars", "shapes", "cat-and-bus")]
+    pictures = [str(IMAGES / f"{name}.png") for name in ("scene", "cars", "shapes", "cat-and-bus")]
     asked = ["caption en"] * 4 + ["detect cat ; bus"] * 4 + ["segment car"] * 4
     answers = pg.generate(shipped, pictures * 3, asked, max_new_tokens=24)
     whole = pg.prepare(shipped, pictures * 3, asked, [done.text for done in answers])

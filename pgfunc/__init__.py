@@ -4,6 +4,7 @@ from pgfunc import detect as detect
 from pgfunc import dual as dual
 from pgfunc import dual_prompt as dual_prompt
 from pgfunc import errors as errors
+from pgfunc import quant as quant
 from pgfunc import sample as sample
 from pgfunc import segment as segment
 from pgfunc import tokenizer as tokenizer

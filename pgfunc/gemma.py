@@ -8,7 +8,6 @@ the number of tokens. It knows nothing about pictures. Axes: b batch, t query, s
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,7 +20,7 @@ from pgfunc.ops import identity, linear, plain, rms_norm, widen
 
 
 class Layer(NamedTuple):
-    """One layer. The scales of the norms are raw: 1 is added at use."""
+    """One layer. The scales of the norms are raw: 1 is added at use. Matrices may be quantized, see `quant`."""
 
     attention_norm: Float[Tensor, "d"]
     q: Float[Tensor, "nh d"]
@@ -60,9 +59,9 @@ def abstract(cfg: TextConfig) -> Params:
 
 def embed(p: Params, ids: Int[Tensor, "b t"], cfg: TextConfig) -> Float[Tensor, "b t d"]:
     """Token ids -> vectors, times the square root of the width."""
+    x = ops.look_up(ids, p.embed)
     # the factor is rounded to the weights' dtype first: 45.25 for 2048 in bf16 (big_vision gemma.py, Embedder.encode)
-    scale = torch.full((), cfg.width**0.5, dtype=p.embed.dtype, device=p.embed.device)
-    return F.embedding(ids, p.embed) * scale
+    return x * torch.full((), cfg.width**0.5, dtype=x.dtype, device=x.device)
 
 
 def unembed(p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap=identity) -> Float[Tensor, "*b v"]:
@@ -71,7 +70,7 @@ def unembed(p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap=identity) 
     The product with the head has the parameters' precision; what follows is float32, or wider.
     """
     x = tap("language.out", rms_norm(x, p.norm, cfg.eps))
-    logits = widen(linear(x, p.embed[: cfg.vocab]))
+    logits = widen(linear(x, tree.map(lambda part: part[: cfg.vocab], p.embed)))  # a tensor, or the parts of an Int8
     return tap("logits", ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits)
 
 

@@ -15,6 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pgfunc import lowbit
+from pgfunc.lowbit import Int8, Quantized
+
 T = TypeVar("T")
 
 
@@ -34,10 +37,20 @@ def widen(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 
 
 def linear(
-    x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None = None
+    x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"] | Quantized, bias: Float[Tensor, "o"] | None = None
 ) -> Float[Tensor, "*b o"]:
-    """x @ w.T + bias. The one place where weights meet activations."""
-    return F.linear(x, w, bias)
+    """x @ w.T + bias. The one place where weights meet activations, quantized or not."""
+    if isinstance(w, Tensor):
+        return F.linear(x, w, bias)
+    out = lowbit.multiply(x, w)
+    return out if bias is None else out + bias
+
+
+def look_up(ids: Int[Tensor, "*b"], table: Float[Tensor, "v d"] | Int8) -> Float[Tensor, "*b d"]:
+    """The rows of a table; of a quantized one only those are made."""
+    if isinstance(table, Tensor):
+        return F.embedding(ids, table)
+    return lowbit.dequantize(Int8(*(part[ids] for part in table)))
 
 
 def layer_norm(

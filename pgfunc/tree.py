@@ -5,10 +5,13 @@ a leaf by its fields and indices: `language.layers.3.q`. Nothing here knows abou
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch.utils import _pytree as pytree
+
+from pgfunc.errors import SettingError
 
 T = TypeVar("T")
 
@@ -31,6 +34,14 @@ def map(fn: Callable[..., Any], tree: T, *rest: T) -> T:
 def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Like `map`; `fn` gets the leaf's path first."""
     return pytree.tree_map_with_path(lambda path, *leaves: fn(join(path), *leaves), tree, *rest)
+
+
+def matching(paths: Iterable[str], pattern: str) -> list[str]:
+    """The paths that match a pattern, by fnmatch on whole paths; a SettingError where there are none."""
+    paths = list(paths)
+    if found := [path for path in paths if fnmatchcase(path, pattern)]:
+        return found
+    raise SettingError(f"{pattern!r} matches none of {len(paths)} paths such as {paths[0]} (pgfunc inspect lists them)")
 
 
 def replace(tree: T, leaves: Mapping[str, Any]) -> T:

@@ -1,9 +1,12 @@
 """Small configs and random prompts that the tests share. Every variant of the block is among the configs."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
@@ -75,3 +78,10 @@ def text_model(seed: int = 0) -> pg.Model:
     count = backend.get_vocab_size()
     cfg = Config(VISION, replace(GEMMA2, vocab=count - 1, padding=1, positions=120), image=count - 1)
     return pg.Model(cfg, params(cfg, seed), tokenizer.wrap(backend, "the tests' tokenizer"))
+
+
+def edit_arrays(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the arrays of a safetensors file."""
+    arrays = {key: value.clone() for key, value in load_file(path).items()}
+    change(arrays)
+    save_file(arrays, path, metadata={"format": "pt"})

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CONFIGS, params
-from safetensors.torch import load_file, save_file
+from cases import CONFIGS, edit_arrays, params
 
 import pgfunc as pg
 from pgfunc.checkpoint import bigvision, hf
@@ -20,12 +19,6 @@ def model() -> pg.Model:
 
 def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_arrays(path: Path, change) -> None:
-    arrays = {key: value.clone() for key, value in load_file(path).items()}
-    change(arrays)
-    save_file(arrays, path, metadata={"format": "pt"})
 
 
 def edit_text(folder: Path, **changes) -> None:

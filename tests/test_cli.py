@@ -120,6 +120,25 @@ def test_convert_there_and_back(run, place):
     assert run("caption", "red.png", "--max-new-tokens", "5", *npz, model="x.npz")[1] == direct
 
 
+def test_quantize_is_an_option_of_what_runs_a_model_and_of_convert(run, place):
+    small = MODEL._replace(params=pg.quant.quantize(MODEL.params, "int8"))
+    (expected,) = pg.generate(small, str(place / "red.png"), "caption en", max_new_tokens=6)
+    options = ["--max-new-tokens", "6", "--json"]
+    found = json.loads(run("caption", "red.png", "--quantize", "int8", *options)[1])
+    assert (found["tokens"], found["logprobs"]) == (expected.tokens, pytest.approx(expected.logprobs, abs=1e-5))
+    score = ["score", "red.png", "--prompt", "what?", "--candidate", "one", "--json", "--quantize", "int8"]
+    (likely,) = pg.score(small, str(place / "red.png"), "what?", ["one"])[0].tolist()
+    assert json.loads(run(*score)[1])["scores"]["one"] == pytest.approx(likely, abs=1e-4)
+    assert run("convert", "model", "small", "--quantize", "int8", model=None)[0] == 0
+    assert json.loads(run("caption", "red.png", *options, model="small")[1]) == found
+    lines = run("inspect", "small", model=None)[1].splitlines()
+    rows = {line.split()[0]: line for line in lines[:-1]}
+    assert rows["language.layers.0.q.values"].split()[1:] == ["32", "x", "16", "int8", "512"]
+    assert rows["language.layers.0.q.scale"].split()[1:] == ["32", "float32", "128"]
+    assert lines[-1] == f"{pg.tree.count(MODEL.params):,} parameters, {pg.tree.nbytes(small.params):,} bytes"
+    assert run("convert", "small", "x.npz", model=None)[0] == 2
+
+
 MISTAKES = {
     "missing picture": (["caption", "no.png"], "no.png: no such file"),
     "not a picture": (["caption", "notes.txt"], "notes.txt: not a picture"),
@@ -129,6 +148,9 @@ MISTAKES = {
     "top-p": (["caption", "red.png", "--top-p", "1.5"], "top-p is 1.5, expected"),
     "too long": (["caption", "red.png", "--max-new-tokens", "5000"], "do not fit 120 positions"),
     "dtype": (["caption", "red.png", "--dtype", "int3"], "dtype is int3, expected"),
+    "bits": (["caption", "red.png", "--quantize", "int3"], "quantize is 'int3', expected one of int8, int4,"),
+    "bits of detect": (["detect", "red.png", "car", "--quantize", "int3"], "quantize is 'int3', expected"),
+    "sizes of int4": (["caption", "red.png", "--quantize", "int4"], "language.layers.0.q: int4 takes outputs in"),
     "decompression bomb": (["caption", "bomb.png"], "bomb.png: too many pixels"),
     "truncated picture": (["caption", "cut.png"], "cut.png: cannot be read as a picture"),
     "picture is a folder": (["caption", "model"], "model: cannot be read as a picture"),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-WRITTEN = {"tiny.npz", "boxes.png", "masks.png", "vectors.npy"}  # what the commands leave behind
+WRITTEN = {"tiny.npz", "tiny-int8", "boxes.png", "masks.png", "vectors.npy"}  # what the commands leave behind
 
 
 def blocks(language: str) -> list[str]:

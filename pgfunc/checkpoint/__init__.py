@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from pgfunc import quant
 from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.checkpoint.files import write_json
-from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, render, write_config
+from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, read_methods, render, write_config
 from pgfunc.config import PUBLISHED, Config
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.prompt import Model
@@ -28,6 +29,7 @@ def load(
     device: str | torch.device | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """A model in memory.
 
@@ -36,6 +38,8 @@ def load(
     hub id, `owner/name` or `owner/name@revision`, by huggingface_hub with its cache and its offline switch.
     dtype: None keeps what the files hold. device: None is CUDA where there is one, else the CPU; "meta" reads only
     headers. Weights in Hugging Face layout are memory-mapped, and not copied while dtype and device stay.
+    quantize: "int8", "int4", "int4-64" or "int4-32" makes the language model smaller once it is on the device, see
+    `quant.quantize`; one that was saved quantized is so without it.
     Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
     """
     where, kind = as_device(device), as_dtype(dtype)
@@ -46,19 +50,22 @@ def load(
         if (path / ADAPTER).exists() and not (path / CONFIG).exists():
             raise CheckpointError(f"{path}: a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base")
         cfg = read_config(path)
-        params = hf.load(path, cfg, kind, where)
+        params = hf.load(path, cfg, kind, where, read_methods(path, cfg))
         tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)
     elif path.suffix == ".npz":
         cfg = named_config(config, path)
         params = bigvision.load(path, cfg, kind, where)
     else:
         raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a big_vision .npz")
+    params = params if quantize is None else quant.quantize(params, quantize)
     return Model(cfg, params, tokenizers.load(Path(tokenizer)) if tokenizer else None)
 
 
 def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
     """Write a model in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it.
 
+    A quantized weight is two arrays, `<key>.values` and `<key>.scale` (layouts: see `lowbit`), and config.json lists
+    them under quantization_config: `load` gives them back to the bit, transformers cannot load them.
     The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay.
     Raises CheckpointError for a model that the layout cannot hold, or a folder that cannot be written.
     """
@@ -69,7 +76,8 @@ def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         hf.save(folder, model.cfg, model.params, shard_bytes)
-        write_config(folder, model.cfg, str(model.params.projector.dtype).removeprefix("torch."))
+        dtype = str(model.params.projector.dtype).removeprefix("torch.")
+        write_config(folder, model.cfg, dtype, quant.methods(model.params))
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, folder)
     except (OSError, SafetensorError) as error:
@@ -92,13 +100,15 @@ def convert(
     dtype: str | torch.dtype | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Write a checkpoint in the other format: big_vision when the target ends in `.npz`, else Hugging Face layout.
 
     A `.npz` holds weights alone: for the way back keep the source's json files, and give their folder as `config`.
+    It cannot hold quantized ones; a folder can, so `quantize` (see `load`) is for those.
     """
     target = Path(target)
-    model = load(source, dtype, "cpu", config, tokenizer)
+    model = load(source, dtype, "cpu", config, tokenizer, quantize)
     if target.suffix != ".npz":
         return save(model, target)
     try:

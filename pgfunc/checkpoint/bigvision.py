@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgfunc import gemma, paligemma, siglip
+from pgfunc import gemma, paligemma, quant, siglip
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
@@ -154,7 +154,8 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def save(path: Path, cfg: Config, params: paligemma.Params) -> None:
-    """Write the parameters as big_vision does, and rename the file when it is whole."""
+    """Write the parameters as big_vision does, which has no quantized ones, and rename the file when it is whole."""
+    quant.check_plain(params, f"{path}: big_vision's layout")
     beside = path.with_name(f"{path.name}.part")
     try:
         with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

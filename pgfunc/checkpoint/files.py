@@ -96,7 +96,8 @@ def gather(
     for key, slots in users.items():
         entry = entries[key]
         array = torch.empty(entry.shape, dtype=entry.dtype, device="meta") if device.type == "meta" else entry.read()
-        leaves |= {path: slot.read(array).to(device=device, dtype=dtype) for path, slot in slots}
+        kind = dtype if entry.dtype.is_floating_point else None  # the integers of quantized weights stay
+        leaves |= {path: slot.read(array).to(device=device, dtype=kind) for path, slot in slots}
     return tree.replace(abstract, leaves)
 
 
@@ -114,13 +115,15 @@ def check(expected: Mapping[str, Tensor], entries: Mapping[str, Entry], where: s
     for key, entry in entries.items():
         if tuple(entry.shape) != tuple(expected[key].shape):
             raise CheckpointError(f"{where}: {key}: expected {tuple(expected[key].shape)}, found {tuple(entry.shape)}")
-        if not entry.dtype.is_floating_point:
-            raise CheckpointError(f"{where}: {key}: expected floating point numbers, found {entry.dtype}")
+        wanted = expected[key].dtype
+        if entry.dtype != wanted and not (entry.dtype.is_floating_point and wanted.is_floating_point):
+            kind = "floating point numbers" if wanted.is_floating_point else wanted
+            raise CheckpointError(f"{where}: {key}: expected {kind}, found {entry.dtype}")
 
 
 def check_one_dtype(entries: Mapping[str, Entry], where: str) -> None:
-    """Activations meet all weights, so all weights must have one dtype."""
-    (key, entry), *others = entries.items()
+    """Activations meet all weights, so all weights must have one dtype, and the scales of quantized ones."""
+    (key, entry), *others = ((key, entry) for key, entry in entries.items() if entry.dtype.is_floating_point)
     for other, found in others:
         if found.dtype != entry.dtype:
             raise CheckpointError(f"{where}: {key} is {entry.dtype}, {other} is {found.dtype}; choose one with dtype=")

@@ -18,16 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pgfunc import gemma, paligemma, siglip
+from pgfunc import gemma, paligemma, quant, siglip, tree
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather, read_json, write_json
 from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError
+from pgfunc.lowbit import Int4, Int8
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what a save replaces
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+          "I8": torch.int8, "U8": torch.uint8}  # fmt: skip
 
 # each part of the model is found by this key of it: what stands before is the layout's prefix
 ANCHORS = {
@@ -37,6 +39,9 @@ ANCHORS = {
 }
 # the layout of the published checkpoints, which every version of transformers reads; `save` writes it
 HUB = {"vision": "vision_tower.vision_model.", "projector": "", "language": "language_model.model."}
+
+# what the parts of a quantized weight add to its key
+INT8, INT4 = Int8(values=".values", scale=".scale"), Int4(values=".values", scale=".scale")
 
 SIGLIP_LAYER = siglip.Layer(
     norm1_scale="layer_norm1.weight", norm1_bias="layer_norm1.bias",
@@ -99,23 +104,37 @@ def layer_table(names: Any, prefix: str) -> Any:
     return type(names)(*(Slot(prefix + name) if name else () for name in names))
 
 
-def load(folder: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device) -> paligemma.Params:
-    """The parameters in a folder; on the meta device only their headers are read."""
+def with_parts(table: paligemma.Params, methods: Mapping[str, str]) -> paligemma.Params:
+    """The table of a tree with quantized weights: each has the keys of its parts."""
+
+    def parts(path: str, slot: Slot) -> Any:
+        if path not in methods:
+            return slot
+        return tree.map(lambda name: Slot(slot.key + name), INT8 if methods[path] == "int8" else INT4)
+
+    return tree.map_with_path(parts, table)
+
+
+def load(
+    folder: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device, methods: Mapping[str, str]
+) -> paligemma.Params:
+    """The parameters in a folder, quantized where `methods` say so; on the meta device only their headers are read."""
     entries = open_folder(folder)
     prefixes = layout(entries, folder)
     head = entries.pop("lm_head.weight", entries.pop("language_model.lm_head.weight", None))
     if head is not None and device.type != "meta":
-        embed = entries[prefixes["language"] + ANCHORS["language"]]
-        if head.shape != embed.shape or not torch.equal(head.read(), embed.read()):
+        embed = entries.get(prefixes["language"] + ANCHORS["language"])  # absent where it is quantized
+        if embed is None or head.shape != embed.shape or not torch.equal(head.read(), embed.read()):
             raise CheckpointError(f"{folder}: lm_head.weight differs from embed_tokens.weight; PaliGemma ties the two")
-    return gather(table(cfg, prefixes), paligemma.abstract(cfg), entries, str(folder), dtype, device)
+    abstract = quant.apply(paligemma.abstract(cfg), methods)
+    return gather(with_parts(table(cfg, prefixes), methods), abstract, entries, str(folder), dtype, device)
 
 
 def layout(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
     """The prefix of each part of the model."""
     found = {}
     for part, anchor in ANCHORS.items():
-        matches = [key for key in entries if key.endswith(anchor)]
+        matches = [key for key in (key.removesuffix(INT8.values) for key in entries) if key.endswith(anchor)]
         if len(matches) != 1:
             said = f"{len(matches)} keys end in" if matches else "no key ends in"
             raise CheckpointError(f"{folder}: {said} {anchor}; expected one, as in a PaliGemma checkpoint")
@@ -163,7 +182,7 @@ def open_file(path: Path) -> dict[str, Entry]:
 
 def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) -> None:
     """Write the parameters in place of a folder's weights."""
-    write(folder, arrange(table(cfg), params), shard_bytes)
+    write(folder, arrange(with_parts(table(cfg), quant.methods(params)), params), shard_bytes)
 
 
 def write(folder: Path, arrays: Mapping[str, Tensor], shard_bytes: int) -> None:

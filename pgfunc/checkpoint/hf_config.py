@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
 from pgfunc.checkpoint.files import read_json, write_json
 from pgfunc.config import Config, TextConfig, VisionConfig
-from pgfunc.errors import CheckpointError
+from pgfunc.errors import CheckpointError, SettingError
 
 T = TypeVar("T")
 
@@ -57,6 +58,21 @@ def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], kind: str) -> T:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path}: {said}; expected the configuration of {kind}") from error
+
+
+def read_methods(folder: Path, cfg: Config) -> dict[str, str]:
+    """Path -> method of every quantized weight, as `write_config` writes them, and as the model can have them."""
+    raw = read_json(folder / CONFIG).get("quantization_config")
+    if raw is None:
+        return {}
+    given = raw.get("weights") if isinstance(raw, dict) and raw.get("format") == "pgfunc" else None
+    if not isinstance(given, dict) or not all(isinstance(method, str) for method in given.values()):
+        raise CheckpointError(f"{folder / CONFIG}: quantization_config is not of pgfunc; load the original weights")
+    try:
+        quant.apply(paligemma.abstract(cfg), given)
+    except SettingError as error:
+        raise CheckpointError(f"{folder / CONFIG}: quantization_config: {error}") from error
+    return given
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
@@ -172,9 +188,11 @@ def require(raw: Mapping[str, Any], key: str, value: Any) -> None:
         raise ValueError(f"{key} is {raw[key]!r}, expected {value!r}")
 
 
-def write_config(folder: Path, cfg: Config, dtype: str) -> None:
-    """Write `config.json` and `preprocessor_config.json`, as transformers reads them."""
-    write_json(folder / CONFIG, render(cfg, dtype))
+def write_config(folder: Path, cfg: Config, dtype: str, methods: Mapping[str, str]) -> None:
+    """Write `config.json` and `preprocessor_config.json`, as transformers reads them where nothing is quantized."""
+    # an entry without quant_method stops transformers; one that it does not know, it skips, and makes up the weights
+    quantized = {"quantization_config": {"format": "pgfunc", "weights": dict(methods)}} if methods else {}
+    write_json(folder / CONFIG, render(cfg, dtype) | quantized)
     processor.write(folder, cfg, processor_class="PaliGemmaProcessor", image_seq_length=cfg.vision.tokens)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import pgfunc as pg
+from pgfunc import paligemma
 from pgfunc.cli import options
 from pgfunc.cli.options import app
 from pgfunc.errors import SettingError
@@ -20,7 +21,7 @@ def inspect(
     """List the parameters: path, shape, dtype, bytes. Only the headers of the files are read."""
     if source and model:
         raise SettingError(f"inspect takes one checkpoint, found {source} and --model {model}")
-    params = pg.load(source or model, device="meta", config=config).params
+    cfg, params, _ = pg.load(source or model, device="meta", config=config)
     rows = [(path, tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."), leaf.numel() * leaf.element_size())
             for path, leaf in pg.tree.flatten(params).items()]  # fmt: skip
     if as_json:
@@ -30,7 +31,7 @@ def inspect(
     width = max(len(path) for path, *_ in rows)
     for path, shape, dtype, size in rows:
         print(f"{path:<{width}}  {' x '.join(map(str, shape)):<16}  {dtype:<8}  {size:>13,}")
-    print(f"{pg.tree.count(params):,} parameters, {pg.tree.nbytes(params):,} bytes")
+    print(f"{pg.tree.count(paligemma.abstract(cfg)):,} parameters, {pg.tree.nbytes(params):,} bytes")
 
 
 @app.command()
@@ -38,6 +39,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder, .npz or hub id.")],
     target: Annotated[Path, typer.Argument(help="A folder for Hugging Face layout, or a .npz for big_vision's.")],
     config: options.Config = None, tokenizer: options.Vocabulary = None, dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
 ) -> None:  # fmt: skip
-    """Write a checkpoint in the other format."""
-    pg.convert(source, target, dtype, config, tokenizer)
+    """Write a checkpoint in the other format, or in fewer bits."""
+    pg.convert(source, target, dtype, config, tokenizer, quantize)

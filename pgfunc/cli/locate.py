@@ -51,6 +51,7 @@ def locating(name: str, about: str) -> None:
         seed: options.Seed = 0,
         device: options.Device = None,
         dtype: options.Dtype = None,
+        quantize: options.Quantize = None,
         config: options.Config = None,
         tokenizer: options.Vocabulary = None,
         as_json: options.Json = False,
@@ -60,7 +61,7 @@ def locating(name: str, about: str) -> None:
         if coco_file:
             check_file(coco_file)
         decoder = decoder_of(masks, model) if name == "segment" else None
-        loaded = pg.load(model, dtype, device, config, tokenizer)
+        loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip

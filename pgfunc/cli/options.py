@@ -13,6 +13,7 @@ import typer
 from tqdm import tqdm
 
 from pgfunc.errors import SettingError
+from pgfunc.lowbit import GROUPS
 
 app = typer.Typer(
     help="PaliGemma on pictures: caption, ask, read, detect, segment, train. SigLIP: embed, classify. "
@@ -36,6 +37,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when t
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the decode step first: pays off for many tokens.")]
 Device = Annotated[str | None, unset("--device", help="cpu, cuda, cuda:1; without it CUDA where there is one.")]
 Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it the files' own.")]
+Quantize = Annotated[str | None, unset("--quantize", help=f"Language model in fewer bits: {', '.join(GROUPS)}.")]
 Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, a config.json or its folder.")]
 Vocabulary = Annotated[str | None, unset("--tokenizer", help="For a .npz: a tokenizer.json.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -35,6 +35,7 @@ def completing(name: str, template: str | None, about: str) -> None:
         compile: options.Compile = False,
         device: options.Device = None,
         dtype: options.Dtype = None,
+        quantize: options.Quantize = None,
         config: options.Config = None,
         tokenizer: options.Vocabulary = None,
         as_json: options.Json = False,
@@ -42,7 +43,7 @@ def completing(name: str, template: str | None, about: str) -> None:
         prefixes = [as_prefix(name, template, prompt)] * len(images)
         if box is not None:
             prefixes = [region(box, image, prefix) for image, prefix in zip(images, prefixes, strict=True)]
-        loaded = pg.load(model, dtype, device, config, tokenizer)
+        loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed, "compile": compile}  # fmt: skip
         if len(images) == 1 and not as_json:
@@ -95,12 +96,13 @@ def score(
     model: options.ModelName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     config: options.Config = None,
     tokenizer: options.Vocabulary = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare given answers by their log-probability, most probable first."""
-    loaded = pg.load(model, dtype, device, config, tokenizer)
+    loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
     for image in progress(images):
         (scores,) = pg.score(loaded, image, prompt, candidate).tolist()
         ranked = sorted(zip(candidate, scores, strict=True), key=lambda pair: -pair[1])

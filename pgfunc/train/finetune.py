@@ -8,7 +8,6 @@ in it has neither gradient nor optimizer state. Nothing here knows about files. 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from pgfunc import gemma, masks, tree
+from pgfunc import gemma, masks, quant, tree
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.ops import plain
@@ -66,21 +65,15 @@ def recomputed(block: Callable[..., T]) -> Callable[..., T]:
 def select(params: Params, freeze: Sequence[str] = ()) -> dict[str, Tensor]:
     """Path -> leaf of what is trained: all but the paths that match a pattern such as `vision.*` or `*.norm?_bias`.
 
-    Patterns are fnmatch's, on whole paths. Raises SettingError for one that matches nothing, or when nothing is left.
+    Patterns are fnmatch's, on whole paths. Raises SettingError for one that matches nothing, when nothing is left, and
+    for quantized weights.
     """
+    quant.check_plain(params, "training")
     leaves = tree.flatten(params)
-    frozen = {path for pattern in freeze for path in matching(leaves, pattern)}
+    frozen = {path for pattern in freeze for path in tree.matching(leaves, pattern)}
     if len(frozen) == len(leaves):
         raise SettingError(f"freezing {', '.join(freeze)} leaves nothing to train")
     return {path: leaf for path, leaf in leaves.items() if path not in frozen}
-
-
-def matching(paths: Iterable[str], pattern: str) -> list[str]:
-    """The paths that match a pattern; a SettingError where there are none."""
-    paths = list(paths)
-    if found := [path for path in paths if fnmatchcase(path, pattern)]:
-        return found
-    raise SettingError(f"{pattern!r} matches none of {len(paths)} paths such as {paths[0]} (pgfunc inspect lists them)")
 
 
 def grad_and_value(fn: Callable[[T], tuple[Tensor, Any]], x: T) -> tuple[T, tuple[Tensor, Any]]:

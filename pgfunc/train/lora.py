@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pgfunc import paligemma, tree
+from pgfunc import paligemma, quant, tree
 from pgfunc.checkpoint import ADAPTER, HUB_ID, hf
 from pgfunc.checkpoint.files import check
 from pgfunc.checkpoint.hf_config import read_json, write_json
@@ -23,7 +23,6 @@ from pgfunc.config import Config
 from pgfunc.errors import CheckpointError, SettingError
 from pgfunc.ops import widen
 from pgfunc.paligemma import Params
-from pgfunc.train.finetune import matching
 
 WEIGHTS = "adapter_model.safetensors"
 TABLES = {"vision.position", "language.embed"}
@@ -58,11 +57,12 @@ def init(params: Params, targets: Sequence[str], rank: int, alpha: float, seed: 
     `params` may be abstract. Only matrices that multiply activations take part. a is uniform in ±1/sqrt(inputs),
     as PEFT's default. Raises SettingError for a target that matches no such matrix, or a rank below 1.
     """
+    quant.check_plain(params, "LoRA")
     if rank < 1:
         raise SettingError(f"lora-rank is {rank}, expected 1 or more")
     linear = linear_paths(params)
     weights = {path: leaf for path, leaf in tree.flatten(params).items() if path in linear}
-    chosen = {path for target in targets for path in matching(weights, target)}
+    chosen = {path for target in targets for path in tree.matching(weights, target)}
     generator = torch.Generator().manual_seed(seed)
 
     def pair(weight: Tensor) -> Pair:
@@ -85,6 +85,7 @@ def unmerge(params: Params, lora: Lora) -> Params:
 
 
 def _added(params: Params, pairs: dict[str, Pair], scale: float) -> Params:
+    quant.check_plain(params, "merging LoRA")
     leaves = tree.flatten(params)
 
     def added(leaf: Tensor, pair: Pair) -> Tensor:

@@ -1,0 +1,167 @@
+"""A matrix of weights in 8 or 4 bits: made, read back, multiplied. `ops.linear` alone has it meet activations.
+
+`Int8` has a scale for each output. `Int4` has a scale and a zero for each output and group of inputs, and keeps two
+outputs in a byte, in blocks of 64, as PyTorch's kernel for AVX-512 reads them:
+
+    byte [n, i, d]  =  level of (output 64 n + d, input i)  |  level of (output 64 n + 32 + d, input i) << 4
+
+Scales have 8 significant bits, and the dtype of the weights that they stand for. Knows nothing about models. Axes:
+o outputs, i inputs, g groups of inputs, n blocks of 64 outputs, d 32 outputs, z scale and zero.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int, UInt
+from torch import Tensor
+from torch.autograd import forward_ad
+
+GROUPS = {"int8": 0, "int4": 128, "int4-64": 64, "int4-32": 32}  # inputs that share a scale; 0: all of a row
+BLOCK = 64
+
+
+class Int8(NamedTuple):
+    """values · scale."""
+
+    values: Int[Tensor, "o i"]  # int8, from -127 to 127
+    scale: Float[Tensor, "o"]
+
+
+class Int4(NamedTuple):
+    """(level - 8) · scale + zero, with levels from 0 to 15."""
+
+    values: UInt[Tensor, "n i d"]  # uint8, two levels each
+    scale: Float[Tensor, "g o z"]  # scale and zero
+
+
+Quantized = Int8 | Int4
+
+
+def method(w: Quantized) -> str:
+    """The name in `GROUPS` of how a matrix was quantized."""
+    group = 0 if isinstance(w, Int8) else w.values.shape[-2] // w.scale.shape[-3]
+    return next(name for name, size in GROUPS.items() if size == group)
+
+
+def quantize(w: Float[Tensor, "o i"], method: str) -> Quantized:
+    """The nearest levels: no weight moves by more than half its scale, but for the last rounding to its own dtype.
+
+    int4 needs outputs in multiples of 64, and inputs in multiples of its group. A row or group of zeros stays so, and
+    with int4 a group of any one number that bfloat16 holds. In float16 a scale is at least 6e-5. What is not finite has
+    a scale that is not.
+    """
+    group = GROUPS[method]
+    # in float64 the levels are exact, and a few rows at a time it costs little memory
+    pieces = w.split(len(w) if w.is_meta else 1024)
+    parts = [_int4(rows.double(), group, w.dtype) if group else _int8(rows.double(), w.dtype) for rows in pieces]
+    values, scales = zip(*parts, strict=True)
+    return Int4(torch.cat(values), torch.cat(scales, 1)) if group else Int8(torch.cat(values), torch.cat(scales))
+
+
+def _int8(rows: Tensor, dtype: torch.dtype) -> Int8:
+    scale = _scale(rows.abs().amax(-1) / 127, dtype)
+    return Int8((rows / rearrange(scale, "o -> o 1")).round().to(torch.int8), scale)
+
+
+def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> Int4:
+    rows = rearrange(rows, "o (g i) -> g o i", i=group)
+    low, high = rows.amin(-1), rows.amax(-1)
+    zero = _coarse((8 * high + 7 * low) / 15, dtype).double()
+    # of the zero as it was rounded, so that the grid still covers both ends
+    scale = _scale(torch.maximum((high - zero) / 7, (zero - low) / 8), dtype)
+    levels = (rows - rearrange(zero, "g o -> g o 1")) / rearrange(scale, "g o -> g o 1")
+    levels = levels.round().clamp(-8, 7).add(8).to(torch.uint8)
+    first, second = rearrange(levels, "g (n half d) i -> half n (g i) d", half=2, d=BLOCK // 2)
+    return Int4(first | second << 4, torch.stack([scale, zero.to(dtype)], -1))
+
+
+def _scale(step: Tensor, dtype: torch.dtype) -> Tensor:
+    # neither 0 nor a number so small that it has fewer bits: then the bound of half a step would not hold
+    return _coarse(step, dtype).clamp(min=max(torch.finfo(dtype).tiny, torch.finfo(torch.bfloat16).tiny))
+
+
+def _coarse(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # 8 significant bits: level times scale is exact in float32, and bf16 holds the scales of a float32 tree
+    return x.bfloat16().to(dtype)
+
+
+def dequantize(w: Quantized) -> Float[Tensor, "*o i"]:
+    """The weights that a matrix stands for, in the dtype of its scales; of an `Int8` any rows, with any axes before."""
+    if isinstance(w, Int8):
+        return w.values.to(w.scale.dtype) * rearrange(w.scale, "... -> ... 1")
+    levels = rearrange(torch.stack([w.values & 15, w.values >> 4]), "half n i d -> (n half d) i").to(torch.int8) - 8
+    scale, zero = rearrange(w.scale, "g o z -> z o g 1")
+    levels = rearrange(levels, "o (g i) -> o g i", g=len(w.scale)).to(scale.dtype)
+    return rearrange(torch.addcmul(zero, levels, scale), "o g i -> o (g i)")
+
+
+def finite(w: Quantized) -> bool:
+    """Whether every weight that the scales allow is a number of their dtype."""
+    if isinstance(w, Int8):
+        return bool((w.scale * 127).isfinite().all())
+    scale, zero = w.scale.unbind(-1)
+    return bool(((zero - 8 * scale).isfinite() & (zero + 7 * scale).isfinite()).all())
+
+
+def multiply(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
+    """x @ dequantize(w).T, by what is fastest for the number of rows. A kernel of one's own would go first here."""
+    rows = prod(x.shape[:-1])
+    # more rows than these, and it is faster to make the weights first (2 cores with AVX-512 and AMX, bf16)
+    if 0 < rows <= (16 if isinstance(w, Int8) else 128) and kernel_serves(x, w):
+        return kernel(x, w)
+    if not torch.compiler.is_compiling():
+        return torch.cat([F.linear(x, dequantize(piece)) for piece in pieces(w)], -1)
+    if rows == 1:  # inductor makes one loop of it, and no weights
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (dequantize(w).to(wide) * rearrange(x, "... i -> ... 1 i").to(wide)).sum(-1).to(x.dtype)
+    return F.linear(x, dequantize(w))
+
+
+def pieces(w: Quantized) -> Iterator[Quantized]:
+    """A matrix cut along its outputs: the weights of a piece stay in the cache of a CPU, or spare a GPU's memory."""
+    size = 2**21 if w.scale.device.type == "cpu" else 2**27
+    blocks = max(1, size // (w.values.shape[-1 if isinstance(w, Int8) else -2] * BLOCK))
+    if isinstance(w, Int8):
+        for part in zip(w.values.split(blocks * BLOCK), w.scale.split(blocks * BLOCK), strict=True):
+            yield Int8(*part)
+    else:
+        for part in zip(w.values.split(blocks), w.scale.split(blocks * BLOCK, 1), strict=True):
+            yield Int4(*part)
+
+
+def kernel(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
+    """`multiply` by PyTorch's kernels for CPUs, which have no derivative; they sum in float32."""
+    rows = rearrange(x, "... i -> (...) i").contiguous()
+    if isinstance(w, Int8):
+        out = torch.ops.aten._weight_int8pack_mm(rows, w.values, w.scale)
+    else:
+        inputs = w.values.shape[1]
+        packed = w.values.view(-1, inputs // 2)  # the same bytes, under the shape that the kernel asks for
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, inputs // len(w.scale), w.scale)
+    return out.view(*x.shape[:-1], -1)
+
+
+def kernel_serves(x: Tensor, w: Quantized) -> bool:
+    """Whether `kernel` may be used: where it exists, for these dtypes and sizes, and when nothing is differentiated."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or w.scale.requires_grad):
+        return False
+    here = x.device.type == "cpu" and x.dtype == w.scale.dtype != torch.float64 and w.values.is_contiguous()
+    # the int8 kernel reads 16 numbers at once, also beyond the end of a row (PyTorch 2.13, bf16: a segmentation fault)
+    return here and (BLOCKED if isinstance(w, Int4) else x.shape[-1] % 16 == 0)
+
+
+def _blocked() -> bool:
+    """Whether PyTorch packs int4 for this CPU as `Int4` does."""
+    levels = torch.arange(BLOCK * 32, dtype=torch.int32).view(BLOCK, 32) % 15
+    first, second = rearrange(levels.to(torch.uint8), "(half d) i -> half i d", half=2)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+    return torch.equal(packed.flatten(), (first | second << 4).flatten())
+
+
+BLOCKED = _blocked()

@@ -15,8 +15,11 @@ from torch import Tensor
 from pgfunc import ops, tree
 from pgfunc.cache import Cache, append
 from pgfunc.config import TextConfig
+from pgfunc.errors import SettingError
 from pgfunc.masks import Masks
 from pgfunc.ops import identity, linear, plain, rms_norm, widen
+
+Allowed = range | Int[Tensor, "r"] | None  # the tokens that have logits; None: all
 
 
 class Layer(NamedTuple):
@@ -64,13 +67,22 @@ def embed(p: Params, ids: Int[Tensor, "b t"], cfg: TextConfig) -> Float[Tensor, 
     return x * torch.full((), cfg.width**0.5, dtype=x.dtype, device=x.device)
 
 
-def unembed(p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap=identity) -> Float[Tensor, "*b v"]:
+def unembed(
+    p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap=identity, allowed: Allowed = None
+) -> Float[Tensor, "*b v"]:
     """The final norm, the tied head and the final softcap: the only place that makes logits.
 
-    The product with the head has the parameters' precision; what follows is float32, or wider.
+    The product with the head has the parameters' precision; what follows is float32, or wider. With `allowed` only the
+    logits of those tokens are made, in their order, and only their rows of the head are read: a range is a view of it.
+    Raises SettingError for a range that is not of tokens in a row.
     """
     x = tap("language.out", rms_norm(x, p.norm, cfg.eps))
-    logits = widen(linear(x, tree.map(lambda part: part[: cfg.vocab], p.embed)))  # a tensor, or the parts of an Int8
+    rows = slice(cfg.vocab) if allowed is None else allowed
+    if isinstance(rows, range):
+        if rows.step != 1 or not 0 <= rows.start < rows.stop <= cfg.vocab:
+            raise SettingError(f"allowed is {rows}, expected one or more of the tokens 0 to {cfg.vocab - 1}, in a row")
+        rows = slice(rows.start, rows.stop)
+    logits = widen(linear(x, tree.map(lambda part: part[rows], p.embed)))  # a tensor, or the parts of an Int8
     return tap("logits", ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits)
 
 

@@ -100,8 +100,13 @@ def forward(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Float[
     return gemma.unembed(params.language, x[:, x.shape[1] - prompt.tokens.shape[1] :], cfg.text, tap)
 
 
-def prefill(params: Params, prompt: Prompt, cfg: Config, size: int, tap=identity) -> tuple[Float[Tensor, "b v"], Cache]:
-    """The logits at each row's last valid token, and a cache of the prompt with room for `size` tokens more."""
+def prefill(
+    params: Params, prompt: Prompt, cfg: Config, size: int, tap=identity, allowed: gemma.Allowed = None
+) -> tuple[Float[Tensor, "b v"], Cache]:
+    """The logits at each row's last valid token, and a cache of the prompt with room for `size` tokens more.
+
+    `allowed` here, in `extend` and in `decode`: the tokens that have logits, see `gemma.unembed`.
+    """
     if size < 0:
         raise SettingError(f"size is {size}, expected room for 0 or more tokens")
     x, valid, causal = left_aligned(embed_prompt(params, prompt, cfg, tap))
@@ -110,7 +115,7 @@ def prefill(params: Params, prompt: Prompt, cfg: Config, size: int, tap=identity
     length = valid.sum(-1)
     last = torch.take_along_dim(x, rearrange(length - 1, "b -> b 1 1"), dim=1)
     cache = Cache(tuple(pad(k, size) for k, _ in kv), tuple(pad(v, size) for _, v in kv), length)
-    return gemma.unembed(params.language, rearrange(last, "b 1 d -> b d"), cfg.text, tap), cache
+    return gemma.unembed(params.language, rearrange(last, "b 1 d -> b d"), cfg.text, tap, allowed), cache
 
 
 def left_aligned(embedded: Embedded) -> Embedded:
@@ -121,7 +126,7 @@ def left_aligned(embedded: Embedded) -> Embedded:
 
 
 def extend(
-    params: Params, tokens: Int[Tensor, "b t"], cache: Cache, cfg: Config, tap=identity
+    params: Params, tokens: Int[Tensor, "b t"], cache: Cache, cfg: Config, tap=identity, allowed: gemma.Allowed = None
 ) -> tuple[Float[Tensor, "b t v"], Cache]:
     """Append t suffix tokens to each row: their logits, and a new cache. The given cache stays what it was."""
     count = tokens.shape[1]
@@ -130,15 +135,15 @@ def extend(
     x = tap("language.embed", gemma.embed(params.language, tokens, cfg.text))
     x, kv = gemma.run(params.language, x, positions, seen, cfg.text, cache, tap)
     cache = Cache(tuple(k for k, _ in kv), tuple(v for _, v in kv), cache.length + count)
-    return gemma.unembed(params.language, x, cfg.text, tap), cache
+    return gemma.unembed(params.language, x, cfg.text, tap, allowed), cache
 
 
 def decode(
-    params: Params, token: Int[Tensor, "b"], cache: Cache, cfg: Config, tap=identity
+    params: Params, token: Int[Tensor, "b"], cache: Cache, cfg: Config, tap=identity, allowed: gemma.Allowed = None
 ) -> tuple[Float[Tensor, "b v"], Cache]:
     """Append one token to each row: the logits after it, and a new cache. The given cache stays what it was.
 
     Prefilling n + 1 tokens equals prefilling n and decoding one, at every split of the suffix.
     """
-    logits, cache = extend(params, rearrange(token, "b -> b 1"), cache, cfg, tap)
+    logits, cache = extend(params, rearrange(token, "b -> b 1"), cache, cfg, tap, allowed)
     return rearrange(logits, "b 1 v -> b v"), cache

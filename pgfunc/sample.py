@@ -69,6 +69,11 @@ def draw(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"]) -> Int[Tensor, "
     return rearrange(token, "... 1 -> ...").clamp(max=logits.shape[-1] - 1)  # beyond the last only where logits are nan
 
 
+def among(allowed: range | Int[Tensor, "r"], choice: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
+    """The tokens that were chosen, by place, among those that have logits."""
+    return choice + allowed.start if isinstance(allowed, range) else allowed[choice]
+
+
 def top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:
     """Keep the k largest logits, and what ties with the last of them."""
     least = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]

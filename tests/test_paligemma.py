@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import pgfunc as pg
-from pgfunc import paligemma, siglip
+from pgfunc import gemma, ops, paligemma, siglip
+from pgfunc.errors import SettingError
 
 ATOL = 1e-4  # float32, few layers, logits of order 1
 
@@ -248,6 +249,41 @@ def test_a_picture_that_all_rows_share_is_encoded_once_and_means_the_same(cfg, s
     assert encoded == [1]
     expected = pg.forward(tree, shared._replace(pixels=shared.pixels.contiguous()), cfg)
     torch.testing.assert_close(found[given.valid], expected[given.valid], atol=1e-4, rtol=0)  # float32
+
+
+@given(configs, seeds, st.data())
+def test_logits_of_allowed_tokens_are_those_of_all_tokens_at_their_places(cfg, seed, data):
+    tree, given = params(cfg, seed), prompt(cfg, [2, 4], [1, 0], seed=seed)
+    ids = st.integers(0, cfg.text.vocab - 1)
+    if data.draw(st.booleans()):
+        allowed = torch.tensor(data.draw(st.lists(ids, min_size=1, max_size=5)))
+        places = allowed
+    else:
+        first, last = sorted([data.draw(ids), data.draw(ids)])
+        allowed, places = range(first, last + 1), torch.arange(first, last + 1)
+    token = torch.tensor([3, 5])
+    full, cache = pg.prefill(tree, given, cfg, 2)
+    found, _ = pg.prefill(tree, given, cfg, 2, allowed=allowed)
+    torch.testing.assert_close(found, full[:, places], atol=1e-5, rtol=0)  # float32, products of other widths
+    full, _ = pg.decode(tree, token, cache, cfg)
+    found, _ = pg.decode(tree, token, cache, cfg, allowed=allowed)
+    torch.testing.assert_close(found, full[:, places], atol=1e-5, rtol=0)
+    best = pg.sample.among(allowed, pg.sample.greedy(found))
+    torch.testing.assert_close(full[torch.arange(2), best], full[:, places].amax(-1), atol=1e-5, rtol=0)
+
+
+def test_a_range_of_allowed_tokens_copies_nothing_of_the_head_and_must_be_of_tokens_in_a_row():
+    cfg = CONFIGS["gemma"]
+    tree = params(cfg)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemma, "linear", lambda x, w: seen.append(w) or ops.linear(x, w))
+        gemma.unembed(tree.language, torch.ones(2, cfg.text.width), cfg.text, allowed=range(7, 9))
+    assert seen[0].shape[0] == 2
+    assert seen[0].data_ptr() == tree.language.embed[7].data_ptr()
+    for wrong in (range(5, 5), range(0, 9, 2), range(60, 65), range(-2, 3)):
+        with pytest.raises(SettingError, match="expected one or more of the tokens 0 to 63, in a row"):
+            gemma.unembed(tree.language, torch.ones(2, cfg.text.width), cfg.text, allowed=wrong)
 
 
 def test_a_tap_sees_every_layer_and_can_edit_it():

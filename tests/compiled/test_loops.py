@@ -1,13 +1,16 @@
 """The loops in `examples/loops` say what `generate` says where they must."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from cases import text_model
 
 import pgfunc as pg
-from examples.loops import beam, best_of_n, greedy, speculative
+from examples.loops import beam, best_of_n, boxes, greedy, speculative
 
 TOKENS = 14
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,14 @@ def test_speculation_changes_the_number_of_steps_alone(model, picture, expected)
 
 def test_a_beam_of_one_is_greedy(model, picture, expected):
     assert beam.beam(model, picture, "what", 1, TOKENS) == expected
+
+
+def test_places_chosen_among_places_are_those_chosen_among_all():
+    shipped, image = pg.load(dtype="float32", device="cpu"), str(ROOT / "examples/images/cat-and-bus.png")
+    (done,) = pg.generate(shipped, image, "detect cat ; bus")
+    assert done.text.count("<loc") == 8
+    assert boxes.boxes(shipped, image, "cat ; bus") == done.text
+    assert boxes.step.compilations == 2  # with all of the head, and with the places
 
 
 def test_samples_at_next_to_no_temperature_are_greedy(model, picture, expected):

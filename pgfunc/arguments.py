@@ -50,12 +50,11 @@ class Arguments:
         if constant and name in self._last and same(self._last[name][0], parts):
             return Argument([part for part in parts if isinstance(part, Tensor)], self._last[name][1])
         leaves, structure = pytree.tree_flatten(value)
-        given, fixed = (
-            [x for x in leaves if isinstance(x, Tensor)],
-            tuple(x for x in leaves if not isinstance(x, Tensor)),
-        )
-        tensors, moving = [as_input(x) for x in given], tuple(isinstance(x, Tensor) for x in leaves)
-        kind = self.number(Kind(structure, moving, tuple(fixed), tuple(map(type, fixed)), tuple(map(shape, tensors))))
+        moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        fixed = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        tensors = [as_input(x) for x in given]
+        kind = self.number(Kind(structure, moving, fixed, tuple(map(type, fixed)), tuple(map(shape, tensors))))
         if constant and same(given, tensors):
             self._last[name] = [ref(part) if isinstance(part, Tensor) else part for part in parts], kind
         return Argument(tensors, kind)

@@ -203,7 +203,8 @@ def writable(cache: Cache, arena: deque[Cache]) -> Cache:
                 new[:, : cache.slots].copy_(old)
                 new[:, cache.slots :].zero_()
             return made._replace(length=cache.length)
-    k, v = (tuple(F.pad(x, (0, 0, 0, 0, 0, room)).contiguous() for x in side) for side in (cache.k, cache.v))
+    with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
+        k, v = (tuple(F.pad(x, (0, 0, 0, 0, 0, room)).contiguous() for x in side) for side in (cache.k, cache.v))
     _lineages[k[0]] = []
     arena.append(Cache(k, v, cache.length))
     return arena[-1]

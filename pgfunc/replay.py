@@ -19,6 +19,7 @@ LARGE = 1 << 20  # bytes from which on an input is not copied
 KEPT = 4  # graphs
 
 Fn = Callable[[list[Tensor]], Any]
+_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Captured(NamedTuple):
@@ -62,7 +63,8 @@ class Replayed:
         if key not in self.graphs:
             if not seen:
                 return self.fn(tensors)
-            own = {i: tensors[i].clone() for i in self.moving}
+            with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
+                own = {i: tensors[i].clone() for i in self.moving}
             replay, results = capture(self.fn, [own.get(i, x) for i, x in enumerate(tensors)])
             self.graphs[key] = Captured(replay, own, results)
             if len(self.graphs) > KEPT:
@@ -70,7 +72,7 @@ class Replayed:
         self.graphs.move_to_end(key)
         graph = self.graphs[key]
         if graph.own:
-            torch._foreach_copy_(list(graph.own.values()), [tensors[i] for i in graph.own])  # pyright: ignore[reportPrivateImportUsage]
+            _copy(list(graph.own.values()), [tensors[i] for i in graph.own])
         graph.replay()
         return copied(graph.results)
 
@@ -90,7 +92,7 @@ def copied(results: Any) -> Any:
     old = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     new = [torch.empty_like(leaf) for leaf in old]
     if old:
-        torch._foreach_copy_(new, old)  # pyright: ignore[reportPrivateImportUsage]
+        _copy(new, old)
     rest = iter(new)
     return pytree.tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 

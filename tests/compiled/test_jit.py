@@ -138,6 +138,20 @@ def test_loops_over_prompt_after_prompt_replay_one_graph(cfg, weights, monkeypat
     assert counted == {"captured": 1, "replayed": 17}  # the first step of all is none
 
 
+def test_a_step_may_be_used_in_inference_mode_and_outside(cfg, weights, monkeypatch):
+    played(monkeypatch)
+    step, start = pg.jit(pg.decode, donate="cache"), filled(weights, cfg, [3, 2])
+    found = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            cache = start
+            for token in range(3):
+                logits, cache = step(weights, torch.tensor([token, 1]), cache, cfg)
+            found.append(logits.clone())
+            del cache
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
 def test_several_tokens_are_appended_at_once(cfg, weights):
     start, tokens = filled(weights, cfg, [4, 2]), torch.tensor([[1, 2, 3], [4, 5, 6]])
     logits, cache = pg.jit(pg.extend, donate="cache")(weights, tokens, start, cfg)

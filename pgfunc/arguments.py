@@ -86,7 +86,11 @@ def same(known: list[Any], parts: list[Any]) -> bool:
     """Whether these are the known parts, object by object."""
     if len(known) != len(parts):
         return False
-    return all((one() if type(one) is ref else one) is part for one, part in zip(known, parts, strict=True))
+    return all(
+        # a dead reference gives None, which may be a part
+        one() is part is not None if type(one) is ref else one is part
+        for one, part in zip(known, parts, strict=True)
+    )
 
 
 def as_input(x: Tensor) -> Tensor:

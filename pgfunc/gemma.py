@@ -74,7 +74,7 @@ def unembed(
 
     The product with the head has the parameters' precision; what follows is float32, or wider. With `allowed` only the
     logits of those tokens are made, in their order, and only their rows of the head are read: a range is a view of it.
-    Raises SettingError for a range that is not of tokens in a row.
+    Raises SettingError for a range with a step, or outside the vocabulary; ids are taken as they are.
     """
     x = tap("language.out", rms_norm(x, p.norm, cfg.eps))
     rows = slice(cfg.vocab) if allowed is None else allowed

@@ -206,9 +206,9 @@ def check_numbers(logprobs: Tensor) -> None:
 
 
 def _completion(model: Model, tokens: Int[Tensor, "t"], logprobs: Float[Tensor, "t"]) -> Completion:
-    check_numbers(logprobs)
     ids = tokens.tolist()
     end = ids.index(model.cfg.eos) if model.cfg.eos in ids else len(ids)
+    check_numbers(logprobs[: end + 1])  # what was made behind the end does not count
     finish = "eos" if end < len(ids) else "length"
     return Completion(_text(model, ids[:end]), ids[:end], logprobs.tolist()[:end], finish)
 

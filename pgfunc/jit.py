@@ -8,13 +8,15 @@ there, unless a newer handle on them is alive: then the older one forks, and its
 alive while any of its tensors is, or a view of one; what was detached from it, or cut in inference mode, is not seen
 to be a part of it. Owns who may write where. Knows nothing about models.
 
-Buffers are used again when all handles on them are gone; so on CUDA, where compiled code is captured in a graph and
-replayed (`replay.py`), a loop over the next prompt finds the graph of the last.
+On CUDA compiled code is captured in a graph and replayed (`replay.py`), on one stream. There the last few sets of
+buffers are kept, and used again when all handles on them are gone: a loop over the next prompt finds the graph of the
+last.
 """
 
 import inspect
 from collections import deque
 from collections.abc import Callable
+from threading import RLock
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 from weakref import ref
 
@@ -84,7 +86,8 @@ class Jitted(Generic[P, R]):
         self.donate, self.signature = donate, inspect.signature(fn)
         self._arguments = Arguments()
         self._compiled: dict[Any, Callable[[list[Tensor]], Any]] = {}
-        self._arena: deque[Cache] = deque(maxlen=replay.KEPT)  # buffers that were written, to be used again
+        self._arena: deque[Cache] = deque(maxlen=replay.KEPT)  # buffers that graphs write, to be used again
+        self._lock = RLock()  # from the choice of buffers until a handle on them is known
         named = [
             p.name for p in self.signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
@@ -97,8 +100,11 @@ class Jitted(Generic[P, R]):
     def compilations(self) -> int:
         return len(self._compiled)
 
-    @torch.no_grad()
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock, torch.no_grad():
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         given, cache = dict(self.signature.bind(*args, **kwargs).arguments), None
         if self.donate is not None:
             cache = given.pop(self.donate, ())
@@ -115,7 +121,7 @@ class Jitted(Generic[P, R]):
                 check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
             kinds = {name: self._arguments.kinds[argument.kind] for name, argument in read.items()}
             run = compiled(self.fn, self.donate, kinds)
-            if tensors and replay.possible(tensors + donated):
+            if replay.possible(tensors + donated):
                 run = replay.Replayed(run, range(len(tensors), len(tensors) + len(donated) - 1))
         results, length = run(tensors + donated)
         self._compiled[key] = run
@@ -189,7 +195,8 @@ def bucket(slots: int) -> int:
 def writable(cache: Cache, arena: deque[Cache]) -> Cache:
     """The cache on buffers of which no living handle sees the slots behind its length: its own, or copies.
 
-    Copies are made in buffers of the arena that no handle uses any more, or in new ones, which join it.
+    Copies are made in new buffers, which join the arena where graphs will read them, or in ones of it that no handle
+    uses any more.
     """
     handles = living(cache)
     if handles and handles[-1].of(cache) and (len(handles) == 1 or not handles[-1].rewound):
@@ -206,8 +213,10 @@ def writable(cache: Cache, arena: deque[Cache]) -> Cache:
     with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
         k, v = (tuple(F.pad(x, (0, 0, 0, 0, 0, room)).contiguous() for x in side) for side in (cache.k, cache.v))
     _lineages[k[0]] = []
-    arena.append(Cache(k, v, cache.length))
-    return arena[-1]
+    made = Cache(k, v, cache.length)
+    if replay.possible(buffers(made)):
+        arena.append(made)
+    return made
 
 
 def living(cache: Cache) -> list[Handle]:

@@ -93,6 +93,11 @@ def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*#b t half"]) ->
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def transformed() -> bool:
+    """Whether torch.func transforms or forward-mode AD are at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def attend(
     q: Float[Tensor, "b t n h"],
     k: Float[Tensor, "b s k h"],
@@ -105,11 +110,11 @@ def attend(
 
     A query that may see no key gives zeros. PyTorch's fused kernels serve when they can; they know neither softcaps
     nor forward-mode AD nor vmap, where the same formula is written out. They also have no second derivative: use
-    torch.func for it, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. Nor are they made for a single query on a
-    GPU: written out, a compiler joins the formula to what stands around it.
+    torch.func for it, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. In compiled code for GPUs the formula is
+    written out for a single query too: it is then joined to what stands around it.
     """
-    one = q.shape[1] == 1 and q.is_cuda
-    if one or cap or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    joined = q.shape[1] == 1 and q.is_cuda and torch.compiler.is_compiling()
+    if joined or cap or transformed():
         return attend_explicit(q, k, v, mask, scale, cap)
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]

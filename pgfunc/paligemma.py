@@ -17,7 +17,7 @@ from pgfunc import gemma, masks, siglip, tree
 from pgfunc.cache import Cache, pad
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
-from pgfunc.ops import identity, linear, plain
+from pgfunc.ops import identity, linear, plain, transformed
 
 
 class Params(NamedTuple):
@@ -66,7 +66,8 @@ def encode_images(
     for a tap, which sees every row.
     """
     batch, pictures = pixels.shape[:2]
-    if batch > 1 and pixels.stride(0) == 0 and tap is identity:
+    differentiated = pixels.requires_grad or transformed()  # then each row has a gradient of its own
+    if batch > 1 and pixels.stride(0) == 0 and tap is identity and not differentiated:
         return encode_images(params, pixels[:1], cfg, wrap=wrap).expand(batch, -1, -1)
     if not pictures:
         return pixels.new_empty((batch, 0, cfg.text.width), dtype=params.projector.dtype)

@@ -43,7 +43,8 @@ class Row(NamedTuple):
 def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> Prompt:
     """The Prompt of a batch, on the model's device; rows are padded on the right.
 
-    Where all rows have the same pictures, `pixels` holds them once (its first stride is 0), and they are encoded once.
+    Where several rows have the same pictures, and no others, `pixels` holds them once, with a first stride of 0, and
+    they are encoded once: clone it to edit it, or for forward-mode AD.
 
     images: a row each, which is one picture or a list of 0..n; or a single picture for all rows.
     prefixes, suffixes: a row each, or one text for all rows. In place of text a row may have token ids: a prefix's ids

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pgfunc.arguments import shape
+
 LARGE = 1 << 20  # bytes from which on an input is not copied
 KEPT = 4  # graphs
 
@@ -29,44 +31,46 @@ class Captured(NamedTuple):
 
 
 def capture(fn: Fn, inputs: list[Tensor]) -> tuple[Callable[[], None], Any]:
-    """`fn` on these inputs as a CUDA graph, and where its results will lie.
-
-    It has run before, so that nothing is compiled or tuned meanwhile.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    """`fn` on these inputs as a CUDA graph, and where its results will lie."""
+    graph, device = torch.cuda.CUDAGraph(), inputs[0].device
+    stream = torch.cuda.Stream(device)  # torch's own is on the device of the first graph of all
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         results = fn(inputs)
     return graph.replay, results
 
 
 def possible(leaves: Iterable[Any]) -> bool:
-    """Whether all of these are tensors where there are graphs."""
-    return all(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves)
+    """Whether all of these are tensors on one device, which has graphs."""
+    leaves = list(leaves)
+    alike = all(isinstance(leaf, Tensor) and leaf.is_cuda and leaf.device == leaves[0].device for leaf in leaves)
+    return bool(leaves) and alike
 
 
 class Replayed:
     """`fn` by graphs: a call with inputs that lie elsewhere and are not copied runs it as it is, the next captures it.
 
     `fn` is a pure function of tensors of fixed shapes on one device, but that it may write into the inputs numbered in
-    `written`, which are not copied, nor are those of `large` bytes or more. The last `KEPT` graphs are kept, with the
-    memory that they compute in; of the inputs they hold nothing.
+    `written`, where doing so again changes nothing; these are not copied, nor are those of `large` bytes or more. What
+    it closes over must be on the device too, and stay alive. A function that gives results elsewhere always runs as it
+    is. The last `KEPT` graphs are kept, with the memory that they compute in; of the inputs they hold nothing. For one
+    thread and one stream at a time.
     """
 
-    def __init__(self, fn: Fn, written: Iterable[int] = (), large: float = LARGE):
-        self.fn, self.written, self.large = fn, frozenset(written), large
+    def __init__(self, fn: Fn, written: Iterable[int] = (), large: float | None = None):
+        self.fn, self.written, self.large = fn, frozenset(written), LARGE if large is None else large
         self.last: list[int] = []  # where the inputs of the last call lay
         self.moving: set[int] = set()  # the inputs that are copied
         self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+        self.stays = True  # whether results are where graphs are
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         key, seen = self.look(tensors)
         if key not in self.graphs:
-            if not seen:
-                return self.fn(tensors)
-            with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
-                own = {i: tensors[i].clone() for i in self.moving}
-            replay, results = capture(self.fn, [own.get(i, x) for i, x in enumerate(tensors)])
-            self.graphs[key] = Captured(replay, own, results)
+            if not (seen and self.stays):
+                results = self.fn(tensors)
+                self.stays = possible([tensors[0], *(x for x in pytree.tree_leaves(results) if isinstance(x, Tensor))])
+                return results
+            self.graphs[key] = self.captured(tensors)
             if len(self.graphs) > KEPT:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
@@ -76,16 +80,27 @@ class Replayed:
         graph.replay()
         return copied(graph.results)
 
+    def captured(self, tensors: list[Tensor]) -> Captured:
+        with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
+            own = {i: tensors[i].clone() for i in self.moving}
+        inputs = [own.get(i, x) for i, x in enumerate(tensors)]
+        self.fn(inputs)  # whatever must be compiled or tuned for these must not be so during the capture
+        replay, results = capture(self.fn, inputs)
+        return Captured(replay, own, pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, results))
+
     def look(self, tensors: list[Tensor]) -> tuple[tuple[int, ...], bool]:
         """Where the inputs lie that are not copied, and whether they lay there at the last call."""
         places, last = [x.data_ptr() for x in tensors], self.last or [0] * len(tensors)
         changed = {i for i, (now, before) in enumerate(zip(places, last, strict=True)) if now != before}
-        if self.last:
-            self.moving |= {i for i in changed - self.written if tensors[i].nbytes < self.large}
+        found = {i for i in changed - self.written if tensors[i].nbytes < self.large} if self.last else set()
+        if found - self.moving:
+            self.graphs.clear()  # each of them takes one of these where it lay
+        self.moving |= found
         self.last = places
         return tuple(0 if i in self.moving else place for i, place in enumerate(places)), changed <= self.moving
 
 
+@torch.no_grad()
 def copied(results: Any) -> Any:
     """A tree with copies of its tensors, made at once."""
     leaves, structure = pytree.tree_flatten(results)
@@ -98,15 +113,17 @@ def copied(results: Any) -> Any:
 
 
 def graphed(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, a pure function of trees of tensors whose shapes stay: by a graph where all are on a GPU, inputs copied."""
+    """`fn`, a pure function of trees of tensors: where all are on one GPU by a graph for each of their shapes, inputs
+    copied."""
     made: dict[Any, Replayed] = {}
 
     def call(*trees: Any) -> Any:
         leaves, structure = pytree.tree_flatten(trees)
         if not possible(leaves):
             return fn(*trees)
-        if structure not in made:
-            made[structure] = Replayed(lambda given: fn(*pytree.tree_unflatten(given, structure)), large=inf)
-        return made[structure](leaves)
+        key = structure, tuple(map(shape, leaves))
+        if key not in made:
+            made[key] = Replayed(lambda given: fn(*pytree.tree_unflatten(given, structure)), large=inf)
+        return made[key](leaves)
 
     return call

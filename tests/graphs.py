@@ -18,8 +18,10 @@ def played(patch: pytest.MonkeyPatch) -> Counter:
 
     def capture(fn, inputs):
         places = [x.detach() for x in inputs]
+        with torch._dynamo.config.patch(error_on_recompile=True):  # nothing may be compiled during a capture
+            made = fn(inputs)
         with torch.inference_mode(False), torch.no_grad():  # a graph's memory knows no modes
-            results = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, fn(places))
+            results = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, made)
         counted["captured"] += 1
 
         def again():

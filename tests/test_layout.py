@@ -7,7 +7,7 @@ import pgfunc
 
 ORDER = [
     "errors", "tree", "config", "lowbit", "quant", "ops", "masks", "cache", "siglip", "dual", "gemma", "paligemma",
-    "image", "dual_prompt", "tokenizer", "prompt", "sample", "replay", "arguments", "jit", "generate", "floors",
+    "image", "dual_prompt", "tokenizer", "prompt", "sample", "arguments", "replay", "jit", "generate", "floors",
     "bench", "detect", "vqvae", "checkpoint.files", "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf",
     "checkpoint.bigvision", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "draw", "coco",
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",

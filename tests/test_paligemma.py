@@ -247,8 +247,24 @@ def test_a_picture_that_all_rows_share_is_encoded_once_and_means_the_same(cfg, s
         patch.setattr(siglip, "encode_image", lambda p, x, *rest: encoded.append(len(x)) or once(p, x, *rest))
         found = pg.forward(tree, shared, cfg)
     assert encoded == [1]
-    expected = pg.forward(tree, shared._replace(pixels=shared.pixels.contiguous()), cfg)
-    torch.testing.assert_close(found[given.valid], expected[given.valid], atol=1e-4, rtol=0)  # float32
+    apart = shared._replace(pixels=shared.pixels.contiguous())
+    torch.testing.assert_close(found[given.valid], pg.forward(tree, apart, cfg)[given.valid], atol=1e-4, rtol=0)
+
+
+@given(configs, seeds)
+def test_each_row_has_its_own_gradient_of_a_picture_that_all_rows_share(cfg, seed):
+    tree, given = params(cfg, seed), prompt(cfg, [2, 4, 3], [1, 0, 2], seed=seed)
+    shared = given.pixels[:1].expand(3, -1, -1, -1, -1)
+
+    def second(pixels):
+        return pg.forward(tree, given._replace(pixels=pixels), cfg)[1, 0].sum()
+
+    expected = grad(second)(shared.contiguous())
+    assert expected[1].any()
+    assert not expected[0].any()
+    found = shared.detach().requires_grad_()
+    for mine in (grad(second)(shared), torch.autograd.grad(second(found), found)[0]):
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-3)  # float32
 
 
 @given(configs, seeds, st.data())

@@ -66,17 +66,39 @@ def test_as_many_graphs_are_kept_as_said(graphs):
 
 
 def test_what_is_written_stays_where_it_is(graphs):
-    def count(tensors):
-        tensors[0].add_(tensors[1])
+    def note(tensors):
+        tensors[0][int(tensors[1])] = tensors[1]
         return tensors[0].sum()
 
-    run, mine, other = replay.Replayed(count, written=[0]), torch.zeros(3), torch.zeros(3)
-    for i in range(4):
-        assert run([mine, torch.ones(3) * i]) == 3 * mine[0]
-    assert run([other, torch.ones(3)]) == 3
-    # capturing runs the function once more here, as it does not on a GPU
-    assert mine.tolist() == [0 + 1 + 1 + 2 + 3] * 3
-    assert other.tolist() == [1] * 3
+    run, mine, other = replay.Replayed(note, written=[0]), torch.zeros(5), torch.zeros(5)
+    for i in range(5):
+        assert run([mine, torch.tensor(float(i))]) == sum(range(i + 1))
+    assert run([other, torch.tensor(3.0)]) == 3
+    assert mine.tolist() == [0, 1, 2, 3, 4]
+    assert other.tolist() == [0, 0, 0, 3, 0]
+
+
+def test_inputs_that_begin_to_move_leave_no_graph_that_no_call_can_find(graphs):
+    run, small = replay.Replayed(lambda tensors: torch.stack(tensors).sum()), [torch.tensor(float(i)) for i in range(6)]
+    for first in range(6):
+        for _ in range(3):
+            small = [x.clone() if i == first else x for i, x in enumerate(small)]
+            assert run(small) == 15
+    assert len(run.graphs) == 1
+
+
+def test_results_elsewhere_are_no_graphs(graphs, monkeypatch):
+    monkeypatch.setattr(replay, "possible", lambda leaves: len(leaves) == 1)  # as if only inputs were there
+    run = replay.Replayed(lambda tensors: tensors[0] + 1)
+    assert [int(run([torch.tensor(i)])) for i in range(4)] == [1, 2, 3, 4]
+    assert not graphs
+
+
+def test_other_shapes_are_other_graphs(graphs):
+    total = replay.graphed(lambda x: x.sum() + torch.zeros(4))
+    for size in (4, 4, 4, 1, 1, 1, 4):
+        assert torch.equal(total(torch.full((size,), 2.0)), torch.full((4,), 2.0 * size))
+    assert graphs["captured"] == 2
 
 
 def test_a_function_of_trees_is_captured_once_a_structure(graphs):

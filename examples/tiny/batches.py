@@ -70,9 +70,9 @@ def _spelled(vocab: Vocabulary, text: str) -> list[int]:
 
 
 @lru_cache(1 << 14)
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Letters and questions come again and again."""
-    return pg.tokenizer.encode(tokenizer, text)
+    return tuple(pg.tokenizer.encode(tokenizer, text))
 
 
 def _blanked(vocab: Vocabulary, text: str, owners: Iterator[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 AdamW's arithmetic is torch's own, the functional form behind `torch.optim.AdamW` (`torch.optim.adamw.adamw`, fused), on
 fresh copies. A tree is any tree of tensors: all parameters, a dict of the leaves that are trained, LoRA's pairs; a leaf
-that is not in it costs no state. Nothing here knows about models.
+that is not in it costs no state. It has at least one leaf, and is on one device. Nothing here knows about models.
 
 Why not torchopt: its last wheel (0.7.3) is built against an older torch, its extension does not load beside 2.13, and
 it updates in place unless told otherwise.

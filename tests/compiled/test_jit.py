@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,24 @@ def test_loops_over_prompt_after_prompt_replay_one_graph(cfg, weights, monkeypat
             expected, pure = pg.decode(weights, tokens, pure, cfg)
             close(logits, expected)
     assert counted == {"captured": 1, "replayed": 17}  # the first step of all is none
+
+
+def test_a_step_may_be_used_from_threads(cfg, weights, monkeypatch):
+    played(monkeypatch)  # so that buffers are used again
+    step, tokens = pg.jit(pg.decode, donate="cache"), [torch.tensor([i, 9 - i]) for i in range(4)]
+
+    def loop(seed: int) -> list[torch.Tensor]:
+        cache, said = filled(weights, cfg, [3, 2], seed=seed), []
+        for token in tokens:
+            logits, cache = step(weights, token, cache, cfg)
+            said.append(logits)
+        return said
+
+    alone = [loop(seed) for seed in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(loop, [*range(6)] * 3))
+    for one, other in zip(alone * 3, together, strict=True):
+        close(one, other)
 
 
 def test_a_step_may_be_used_in_inference_mode_and_outside(cfg, weights, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pgfunc
 
 ORDER = [
-    "errors", "tree", "config", "ops", "masks", "cache", "siglip", "dual", "gemma", "paligemma", "image",
+    "errors", "tree", "config", "ops", "kernels.device", "kernels", "masks", "cache", "siglip", "dual", "gemma", "paligemma", "image",
     "dual_prompt", "tokenizer", "prompt", "sample", "replay", "jit", "generate", "detect", "vqvae", "checkpoint.files",
     "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.vqvae",
     "checkpoint", "checkpoint.siglip", "segment", "draw", "coco", "__init__", "train", "train.contrastive",

@@ -1,4 +1,4 @@
-"""What stands in `tests/kernels` runs in processes of its own: in Triton's interpreter, and on a GPU if there is one."""
+"""What stands in `tests/kernels` runs in processes of its own: in Triton's interpreter, and on a GPU."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ from pgfunc.errors import DeviceError
 HERE = Path(__file__).parent
 
 
-def run(*more: str, **variables: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-W", "default", "-s", str(HERE / "kernels"), *more]
+def run(**variables: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "--noconftest", "-W", "default", str(HERE / "kernels")]
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths} | variables
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)

@@ -1,14 +1,15 @@
 """Decoding one row on a GPU: the products, norms and attention of a single token, in as few kernels as they take.
 
-Each function is what its eager twin is, `<name>_eager`, a composition of `ops`: the norm is rounded to x's dtype as there,
-so both multiply the same numbers; from there on everything is float32 until the result is cast, where the twin also
-rounds what lies between. They have no derivative. Every one is an operator that `torch.compile` takes as it is and a CUDA
-graph can capture: none looks at a value on the host. Weights are bf16, f16 or f32, with dense rows. Owns how the work is
-cut (`TILES`, `CHUNKS`). The code of the kernels is in `device`, and needs Triton, which a call imports.
+Each function is what its eager twin is, `<name>_eager`, a composition of `ops`: the norm is rounded to x's dtype as
+there, so both multiply the same numbers; from there on everything is float32 until the result is cast, where the twin
+also rounds what lies between. They have no derivative. Every one is an operator that `torch.compile` takes as it is and
+a CUDA graph can capture: none looks at a value on the host. Weights are bf16, f16 or f32, with dense rows. Owns how the
+work is cut (`TILES`, `CHUNKS`). The code of the kernels is in `device`, and needs Triton, which a call imports.
 
 Axes: d width, o outputs, i inputs, f hidden, v vocabulary, n heads, k kv heads, s slots, h head dim.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -40,12 +41,12 @@ class Chunk(NamedTuple):
     parts: int
 
 
-# for each kernel, by the least number of outputs: the first line that fits
-TILES: dict[str, tuple[tuple[int, Tile], ...]] = {
-    "matvec": ((8192, Tile(1, 1024, 1)), (0, Tile(1, 1024, 2))),
-    "normed_matvec": ((8192, Tile(2, 1024, 2)), (0, Tile(1, 1024, 1))),
-    "geglu_matvec": ((0, Tile(1, 1024, 1)),),
-    "head_argmax": ((0, Tile(8, 1024, 4)),),
+# for each kernel, by the least outputs and the least inputs: the first that fits
+TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
+    "matvec": ((8192, 0, Tile(1, 1024, 1)), (0, 8192, Tile(1, 2048, 4)), (0, 0, Tile(1, 1024, 2))),
+    "normed_matvec": ((8192, 0, Tile(2, 1024, 2)), (0, 0, Tile(1, 1024, 1))),
+    "geglu_matvec": ((0, 0, Tile(1, 1024, 1)),),
+    "head_argmax": ((0, 0, Tile(8, 1024, 4)),),
 }
 # by the least number of slots
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((2048, Chunk(64, 8, 64)), (768, Chunk(32, 4, 64)), (0, Chunk(16, 4, 32)))
@@ -55,7 +56,7 @@ KEYS = 4096  # of the head's programs, compared at once by 32 warps
 
 def tile(kernel: str, outputs: int, inputs: int) -> Tile:
     """The tile of a kernel for a matrix of this size. A benchmark puts another function here."""
-    found = next(tile for least, tile in TILES[kernel] if outputs >= least)
+    found = next(tile for o, i, tile in TILES[kernel] if outputs >= o and inputs >= i)
     return found._replace(block=min(found.block, power(inputs)))
 
 
@@ -70,7 +71,7 @@ def power(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-# --- the functions, each beside its eager twin -------------------------------------------------------------------------
+# --- the functions, each beside its eager twin ------------------------------------------------------------------------
 
 
 def matvec(x: Float[Tensor, "i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "o"]:
@@ -93,7 +94,9 @@ def matvec_add_eager(
     return residual + ops.linear(x, w)
 
 
-def normed_matvec(x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Float[Tensor, "o d"], eps: float) -> Float[Tensor, "o"]:
+def normed_matvec(
+    x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Float[Tensor, "o d"], eps: float
+) -> Float[Tensor, "o"]:
     """w · rms_norm(x)."""
     return torch.ops.pgfunc.normed_matvec(x, scale, w, eps)
 
@@ -155,8 +158,10 @@ def attend_one_eager(
 def head_argmax(
     x: Float[Tensor, "d"], norm_scale: Float[Tensor, "d"], embed: Float[Tensor, "v d"], eps: float, cap: float = 0.0
 ) -> Int[Tensor, ""]:
-    """The row of the head with the largest logit, the first of equals; logits are rounded to embed's dtype, as the twin's
-    are. The softcap, being monotone, is left out: it could only make equals of logits that differ."""
+    """The row of the head with the largest logit, the first of equals once rounded to embed's dtype, as the twin's are.
+
+    The softcap, being monotone, is left out: it could only make equals of logits that differ.
+    """
     return torch.ops.pgfunc.head_argmax(x, norm_scale, embed, eps)
 
 
@@ -167,7 +172,7 @@ def head_argmax_eager(
     return (ops.softcap(logits, cap) if cap else logits).argmax()
 
 
-# --- the operators: how they are launched, and what they give where nothing is computed --------------------------------
+# --- the operators: how they are launched, and what they give where nothing is computed -------------------------------
 
 
 def code() -> ModuleType:
@@ -182,11 +187,12 @@ def dense(*tensors: Tensor) -> None:
     """Raise SettingError where the elements of a row do not lie side by side, as the kernels read them."""
     for x in tensors:
         if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise SettingError(f"a tensor of shape {tuple(x.shape)} has strides {x.stride()}, expected rows that are dense")
+            raise SettingError(f"strides {x.stride()} of a tensor of shape {tuple(x.shape)}, expected dense rows")
 
 
-def launch(kernel: str, outputs: int, inputs: int, tile: Tile):
-    """The kernel on as many programs as the outputs take, with what it needs to know of the sizes."""
+def launch(kernel: str, w: Tensor, tile: Tile) -> Callable[..., None]:
+    """The kernel on as many programs as the rows of w take, with what it needs to know of the sizes."""
+    outputs, inputs = w.shape
     settings = {"OUT": outputs, "D": inputs, "ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps}
     run = getattr(code(), kernel)[(-(-outputs // tile.rows),)]
     return lambda *given, **more: run(*given, **settings, **more)
@@ -196,7 +202,7 @@ def launch(kernel: str, outputs: int, inputs: int, tile: Tile):
 def _matvec(x: Tensor, w: Tensor, residual: Tensor | None) -> Tensor:
     dense(x, w, *(() if residual is None else (residual,)))
     out = x.new_empty(w.shape[0])
-    run = launch("matvec", *w.shape, tile("matvec", *w.shape))
+    run = launch("matvec", w, tile("matvec", *w.shape))
     run(x, w, x if residual is None else residual, out, w.stride(0), ADD=residual is not None)
     return out
 
@@ -205,7 +211,7 @@ def _matvec(x: Tensor, w: Tensor, residual: Tensor | None) -> Tensor:
 def _normed_matvec(x: Tensor, scale: Tensor, w: Tensor, eps: float) -> Tensor:
     dense(x, scale, w)
     out = x.new_empty(w.shape[0])
-    launch("normed_matvec", *w.shape, tile("normed_matvec", *w.shape))(x, scale, w, out, w.stride(0), eps)
+    launch("normed_matvec", w, tile("normed_matvec", *w.shape))(x, scale, w, out, w.stride(0), eps)
     return out
 
 
@@ -213,15 +219,13 @@ def _normed_matvec(x: Tensor, scale: Tensor, w: Tensor, eps: float) -> Tensor:
 def _geglu_matvec(x: Tensor, scale: Tensor, gate: Tensor, up: Tensor, eps: float) -> Tensor:
     dense(x, scale, gate, up)
     out = x.new_empty(gate.shape[0])
-    run = launch("geglu_matvec", *gate.shape, tile("geglu_matvec", *gate.shape))
+    run = launch("geglu_matvec", gate, tile("geglu_matvec", *gate.shape))
     run(x, scale, gate, up, out, gate.stride(0), up.stride(0), eps)
     return out
 
 
 @torch.library.custom_op("pgfunc::attend_one", mutates_args=())
-def _attend_one(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, scale: float, cap: float, window: int
-) -> Tensor:
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scale: float, cap: float, window: int) -> Tensor:
     q = q.contiguous()
     dense(k, v)
     (heads, h), (slots, kv_heads, _), share = q.shape, k.shape, chunk(k.shape[0], k.element_size())
@@ -231,7 +235,8 @@ def _attend_one(
     window, columns = window or slots, min(COLUMNS, power(h))
     code().attend_chunk[(count, kv_heads)](
         q, k, v, length, peaks, sums, parts, *k.stride()[:2], *v.stride()[:2], slots, window, scale, cap,
-        G=group, H=h, CHUNKS=count, CAP=cap > 0, CHUNK=share.keys, GROUP=power(group), HEAD=power(h), num_warps=share.warps,
+        G=group, H=h, CHUNKS=count, CAP=cap > 0, CHUNK=share.keys,
+        GROUP=power(group), HEAD=power(h), num_warps=share.warps,
     )  # fmt: skip
     code().attend_join[(heads, -(-h // columns))](
         length, peaks, sums, parts, out, slots, window,
@@ -246,7 +251,7 @@ def _head_argmax(x: Tensor, scale: Tensor, embed: Tensor, eps: float) -> Tensor:
     cut = tile("head_argmax", *embed.shape)
     count = -(-embed.shape[0] // cut.rows)
     keys, token = (x.new_empty(size, dtype=torch.int64) for size in ((count,), ()))
-    launch("head_keys", *embed.shape, cut)(x, scale, embed, keys, embed.stride(0), eps)
+    launch("head_keys", embed, cut)(x, scale, embed, keys, embed.stride(0), eps)
     code().best_row[(1,)](keys, token, COUNT=count, BLOCK=min(KEYS, power(count)), num_warps=32)
     return token
 

@@ -1,15 +1,15 @@
 """The code that runs on the GPU, in Triton: what one program of each kernel reads, computes and writes.
 
-A program owns ROWS rows of a matrix and walks over their D columns, BLOCK at a time; the walk is unrolled, for D is known
-when it is compiled. Weights are asked for one block ahead, the first before the norm is known: a barrier stands behind it,
-or ptxas would move it there. Sums are float32. Rows beyond the last are the last again, and are not written. Knows
-nothing about PyTorch: `pgfunc.kernels` calls it.
+A program owns ROWS rows of a matrix and walks over their D columns, BLOCK at a time; the walk is unrolled, for D is
+known when it is compiled. Weights are asked for one block ahead, the first before the norm is known: a barrier stands
+behind it, or ptxas would move it there. Sums are float32. Rows beyond the last are the last again, and are not written.
+Knows nothing about PyTorch: `pgfunc.kernels` calls it.
 """
 
 from typing import no_type_check  # the shape checks of the tests must not wrap what Triton reads
 
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
@@ -143,9 +143,12 @@ def head_keys(
     x, scale, embed, keys, stride, eps,
     OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest key of the program's rows. A key is an int64 that is ordered as logits are, ties to the lowest row:
-    the logit's 32 bits, made to be ordered as an integer is, above the complement of the row."""
-    rows, mine = owned(OUT, ROWS)
+    """The largest key of the program's rows. A key is an int64 that is ordered as logits are, ties to the lowest row.
+
+    Its upper half are the logit's bits, so turned that they are ordered as an integer's; the lower half is what the
+    row lacks to the largest int32.
+    """
+    rows, _ = owned(OUT, ROWS)
     logits = normed_products(x, scale, embed, stride, rows, eps, D, ROWS, BLOCK)
     logits = logits.to(embed.dtype.element_ty).to(tl.float32)
     bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 == 0

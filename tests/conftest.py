@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
-collect_ignore = ["compiled"]  # which `test_compiled.py` runs
+collect_ignore = ["compiled", "kernels"]  # which `test_compiled.py` and `test_kernels.py` run
 
 # every jaxtyping signature of the package is checked while the tests run
 assert "pgfunc" not in sys.modules, "the import hook must come first"

@@ -1,0 +1,241 @@
+"""The code that runs on the GPU, in Triton: what one program of each kernel reads, computes and writes.
+
+A program owns ROWS rows of a matrix and walks over their D columns, BLOCK at a time; the walk is unrolled, for D is
+known when it is compiled. Weights are asked for one block ahead, the first before the norm is known: a barrier stands
+behind it, or ptxas would move it there. Sums are float32. Rows beyond the last are the last again, and are not written.
+Knows nothing about PyTorch: `pgfunc.kernels` calls it.
+"""
+
+from typing import no_type_check  # the shape checks of the tests must not wrap what Triton reads
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+
+@triton.jit
+@no_type_check
+def tile(places, stride, rows, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of these rows of a matrix, which are read once: they give way to what is read again."""
+    columns = start + tl.arange(0, BLOCK)[None, :]
+    places += rows.to(tl.int64)[:, None] * stride + columns
+    if start + BLOCK <= D:
+        part = tl.load(places, eviction_policy="evict_first")
+    else:
+        part = tl.load(places, mask=columns < D, other=0.0, eviction_policy="evict_first")
+    return part
+
+
+@triton.jit
+@no_type_check
+def piece(places, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of a vector, as a row in float32."""
+    columns = start + tl.arange(0, BLOCK)[None, :]
+    if start + BLOCK <= D:
+        part = tl.load(places + columns, eviction_policy="evict_last")
+    else:
+        part = tl.load(places + columns, mask=columns < D, other=0.0, eviction_policy="evict_last")
+    return part.to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def inverse_rms(x, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+    squares = tl.zeros([1, BLOCK], tl.float32)
+    for start in tl.static_range(0, D, BLOCK):
+        part = piece(x, start, D, BLOCK)
+        squares += part * part
+    return tl.rsqrt(tl.sum(squares) / D + eps)
+
+
+@triton.jit
+@no_type_check
+def normed(x, scale, inverse, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """A piece of the normalised vector, rounded to its dtype as `ops.rms_norm` does, in float32."""
+    part = piece(x, start, D, BLOCK) * inverse * (1 + piece(scale, start, D, BLOCK))
+    return part.to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def normed_products(x, scale, w, stride, rows, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    ahead = tile(w, stride, rows, 0, D, BLOCK)
+    tl.debug_barrier()
+    inverse = inverse_rms(x, eps, D, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.static_range(0, D, BLOCK):
+        here = ahead
+        if start + BLOCK < D:
+            ahead = tile(w, stride, rows, start + BLOCK, D, BLOCK)
+        total += here.to(tl.float32) * normed(x, scale, inverse, start, D, BLOCK)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+@no_type_check
+def products(x, w, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.static_range(0, D, BLOCK):
+        total += tile(w, stride, rows, start, D, BLOCK).to(tl.float32) * piece(x, start, D, BLOCK)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+@no_type_check
+def owned(OUT: tl.constexpr, ROWS: tl.constexpr):
+    """The rows of this program, and those of them that it writes."""
+    mine = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    return tl.minimum(mine, OUT - 1), mine < OUT
+
+
+@triton.jit
+@no_type_check
+def matvec(
+    x, w, residual, out, stride,
+    OUT: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, mine = owned(OUT, ROWS)
+    found = products(x, w, stride, rows, D, ROWS, BLOCK)
+    if ADD:
+        found += tl.load(residual + rows).to(tl.float32)
+    tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+@no_type_check
+def normed_matvec(
+    x, scale, w, out, stride, eps,
+    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, mine = owned(OUT, ROWS)
+    found = normed_products(x, scale, w, stride, rows, eps, D, ROWS, BLOCK)
+    tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+@no_type_check
+def geglu_matvec(
+    x, scale, gate, up, out, gate_stride, up_stride, eps,
+    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, mine = owned(OUT, ROWS)
+    gate_ahead, up_ahead = tile(gate, gate_stride, rows, 0, D, BLOCK), tile(up, up_stride, rows, 0, D, BLOCK)
+    tl.debug_barrier()
+    inverse = inverse_rms(x, eps, D, BLOCK)
+    gated = tl.zeros([ROWS, BLOCK], tl.float32)
+    raised = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.static_range(0, D, BLOCK):
+        gate_here, up_here = gate_ahead, up_ahead
+        if start + BLOCK < D:
+            gate_ahead = tile(gate, gate_stride, rows, start + BLOCK, D, BLOCK)
+            up_ahead = tile(up, up_stride, rows, start + BLOCK, D, BLOCK)
+        part = normed(x, scale, inverse, start, D, BLOCK)
+        gated += gate_here.to(tl.float32) * part
+        raised += up_here.to(tl.float32) * part
+    g, u = tl.sum(gated, axis=1), tl.sum(raised, axis=1)
+    # (1 + tanh(y)) / 2 = sigmoid(2y); 1.5957691 is twice the square root of 2/π
+    found = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
+    tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+@no_type_check
+def head_keys(
+    x, scale, embed, keys, stride, eps,
+    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The largest key of the program's rows. A key is an int64 that is ordered as logits are, ties to the lowest row.
+
+    Its upper half are the logit's bits, so turned that they are ordered as an integer's; the lower half is what the
+    row lacks to the largest int32.
+    """
+    rows, _ = owned(OUT, ROWS)
+    logits = normed_products(x, scale, embed, stride, rows, eps, D, ROWS, BLOCK)
+    logits = logits.to(embed.dtype.element_ty).to(tl.float32)
+    bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 == 0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    tl.store(keys + tl.program_id(0), tl.max((ordered << 32) + (0x7FFFFFFF - rows), axis=0))
+
+
+@triton.jit
+@no_type_check
+def best_row(keys, token, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of the largest of COUNT keys."""
+    places = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], -0x8000000000000000, tl.int64)
+    for start in range(0, COUNT, BLOCK):
+        inside = start + places < COUNT
+        best = tl.maximum(best, tl.load(keys + start + places, mask=inside, other=-0x8000000000000000))
+    tl.store(token, 0x7FFFFFFF - (tl.max(best, axis=0) & 0x7FFFFFFF))
+
+
+@triton.jit
+@no_type_check
+def seen(length, slots, window):
+    """The first key that is seen, and the one behind the last."""
+    end = tl.minimum(tl.load(length), slots).to(tl.int32)
+    return tl.maximum(end - window, 0), end
+
+
+@triton.jit
+@no_type_check
+def attend_chunk(
+    q, k, v, length, peaks, sums, parts, k_slot, k_head, v_slot, v_head, slots, window, scale, cap,
+    G: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr, CAP: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """The heads of one kv head over CHUNK keys: the largest score, the sum of the weights below it, and their values.
+
+    A chunk of which nothing is seen writes nothing.
+    """
+    chunk, kv = tl.program_id(0), tl.program_id(1)
+    begin, end = seen(length, slots, window)
+    key = chunk * CHUNK + tl.arange(0, CHUNK)
+    if (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > begin):
+        group, column = tl.arange(0, GROUP), tl.arange(0, HEAD)
+        live, real = (key >= begin) & (key < end), column < H
+        inside = live[:, None] & real[None, :]
+        place = key.to(tl.int64)[:, None]
+        head = kv * G + group
+        mine = (group < G)[:, None] & real[None, :]
+        queries = tl.load(q + head[:, None] * H + column[None, :], mask=mine, other=0.0)
+        values = tl.load(v + place * v_slot + kv * v_head + column[None, :], mask=inside, other=0.0)
+        keys = tl.load(k + place * k_slot + kv * k_head + column[None, :], mask=inside, other=0.0)
+        tl.debug_barrier()  # all three are asked for before the first is waited for
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        if CAP:
+            scores = (2 * tl.sigmoid(2 * scores / cap) - 1) * cap  # tanh
+        scores = tl.where(live[None, :], scores, float("-inf"))
+        peak = tl.max(scores, axis=1)
+        weights = tl.exp(scores - peak[:, None])
+        part = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        place = head * CHUNKS + chunk
+        tl.store(peaks + place, peak, mask=group < G)
+        tl.store(sums + place, tl.sum(weights, axis=1), mask=group < G)
+        tl.store(parts + place.to(tl.int64)[:, None] * H + column[None, :], part, mask=mine)
+
+
+@triton.jit
+@no_type_check
+def attend_join(
+    length, peaks, sums, parts, out, slots, window,
+    H: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS columns of one head, from the chunks of which something is seen; others are not read."""
+    head, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin, end = seen(length, slots, window)
+    peak, total = -3.0e38, 0.0  # below every score; finite, so that it can be subtracted from itself
+    joined = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, CHUNKS, PARTS):
+        chunk = first + tl.arange(0, PARTS)
+        live, place = (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > begin), head * CHUNKS + chunk
+        peaked = tl.load(peaks + place, mask=live, other=float("-inf"))
+        summed = tl.load(sums + place, mask=live, other=0.0)
+        inside = live[:, None] & (column < H)[None, :]
+        part = tl.load(parts + place.to(tl.int64)[:, None] * H + column[None, :], mask=inside, other=0.0)
+        higher = tl.maximum(peak, tl.max(peaked, axis=0))
+        shrunk, weight = tl.exp(peak - higher), tl.exp(peaked - higher)
+        total = total * shrunk + tl.sum(summed * weight, axis=0)
+        joined = joined * shrunk + tl.sum(part * weight[:, None], axis=0)
+        peak = higher
+    joined = tl.where(total > 0, joined / total, 0.0)  # no key is seen
+    tl.store(out + head * H + column, joined.to(out.dtype.element_ty), mask=column < H)

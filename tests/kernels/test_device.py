@@ -1,0 +1,258 @@
+"""Each kernel against its formula in float64, with a bound for each element; nothing unwritten is read or left.
+
+On the CPU in Triton's interpreter (TRITON_INTERPRET=1), else on a GPU. Each tensor that is made empty is full of nan.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgfunc import kernels
+from pgfunc.errors import SettingError
+from pgfunc.kernels import Chunk, Tile
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device")
+
+profile = os.environ.get("HYPOTHESIS_PROFILE", "dev")
+# on a GPU every new size is compiled
+cases = settings(max_examples=200 if profile == "deep" else 15, deadline=None, derandomize=profile == "ci")
+
+if INTERPRETED:
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    dot = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        """The interpreter keeps bf16 as its bits, and would multiply those."""
+        a, b = (
+            TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x
+            for x in (a, b)
+        )
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _poison() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is made empty: nan, or the largest integer
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+seeds = st.integers(0, 2**31)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+widths = st.sampled_from([1, 7, 16, 36, 64, 100, 144])
+outputs = st.integers(1, 21)
+tiles = st.builds(Tile, st.sampled_from([1, 2, 8]), st.sampled_from([16, 32, 256]), st.sampled_from([1, 4]))
+chunks = st.builds(Chunk, st.sampled_from([16, 32]), st.sampled_from([1, 4]), st.sampled_from([2, 4]))
+EPS = 1e-6
+FLOAT32 = 2.0**-24  # half of the distance of neighbours, relative
+
+
+def normal(seed: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def wide(x: torch.Tensor) -> np.ndarray:
+    return x.double().cpu().numpy()
+
+
+@contextmanager
+def cut(name: str, share) -> Iterator[None]:
+    """Let the work be shared out so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, name, lambda *sizes: share)
+        yield
+
+
+def unit(dtype: torch.dtype) -> float:
+    """The relative error of a rounding to the dtype. The interpreter cuts bf16 off where a GPU rounds to nearest."""
+    return torch.finfo(dtype).eps / (1 if INTERPRETED and dtype == torch.bfloat16 else 2)
+
+
+def within(found: torch.Tensor, expected: np.ndarray, error: np.ndarray) -> None:
+    """Equal but for the error before the last rounding, and that rounding."""
+    info = torch.finfo(found.dtype)
+    limit = error + unit(found.dtype) * (np.abs(expected) + error) + info.smallest_normal * info.eps
+    over = np.abs(wide(found) - expected) / limit
+    assert (over <= 1).all(), f"{over.max()} times the limit"  # and no nan
+
+
+def normed(x: torch.Tensor, scale: torch.Tensor) -> tuple[np.ndarray, float]:
+    """The normalised vector, and the relative error of its elements: a rounding to the dtype, and float32 before."""
+    out = wide(x) / np.sqrt(np.square(wide(x)).mean() + EPS) * (1 + wide(scale))
+    return out, unit(x.dtype) + (len(x) + 16) * FLOAT32
+
+
+def product(w: torch.Tensor, x: np.ndarray, relative: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """w · x, and how wrong a float32 sum of it may be in any order, where the elements of x have a relative error."""
+    return wide(w) @ x, np.abs(wide(w)) @ np.abs(x) * (relative + len(x) * FLOAT32)
+
+
+@cases
+@given(seeds, dtypes, widths, outputs, tiles)
+def test_matvec_and_its_sum_with_a_residual(seed, dtype, i, o, tile):
+    x, w, residual = normal(seed, dtype, i), normal(seed + 1, dtype, o, i), normal(seed + 2, dtype, o)
+    expected, error = product(w, wide(x))
+    with cut("tile", tile):
+        within(kernels.matvec(x, w), expected, error)
+        error = error + FLOAT32 * np.abs(expected + wide(residual))
+        within(kernels.matvec_add(x, w, residual), expected + wide(residual), error)
+
+
+@cases
+@given(seeds, dtypes, widths, outputs, tiles)
+def test_normed_matvec(seed, dtype, d, o, tile):
+    x, scale, w = normal(seed, dtype, d), normal(seed + 1, dtype, d), normal(seed + 2, dtype, o, d)
+    with cut("tile", tile):
+        within(kernels.normed_matvec(x, scale, w, EPS), *product(w, *normed(x, scale)))
+
+
+@cases
+@given(seeds, dtypes, widths, outputs, tiles)
+def test_geglu_matvec(seed, dtype, d, f, tile):
+    x, scale = normal(seed, dtype, d), normal(seed + 1, dtype, d)
+    gate, up = (normal(seed + i, dtype, f, d) * d**-0.5 for i in (2, 3))
+    (g, g_error), (u, u_error) = (product(w, *normed(x, scale)) for w in (gate, up))
+    gelu = g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+    # the slope of GELU is at most 1.13; exp and a division in float32 are good to 2**-20
+    error = 1.13 * g_error * (np.abs(u) + u_error) + np.abs(gelu) * u_error + 2.0**-20 * np.abs(g * u)
+    with cut("tile", tile):
+        within(kernels.geglu_matvec(x, scale, gate, up, EPS), gelu * u, error)
+
+
+def test_the_gate_has_the_tanh_form_of_gelu():
+    x, gate = torch.ones(1, device=DEVICE), torch.linspace(-5, 5, 41, device=DEVICE)[:, None]
+    found = kernels.geglu_matvec(x, x * 0, gate, torch.ones_like(gate), 0.0)
+    expected = torch.nn.functional.gelu(gate[:, 0].double(), approximate="tanh")
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)  # float32
+
+
+@st.composite
+def queries(draw):
+    """(n, k, h, slots, length, cap, window)"""
+    k, group, slots = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 8])), draw(st.integers(1, 90))
+    sizes = k * group, k, draw(st.sampled_from([8, 16, 20])), slots, draw(st.integers(1, slots))
+    return *sizes, draw(st.sampled_from([0.0, 2.0, 50.0])), draw(st.sampled_from([0, 1, 5, 33]))
+
+
+def attention(q, k, v, length: int, scale: float, cap: float, window: int) -> tuple[np.ndarray, np.ndarray]:
+    first = max(0, length - window) if window else 0
+    out, error = np.zeros(q.shape), np.zeros(q.shape)
+    for head in range(q.shape[0]):
+        kv = head // (q.shape[0] // k.shape[1])
+        query, keys, values = wide(q[head]), wide(k[first:length, kv]), wide(v[first:length, kv])
+        scores = keys @ query * scale
+        wrong = (np.abs(keys) @ np.abs(query)).max() * scale * (len(query) + 4) * FLOAT32
+        if cap:
+            scores, wrong = cap * np.tanh(scores / cap), wrong + cap * 2.0**-20
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        out[head] = weights @ values
+        # the weights are rounded to v's dtype (in f16 the smallest to multiples of 2**-24); their sum is float32's
+        relative = 2 * wrong + unit(v.dtype) + (len(keys) + 64) * FLOAT32
+        error[head] = relative * (weights @ np.abs(values)) + 2.0**-25 * np.abs(values).sum(0)
+    return out, error
+
+
+@cases
+@given(seeds, dtypes, queries(), chunks)
+def test_attention_sees_the_first_length_slots_or_a_window_of_them(seed, dtype, sizes, chunk):
+    n, kv, h, slots, length, cap, window = sizes
+    q, k, v = (normal(seed + i, dtype, *shape) for i, shape in enumerate([(n, h), (slots, kv, h), (slots, kv, h)]))
+    for buffer in (k, v):  # what is not seen must not matter
+        buffer[length:] = torch.nan
+        buffer[: max(0, length - window) if window else 0] = torch.nan
+    with cut("chunk", chunk):
+        found = kernels.attend_one(q, k, v, torch.tensor([length], device=DEVICE), h**-0.5, cap, window)
+    within(found, *attention(q, k, v, length, h**-0.5, cap, window))
+
+
+def test_attention_to_nothing_gives_zeros():
+    q, k = normal(0, torch.float32, 2, 8), normal(1, torch.float32, 20, 1, 8)
+    assert not kernels.attend_one(q, k, k, torch.tensor([0], device=DEVICE), 1.0).any()
+
+
+@cases
+@given(seeds, dtypes, widths, st.integers(1, 150), tiles)
+def test_the_head_finds_the_first_of_the_largest_logits(seed, dtype, d, v, tile):
+    x, scale, rows = normal(seed, dtype, d), normal(seed + 1, dtype, d), normal(seed + 2, dtype, 5, d)
+    embed = rows[torch.randint(5, (v,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)]
+    with cut("tile", tile):
+        token = kernels.head_argmax(x, scale, embed, EPS)
+    assert token.dtype == torch.int64
+    assert token.shape == ()
+    assert not (embed[:token] == embed[token]).all(1).any(), "equal rows: the first"
+    logits, error = product(embed, *normed(x, scale))
+    error += unit(dtype) * (np.abs(logits) + error)
+    assert (logits[token] + error[token] >= logits - error).all()
+
+
+def test_logits_that_are_equal_once_rounded_tie():
+    # of numbers between 256 and 512 bf16 knows the even ones
+    x, scale = torch.ones(16, device=DEVICE).bfloat16(), torch.zeros(16, device=DEVICE).bfloat16()
+    embed = torch.tensor([[16.0] * 16] * 12, device=DEVICE).bfloat16()
+    embed[:3], embed[7, 0] = -1, 16.5
+    assert kernels.head_argmax(x, scale, embed, 0.0) == kernels.head_argmax_eager(x, scale, embed, 0.0) == 3
+    embed[9, 0] = 18
+    assert kernels.head_argmax(x, scale, embed, 0.0) == kernels.head_argmax_eager(x, scale, embed, 0.0) == 9
+    assert kernels.head_argmax(x, scale, -embed[4:6] * 0, 0.0) == 0
+
+
+def calls(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
+    """Arguments of every function."""
+    x, scale, w, up = (normal(seed + i, dtype, *shape) for i, shape in enumerate([(40,), (40,), (9, 40), (9, 40)]))
+    q, k, v = (normal(seed + 4 + i, dtype, *shape) for i, shape in enumerate([(4, 8), (30, 2, 8), (30, 2, 8)]))
+    return {
+        "matvec": (x, w),
+        "matvec_add": (x, w, x[:9]),
+        "normed_matvec": (x, scale, w, EPS),
+        "geglu_matvec": (x, scale, w, up, EPS),
+        "attend_one": (q, k, v, torch.tensor([23], device=DEVICE), 0.3, 5.0, 12),
+        "head_argmax": (x, scale, w, EPS, 3.0),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_the_eager_twin_is_the_same_function_also_of_rows_that_are_cut_from_wider_ones(name):
+    for each in (calls()[name], tuple(cut_out(x) for x in calls()[name])):
+        found, expected = getattr(kernels, name)(*each), getattr(kernels, f"{name}_eager")(*each)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)  # float32, products of sums of 40
+
+
+def cut_out(x):
+    """The matrix as a part of a wider one: its rows are dense, and lie apart."""
+    return torch.cat([x, x], -1)[..., : x.shape[-1]] if isinstance(x, torch.Tensor) and x.dim() == 2 else x
+
+
+@pytest.mark.parametrize("name", ["matvec", "normed_matvec", "geglu_matvec", "attend_one", "head_argmax"])
+def test_each_is_an_operator_that_says_what_it_does(name):
+    given = {"matvec": (*calls()["matvec_add"],), "head_argmax": calls()["head_argmax"][:4]}.get(name, calls()[name])
+    torch.library.opcheck(getattr(torch.ops.pgfunc, name).default, given)
+
+
+def test_compiled_code_takes_them_as_they_are():
+    given = calls()
+
+    def every(given):
+        return {name: getattr(kernels, name)(*arguments) for name, arguments in given.items()}
+
+    compiled = torch.compile(every, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(given), every(given), atol=0, rtol=0)
+
+
+def test_rows_that_are_not_dense_are_an_error_of_one_line():
+    x, w = calls()["matvec"]
+    with pytest.raises(SettingError, match=r"strides \(1, 40\) of a tensor of shape \(40, 9\), expected dense"):
+        kernels.matvec(x[:9], w.T)

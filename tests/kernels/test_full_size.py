@@ -1,0 +1,92 @@
+"""The kernels at the sizes of published checkpoints, on a GPU: right, also in compiled code that a graph captured."""
+
+import os
+
+import pytest
+import torch
+
+import pgfunc as pg
+from pgfunc import kernels, replay
+
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(interpreted or not torch.cuda.is_available(), reason="needs a CUDA device")
+
+NAMES = ["paligemma-3b-224", "paligemma2-3b-224", "paligemma2-10b-224"]
+# bf16, rounded three times: the norm, weights of attention or a product, the result; f16 has 3 bits more; in float32 a
+# softcap of 50 makes of the last bit of a tanh an error of 1e-5 of a score
+LIMITS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-4}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    out = torch.randn(*shape, device="cuda", dtype=dtype)
+    return out.mul_(shape[-1] ** -0.5) if len(shape) == 2 else out
+
+
+def attention(name: str, dtype: torch.dtype, slots: int, length: int) -> tuple:
+    """Arguments of `attend_one`; the cache is nan behind its length."""
+    c = pg.PUBLISHED[name].text
+    k, v = (normal(slots, c.kv_heads, c.head_dim, dtype=dtype) for _ in "kv")
+    k[length:], v[length:] = torch.nan, torch.nan
+    q, seen = normal(c.heads, c.head_dim, dtype=dtype), torch.tensor([length], device="cuda")
+    return q, k, v, seen, c.query_scale, c.attention_softcap, c.window and 150
+
+
+def calls(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple]:
+    """Arguments of every function, for one layer and the head."""
+    c = pg.PUBLISHED[name].text
+    d, f, nh, rows = c.width, c.hidden, c.heads * c.head_dim, (c.heads + 2 * c.kv_heads) * c.head_dim
+    x, scale = normal(d, dtype=dtype), normal(d, dtype=dtype)
+    return {
+        "matvec": (normal(f, dtype=dtype), normal(d, f, dtype=dtype)),
+        "matvec_add": (normal(nh, dtype=dtype), normal(d, nh, dtype=dtype), x),
+        "normed_matvec": (x, scale, normal(rows, d, dtype=dtype), c.eps),
+        "geglu_matvec": (x, scale, *normal(2 * f, d, dtype=dtype).chunk(2), c.eps),
+        "attend_one": attention(name, dtype, 700, 333),
+        "head_argmax": (x, scale, normal(c.vocab, d, dtype=dtype), c.eps, c.final_softcap),
+    }
+
+
+def check(name: str, given: tuple) -> None:
+    limit = LIMITS[given[0].dtype]
+    found = getattr(kernels, name)(*given)
+    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
+    if name == "head_argmax":
+        logits = kernels.normed_matvec_eager(*exact[:3], given[3])
+        assert logits[found] >= logits.max() * (1 - limit)
+    else:
+        if name == "attend_one":  # a weight of 0 times nan is nan
+            exact[1], exact[2] = (x.nan_to_num() for x in exact[1:3])
+        expected = getattr(kernels, f"{name}_eager")(*exact)
+        assert (found - expected).norm() < limit * expected.norm(), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_equals_its_twin_in_float64(name):
+    for dtype in LIMITS:
+        for part, given in calls(name, dtype).items():
+            check(part, given)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000, 5000])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_at_every_length_of_a_long_cache(name, length):
+    for dtype in LIMITS:
+        check("attend_one", attention(name, dtype, 5000, length))
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_compiled_and_captured_they_see_new_values_and_lengths(name):
+    given = calls(name)
+
+    def every(given):
+        return {part: getattr(kernels, part)(*arguments) for part, arguments in given.items()}
+
+    compiled = torch.compile(every, fullgraph=True, dynamic=False)
+    compiled(given)
+    run, results = replay.capture(lambda _: compiled(given), [given["matvec"][0]])
+    for length in (1, 64, 333):
+        for arguments in given.values():
+            arguments[0].copy_(normal(*arguments[0].shape).to(arguments[0].dtype))
+        given["attend_one"][3].fill_(length)
+        run()
+        torch.testing.assert_close(results, every(given), atol=0, rtol=0)

@@ -6,6 +6,8 @@ also rounds what lies between. They have no derivative. Every one is an operator
 a CUDA graph can capture: none looks at a value on the host. Weights are bf16, f16 or f32, with dense rows. Owns how the
 work is cut (`TILES`, `CHUNKS`). The code of the kernels is in `device`, and needs Triton, which a call imports.
 
+The model does not call them yet: they run in Triton's interpreter, and are to be measured on a GPU first.
+
 Axes: d width, o outputs, i inputs, f hidden, v vocabulary, n heads, k kv heads, s slots, h head dim.
 """
 

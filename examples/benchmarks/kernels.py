@@ -15,17 +15,15 @@ from math import ceil, prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import pgfunc as pg
-from pgfunc import kernels, replay
+from pgfunc import kernels, ops, replay
 from pgfunc.kernels import Chunk, Tile
 
 # rows, block and warps; keys, warps and parts
-TILES = "1 512 1, 1 1024 1, 1 2048 1, 1 1024 2, 1 2048 2, 1 2048 4, 2 512 1, 2 1024 1, 2 1024 2, 4 1024 4, 8 1024 4"
+TILES = "1 512 1, 1 1024 1, 1 2048 1, 1 1024 2, 1 2048 2, 1 2048 4, 1 1024 4, 2 1024 1, 2 1024 2, 4 1024 4, 8 1024 4"
 CHUNKS = "16 2 32, 16 4 32, 16 4 64, 32 4 32, 32 4 64, 64 4 64, 64 8 64, 128 8 64"
-Case = tuple[str, str, int, Callable[[], tuple]]  # a name, a function, the bytes that it reads, and its arguments
 
 
 def random(shapes: Iterable[tuple[int, ...]], more: tuple) -> tuple:
@@ -34,26 +32,22 @@ def random(shapes: Iterable[tuple[int, ...]], more: tuple) -> tuple:
     return *(x.mul_(x.shape[-1] ** -0.5) if x.dim() == 2 else x for x in made), *more
 
 
-def cases(name: str) -> Iterator[Case]:
+def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
     c = pg.PUBLISHED[name].text
     d, f, v, nh, qkv = c.width, c.hidden, c.vocab, c.heads * c.head_dim, (c.heads + 2 * c.kv_heads) * c.head_dim
-    for part, fn, shapes, more in (
-        ("qkv", "normed_matvec", ((d,), (d,), (qkv, d)), (c.eps,)),
-        ("out", "matvec_add", ((nh,), (d, nh), (d,)), ()),
-        ("geglu", "geglu_matvec", ((d,), (d,), (f, d), (f, d)), (c.eps,)),
-        ("down", "matvec_add", ((f,), (d, f), (d,)), ()),
-        ("head", "head_argmax", ((d,), (d,), (v, d)), (c.eps,)),
-    ):
+    products = {
+        "qkv": ("normed_matvec", ((d,), (d,), (qkv, d)), (c.eps,)),
+        "out": ("matvec_add", ((nh,), (d, nh), (d,)), ()),
+        "geglu": ("geglu_matvec", ((d,), (d,), (f, d), (f, d)), (c.eps,)),
+        "down": ("matvec_add", ((f,), (d, f), (d,)), ()),
+        "head": ("head_argmax", ((d,), (d,), (v, d)), (c.eps,)),
+    }
+    for part, (fn, shapes, more) in products.items():
         yield f"{name} {part}", fn, 2 * sum(map(prod, shapes)), partial(random, shapes, more)
     for slots, length in ((384, 300), (1536, 1100), (6144, 4200), (6144, 300)):
-        shapes = (c.heads, c.head_dim), (slots, c.kv_heads, c.head_dim), (slots, c.kv_heads, c.head_dim)
-        more = torch.tensor([length], device="cuda"), c.query_scale, c.attention_softcap
-        yield (
-            f"{name} attend {length}/{slots}",
-            "attend_one",
-            4 * length * prod(shapes[1][1:]),
-            partial(random, shapes, more),
-        )
+        kv, seen = (slots, c.kv_heads, c.head_dim), torch.tensor([length], device="cuda")
+        make = partial(random, ((c.heads, c.head_dim), kv, kv), (seen, c.query_scale, c.attention_softcap))
+        yield f"{name} attend {length} of {slots}", "attend_one", 4 * length * c.kv_heads * c.head_dim, make
 
 
 def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
@@ -63,20 +57,18 @@ def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
     run, _ = replay.capture(lambda _: [fn(*given) for given in calls], [calls[0][0]])
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(8):
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
+        for step in (begin.record, run, end.record, end.synchronize):
+            step()
         times.append(begin.elapsed_time(end) * 1000 / len(calls))
     return min(times[2:])
 
 
 def error(fn: str, given: tuple) -> float:
-    """Relative to the norm of the result; of the head, how far the logit found is below the largest."""
+    """Relative to the norm of the result; of the head, by how much of the largest its logit is smaller."""
     found, exact = getattr(kernels, fn)(*given), [x.double() if isinstance(x, Tensor) else x for x in given]
     expected = getattr(kernels, f"{fn.replace('head_argmax', 'normed_matvec')}_eager")(*exact)
-    short = expected.max() - expected[found] if fn == "head_argmax" else (found - expected).norm()
-    return float(short / expected.norm())
+    gap, whole = (found - expected, expected) if found.dim() else (expected[found] - expected.max(), expected.max())
+    return float(gap.norm() / whole.norm())
 
 
 def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth: float) -> None:
@@ -87,7 +79,7 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
         part, kind, tried, standard = "chunk", Chunk, CHUNKS, kernels.chunk(shape[0], 2)
     else:
         part, kind, tried, standard = "tile", Tile, TILES, kernels.tile(fn.removesuffix("_add"), *shape)
-        cublas = lambda x, *rest: [F.linear(x, w) for w in rest if isinstance(w, Tensor) and w.dim() == 2]  # noqa: E731
+        cublas = lambda x, *rest: [ops.linear(x, w) for w in rest if isinstance(w, Tensor) and w.dim() == 2]  # noqa: E731
         line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
     print(line)
     kept, times = getattr(kernels, part), {}
@@ -99,20 +91,17 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
     setattr(kernels, part, kept)
     for setting, time in times.items():
         mark, speed = " ="[setting == standard] + " *"[time == min(times.values())], size / time / 1e3
-        print(
-            f" {mark} {tuple(setting)!s:14}{time:8.2f} us{speed:7.0f} GB/s {speed / bandwidth:.3f} of a copy",
-            flush=True,
-        )
+        share = f"{speed:6.0f} GB/s {speed / bandwidth:6.3f} of a copy"
+        print(f" {mark} {tuple(setting)!s:14}{time:8.2f} us {share}", flush=True)
 
 
 @torch.inference_mode()
 def main() -> None:
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
     copy = torch.empty(2, 10**9, dtype=torch.uint8, device="cuda").unbind()
     bandwidth = 2 * 10**9 / microseconds(lambda x, y: y.copy_(x), [copy]) / 1e3
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a copy moves {bandwidth:.0f} GB/s")
-    for case in (case for name in ("paligemma-3b-224", "paligemma2-3b-224") for case in cases(name)):
-        if only in case[0]:
+    for case in (*cases("paligemma-3b-224"), *cases("paligemma2-3b-224")):
+        if all(word in case[0] for word in sys.argv[1:]):
             measure(*case, bandwidth)
 
 

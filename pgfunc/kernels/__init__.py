@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
 
 # for each kernel, by the least outputs and the least inputs: the first that fits
 TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
-    "matvec": ((8192, 0, Tile(1, 1024, 1)), (0, 8192, Tile(1, 2048, 4)), (0, 0, Tile(1, 1024, 2))),
+    "matvec": ((8192, 0, Tile(1, 1024, 1)), (0, 8192, Tile(1, 1024, 4)), (0, 0, Tile(1, 1024, 2))),
     "normed_matvec": ((8192, 0, Tile(2, 1024, 2)), (0, 0, Tile(1, 1024, 1))),
     "geglu_matvec": ((0, 0, Tile(1, 1024, 1)),),
     "head_argmax": ((0, 0, Tile(8, 1024, 4)),),

@@ -58,7 +58,7 @@ def _item(rng: np.random.Generator, known: Sequence[str]) -> str:
 
 @cache
 def _font(path: Path | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    # Pillow's own layout: a fifth of the time of Raqm's, and the same whether that is installed or not
+    # Pillow's own layout: signs are the same whether Raqm is installed or not
     basic = ImageFont.Layout.BASIC
     return ImageFont.truetype(str(path), size, layout_engine=basic) if path else ImageFont.load_default(size)
 

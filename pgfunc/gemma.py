@@ -11,11 +11,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from pgfunc import ops, tree
+from pgfunc import kernels, ops, tree
 from pgfunc.cache import Cache, append
 from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
+from pgfunc.kernels import block as one
 from pgfunc.masks import Masks
 from pgfunc.ops import identity, linear, plain, rms_norm, widen
 
@@ -76,13 +78,17 @@ def unembed(
     logits of those tokens are made, in their order, and only their rows of the head are read: a range is a view of it.
     Raises SettingError for a range with a step, or outside the vocabulary; ids are taken as they are.
     """
-    x = tap("language.out", rms_norm(x, p.norm, cfg.eps))
     rows = slice(cfg.vocab) if allowed is None else allowed
     if isinstance(rows, range):
         if rows.step != 1 or not 0 <= rows.start < rows.stop <= cfg.vocab:
             raise SettingError(f"allowed is {rows}, expected one or more of the tokens 0 to {cfg.vocab - 1}, in a row")
         rows = slice(rows.start, rows.stop)
-    logits = widen(linear(x, tree.map(lambda part: part[rows], p.embed)))  # a tensor, or the parts of an Int8
+    head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of an Int8
+    if x.dim() == 3 and one.serves(x, tap, head):
+        logits = rearrange(kernels.normed_matvec(x[0, 0], p.norm, head, cfg.eps), "v -> 1 1 v")
+    else:
+        logits = linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), head)
+    logits = widen(logits)
     return tap("logits", ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits)
 
 
@@ -106,9 +112,12 @@ def run(
     for i, layer in enumerate(p.layers):
         mask = masks.window if cfg.windowed(i) else masks.full
         past = (cache.k[i], cache.v[i], cache.length) if cache else ()
-        x, kv = wrap(block)(
-            layer, x, angles, mask, cfg, past, lambda name, value, i=i: tap(f"language.{i}.{name}", value)
-        )
+        if past and wrap is plain and one.serves(x, tap, *pytree.tree_leaves(layer)):
+            x, kv = one.block(layer, x, angles, past, cfg.window if cfg.windowed(i) else 0, cfg)
+        else:
+            x, kv = wrap(block)(
+                layer, x, angles, mask, cfg, past, lambda name, value, i=i: tap(f"language.{i}.{name}", value)
+            )
         seen.append(kv)
     return x, tuple(seen)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pgfunc
 
 ORDER = [
-    "errors", "tree", "config", "lowbit", "quant", "ops", "kernels.device", "kernels", "masks", "cache", "siglip",
-    "dual", "gemma", "paligemma", "image", "dual_prompt", "tokenizer", "prompt", "sample", "arguments", "replay",
-    "jit", "generate", "floors", "bench", "detect", "vqvae", "checkpoint.files", "checkpoint.processor",
-    "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.vqvae", "checkpoint",
-    "checkpoint.siglip", "segment", "draw", "coco", "__init__", "train", "train.contrastive", "train.optim",
-    "train.data", "train.finetune", "train.lora", "train.run", "train.fit", "cli.options", "cli.text",
+    "errors", "tree", "config", "lowbit", "quant", "ops", "kernels.device", "kernels", "masks", "cache",
+    "kernels.block", "siglip", "dual", "gemma", "paligemma", "image", "dual_prompt", "tokenizer", "prompt", "sample",
+    "arguments", "replay", "jit", "generate", "floors", "bench", "detect", "vqvae", "checkpoint.files",
+    "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.vqvae",
+    "checkpoint", "checkpoint.siglip", "segment", "draw", "coco", "__init__", "train", "train.contrastive",
+    "train.optim", "train.data", "train.finetune", "train.lora", "train.run", "train.fit", "cli.options", "cli.text",
     "cli.contrast", "cli.train", "cli.locate", "cli.checkpoints", "cli.bench", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent

@@ -47,7 +47,7 @@ def full(position: Position = "learned") -> Recipe:
         {
             "masks": Plan(steps=3000, scenes=128, peak=1e-3, warmup=200),
             "contrast": Plan(steps=2000, scenes=1024, peak=1e-3, warmup=200),
-            "speak": Plan(steps=15000, scenes=256, peak=1.2e-3, warmup=300),
+            "speak": Plan(steps=12000, scenes=256, peak=1.2e-3, warmup=300),
             "align": Plan(steps=600, scenes=1024, peak=1e-3, warmup=100),
         },
     )  # fmt: skip

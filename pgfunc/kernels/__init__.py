@@ -6,7 +6,7 @@ also rounds what lies between. They have no derivative. Every one is an operator
 a CUDA graph can capture: none looks at a value on the host. Weights are bf16, f16 or f32, with dense rows. Owns how the
 work is cut (`TILES`, `CHUNKS`). The code of the kernels is in `device`, and needs Triton, which a call imports.
 
-The model does not call them yet: they run in Triton's interpreter, and are to be measured on a GPU first.
+`block` puts them together; the model calls it where it `serves`.
 
 Axes: d width, o outputs, i inputs, f hidden, v vocabulary, n heads, k kv heads, s slots, h head dim.
 """
@@ -45,15 +45,14 @@ class Chunk(NamedTuple):
 
 # for each kernel, by the least outputs and the least inputs: the first that fits
 TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
-    "matvec": ((8192, 0, Tile(1, 1024, 1)), (0, 8192, Tile(1, 1024, 4)), (0, 0, Tile(1, 1024, 2))),
-    "normed_matvec": ((8192, 0, Tile(2, 1024, 2)), (0, 0, Tile(1, 1024, 1))),
-    "geglu_matvec": ((0, 0, Tile(1, 1024, 1)),),
-    "head_argmax": ((0, 0, Tile(8, 1024, 4)),),
+    "matvec": ((8192, 0, Tile(1, 1024, 1)), (0, 8192, Tile(1, 1024, 4)), (0, 0, Tile(2, 1024, 1))),
+    "normed_matvec": ((8192, 0, Tile(1, 2048, 1)), (0, 0, Tile(1, 1024, 1))),
+    "rotated_qkv": ((0, 0, Tile(1, 1024, 4)),),
+    "geglu_matvec": ((0, 0, Tile(1, 2048, 4)),),
 }
 # by the least number of slots
-CHUNKS: tuple[tuple[int, Chunk], ...] = ((2048, Chunk(64, 8, 64)), (768, Chunk(32, 4, 64)), (0, Chunk(16, 4, 32)))
-COLUMNS = 64  # of a head, joined by one program
-KEYS = 4096  # of the head's programs, compared at once by 32 warps
+CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))
+COLUMNS = 64  # of a head of attention, joined by one program
 
 
 def tile(kernel: str, outputs: int, inputs: int) -> Tile:
@@ -78,7 +77,7 @@ def power(size: int) -> int:
 
 def matvec(x: Float[Tensor, "i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "o"]:
     """w · x."""
-    return torch.ops.pgfunc.matvec(x, w, None)
+    return torch.ops.pgfunc.matvec(x, w, None, None, 0.0)
 
 
 def matvec_eager(x: Float[Tensor, "i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "o"]:
@@ -87,7 +86,7 @@ def matvec_eager(x: Float[Tensor, "i"], w: Float[Tensor, "o i"]) -> Float[Tensor
 
 def matvec_add(x: Float[Tensor, "i"], w: Float[Tensor, "o i"], residual: Float[Tensor, "o"]) -> Float[Tensor, "o"]:
     """residual + w · x. The product is not rounded before it is added."""
-    return torch.ops.pgfunc.matvec(x, w, residual)
+    return torch.ops.pgfunc.matvec(x, w, None, residual, 0.0)
 
 
 def matvec_add_eager(
@@ -100,13 +99,40 @@ def normed_matvec(
     x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Float[Tensor, "o d"], eps: float
 ) -> Float[Tensor, "o"]:
     """w · rms_norm(x)."""
-    return torch.ops.pgfunc.normed_matvec(x, scale, w, eps)
+    return torch.ops.pgfunc.matvec(x, w, scale, None, eps)
 
 
 def normed_matvec_eager(
     x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Float[Tensor, "o d"], eps: float
 ) -> Float[Tensor, "o"]:
     return ops.linear(ops.rms_norm(x, scale, eps), w)
+
+
+def rotated_qkv(
+    x: Float[Tensor, "d"],
+    scale: Float[Tensor, "d"],
+    q: Float[Tensor, "nh d"],
+    k: Float[Tensor, "kh d"],
+    v: Float[Tensor, "kh d"],
+    angles: Float[Tensor, "1 1 half"],
+    eps: float,
+) -> Float[Tensor, "nkk h"]:
+    """q, k and v of rms_norm(x), head after head; those of q and k are turned by the angle of each of their planes."""
+    return torch.ops.pgfunc.rotated_qkv(x, scale, q, k, v, angles, eps)
+
+
+def rotated_qkv_eager(
+    x: Float[Tensor, "d"],
+    scale: Float[Tensor, "d"],
+    q: Float[Tensor, "nh d"],
+    k: Float[Tensor, "kh d"],
+    v: Float[Tensor, "kh d"],
+    angles: Float[Tensor, "1 1 half"],
+    eps: float,
+) -> Float[Tensor, "nkk h"]:
+    normed = ops.rms_norm(x, scale, eps)
+    q, k, v = (ops.linear(normed, w).unflatten(0, (1, 1, -1, 2 * angles.shape[-1])) for w in (q, k, v))
+    return torch.cat([ops.rotate(q, angles), ops.rotate(k, angles), v], dim=2)[0, 0]
 
 
 def geglu_matvec(
@@ -132,13 +158,13 @@ def attend_one(
     cap: float = 0.0,
     window: int = 0,
 ) -> Float[Tensor, "n h"]:
-    """Attention of the last of `length` tokens, whose own key is among them, to the first `length` slots of a cache.
+    """Attention of the token in slot `length` of a cache, where its own key is, to that slot and those before it.
 
-        length 4, slots 6  sees  1 1 1 1 . .        window 2 sees  . . 1 1 . .
+        length 3, slots 6  sees  1 1 1 1 . .        window 2 sees  . . 1 1 . .
 
     A cap or window of 0 is none. What lies in slots that are not seen is not read, and of a program that finds nothing
     else to do, the launch is the cost. Weights are rounded to v's dtype before they are divided by their sum; the twin
-    rounds them after. Nothing seen gives zeros.
+    rounds them after.
     """
     return torch.ops.pgfunc.attend_one(q, k, v, length, scale, cap, window)
 
@@ -153,25 +179,8 @@ def attend_one_eager(
     window: int = 0,
 ) -> Float[Tensor, "n h"]:
     key = torch.arange(k.shape[0], device=k.device)
-    seen = (key < length) & (key >= length - (window or k.shape[0]))
+    seen = (key <= length) & (key > length - (window or k.shape[0]))
     return ops.attend(q[None, None], k[None], v[None], seen[None, None], scale, cap)[0, 0]
-
-
-def head_argmax(
-    x: Float[Tensor, "d"], norm_scale: Float[Tensor, "d"], embed: Float[Tensor, "v d"], eps: float, cap: float = 0.0
-) -> Int[Tensor, ""]:
-    """The row of the head with the largest logit, the first of equals once rounded to embed's dtype, as the twin's are.
-
-    The softcap, being monotone, is left out: it could only make equals of logits that differ.
-    """
-    return torch.ops.pgfunc.head_argmax(x, norm_scale, embed, eps)
-
-
-def head_argmax_eager(
-    x: Float[Tensor, "d"], norm_scale: Float[Tensor, "d"], embed: Float[Tensor, "v d"], eps: float, cap: float = 0.0
-) -> Int[Tensor, ""]:
-    logits = ops.widen(ops.linear(ops.rms_norm(x, norm_scale, eps), embed))
-    return (ops.softcap(logits, cap) if cap else logits).argmax()
 
 
 # --- the operators: how they are launched, and what they give where nothing is computed -------------------------------
@@ -197,23 +206,39 @@ def launch(kernel: str, w: Tensor, tile: Tile) -> Callable[..., None]:
     outputs, inputs = w.shape
     settings = {"OUT": outputs, "D": inputs, "ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps}
     run = getattr(code(), kernel)[(-(-outputs // tile.rows),)]
-    return lambda *given, **more: run(*given, **settings, **more)
+    return lambda *given, **more: run(*given, **settings, **early(w), **more)
 
 
+def early(x: Tensor) -> dict[str, bool]:
+    """Whether a kernel may start while the one before still runs, as Triton wants to hear it: from Hopper on it may."""
+    able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": able, "launch_pdl": able} if able else {"EARLY": False}
+
+
+# one operator for every product: of one that it meets first deep in a model, inductor 2.11 writes out all before it
 @torch.library.custom_op("pgfunc::matvec", mutates_args=())
-def _matvec(x: Tensor, w: Tensor, residual: Tensor | None) -> Tensor:
-    dense(x, w, *(() if residual is None else (residual,)))
+def _matvec(x: Tensor, w: Tensor, scale: Tensor | None, residual: Tensor | None, eps: float) -> Tensor:
+    dense(*(each for each in (x, w, scale, residual) if each is not None))
     out = x.new_empty(w.shape[0])
+    if scale is not None:
+        launch("normed_matvec", w, tile("normed_matvec", *w.shape))(x, scale, w, out, w.stride(0), eps)
+        return out
     run = launch("matvec", w, tile("matvec", *w.shape))
     run(x, w, x if residual is None else residual, out, w.stride(0), ADD=residual is not None)
     return out
 
 
-@torch.library.custom_op("pgfunc::normed_matvec", mutates_args=())
-def _normed_matvec(x: Tensor, scale: Tensor, w: Tensor, eps: float) -> Tensor:
-    dense(x, scale, w)
-    out = x.new_empty(w.shape[0])
-    launch("normed_matvec", w, tile("normed_matvec", *w.shape))(x, scale, w, out, w.stride(0), eps)
+@torch.library.custom_op("pgfunc::rotated_qkv", mutates_args=())
+def _rotated_qkv(x: Tensor, scale: Tensor, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, eps: float) -> Tensor:
+    dense(x, scale, q, k, v, angles)
+    h = 2 * angles.shape[-1]
+    out, cut = x.new_empty((q.shape[0] + k.shape[0] + v.shape[0]) // h, h), tile("rotated_qkv", *q.shape)
+    rows = min(cut.rows, h // 2 & -(h // 2))  # of one head: a power of two that divides its planes
+    code().rotated_qkv[(out.numel() // 2 // rows,)](
+        x, scale, q, k, v, angles, out, q.stride(0), k.stride(0), v.stride(0), eps,
+        HEADS=q.shape[0] // h, KV=k.shape[0] // h, HALF=h // 2, D=len(x),
+        ROWS=rows, BLOCK=cut.block, num_warps=cut.warps, **early(q),
+    )  # fmt: skip
     return out
 
 
@@ -238,28 +263,20 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scale: float, c
     code().attend_chunk[(count, kv_heads)](
         q, k, v, length, peaks, sums, parts, *k.stride()[:2], *v.stride()[:2], slots, window, scale, cap,
         G=group, H=h, CHUNKS=count, CAP=cap > 0, CHUNK=share.keys,
-        GROUP=power(group), HEAD=power(h), num_warps=share.warps,
+        GROUP=power(group), HEAD=power(h), num_warps=share.warps, **early(q),
     )  # fmt: skip
     code().attend_join[(heads, -(-h // columns))](
         length, peaks, sums, parts, out, slots, window,
-        H=h, CHUNKS=count, CHUNK=share.keys, PARTS=share.parts, COLUMNS=columns, num_warps=share.warps,
+        H=h, CHUNKS=count, CHUNK=share.keys, PARTS=share.parts, COLUMNS=columns, num_warps=share.warps, **early(q),
     )  # fmt: skip
     return out
 
 
-@torch.library.custom_op("pgfunc::head_argmax", mutates_args=())
-def _head_argmax(x: Tensor, scale: Tensor, embed: Tensor, eps: float) -> Tensor:
-    dense(x, scale, embed)
-    cut = tile("head_argmax", *embed.shape)
-    count = -(-embed.shape[0] // cut.rows)
-    keys, token = (x.new_empty(size, dtype=torch.int64) for size in ((count,), ()))
-    launch("head_keys", embed, cut)(x, scale, embed, keys, embed.stride(0), eps)
-    code().best_row[(1,)](keys, token, COUNT=count, BLOCK=min(KEYS, power(count)), num_warps=32)
-    return token
-
-
-_matvec.register_fake(lambda x, w, residual: x.new_empty(w.shape[0]))
-_normed_matvec.register_fake(lambda x, scale, w, eps: x.new_empty(w.shape[0]))
+_matvec.register_fake(lambda x, w, scale, residual, eps: x.new_empty(w.shape[0]))
+_rotated_qkv.register_fake(
+    lambda x, scale, q, k, v, angles, eps: x.new_empty(
+        (q.shape[0] + k.shape[0] + v.shape[0]) // (2 * angles.shape[-1]), 2 * angles.shape[-1]
+    )
+)
 _geglu_matvec.register_fake(lambda x, scale, gate, up, eps: x.new_empty(gate.shape[0]))
 _attend_one.register_fake(lambda q, k, v, length, scale, cap, window: q.new_empty(q.shape))
-_head_argmax.register_fake(lambda x, scale, embed, eps: x.new_empty((), dtype=torch.int64))

@@ -1,15 +1,29 @@
 """The code that runs on the GPU, in Triton: what one program of each kernel reads, computes and writes.
 
 A program owns ROWS rows of a matrix and walks over their D columns, BLOCK at a time; the walk is unrolled, for D is
-known when it is compiled. Weights are asked for one block ahead, the first before the norm is known: a barrier stands
-behind it, or ptxas would move it there. Sums are float32. Rows beyond the last are the last again, and are not written.
-Knows nothing about PyTorch: `pgfunc.kernels` calls it.
+known when it is compiled. Weights are asked for one block ahead, the first before `awaited`. Sums are float32. Rows
+beyond the last are the last again, and are not written. Knows nothing about PyTorch: `pgfunc.kernels` calls it.
+
+With EARLY (Hopper's programmatic dependent launch) a kernel starts while the one before it still runs. Every program
+waits in `awaited` before it reads what a kernel made or writes anything, so that what a kernel after it finds is that
+all before are done; the weights, which no kernel makes, are asked for above.
 """
 
 from typing import no_type_check  # the shape checks of the tests must not wrap what Triton reads
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
+
+
+@triton.jit
+@no_type_check
+def awaited(EARLY: tl.constexpr):
+    """Below this the kernel before is done. What was asked for above stays above: no load moves over a barrier."""
+    tl.debug_barrier()
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -57,9 +71,12 @@ def normed(x, scale, inverse, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 @no_type_check
-def normed_products(x, scale, w, stride, rows, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def normed_products(
+    x, scale, w, stride, rows, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     ahead = tile(w, stride, rows, 0, D, BLOCK)
-    tl.debug_barrier()
+    awaited(EARLY)
     inverse = inverse_rms(x, eps, D, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.static_range(0, D, BLOCK):
@@ -72,10 +89,15 @@ def normed_products(x, scale, w, stride, rows, eps, D: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 @no_type_check
-def products(x, w, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def products(x, w, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    ahead = tile(w, stride, rows, 0, D, BLOCK)
+    awaited(EARLY)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.static_range(0, D, BLOCK):
-        total += tile(w, stride, rows, start, D, BLOCK).to(tl.float32) * piece(x, start, D, BLOCK)
+        here = ahead
+        if start + BLOCK < D:
+            ahead = tile(w, stride, rows, start + BLOCK, D, BLOCK)
+        total += here.to(tl.float32) * piece(x, start, D, BLOCK)
     return tl.sum(total, axis=1)
 
 
@@ -92,9 +114,10 @@ def owned(OUT: tl.constexpr, ROWS: tl.constexpr):
 def matvec(
     x, w, residual, out, stride,
     OUT: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mine = owned(OUT, ROWS)
-    found = products(x, w, stride, rows, D, ROWS, BLOCK)
+    found = products(x, w, stride, rows, D, ROWS, BLOCK, EARLY)
     if ADD:
         found += tl.load(residual + rows).to(tl.float32)
     tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
@@ -104,22 +127,59 @@ def matvec(
 @no_type_check
 def normed_matvec(
     x, scale, w, out, stride, eps,
-    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mine = owned(OUT, ROWS)
-    found = normed_products(x, scale, w, stride, rows, eps, D, ROWS, BLOCK)
+    found = normed_products(x, scale, w, stride, rows, eps, D, ROWS, BLOCK, EARLY)
     tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+@no_type_check
+def rotated_qkv(
+    x, scale, q, k, v, angles, out, q_stride, k_stride, v_stride, eps,
+    HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """ROWS planes of one head of q, k or v: of each the rows i and i + HALF, turned by its angle if not of v."""
+    first = tl.program_id(0) * ROWS
+    head, plane = first // HALF, first % HALF + tl.arange(0, ROWS)
+    w, stride, start_head = q, q_stride, 0
+    if head >= HEADS:
+        w, stride, start_head = k, k_stride, HEADS
+    if head >= HEADS + KV:
+        w, stride, start_head = v, v_stride, HEADS + KV
+    rows = (head - start_head) * 2 * HALF + plane
+    one_ahead, two_ahead = tile(w, stride, rows, 0, D, BLOCK), tile(w, stride, rows + HALF, 0, D, BLOCK)
+    awaited(EARLY)
+    inverse = inverse_rms(x, eps, D, BLOCK)
+    ones = tl.zeros([ROWS, BLOCK], tl.float32)
+    twos = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.static_range(0, D, BLOCK):
+        one_here, two_here = one_ahead, two_ahead
+        if start + BLOCK < D:
+            one_ahead = tile(w, stride, rows, start + BLOCK, D, BLOCK)
+            two_ahead = tile(w, stride, rows + HALF, start + BLOCK, D, BLOCK)
+        part = normed(x, scale, inverse, start, D, BLOCK)
+        ones += one_here.to(tl.float32) * part
+        twos += two_here.to(tl.float32) * part
+    one, two = tl.sum(ones, axis=1), tl.sum(twos, axis=1)
+    angle = tl.where(head < HEADS + KV, tl.load(angles + plane), 0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    place = out + head * 2 * HALF + plane
+    tl.store(place, (one * cos - two * sin).to(out.dtype.element_ty))
+    tl.store(place + HALF, (two * cos + one * sin).to(out.dtype.element_ty))
 
 
 @triton.jit
 @no_type_check
 def geglu_matvec(
     x, scale, gate, up, out, gate_stride, up_stride, eps,
-    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mine = owned(OUT, ROWS)
     gate_ahead, up_ahead = tile(gate, gate_stride, rows, 0, D, BLOCK), tile(up, up_stride, rows, 0, D, BLOCK)
-    tl.debug_barrier()
+    awaited(EARLY)
     inverse = inverse_rms(x, eps, D, BLOCK)
     gated = tl.zeros([ROWS, BLOCK], tl.float32)
     raised = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -139,40 +199,9 @@ def geglu_matvec(
 
 @triton.jit
 @no_type_check
-def head_keys(
-    x, scale, embed, keys, stride, eps,
-    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The largest key of the program's rows. A key is an int64 that is ordered as logits are, ties to the lowest row.
-
-    Its upper half are the logit's bits, so turned that they are ordered as an integer's; the lower half is what the
-    row lacks to the largest int32.
-    """
-    rows, _ = owned(OUT, ROWS)
-    logits = normed_products(x, scale, embed, stride, rows, eps, D, ROWS, BLOCK)
-    logits = logits.to(embed.dtype.element_ty).to(tl.float32)
-    bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 == 0
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    tl.store(keys + tl.program_id(0), tl.max((ordered << 32) + (0x7FFFFFFF - rows), axis=0))
-
-
-@triton.jit
-@no_type_check
-def best_row(keys, token, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of the largest of COUNT keys."""
-    places = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], -0x8000000000000000, tl.int64)
-    for start in range(0, COUNT, BLOCK):
-        inside = start + places < COUNT
-        best = tl.maximum(best, tl.load(keys + start + places, mask=inside, other=-0x8000000000000000))
-    tl.store(token, 0x7FFFFFFF - (tl.max(best, axis=0) & 0x7FFFFFFF))
-
-
-@triton.jit
-@no_type_check
 def seen(length, slots, window):
     """The first key that is seen, and the one behind the last."""
-    end = tl.minimum(tl.load(length), slots).to(tl.int32)
+    end = tl.minimum(tl.load(length) + 1, slots).to(tl.int32)
     return tl.maximum(end - window, 0), end
 
 
@@ -181,13 +210,14 @@ def seen(length, slots, window):
 def attend_chunk(
     q, k, v, length, peaks, sums, parts, k_slot, k_head, v_slot, v_head, slots, window, scale, cap,
     G: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr, CAP: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The heads of one kv head over CHUNK keys: the largest score, the sum of the weights below it, and their values.
 
     A chunk of which nothing is seen writes nothing.
     """
     chunk, kv = tl.program_id(0), tl.program_id(1)
+    awaited(EARLY)
     begin, end = seen(length, slots, window)
     key = chunk * CHUNK + tl.arange(0, CHUNK)
     if (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > begin):
@@ -219,9 +249,11 @@ def attend_chunk(
 def attend_join(
     length, peaks, sums, parts, out, slots, window,
     H: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of one head, from the chunks of which something is seen; others are not read."""
     head, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    awaited(EARLY)
     begin, end = seen(length, slots, window)
     peak, total = -3.0e38, 0.0  # below every score; finite, so that it can be subtracted from itself
     joined = tl.zeros([COLUMNS], tl.float32)

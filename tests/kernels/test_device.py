@@ -120,6 +120,23 @@ def test_normed_matvec(seed, dtype, d, o, tile):
 
 
 @cases
+@given(seeds, dtypes, widths, st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([1, 2, 6, 8]), tiles)
+def test_rotated_qkv(seed, dtype, d, heads, half, tile):
+    n, kv = heads
+    x, scale = normal(seed, dtype, d), normal(seed + 1, dtype, d)
+    q, k, v = (normal(seed + i, dtype, count * 2 * half, d) * d**-0.5 for i, count in ((2, n), (3, kv), (4, kv)))
+    angles = normal(seed + 5, torch.float32, 1, 1, half) * 1000
+    expected, errors = zip(*(product(w, *normed(x, scale)) for w in (q, k, v)), strict=True)
+    one, two = (np.concatenate(expected).reshape(-1, 2, half)[:, i] for i in (0, 1))
+    error = np.concatenate(errors).reshape(-1, 2, half).sum(1)
+    turn = np.where(np.arange(n + 2 * kv)[:, None] < n + kv, wide(angles)[0], 0.0)
+    turned = np.concatenate([one * np.cos(turn) - two * np.sin(turn), two * np.cos(turn) + one * np.sin(turn)], 1)
+    error += 4 * FLOAT32 * (np.abs(one) + np.abs(two))  # of the cosine, the sine and the sum
+    with cut("tile", tile):
+        within(kernels.rotated_qkv(x, scale, q, k, v, angles, EPS), turned, np.concatenate([error, error], 1))
+
+
+@cases
 @given(seeds, dtypes, widths, outputs, tiles)
 def test_geglu_matvec(seed, dtype, d, f, tile):
     x, scale = normal(seed, dtype, d), normal(seed + 1, dtype, d)
@@ -175,39 +192,13 @@ def test_attention_sees_the_first_length_slots_or_a_window_of_them(seed, dtype, 
         buffer[length:] = torch.nan
         buffer[: max(0, length - window) if window else 0] = torch.nan
     with cut("chunk", chunk):
-        found = kernels.attend_one(q, k, v, torch.tensor([length], device=DEVICE), h**-0.5, cap, window)
+        found = kernels.attend_one(q, k, v, torch.tensor([length - 1], device=DEVICE), h**-0.5, cap, window)
     within(found, *attention(q, k, v, length, h**-0.5, cap, window))
 
 
 def test_attention_to_nothing_gives_zeros():
     q, k = normal(0, torch.float32, 2, 8), normal(1, torch.float32, 20, 1, 8)
-    assert not kernels.attend_one(q, k, k, torch.tensor([0], device=DEVICE), 1.0).any()
-
-
-@cases
-@given(seeds, dtypes, widths, st.integers(1, 150), tiles)
-def test_the_head_finds_the_first_of_the_largest_logits(seed, dtype, d, v, tile):
-    x, scale, rows = normal(seed, dtype, d), normal(seed + 1, dtype, d), normal(seed + 2, dtype, 5, d)
-    embed = rows[torch.randint(5, (v,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)]
-    with cut("tile", tile):
-        token = kernels.head_argmax(x, scale, embed, EPS)
-    assert token.dtype == torch.int64
-    assert token.shape == ()
-    assert not (embed[:token] == embed[token]).all(1).any(), "equal rows: the first"
-    logits, error = product(embed, *normed(x, scale))
-    error += unit(dtype) * (np.abs(logits) + error)
-    assert (logits[token] + error[token] >= logits - error).all()
-
-
-def test_logits_that_are_equal_once_rounded_tie():
-    # of numbers between 256 and 512 bf16 knows the even ones
-    x, scale = torch.ones(16, device=DEVICE).bfloat16(), torch.zeros(16, device=DEVICE).bfloat16()
-    embed = torch.tensor([[16.0] * 16] * 12, device=DEVICE).bfloat16()
-    embed[:3], embed[7, 0] = -1, 16.5
-    assert kernels.head_argmax(x, scale, embed, 0.0) == kernels.head_argmax_eager(x, scale, embed, 0.0) == 3
-    embed[9, 0] = 18
-    assert kernels.head_argmax(x, scale, embed, 0.0) == kernels.head_argmax_eager(x, scale, embed, 0.0) == 9
-    assert kernels.head_argmax(x, scale, -embed[4:6] * 0, 0.0) == 0
+    assert not kernels.attend_one(q, k, k, torch.tensor([-1], device=DEVICE), 1.0).any()
 
 
 def calls(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
@@ -219,8 +210,8 @@ def calls(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, tuple]
         "matvec_add": (x, w, x[:9]),
         "normed_matvec": (x, scale, w, EPS),
         "geglu_matvec": (x, scale, w, up, EPS),
-        "attend_one": (q, k, v, torch.tensor([23], device=DEVICE), 0.3, 5.0, 12),
-        "head_argmax": (x, scale, w, EPS, 3.0),
+        "rotated_qkv": (x, scale, w[:8], up[:4], w[4:8], normal(seed + 9, torch.float32, 1, 1, 2), EPS),
+        "attend_one": (q, k, v, torch.tensor([22], device=DEVICE), 0.3, 5.0, 12),
     }
 
 
@@ -236,9 +227,9 @@ def cut_out(x):
     return torch.cat([x, x], -1)[..., : x.shape[-1]] if isinstance(x, torch.Tensor) and x.dim() == 2 else x
 
 
-@pytest.mark.parametrize("name", ["matvec", "normed_matvec", "geglu_matvec", "attend_one", "head_argmax"])
+@pytest.mark.parametrize("name", ["matvec", "rotated_qkv", "geglu_matvec", "attend_one"])
 def test_each_is_an_operator_that_says_what_it_does(name):
-    given = {"matvec": (*calls()["matvec_add"],), "head_argmax": calls()["head_argmax"][:4]}.get(name, calls()[name])
+    given = (*calls()["matvec"], None, calls()["matvec_add"][2], EPS) if name == "matvec" else calls()[name]
     torch.library.opcheck(getattr(torch.ops.pgfunc, name).default, given)
 
 

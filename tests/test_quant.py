@@ -333,11 +333,11 @@ def predicting(weights: pg.Params, whole: pg.Prompt, cfg: Config) -> torch.Tenso
 
 @pytest.mark.parametrize(
     ("method", "logits", "agreement"),
-    # the change's root mean square over the logits' standard deviation, and equal tokens; measured on 127 tokens:
+    # the change's root mean square over the logits' standard deviation, and equal tokens; measured on 129 tokens:
     [
         ("int8", 0.03, 0.97),  # 0.011, 0.99
-        ("int4", 0.2, 0.75),  # 0.139, 0.87
-        ("int4-32", 0.15, 0.8),  # 0.119, 0.93
+        ("int4", 0.2, 0.75),  # 0.127, 0.90
+        ("int4-32", 0.15, 0.8),  # 0.110, 0.95
     ],
 )
 def test_the_shipped_checkpoint_says_almost_the_same(shipped, answered, method, logits, agreement):

@@ -11,13 +11,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pgfunc import kernels, ops, tree
 from pgfunc.cache import Cache, append
 from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
-from pgfunc.kernels import block as one
+from pgfunc.kernels import block as kernel_block
 from pgfunc.masks import Masks
 from pgfunc.ops import identity, linear, plain, rms_norm, widen
 
@@ -84,7 +83,7 @@ def unembed(
             raise SettingError(f"allowed is {rows}, expected one or more of the tokens 0 to {cfg.vocab - 1}, in a row")
         rows = slice(rows.start, rows.stop)
     head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of an Int8
-    if x.dim() == 3 and one.serves(x, tap, head):
+    if kernel_block.serves(x, tap, head):
         logits = rearrange(kernels.normed_matvec(x[0, 0], p.norm, head, cfg.eps), "v -> 1 1 v")
     else:
         logits = linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), head)
@@ -112,8 +111,8 @@ def run(
     for i, layer in enumerate(p.layers):
         mask = masks.window if cfg.windowed(i) else masks.full
         past = (cache.k[i], cache.v[i], cache.length) if cache else ()
-        if past and wrap is plain and one.serves(x, tap, *pytree.tree_leaves(layer)):
-            x, kv = one.block(layer, x, angles, past, cfg.window if cfg.windowed(i) else 0, cfg)
+        if past and wrap is plain and kernel_block.serves(x, tap, layer):
+            x, kv = kernel_block.block(layer, x, angles, past, cfg.window if cfg.windowed(i) else 0, cfg)
         else:
             x, kv = wrap(block)(
                 layer, x, angles, mask, cfg, past, lambda name, value, i=i: tap(f"language.{i}.{name}", value)

@@ -212,7 +212,7 @@ def launch(kernel: str, w: Tensor, tile: Tile) -> Callable[..., None]:
 def early(x: Tensor) -> dict[str, bool]:
     """Whether a kernel may start while the one before still runs, as Triton wants to hear it: from Hopper on it may."""
     able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"EARLY": able, "launch_pdl": able} if able else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
 
 
 # one operator for every product: of one that it meets first deep in a model, inductor 2.11 writes out all before it

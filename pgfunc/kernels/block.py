@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pgfunc import kernels, ops
 from pgfunc.cache import append
@@ -21,11 +22,11 @@ TRITON = find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def serves(x: Float[Tensor, "b t d"], tap, *weights) -> bool:
+def serves(x: Float[Tensor, "*b d"], tap, weights: Any) -> bool:
     """Whether the kernels do it: for one token in compiled code on a GPU, without a tap, a gradient or quantization."""
-    fits = TRITON and x.is_cuda and torch.compiler.is_compiling() and x.shape[0] == x.shape[1] == 1
+    fits = TRITON and x.is_cuda and torch.compiler.is_compiling() and x.shape[:-1] == (1, 1)
     plain = tap is ops.identity and not torch.is_grad_enabled() and not ops.transformed()
-    return fits and plain and all(isinstance(w, Tensor) and w.dtype == x.dtype in DTYPES for w in weights)
+    return fits and plain and all(w.dtype == x.dtype in DTYPES for w in pytree.tree_leaves(weights))
 
 
 def block(

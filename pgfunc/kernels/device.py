@@ -89,6 +89,29 @@ def normed_products(
 
 @triton.jit
 @no_type_check
+def two_normed_products(
+    x, scale, w, w_stride, w_rows, u, u_stride, u_rows, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`normed_products` of rows of two matrices, or of one, in one walk over the vector."""
+    w_ahead, u_ahead = tile(w, w_stride, w_rows, 0, D, BLOCK), tile(u, u_stride, u_rows, 0, D, BLOCK)
+    awaited(EARLY)
+    inverse = inverse_rms(x, eps, D, BLOCK)
+    w_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    u_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.static_range(0, D, BLOCK):
+        w_here, u_here = w_ahead, u_ahead
+        if start + BLOCK < D:
+            w_ahead = tile(w, w_stride, w_rows, start + BLOCK, D, BLOCK)
+            u_ahead = tile(u, u_stride, u_rows, start + BLOCK, D, BLOCK)
+        part = normed(x, scale, inverse, start, D, BLOCK)
+        w_total += w_here.to(tl.float32) * part
+        u_total += u_here.to(tl.float32) * part
+    return tl.sum(w_total, axis=1), tl.sum(u_total, axis=1)
+
+
+@triton.jit
+@no_type_check
 def products(x, w, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     ahead = tile(w, stride, rows, 0, D, BLOCK)
     awaited(EARLY)
@@ -150,20 +173,7 @@ def rotated_qkv(
     if head >= HEADS + KV:
         w, stride, start_head = v, v_stride, HEADS + KV
     rows = (head - start_head) * 2 * HALF + plane
-    one_ahead, two_ahead = tile(w, stride, rows, 0, D, BLOCK), tile(w, stride, rows + HALF, 0, D, BLOCK)
-    awaited(EARLY)
-    inverse = inverse_rms(x, eps, D, BLOCK)
-    ones = tl.zeros([ROWS, BLOCK], tl.float32)
-    twos = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.static_range(0, D, BLOCK):
-        one_here, two_here = one_ahead, two_ahead
-        if start + BLOCK < D:
-            one_ahead = tile(w, stride, rows, start + BLOCK, D, BLOCK)
-            two_ahead = tile(w, stride, rows + HALF, start + BLOCK, D, BLOCK)
-        part = normed(x, scale, inverse, start, D, BLOCK)
-        ones += one_here.to(tl.float32) * part
-        twos += two_here.to(tl.float32) * part
-    one, two = tl.sum(ones, axis=1), tl.sum(twos, axis=1)
+    one, two = two_normed_products(x, scale, w, stride, rows, w, stride, rows + HALF, eps, D, ROWS, BLOCK, EARLY)
     angle = tl.where(head < HEADS + KV, tl.load(angles + plane), 0.0)
     cos, sin = tl.cos(angle), tl.sin(angle)
     place = out + head * 2 * HALF + plane
@@ -178,20 +188,7 @@ def geglu_matvec(
     OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mine = owned(OUT, ROWS)
-    gate_ahead, up_ahead = tile(gate, gate_stride, rows, 0, D, BLOCK), tile(up, up_stride, rows, 0, D, BLOCK)
-    awaited(EARLY)
-    inverse = inverse_rms(x, eps, D, BLOCK)
-    gated = tl.zeros([ROWS, BLOCK], tl.float32)
-    raised = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.static_range(0, D, BLOCK):
-        gate_here, up_here = gate_ahead, up_ahead
-        if start + BLOCK < D:
-            gate_ahead = tile(gate, gate_stride, rows, start + BLOCK, D, BLOCK)
-            up_ahead = tile(up, up_stride, rows, start + BLOCK, D, BLOCK)
-        part = normed(x, scale, inverse, start, D, BLOCK)
-        gated += gate_here.to(tl.float32) * part
-        raised += up_here.to(tl.float32) * part
-    g, u = tl.sum(gated, axis=1), tl.sum(raised, axis=1)
+    g, u = two_normed_products(x, scale, gate, gate_stride, rows, up, up_stride, rows, eps, D, ROWS, BLOCK, EARLY)
     # (1 + tanh(y)) / 2 = sigmoid(2y); 1.5957691 is twice the square root of 2/π
     found = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
     tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)

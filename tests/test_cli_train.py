@@ -133,8 +133,10 @@ def test_tensorboard_gets_every_number(folder):
 def test_an_interrupt_from_the_keyboard_saves_and_the_same_command_goes_on(folder):
     given = arguments(folder, "--steps", "40", "--learning-rate", "0.001")
     process = subprocess.Popen(
-        [sys.executable, "-m", "pgfunc.cli", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, "-m", "pgfunc.cli", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # a shell that starts the tests in the background has told them to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     log = folder / "out" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size > 0):
         time.sleep(0.02)

@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from pgfunc import kernels, ops, tree
+from pgfunc import ops, tree
 from pgfunc.cache import Cache, append
 from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
 from pgfunc.kernels import block as kernel_block
-from pgfunc.masks import Masks
+from pgfunc.masks import Masks, Span
 from pgfunc.ops import identity, linear, plain, rms_norm, widen
 
 Allowed = range | Int[Tensor, "r"] | None  # the tokens that have logits; None: all
@@ -84,7 +84,7 @@ def unembed(
         rows = slice(rows.start, rows.stop)
     head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of an Int8
     if kernel_block.serves(x, tap, head):
-        logits = rearrange(kernels.normed_matvec(x[0, 0], p.norm, head, cfg.eps), "v -> 1 1 v")
+        logits = kernel_block.head(x, p.norm, head, cfg.eps)
     else:
         logits = linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), head)
     logits = widen(logits)
@@ -100,50 +100,79 @@ def run(
     cache: Cache | tuple[()] = (),
     tap=identity,
     wrap=plain,
-) -> tuple[Float[Tensor, "b t d"], tuple[tuple[Tensor, Tensor], ...]]:
+    at: Int[Tensor, "b q"] | tuple[()] = (),
+) -> tuple[Float[Tensor, "b q d"], tuple[tuple[Tensor, Tensor], ...]]:
     """All layers over t new tokens; returns their output and, a layer, the keys and values that they attended to.
 
     Without a cache the tokens see one another, and the keys and values are their own. With one they are appended at
     each row's length first, and what comes back are the cache's buffers after the append. `wrap` is applied to `block`.
+    With `at` the output is that of the tokens in these places alone; the last layer makes no other.
     """
-    angles = ops.angles(positions, cfg.head_dim, cfg.theta)
+    fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers)
+    angles = (kernel_block.rotation if fast else ops.angles)(positions, cfg.head_dim, cfg.theta)
     seen = []
     for i, layer in enumerate(p.layers):
         mask = masks.window if cfg.windowed(i) else masks.full
         past = (cache.k[i], cache.v[i], cache.length) if cache else ()
-        if past and wrap is plain and kernel_block.serves(x, tap, layer):
+        if fast and past:
             x, kv = kernel_block.block(layer, x, angles, past, cfg.window if cfg.windowed(i) else 0, cfg)
         else:
-            x, kv = wrap(block)(
-                layer, x, angles, mask, cfg, past, lambda name, value, i=i: tap(f"language.{i}.{name}", value)
-            )
+            wanted = at if i == len(p.layers) - 1 else ()
+            x, kv = wrap(block)(layer, x, angles, mask, cfg, past, ops.within(f"language.{i}", tap), wanted)
         seen.append(kv)
     return x, tuple(seen)
 
 
 def block(
-    p: Layer, x: Float[Tensor, "b t d"], angles: Tensor, mask, cfg: TextConfig, past=(), tap=identity
-) -> tuple[Float[Tensor, "b t d"], tuple[Tensor, Tensor]]:
-    """Attention and MLP, each on a normalised copy that is added back; Gemma 2 also normalises what it adds."""
-    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap)
+    p: Layer,
+    x: Float[Tensor, "b t d"],
+    angles: Float[Tensor, "b t half"],
+    mask: Bool[Tensor, "b t s"] | Span,
+    cfg: TextConfig,
+    past=(),
+    tap=identity,
+    at: Int[Tensor, "b q"] | tuple[()] = (),
+) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
+    """Attention and MLP, each on a normalised copy that is added back; Gemma 2 also normalises what it adds.
+
+    With `at`, of the tokens in these places alone: of others there are keys and values.
+    """
+    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap, at)
+    x = x if isinstance(at, tuple) else pick(x, at)
     x = tap("resid_mid", x + (rms_norm(added, p.post_attention_norm, cfg.eps) if cfg.post_norms else added))
     added = mlp(p, rms_norm(x, p.mlp_norm, cfg.eps), tap)
     return tap("resid_post", x + (rms_norm(added, p.post_mlp_norm, cfg.eps) if cfg.post_norms else added)), kv
 
 
 def attention(
-    p: Layer, x: Float[Tensor, "b t d"], angles: Tensor, mask, cfg: TextConfig, past=(), tap=identity
-) -> tuple[Float[Tensor, "b t d"], tuple[Tensor, Tensor]]:
+    p: Layer,
+    x: Float[Tensor, "b t d"],
+    angles: Float[Tensor, "b t half"],
+    mask: Bool[Tensor, "b t s"] | Span,
+    cfg: TextConfig,
+    past=(),
+    tap=identity,
+    at: Int[Tensor, "b q"] | tuple[()] = (),
+) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Grouped-query attention with rotary positions (Ainslie et al. 2023)."""
-    q = tap("q", rearrange(linear(x, p.q), "b t (n h) -> b t n h", n=cfg.heads))
     k = tap("k", rearrange(linear(x, p.k), "b t (k h) -> b t k h", k=cfg.kv_heads))
     v = tap("v", rearrange(linear(x, p.v), "b t (k h) -> b t k h", k=cfg.kv_heads))
-    q, k = ops.rotate(q, angles), ops.rotate(k, angles)
+    k, turn = ops.rotate(k, angles), angles
+    if isinstance(at, Tensor):
+        x, turn = pick(x, at), pick(angles, at)
+        mask = Span(*(side.gather(1, at) for side in mask)) if isinstance(mask, Span) else pick(mask, at)
+    q = ops.rotate(tap("q", rearrange(linear(x, p.q), "b t (n h) -> b t n h", n=cfg.heads)), turn)
     if past:
         k_buffer, v_buffer, length = past
         k, v = append(k_buffer, k, length), append(v_buffer, v, length)
-    out = ops.attend(q, k, v, mask, cfg.query_scale, cfg.attention_softcap)
+    how = cfg.query_scale, cfg.attention_softcap
+    out = kernel_block.attend(q, k, v, mask, *how) if isinstance(mask, Span) else ops.attend(q, k, v, mask, *how)
     return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), (k, v)
+
+
+def pick(x: Shaped[Tensor, "b t r"], at: Int[Tensor, "b q"]) -> Shaped[Tensor, "b q r"]:
+    """The tokens in these places of each row."""
+    return torch.take_along_dim(x, rearrange(at, "b q -> b q 1"), dim=1)
 
 
 def mlp(p: Layer, x: Float[Tensor, "b t d"], tap=identity) -> Float[Tensor, "b t d"]:

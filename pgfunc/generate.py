@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,7 +20,8 @@ from pgfunc import paligemma, tokenizer
 from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
-from pgfunc.jit import jit
+from pgfunc.jit import bucket, jit
+from pgfunc.ops import plain
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
 from pgfunc.sample import Settings, choose
@@ -114,13 +116,39 @@ def steps(
 ) -> Iterator[tuple[Int[Tensor, "b"], Float[Tensor, "b"]]]:
     """The tokens that follow a prompt, a column at a time, with their log-probabilities; as many as u has columns."""
     step = compiled_advance if compile else advance
-    logits, cache = paligemma.prefill(params, prompt, cfg, u.shape[1])
-    first, *columns = u.to(logits.device).unbind(1)
-    token = choose(logits, first, settings)
-    yield token, logprob(logits, token)
+    first, *columns = u.to(prompt.tokens.device).unbind(1)
+    if compile and prompt.tokens.is_cuda:  # on a CPU a prompt is all products, and compiling gains nothing
+        prompt, size = bucketed(prompt, u.shape[1], cfg)
+        token, likely, cache = compiled_begin(params, prompt, cfg, size, settings, first)
+    else:
+        token, likely, cache = begin(params, prompt, cfg, u.shape[1], settings, first)
+    yield token, likely
     for column in columns:
         token, likely, cache = step(params, token, cache, cfg, settings, column)
         yield token, likely
+
+
+def begin(
+    params: Params,
+    prompt: Prompt,
+    cfg: Config,
+    size: int,
+    settings: Settings,
+    u: Float[Tensor, "b"],
+    wrap=plain,
+) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
+    """Prefill a prompt: the first token, its log-probability, and a cache with room for `size` tokens."""
+    logits, cache = paligemma.prefill(params, prompt, cfg, size, wrap=wrap)
+    token = choose(logits, u, settings)
+    return token, logprob(logits, token), cache
+
+
+def bucketed(prompt: Prompt, size: int, cfg: Config) -> tuple[Prompt, int]:
+    """The prompt, its rows padded, and the size of its cache, so that prompts of many lengths share compiled code."""
+    tokens, images = prompt.tokens.shape[1], prompt.pixels.shape[1] * cfg.vision.tokens
+    padded = bucket(tokens, 16)
+    rows = {name: F.pad(getattr(prompt, name), (0, padded - tokens)) for name in ("tokens", "valid", "causal")}
+    return prompt._replace(**rows), bucket(images + max(padded, tokens + size)) - images - padded
 
 
 def advance(
@@ -132,7 +160,7 @@ def advance(
     return token, logprob(logits, token), cache
 
 
-compiled_advance = jit(advance, donate="cache")
+compiled_begin, compiled_advance = jit(begin), jit(advance, donate="cache")
 
 
 @torch.no_grad()

@@ -8,6 +8,9 @@ there, unless a newer handle on them is alive: then the older one forks, and its
 alive while any of its tensors is, or a view of one; what was detached from it, or cut in inference mode, is not seen
 to be a part of it. Owns who may write where. Knows nothing about models.
 
+A function that takes `wrap`, which it applies to the blocks that it repeats, is compiled a block at a time: the code of
+one serves all layers, and what stands around them runs as it is.
+
 On CUDA compiled code is captured in a graph and replayed (`replay.py`), on one stream. There the last few sets of
 buffers are kept, and used again when all handles on them are gone: a loop over the next prompt finds the graph of the
 last.
@@ -17,6 +20,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable
 from threading import RLock
+from types import FunctionType
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 from weakref import ref
 
@@ -93,6 +97,7 @@ class Jitted(Generic[P, R]):
         ]
         if len(named) < len(self.signature.parameters):
             raise SettingError("the function has arguments without a name of their own (*args, **kwargs or before a /)")
+        self.blocks = donate is None and "wrap" in named
         if donate is not None and donate not in named:
             raise SettingError(f"donate is {donate!r}, expected one of {', '.join(named)}")
 
@@ -120,7 +125,7 @@ class Jitted(Generic[P, R]):
             if cache is not None:
                 check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
             kinds = {name: self._arguments.kinds[argument.kind] for name, argument in read.items()}
-            run = compiled(self.fn, self.donate, kinds)
+            run = regional(self.fn, kinds) if self.blocks else compiled(self.fn, self.donate, kinds)
             if replay.possible(tensors + donated):
                 run = replay.Replayed(run, range(len(tensors), len(tensors) + len(donated) - 1))
         results, length = run(tensors + donated)
@@ -157,9 +162,30 @@ def compiled(fn, donate: str | None, kinds: dict[str, Kind]) -> Callable:
             old.copy_(after)  # inductor leaves nothing of it but the writing of the new slots
         return pytree.tree_map(lambda x: CACHE if x is new else x, results, is_leaf=lambda x: x is new), new.length
 
-    # torch keeps a few compiled versions of each code object, and this has one object a version
-    body.__code__ = body.__code__.replace()
-    return torch.compile(body, dynamic=False, fullgraph=True)
+    return whole(body)
+
+
+def regional(fn, kinds: dict[str, Kind]) -> Callable:
+    """`compiled`, of a function that takes `wrap`: what it wraps is compiled, once for each of its shapes."""
+    made: dict[Callable, Callable] = {}
+
+    def wrap(part: Callable) -> Callable:
+        if part not in made:
+            made[part] = whole(part)
+        return made[part]
+
+    def body(tensors: list[Tensor]):
+        rest = iter(tensors)
+        given = {name: kind.rebuilt([next(rest) for _ in kind.shapes]) for name, kind in kinds.items()}
+        return fn(**given, wrap=wrap), ()
+
+    return body
+
+
+def whole(fn: Callable) -> Callable:
+    """The function, compiled without a break. Torch keeps a few versions of a code object, so it has one of its own."""
+    copy = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    return torch.compile(copy, dynamic=False, fullgraph=True)
 
 
 def continuation(results: Any) -> Cache:
@@ -184,9 +210,9 @@ def check_appends(cache: Cache, new: Cache) -> None:
         raise SettingError("the function makes a donated cache shorter: it may append to it alone")
 
 
-def bucket(slots: int) -> int:
-    """The smallest of 64, 96, 128, 192, 256, 384, ... that holds so many slots."""
-    size = 64
+def bucket(slots: int, least: int = 64) -> int:
+    """The smallest of 64, 96, 128, 192, 256, 384, ... that holds so many slots; `least` is a power of two."""
+    size = least
     while size < slots:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size

@@ -19,11 +19,18 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 
+class Span(NamedTuple):
+    """A mask of which each query sees what stands together: the keys from `begin` to before `end`."""
+
+    begin: Int[Tensor, "b t"]
+    end: Int[Tensor, "b t"]
+
+
 class Masks(NamedTuple):
     """What a layer may see; the even layers of Gemma 2 see less."""
 
-    full: Bool[Tensor, "b t s"]
-    window: Bool[Tensor, "b t s"] | tuple[()]
+    full: Bool[Tensor, "b t s"] | Span
+    window: Bool[Tensor, "b t s"] | Span | tuple[()]
 
 
 def positions(valid: Bool[Tensor, "b t"]) -> Int[Tensor, "b t"]:
@@ -69,6 +76,15 @@ def cached(length: Int[Tensor, "b"], tokens: int, slots: int, size: int) -> Mask
     query = rearrange(length, "b -> b 1 1") + rearrange(torch.arange(tokens, device=length.device), "t -> t 1")
     full = key <= query
     return Masks(full, full & (key > query - size) if size else ())
+
+
+def spans(seen: Masks) -> Masks:
+    """The masks of rows that have their valid tokens first, where all that a query sees stands together."""
+    if isinstance(seen.full, Span):
+        return seen
+    end = seen.full.sum(-1)
+    window = Span(end - seen.window.sum(-1), end) if isinstance(seen.window, Tensor) else ()
+    return Masks(Span(torch.zeros_like(end), end), window)
 
 
 def _blocks(causal: Bool[Tensor, "b t"]) -> tuple[Int[Tensor, "b t 1"], Int[Tensor, "b 1 t"]]:

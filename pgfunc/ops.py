@@ -26,8 +26,14 @@ def identity(name: str, x: T) -> T:
     return x
 
 
+def within(place: str, tap):
+    """A tap for the values of a part: their names begin with the place. The default tap stays what it is."""
+    return identity if tap is identity else lambda name, value: tap(f"{place}.{name}", value)
+
+
 def plain(fn: T) -> T:
-    """The default for what wraps a transformer block: changes nothing. Gradient checkpointing is another."""
+    """The default for what wraps a transformer block: changes nothing. Gradient checkpointing and `torch.compile` are
+    others."""
     return fn
 
 

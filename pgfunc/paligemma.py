@@ -17,6 +17,7 @@ from pgfunc import gemma, masks, siglip, tree
 from pgfunc.cache import Cache, pad
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
+from pgfunc.kernels import block as kernel_block
 from pgfunc.ops import identity, linear, plain, transformed
 
 
@@ -76,9 +77,9 @@ def encode_images(
     return rearrange(x, "(b i) p d -> b (i p) d", i=pictures)
 
 
-def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
+def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap=identity, wrap=plain) -> Embedded:
     """Image tokens and text tokens as one sequence; the image is part of the bidirectional prefix."""
-    return join(params, encode_images(params, prompt.pixels, cfg, tap), prompt, cfg, tap)
+    return join(params, encode_images(params, prompt.pixels, cfg, tap, wrap), prompt, cfg, tap)
 
 
 def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
@@ -102,21 +103,33 @@ def forward(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Float[
 
 
 def prefill(
-    params: Params, prompt: Prompt, cfg: Config, size: int, tap=identity, allowed: gemma.Allowed = None
+    params: Params,
+    prompt: Prompt,
+    cfg: Config,
+    size: int,
+    tap=identity,
+    allowed: gemma.Allowed = None,
+    wrap=plain,
 ) -> tuple[Float[Tensor, "b v"], Cache]:
     """The logits at each row's last valid token, and a cache of the prompt with room for `size` tokens more.
 
-    `allowed` here, in `extend` and in `decode`: the tokens that have logits, see `gemma.unembed`.
+    `allowed` here, in `extend` and in `decode`: the tokens that have logits, see `gemma.unembed`. `wrap` is applied to
+    the blocks of both towers.
     """
     if size < 0:
         raise SettingError(f"size is {size}, expected room for 0 or more tokens")
-    x, valid, causal = left_aligned(embed_prompt(params, prompt, cfg, tap))
+    x, valid, causal = left_aligned(embed_prompt(params, prompt, cfg, tap, wrap))
     seen = masks.prompt(valid, causal, cfg.text.window)
-    x, kv = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap)
+    if wrap is not plain and kernel_block.possible(x):
+        seen = masks.spans(seen)
     length = valid.sum(-1)
-    last = torch.take_along_dim(x, rearrange(length - 1, "b -> b 1 1"), dim=1)
+    last = rearrange(length - 1, "b -> b 1")
+    # a tap sees every token in every layer
+    at = last if tap is identity else ()
+    x, kv = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap, wrap=wrap, at=at)
+    x = x if tap is identity else gemma.pick(x, last)
     cache = Cache(tuple(pad(k, size) for k, _ in kv), tuple(pad(v, size) for _, v in kv), length)
-    return gemma.unembed(params.language, rearrange(last, "b 1 d -> b d"), cfg.text, tap, allowed), cache
+    return gemma.unembed(params.language, rearrange(x, "b 1 d -> b d"), cfg.text, tap, allowed), cache
 
 
 def left_aligned(embedded: Embedded) -> Embedded:

@@ -1,9 +1,9 @@
 """CUDA graphs of a function: all of its kernels launched at once, where a launch each would take longer than they do.
 
-A graph reads and writes fixed places in memory. Its large inputs lie where the caller has them, and another graph is
-captured when they lie elsewhere; small inputs that change places from call to call are copied into places of the
-graph's own, and results are copied out of them. So what goes in and comes out are values, as without a graph. Owns
-where things lie. Knows nothing about caches or models.
+A graph reads and writes fixed places in memory. Inputs lie where the caller has them. Of those that change places from
+call to call few are copied, into places of the graph's own; when most of the bytes lie elsewhere, other weights, say,
+another graph is captured. Results are copied out of it. So what goes in and comes out are values, as without a graph.
+Owns where things lie. Knows nothing about caches or models.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from pgfunc.arguments import shape
 
-LARGE = 1 << 20  # bytes from which on an input is not copied
+FEW = 0.25  # of all bytes that go in: so many may be copied
 KEPT = 4  # graphs
 
 Fn = Callable[[list[Tensor]], Any]
@@ -50,14 +50,14 @@ class Replayed:
     """`fn` by graphs: a call with inputs that lie elsewhere and are not copied runs it as it is, the next captures it.
 
     `fn` is a pure function of tensors of fixed shapes on one device, but that it may write into the inputs numbered in
-    `written`, where doing so again changes nothing; these are not copied, nor are those of `large` bytes or more. What
-    it closes over must be on the device too, and stay alive. A function that gives results elsewhere always runs as it
-    is. The last `KEPT` graphs are kept, with the memory that they compute in; of the inputs they hold nothing. For one
-    thread and one stream at a time.
+    `written`, where doing so again changes nothing; these are not copied, nor are others that together are more than
+    the share `few` of all bytes. What it closes over must be on the device too, and stay alive. A function that gives
+    results elsewhere always runs as it is. The last `KEPT` graphs are kept, with the memory that they compute in; of
+    the inputs they hold nothing. For one thread and one stream at a time.
     """
 
-    def __init__(self, fn: Fn, written: Iterable[int] = (), large: float | None = None):
-        self.fn, self.written, self.large = fn, frozenset(written), LARGE if large is None else large
+    def __init__(self, fn: Fn, written: Iterable[int] = (), few: float = FEW):
+        self.fn, self.written, self.few = fn, frozenset(written), few
         self.last: list[int] = []  # where the inputs of the last call lay
         self.moving: set[int] = set()  # the inputs that are copied
         self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
@@ -76,14 +76,14 @@ class Replayed:
         self.graphs.move_to_end(key)
         graph = self.graphs[key]
         if graph.own:
-            _copy(list(graph.own.values()), [tensors[i] for i in graph.own])
+            _copy(list(graph.own.values()), [narrow(tensors[i]) for i in graph.own])
         graph.replay()
         return copied(graph.results)
 
     def captured(self, tensors: list[Tensor]) -> Captured:
         with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
-            own = {i: tensors[i].clone() for i in self.moving}
-        inputs = [own.get(i, x) for i, x in enumerate(tensors)]
+            own = {i: narrow(tensors[i]).clone() for i in self.moving}
+        inputs = [own[i].expand(x.shape) if i in own else x for i, x in enumerate(tensors)]
         self.fn(inputs)  # whatever must be compiled or tuned for these must not be so during the capture
         replay, results = capture(self.fn, inputs)
         return Captured(replay, own, pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, results))
@@ -92,12 +92,19 @@ class Replayed:
         """Where the inputs lie that are not copied, and whether they lay there at the last call."""
         places, last = [x.data_ptr() for x in tensors], self.last or [0] * len(tensors)
         changed = {i for i, (now, before) in enumerate(zip(places, last, strict=True)) if now != before}
-        found = {i for i in changed - self.written if tensors[i].nbytes < self.large} if self.last else set()
-        if found - self.moving:
+        found = changed - self.written - self.moving if self.last else set()
+        if found and sum(tensors[i].nbytes for i in found) <= self.few * sum(x.nbytes for x in tensors):
             self.graphs.clear()  # each of them takes one of these where it lay
-        self.moving |= found
+            self.moving |= found
         self.last = places
         return tuple(0 if i in self.moving else place for i, place in enumerate(places)), changed <= self.moving
+
+
+def narrow(x: Tensor) -> Tensor:
+    """The part of an expanded tensor that is in memory."""
+    return x[
+        tuple(slice(None) if stride or size < 2 else slice(1) for size, stride in zip(x.shape, x.stride(), strict=True))
+    ]
 
 
 @torch.no_grad()
@@ -123,7 +130,7 @@ def graphed(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*trees)
         key = structure, tuple(map(shape, leaves))
         if key not in made:
-            made[key] = Replayed(lambda given: fn(*pytree.tree_unflatten(given, structure)), large=inf)
+            made[key] = Replayed(lambda given: fn(*pytree.tree_unflatten(given, structure)), few=inf)
         return made[key](leaves)
 
     return call

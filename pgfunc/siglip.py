@@ -95,7 +95,7 @@ def encode_image(
     x = tap("vision.embed", x)
     turn = grid_angles(cfg, x.device) if cfg.position == "rope2d" else ()
     for i, layer in enumerate(p.layers):
-        x = wrap(block)(layer, x, cfg, lambda name, value, i=i: tap(f"vision.{i}.{name}", value), turn)
+        x = wrap(block)(layer, x, cfg, ops.within(f"vision.{i}", tap), turn)
     return tap("vision.out", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
 
 

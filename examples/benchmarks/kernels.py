@@ -18,36 +18,43 @@ import torch
 from torch import Tensor
 
 import pgfunc as pg
-from pgfunc import kernels, ops, replay
+from pgfunc import kernels, lowbit, ops, replay
 from pgfunc.kernels import Chunk, Tile
 
 # rows, block and warps; keys, warps and parts
-TILES = "1 512 1, 1 1024 1, 1 2048 1, 1 1024 2, 1 2048 2, 1 2048 4, 1 1024 4, 2 1024 1, 2 1024 2, 4 1024 4, 8 1024 4"
+TILES = (
+    "1 256 1, 1 512 1, 1 1024 1, 1 2048 1, 1 512 2, 1 1024 2, 1 2048 2, 1 1024 4, 1 2048 4, 1 4096 4, 1 4096 8, "
+    "2 256 1, 2 512 1, 2 1024 1, 2 1024 2, 2 2048 4, 4 512 1, 4 1024 4, 8 1024 4"
+)
 CHUNKS = "16 2 32, 16 4 32, 16 4 64, 32 4 32, 32 4 64, 64 4 64, 64 8 64, 128 8 64"
 
 
-def random(shapes: Iterable[tuple[int, ...]], more: tuple) -> tuple:
-    """Tensors of these shapes, the matrices scaled to keep lengths, and what else a function takes."""
+def arguments(shapes: Iterable[tuple[int, ...]], more: tuple, quantized: bool = False) -> tuple:
+    """Tensors of these shapes, the matrices scaled to keep lengths, or in 8 bits; and what else a function takes."""
     made = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    return *(x.mul_(x.shape[-1] ** -0.5) if x.dim() == 2 else x for x in made), *more
+    matrices = [x.mul_(x.shape[-1] ** -0.5) if x.dim() == 2 else x for x in made]
+    return *(lowbit.quantize(x, "int8") if quantized and x.dim() == 2 else x for x in matrices), *more
 
 
 def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
     c = pg.PUBLISHED[name].text
     d, f, v, nh, kh = c.width, c.hidden, c.vocab, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    angles = torch.rand(1, 1, c.head_dim // 2, device="cuda")
+    angles, end = torch.rand(1, 1, c.head_dim // 2, device="cuda"), torch.tensor([300], device="cuda")
+    more = angles, *arguments([(384, c.kv_heads, c.head_dim)] * 2, (end, c.eps))
     products = {
-        "qkv": ("rotated_qkv", ((d,), (d,), (nh, d), (kh, d), (kh, d)), (angles, c.eps)),
-        "out": ("matvec_add", ((nh,), (d, nh), (d,)), ()),
+        "qkv": ("rotated_qkv", ((d,), (d,), (nh, d), (kh, d), (kh, d)), more),
+        "out": ("matvec", ((nh,), (d, nh), (d,)), ()),
         "geglu": ("geglu_matvec", ((d,), (d,), (f, d), (f, d)), (c.eps,)),
-        "down": ("matvec_add", ((f,), (d, f), (d,)), ()),
+        "down": ("matvec", ((f,), (d, f), (d,)), ()),
         "head": ("normed_matvec", ((d,), (d,), (v, d)), (c.eps,)),
     }
-    for part, (fn, shapes, more) in products.items():
-        yield f"{name} {part}", fn, 2 * sum(map(prod, shapes)), partial(random, shapes, more)
+    for kind, size in (("bf16", 2), ("int8", 1)):
+        for part, (fn, shapes, rest) in products.items():
+            make = partial(arguments, shapes, rest, quantized=size == 1)
+            yield f"{name} {kind} {part}", fn, size * sum(map(prod, shapes)), make
     for slots, length in ((384, 300), (1536, 1100), (6144, 4200), (6144, 300)):
         kv, seen = (slots, c.kv_heads, c.head_dim), torch.tensor([length - 1], device="cuda")
-        make = partial(random, ((c.heads, c.head_dim), kv, kv), (seen, c.query_scale, c.attention_softcap))
+        make = partial(arguments, [(c.heads, c.head_dim), kv, kv], (seen, c.query_scale, c.attention_softcap))
         yield f"{name} attend {length} of {slots}", "attend_one", 4 * length * c.kv_heads * c.head_dim, make
 
 
@@ -66,21 +73,25 @@ def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
 
 def error(fn: str, given: tuple) -> float:
     """Relative to the norm of the result."""
-    found, exact = getattr(kernels, fn)(*given), [x.double() if isinstance(x, Tensor) else x for x in given]
+    found = getattr(kernels, fn)(*given)
+    plain = [lowbit.dequantize(x) if isinstance(x, lowbit.Int8) else x for x in given]
+    exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in plain]
     expected = getattr(kernels, f"{fn}_eager")(*exact)
     return float((found - expected).norm() / expected.norm())
 
 
 def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth: float) -> None:
     copies = [make() for _ in range(max(2, ceil(400e6 / size)))]
-    shape = next(x.shape for x in copies[0][1:] if isinstance(x, Tensor) and x.dim() > 1)
+    w = next(x for x in copies[0][1:] if isinstance(x, lowbit.Int8) or (isinstance(x, Tensor) and x.dim() > 1))
+    w = w.values if isinstance(w, lowbit.Int8) else w
     line = f"\n{name}, {size / 1e6:.1f} MB: eager {microseconds(getattr(kernels, f'{fn}_eager'), copies):.1f} us"
     if fn == "attend_one":
-        part, kind, tried, standard = "chunk", Chunk, CHUNKS, kernels.chunk(shape[0], 2)
+        part, kind, tried, standard = "chunk", Chunk, CHUNKS, kernels.chunk(len(w), 2)
     else:
-        part, kind, tried, standard = "tile", Tile, TILES, kernels.tile(fn.removesuffix("_add"), *shape)
-        cublas = lambda x, *rest: [ops.linear(x, w) for w in rest if isinstance(w, Tensor) and w.dim() == 2]  # noqa: E731
-        line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
+        part, kind, tried, standard = "tile", Tile, TILES, kernels.tile(fn, len(w), w.shape[-1], w.element_size())
+        if w.is_floating_point():
+            cublas = lambda x, *rest: [ops.linear(x, w) for w in rest if isinstance(w, Tensor) and w.dim() == 2]  # noqa: E731
+            line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
     print(line)
     kept, times = getattr(kernels, part), {}
     for setting in (standard, *(kind(*map(int, each.split())) for each in tried.split(", "))):

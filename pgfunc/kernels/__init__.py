@@ -1,19 +1,19 @@
 """Decoding one row on a GPU: the products, norms and attention of a single token, in as few kernels as they take.
 
-Each function is what its eager twin is, `<name>_eager`, a composition of `ops`: the norm is rounded to x's dtype as
-there, so both multiply the same numbers; from there on everything is float32 until the result is cast, where the twin
-also rounds what lies between. They have no derivative. Every one is an operator that `torch.compile` takes as it is and
-a CUDA graph can capture: none looks at a value on the host. Weights are bf16, f16 or f32, with dense rows. Owns how the
-work is cut (`TILES`, `CHUNKS`). The code of the kernels is in `device`, and needs Triton, which a call imports.
+And the attention of a whole prompt, without a mask in memory. Each function is what its eager twin is, `<name>_eager`,
+a composition of `ops`, but that all is float32 until the result is cast, where the twin also rounds what lies between.
+They have no derivative, and a CUDA graph can capture them: none looks at a value on the host. Matrices are bf16, f16,
+f32 or `Int8`, with dense rows. Owns how the work is cut (`TILES`, `CHUNKS`, `SHARES`). The code of the kernels is in
+`device`, and needs Triton, which a call imports.
 
-`block` puts them together; the model calls it where it `serves`.
+`block` puts them together, as operators for torch.compile; the model calls it where it `serves`.
 
 Axes: d width, o outputs, i inputs, f hidden, v vocabulary, n heads, k kv heads, s slots, h head dim.
 """
 
-from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from pgfunc import ops
 from pgfunc.errors import DeviceError, SettingError
+from pgfunc.lowbit import Int8
 
 
 class Tile(NamedTuple):
     """What a program does at once: so many rows, so many columns of each, by so many warps.
 
-    A warp reads 16 bytes a lane, 256 columns of bf16: at least so many columns a warp, or its lanes read less. Nothing
-    is staged: the walk over the columns is unrolled, and loads of several blocks are under way together.
+    A warp reads 16 bytes a lane, 256 columns of bf16 or 512 of int8: at least so many columns a warp, or its lanes read
+    less. Nothing is staged: the walk over the columns is unrolled, and loads of several blocks are under way together.
     """
 
     rows: int
@@ -43,21 +44,29 @@ class Chunk(NamedTuple):
     parts: int
 
 
-# for each kernel, by the least outputs and the least inputs: the first that fits
+# for each kernel, and the same on int8, by the least outputs and the least inputs: the first that fits (H100)
 TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
-    "matvec": ((8192, 0, Tile(1, 1024, 1)), (0, 8192, Tile(1, 1024, 4)), (0, 0, Tile(2, 1024, 1))),
-    "normed_matvec": ((8192, 0, Tile(1, 2048, 1)), (0, 0, Tile(1, 1024, 1))),
-    "rotated_qkv": ((0, 0, Tile(1, 1024, 4)),),
-    "geglu_matvec": ((0, 0, Tile(1, 2048, 4)),),
+    "matvec": ((0, 8192, Tile(1, 1024, 4)), (0, 0, Tile(2, 1024, 1))),
+    "normed_matvec": ((0, 0, Tile(2, 2048, 4)),),
+    "rotated_qkv": ((0, 2049, Tile(2, 1024, 1)), (0, 0, Tile(1, 1024, 1))),
+    "geglu_matvec": ((0, 2049, Tile(2, 2048, 4)), (0, 0, Tile(2, 1024, 2))),
+    "int8 matvec": ((0, 8192, Tile(1, 1024, 1)), (0, 0, Tile(2, 1024, 2))),
+    "int8 normed_matvec": ((0, 0, Tile(2, 256, 1)),),
+    "int8 rotated_qkv": ((0, 0, Tile(1, 2048, 1)),),
+    "int8 geglu_matvec": ((0, 0, Tile(1, 2048, 1)),),
 }
 # by the least number of slots
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))
+# queries and keys of a program of many tokens, and warps: of 4 bytes, of few queries in all, of many
+SHARES = ((32, 32, 4), (64, 64, 4), (128, 64, 8))
 COLUMNS = 64  # of a head of attention, joined by one program
 
 
-def tile(kernel: str, outputs: int, inputs: int) -> Tile:
-    """The tile of a kernel for a matrix of this size. A benchmark puts another function here."""
-    found = next(tile for o, i, tile in TILES[kernel] if outputs >= o and inputs >= i)
+def tile(kernel: str, outputs: int, inputs: int, size: int = 2) -> Tile:
+    """The tile of a kernel for a matrix of numbers of `size` bytes. A benchmark puts another function here."""
+    found = next(
+        tile for o, i, tile in TILES[f"int8 {kernel}" if size == 1 else kernel] if outputs >= o and inputs >= i
+    )
     return found._replace(block=min(found.block, power(inputs)))
 
 
@@ -72,78 +81,122 @@ def power(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def warps(size: int) -> int:
+    """So many warps that each lane has 8 of the elements, at most 16."""
+    return min(16, max(1, size // 256))
+
+
 # --- the functions, each beside its eager twin ------------------------------------------------------------------------
 
-
-def matvec(x: Float[Tensor, "i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "o"]:
-    """w · x."""
-    return torch.ops.pgfunc.matvec(x, w, None, None, 0.0)
+Matrix = Float[Tensor, "o i"] | Int8
 
 
-def matvec_eager(x: Float[Tensor, "i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "o"]:
-    return ops.linear(x, w)
+def matvec(x: Float[Tensor, "i"], w: Matrix, residual: Float[Tensor, "o"] | None = None) -> Float[Tensor, "o"]:
+    """w · x, and the residual: the product is not rounded before it is added."""
+    values, scale = parts(w)
+    dense(x, values)
+    out = x.new_empty(len(values))
+    run = launch("matvec", values)
+    run(x, values, scale, x if residual is None else residual, out, values.stride(0), ADD=residual is not None)
+    return out
 
 
-def matvec_add(x: Float[Tensor, "i"], w: Float[Tensor, "o i"], residual: Float[Tensor, "o"]) -> Float[Tensor, "o"]:
-    """residual + w · x. The product is not rounded before it is added."""
-    return torch.ops.pgfunc.matvec(x, w, None, residual, 0.0)
+def matvec_eager(x: Float[Tensor, "i"], w: Matrix, residual: Float[Tensor, "o"] | None = None) -> Float[Tensor, "o"]:
+    return ops.linear(x, w) if residual is None else residual + ops.linear(x, w)
 
 
-def matvec_add_eager(
-    x: Float[Tensor, "i"], w: Float[Tensor, "o i"], residual: Float[Tensor, "o"]
-) -> Float[Tensor, "o"]:
-    return residual + ops.linear(x, w)
-
-
-def normed_matvec(
-    x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Float[Tensor, "o d"], eps: float
-) -> Float[Tensor, "o"]:
+def normed_matvec(x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Matrix, eps: float) -> Float[Tensor, "o"]:
     """w · rms_norm(x)."""
-    return torch.ops.pgfunc.matvec(x, w, scale, None, eps)
+    values, by = parts(w)
+    dense(x, scale, values)
+    out = x.new_empty(len(values))
+    launch("normed_matvec", values)(x, scale, values, by, out, values.stride(0), eps)
+    return out
 
 
-def normed_matvec_eager(
-    x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Float[Tensor, "o d"], eps: float
-) -> Float[Tensor, "o"]:
+def normed_matvec_eager(x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Matrix, eps: float) -> Float[Tensor, "o"]:
     return ops.linear(ops.rms_norm(x, scale, eps), w)
+
+
+def add_normed(
+    x: Float[Tensor, "d"], residual: Float[Tensor, "d"], scale: Float[Tensor, "d"], eps: float
+) -> Float[Tensor, "d"]:
+    """residual + rms_norm(x)."""
+    dense(x, residual, scale)
+    out, size = torch.empty_like(x), power(len(x))
+    code().add_normed[(1,)](x, residual, scale, out, eps, D=len(x), BLOCK=size, num_warps=warps(size), **early(x))
+    return out
+
+
+def add_normed_eager(
+    x: Float[Tensor, "d"], residual: Float[Tensor, "d"], scale: Float[Tensor, "d"], eps: float
+) -> Float[Tensor, "d"]:
+    return residual + ops.rms_norm(x, scale, eps)
 
 
 def rotated_qkv(
     x: Float[Tensor, "d"],
     scale: Float[Tensor, "d"],
-    q: Float[Tensor, "nh d"],
-    k: Float[Tensor, "kh d"],
-    v: Float[Tensor, "kh d"],
+    q: Matrix,
+    k: Matrix,
+    v: Matrix,
     angles: Float[Tensor, "1 1 half"],
+    k_buffer: Float[Tensor, "s k h"],
+    v_buffer: Float[Tensor, "s k h"],
+    length: Int[Tensor, "1"],
     eps: float,
-) -> Float[Tensor, "nkk h"]:
-    """q, k and v of rms_norm(x), head after head; those of q and k are turned by the angle of each of their planes."""
-    return torch.ops.pgfunc.rotated_qkv(x, scale, q, k, v, angles, eps)
+) -> Float[Tensor, "n h"]:
+    """q of rms_norm(x), a row a head; its k and v are written into slot `length` of the buffers, if they have it.
+
+    Each plane of q and k is turned by its angle.
+    """
+    h = 2 * angles.shape[-1]
+    (q_values, q_scale), (k_values, k_scale), (v_values, v_scale) = map(parts, (q, k, v))
+    dense(x, scale, angles, q_values, k_values, v_values, k_buffer, v_buffer)
+    heads, kv_heads, slots = len(q_values) // h, len(k_values) // h, len(k_buffer)
+    out, cut = x.new_empty(heads, h), tile("rotated_qkv", len(q_values), len(x), q_values.element_size())
+    rows = min(cut.rows, h // 2 & -(h // 2))  # of one head: a power of two that divides its planes
+    code().rotated_qkv[((heads + 2 * kv_heads) * h // 2 // rows,)](
+        x, scale, q_values, q_scale, k_values, k_scale, v_values, v_scale, angles, out, k_buffer, v_buffer, length,
+        q_values.stride(0), k_values.stride(0), v_values.stride(0),
+        *k_buffer.stride()[:2], *v_buffer.stride()[:2], slots, eps,
+        HEADS=heads, KV=kv_heads, HALF=h // 2, D=len(x), SCALED=isinstance(q, Int8),
+        ROWS=rows, BLOCK=cut.block, num_warps=cut.warps, **early(x),
+    )  # fmt: skip
+    return out
 
 
 def rotated_qkv_eager(
     x: Float[Tensor, "d"],
     scale: Float[Tensor, "d"],
-    q: Float[Tensor, "nh d"],
-    k: Float[Tensor, "kh d"],
-    v: Float[Tensor, "kh d"],
+    q: Matrix,
+    k: Matrix,
+    v: Matrix,
     angles: Float[Tensor, "1 1 half"],
+    k_buffer: Float[Tensor, "s k h"],
+    v_buffer: Float[Tensor, "s k h"],
+    length: Int[Tensor, "1"],
     eps: float,
-) -> Float[Tensor, "nkk h"]:
+) -> Float[Tensor, "n h"]:
     normed = ops.rms_norm(x, scale, eps)
-    q, k, v = (ops.linear(normed, w).unflatten(0, (1, 1, -1, 2 * angles.shape[-1])) for w in (q, k, v))
-    return torch.cat([ops.rotate(q, angles), ops.rotate(k, angles), v], dim=2)[0, 0]
+    query, key, value = (ops.linear(normed, w).unflatten(0, (1, 1, -1, 2 * angles.shape[-1])) for w in (q, k, v))
+    k_buffer[length], v_buffer[length] = ops.rotate(key, angles)[0], value[0]
+    return ops.rotate(query, angles)[0, 0]
 
 
 def geglu_matvec(
-    x: Float[Tensor, "d"], scale: Float[Tensor, "d"], gate: Float[Tensor, "f d"], up: Float[Tensor, "f d"], eps: float
+    x: Float[Tensor, "d"], scale: Float[Tensor, "d"], gate: Matrix, up: Matrix, eps: float
 ) -> Float[Tensor, "f"]:
     """gelu(gate · rms_norm(x)) times up · rms_norm(x). Neither product is rounded before, as the twin's are."""
-    return torch.ops.pgfunc.geglu_matvec(x, scale, gate, up, eps)
+    (g, g_scale), (u, u_scale) = parts(gate), parts(up)
+    dense(x, scale, g, u)
+    out = x.new_empty(len(g))
+    launch("geglu_matvec", g)(x, scale, g, g_scale, u, u_scale, out, g.stride(0), u.stride(0), eps)
+    return out
 
 
 def geglu_matvec_eager(
-    x: Float[Tensor, "d"], scale: Float[Tensor, "d"], gate: Float[Tensor, "f d"], up: Float[Tensor, "f d"], eps: float
+    x: Float[Tensor, "d"], scale: Float[Tensor, "d"], gate: Matrix, up: Matrix, eps: float
 ) -> Float[Tensor, "f"]:
     normed = ops.rms_norm(x, scale, eps)
     return ops.gelu(ops.linear(normed, gate)) * ops.linear(normed, up)
@@ -166,93 +219,6 @@ def attend_one(
     else to do, the launch is the cost. Weights are rounded to v's dtype before they are divided by their sum; the twin
     rounds them after.
     """
-    return torch.ops.pgfunc.attend_one(q, k, v, length, scale, cap, window)
-
-
-def attend_one_eager(
-    q: Float[Tensor, "n h"],
-    k: Float[Tensor, "s k h"],
-    v: Float[Tensor, "s k h"],
-    length: Int[Tensor, "1"],
-    scale: float,
-    cap: float = 0.0,
-    window: int = 0,
-) -> Float[Tensor, "n h"]:
-    key = torch.arange(k.shape[0], device=k.device)
-    seen = (key <= length) & (key > length - (window or k.shape[0]))
-    return ops.attend(q[None, None], k[None], v[None], seen[None, None], scale, cap)[0, 0]
-
-
-# --- the operators: how they are launched, and what they give where nothing is computed -------------------------------
-
-
-def code() -> ModuleType:
-    try:
-        from pgfunc.kernels import device
-    except ImportError:
-        raise DeviceError("these kernels need Triton, which is not installed: pip install triton") from None
-    return device
-
-
-def dense(*tensors: Tensor) -> None:
-    """Raise SettingError where the elements of a row do not lie side by side, as the kernels read them."""
-    for x in tensors:
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise SettingError(f"strides {x.stride()} of a tensor of shape {tuple(x.shape)}, expected dense rows")
-
-
-def launch(kernel: str, w: Tensor, tile: Tile) -> Callable[..., None]:
-    """The kernel on as many programs as the rows of w take, with what it needs to know of the sizes."""
-    outputs, inputs = w.shape
-    settings = {"OUT": outputs, "D": inputs, "ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps}
-    run = getattr(code(), kernel)[(-(-outputs // tile.rows),)]
-    return lambda *given, **more: run(*given, **settings, **early(w), **more)
-
-
-def early(x: Tensor) -> dict[str, bool]:
-    """Whether a kernel may start while the one before still runs, as Triton wants to hear it: from Hopper on it may."""
-    able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
-
-
-# one operator for every product: of one that it meets first deep in a model, inductor 2.11 writes out all before it
-@torch.library.custom_op("pgfunc::matvec", mutates_args=())
-def _matvec(x: Tensor, w: Tensor, scale: Tensor | None, residual: Tensor | None, eps: float) -> Tensor:
-    dense(*(each for each in (x, w, scale, residual) if each is not None))
-    out = x.new_empty(w.shape[0])
-    if scale is not None:
-        launch("normed_matvec", w, tile("normed_matvec", *w.shape))(x, scale, w, out, w.stride(0), eps)
-        return out
-    run = launch("matvec", w, tile("matvec", *w.shape))
-    run(x, w, x if residual is None else residual, out, w.stride(0), ADD=residual is not None)
-    return out
-
-
-@torch.library.custom_op("pgfunc::rotated_qkv", mutates_args=())
-def _rotated_qkv(x: Tensor, scale: Tensor, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, eps: float) -> Tensor:
-    dense(x, scale, q, k, v, angles)
-    h = 2 * angles.shape[-1]
-    out, cut = x.new_empty((q.shape[0] + k.shape[0] + v.shape[0]) // h, h), tile("rotated_qkv", *q.shape)
-    rows = min(cut.rows, h // 2 & -(h // 2))  # of one head: a power of two that divides its planes
-    code().rotated_qkv[(out.numel() // 2 // rows,)](
-        x, scale, q, k, v, angles, out, q.stride(0), k.stride(0), v.stride(0), eps,
-        HEADS=q.shape[0] // h, KV=k.shape[0] // h, HALF=h // 2, D=len(x),
-        ROWS=rows, BLOCK=cut.block, num_warps=cut.warps, **early(q),
-    )  # fmt: skip
-    return out
-
-
-@torch.library.custom_op("pgfunc::geglu_matvec", mutates_args=())
-def _geglu_matvec(x: Tensor, scale: Tensor, gate: Tensor, up: Tensor, eps: float) -> Tensor:
-    dense(x, scale, gate, up)
-    out = x.new_empty(gate.shape[0])
-    run = launch("geglu_matvec", gate, tile("geglu_matvec", *gate.shape))
-    run(x, scale, gate, up, out, gate.stride(0), up.stride(0), eps)
-    return out
-
-
-@torch.library.custom_op("pgfunc::attend_one", mutates_args=())
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scale: float, cap: float, window: int) -> Tensor:
     q = q.contiguous()
     dense(k, v)
     (heads, h), (slots, kv_heads, _), share = q.shape, k.shape, chunk(k.shape[0], k.element_size())
@@ -272,11 +238,92 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scale: float, c
     return out
 
 
-_matvec.register_fake(lambda x, w, scale, residual, eps: x.new_empty(w.shape[0]))
-_rotated_qkv.register_fake(
-    lambda x, scale, q, k, v, angles, eps: x.new_empty(
-        (q.shape[0] + k.shape[0] + v.shape[0]) // (2 * angles.shape[-1]), 2 * angles.shape[-1]
-    )
-)
-_geglu_matvec.register_fake(lambda x, scale, gate, up, eps: x.new_empty(gate.shape[0]))
-_attend_one.register_fake(lambda q, k, v, length, scale, cap, window: q.new_empty(q.shape))
+def attend_one_eager(
+    q: Float[Tensor, "n h"],
+    k: Float[Tensor, "s k h"],
+    v: Float[Tensor, "s k h"],
+    length: Int[Tensor, "1"],
+    scale: float,
+    cap: float = 0.0,
+    window: int = 0,
+) -> Float[Tensor, "n h"]:
+    key = torch.arange(k.shape[0], device=k.device)
+    seen = (key <= length) & (key > length - (window or k.shape[0]))
+    return ops.attend(q[None, None], k[None], v[None], seen[None, None], scale, cap)[0, 0]
+
+
+def attend_spans(
+    q: Float[Tensor, "b t n h"],
+    k: Float[Tensor, "b s k h"],
+    v: Float[Tensor, "b s k h"],
+    begin: Int[Tensor, "b t"],
+    end: Int[Tensor, "b t"],
+    scale: float,
+    cap: float = 0.0,
+) -> Float[Tensor, "b t n h"]:
+    """Attention of many tokens, each to the keys from its `begin` to before its `end` (Dao et al. 2022).
+
+    A query that sees none gives zeros. Weights are rounded to v's dtype before they are divided by their sum.
+    """
+    q, begin, end = q.contiguous(), begin.contiguous(), end.contiguous()
+    dense(k, v)
+    (rows, tokens, heads, h), (slots, kv_heads) = q.shape, k.shape[1:3]
+    out, group = torch.empty_like(q), heads // kv_heads
+    queries, keys, count = SHARES[0 if q.element_size() > 2 else 1 if rows * kv_heads * tokens * group < 32768 else 2]
+    code().attend_spans[(-(-tokens * group // queries), rows * kv_heads)](
+        q, k, v, begin, end, out, *k.stride()[:3], *v.stride()[:3], tokens, slots, scale, cap,
+        HEADS=heads, KV=kv_heads, G=group, H=h, HEAD=power(h), CAP=cap > 0,
+        QUERIES=queries, KEYS=keys, num_warps=count, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def attend_spans_eager(
+    q: Float[Tensor, "b t n h"],
+    k: Float[Tensor, "b s k h"],
+    v: Float[Tensor, "b s k h"],
+    begin: Int[Tensor, "b t"],
+    end: Int[Tensor, "b t"],
+    scale: float,
+    cap: float = 0.0,
+) -> Float[Tensor, "b t n h"]:
+    key = torch.arange(k.shape[1], device=k.device)
+    return ops.attend(q, k, v, (key >= begin[..., None]) & (key < end[..., None]), scale, cap)
+
+
+# --- how they are launched --------------------------------------------------------------------------------------------
+
+
+def code() -> ModuleType:
+    try:
+        from pgfunc.kernels import device
+    except ImportError:
+        raise DeviceError("these kernels need Triton, which is not installed: pip install triton") from None
+    return device
+
+
+def parts(w: Matrix) -> tuple[Tensor, Tensor]:
+    """A matrix and what its rows are multiplied by; of one that is not quantized this is not read."""
+    return w if isinstance(w, Int8) else (w, w)
+
+
+def dense(*tensors: Tensor) -> None:
+    """Raise SettingError where the elements of a row do not lie side by side, as the kernels read them."""
+    for x in tensors:
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise SettingError(f"strides {x.stride()} of a tensor of shape {tuple(x.shape)}, expected dense rows")
+
+
+def launch(kernel: str, w: Tensor) -> Any:
+    """The kernel on as many programs as the rows of w take, with what it needs to know of the sizes."""
+    outputs, inputs = w.shape
+    cut = tile(kernel, outputs, inputs, w.element_size())
+    settings = {"OUT": outputs, "D": inputs, "ROWS": cut.rows, "BLOCK": cut.block, "num_warps": cut.warps}
+    run = getattr(code(), kernel)[(-(-outputs // cut.rows),)]
+    return partial(run, **settings, SCALED=w.dtype == torch.int8, **early(w))
+
+
+def early(x: Tensor) -> dict[str, bool]:
+    """Whether a kernel may start while the one before still runs, as Triton wants to hear it: from Hopper on it may."""
+    able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}

@@ -1,32 +1,47 @@
 """A transformer block and the head over one token of one row, by the kernels: what `gemma` does, in fewer of them.
 
-    norm, q, k, v, rotation | append | attention, in two | out, residual | norm, gate, up, GELU | down, residual
+    norm, q, k, v, rotation, append | attention, in two | out, residual | norm, gate, up, GELU | down, residual
 
-Gemma 2 normalises what it adds, which is left to torch.compile. Knows the shapes of `gemma.Layer`, and no masks: a
-token that is appended sees all that stand before it, or the last of a window.
+Gemma 2 normalises what it adds, in a kernel of its own. Each is one operator for torch.compile, which has nothing to
+join or to trace in them. Knows the shapes of `gemma.Layer`, and no masks: a token that is appended sees all that stand
+before it, or the last of a window.
 """
 
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pgfunc import kernels, ops
-from pgfunc.cache import append
 from pgfunc.config import TextConfig
+from pgfunc.kernels import Matrix
+from pgfunc.lowbit import Int8
+from pgfunc.masks import Span
 
 TRITON = find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def possible(x: Tensor) -> bool:
+    """Whether kernels can do something with this: on a GPU, without a gradient."""
+    return TRITON and x.is_cuda and x.dtype in DTYPES and not torch.is_grad_enabled() and not ops.transformed()
+
+
 def serves(x: Float[Tensor, "*b d"], tap, weights: Any) -> bool:
-    """Whether the kernels do it: for one token in compiled code on a GPU, without a tap, a gradient or quantization."""
-    fits = TRITON and x.is_cuda and torch.compiler.is_compiling() and x.shape[:-1] == (1, 1)
-    plain = tap is ops.identity and not torch.is_grad_enabled() and not ops.transformed()
-    return fits and plain and all(w.dtype == x.dtype in DTYPES for w in pytree.tree_leaves(weights))
+    """Whether the kernels do it: for one token in compiled code on a GPU, without a tap or a gradient."""
+    fits = x.shape[:-1] == (1, 1) and tap is ops.identity and torch.compiler.is_compiling() and possible(x)
+    return fits and all(w.dtype in (x.dtype, torch.int8) for w in pytree.tree_leaves(weights))
+
+
+def serves_layers(x: Float[Tensor, "b t d"], tap, layers: Sequence[Any]) -> bool:
+    """`serves`, of whole layers: matrices that are read together must be of one kind, plain or `Int8`."""
+    together = (group for p in layers for group in ((p.q, p.k, p.v), (p.gate, p.up)))
+    return serves(x, tap, layers) and all(len(set(map(type, group))) == 1 for group in together)
 
 
 def block(
@@ -39,20 +54,84 @@ def block(
 ) -> tuple[Float[Tensor, "1 1 d"], tuple[Tensor, Tensor]]:
     """`gemma.block` on a cache, of a `gemma.Layer`; `window` is this layer's, or 0."""
     k_buffer, v_buffer, length = past
-    row = x[0, 0]
-    heads = kernels.rotated_qkv(row, p.attention_norm, p.q, p.k, p.v, angles, cfg.eps)
-    q, k, v = heads.split([cfg.heads, cfg.kv_heads, cfg.kv_heads])
-    k, v = append(k_buffer, k[None, None], length), append(v_buffer, v[None, None], length)
-    seen = kernels.attend_one(q, k[0], v[0], length, cfg.query_scale, cfg.attention_softcap, window)
-    row = added(row, seen.flatten(), p.out, p.post_attention_norm, cfg)
-    hidden = kernels.geglu_matvec(row, p.mlp_norm, p.gate, p.up, cfg.eps)
-    return added(row, hidden, p.down, p.post_mlp_norm, cfg)[None, None], (k, v)
+    k, v = k_buffer.clone(), v_buffer.clone()  # inductor leaves them out where the buffers may be written
+    numbers = cfg.eps, cfg.query_scale, cfg.attention_softcap, window
+    x = torch.ops.pgfunc.block(x, pytree.tree_leaves(p), angles, k, v, length, *numbers)
+    return x, (k, v)
 
 
-def added(
-    row: Float[Tensor, "d"], x: Float[Tensor, "i"], w: Float[Tensor, "d i"], norm: Tensor, cfg: TextConfig
-) -> Float[Tensor, "d"]:
+def head(x: Float[Tensor, "1 1 d"], norm: Float[Tensor, "d"], w: Matrix, eps: float) -> Float[Tensor, "1 1 v"]:
+    """The final norm and the product with the head."""
+    return torch.ops.pgfunc.head(x, norm, pytree.tree_leaves(w), eps)
+
+
+def rotation(positions: Int[Tensor, "1 1"], dim: int, theta: float) -> Float[Tensor, "1 1 half"]:
+    """`ops.angles`, made once: inductor would make them anew for each operator that takes them."""
+    return torch.ops.pgfunc.angles(positions, dim, theta)
+
+
+def attend(
+    q: Float[Tensor, "b t n h"],
+    k: Float[Tensor, "b s k h"],
+    v: Float[Tensor, "b s k h"],
+    mask: Span,
+    scale: float,
+    cap: float = 0.0,
+) -> Float[Tensor, "b t n h"]:
+    """`ops.attend` of queries that see what stands together."""
+    return torch.ops.pgfunc.attend_spans(q, k, v, mask.begin, mask.end, scale, cap)
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pgfunc::block", mutates_args=("k", "v"))
+def _block(
+    x: Tensor, weights: Sequence[Tensor], angles: Tensor, k: Tensor, v: Tensor, length: Tensor,
+    eps: float, scale: float, cap: float, window: int,
+) -> Tensor:  # fmt: skip
+    p = list(rebuilt(weights))
+    post_norms = len(p) > 9
+    attention_norm, query, key, value, out = p[:5]
+    mlp_norm, gate, up, down = p[5 + post_norms : 9 + post_norms]
+    q = kernels.rotated_qkv(x[0, 0], attention_norm, query, key, value, angles, k[0], v[0], length, eps)
+    seen = kernels.attend_one(q, k[0], v[0], length, scale, cap, window).flatten()
+    row = added(x[0, 0], seen, out, p[5] if post_norms else None, eps)
+    hidden = kernels.geglu_matvec(row, mlp_norm, gate, up, eps)
+    return rearrange(added(row, hidden, down, p[-1] if post_norms else None, eps), "d -> 1 1 d")
+
+
+@torch.library.custom_op("pgfunc::head", mutates_args=())
+def _head(x: Tensor, norm: Tensor, w: Sequence[Tensor], eps: float) -> Tensor:
+    (matrix,) = rebuilt(w)
+    return rearrange(kernels.normed_matvec(x[0, 0], norm, matrix, eps), "v -> 1 1 v")
+
+
+@torch.library.custom_op("pgfunc::angles", mutates_args=())
+def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
+    return ops.angles(positions, dim, theta)
+
+
+@torch.library.custom_op("pgfunc::attend_spans", mutates_args=())
+def _attend_spans(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, scale: float, cap: float) -> Tensor:
+    return kernels.attend_spans(q, k, v, begin, end, scale, cap)
+
+
+_block.register_fake(lambda x, *rest: torch.empty_like(x))
+_head.register_fake(lambda x, norm, w, eps: x.new_empty(1, 1, len(w[0])))
+_attend_spans.register_fake(lambda q, *rest: q.new_empty(q.shape))
+_angles.register_fake(lambda positions, dim, theta: positions.new_empty(1, 1, dim // 2, dtype=torch.float32))
+
+
+def rebuilt(leaves: Sequence[Tensor]) -> Iterator[Any]:
+    """The weights whose leaves these are, in their order: a matrix in int8 is followed by its scales."""
+    rest = iter(leaves)
+    for leaf in rest:
+        yield Int8(leaf, next(rest)) if leaf.dtype == torch.int8 else leaf
+
+
+def added(row: Float[Tensor, "d"], x: Float[Tensor, "i"], w: Matrix, norm: Tensor | None, eps: float) -> Tensor:
     """The residual stream with the product in it, normalised first in Gemma 2."""
-    if not cfg.post_norms:
-        return kernels.matvec_add(x, w, row)
-    return row + ops.rms_norm(kernels.matvec(x, w), norm, cfg.eps)
+    if norm is None:
+        return kernels.matvec(x, w, row)
+    return kernels.add_normed(kernels.matvec(x, w), row, norm, eps)

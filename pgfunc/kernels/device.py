@@ -6,14 +6,17 @@ beyond the last are the last again, and are not written. Knows nothing about PyT
 
 With EARLY (Hopper's programmatic dependent launch) a kernel starts while the one before it still runs. Every program
 waits in `awaited` before it reads what a kernel made or writes anything, so that what a kernel after it finds is that
-all before are done; the weights, which no kernel makes, are asked for above.
+all before are done. Above stands what none of these kernels makes: weights are asked for, and lengths and angles read.
 """
 
+import os
 from typing import no_type_check  # the shape checks of the tests must not wrap what Triton reads
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -53,20 +56,28 @@ def piece(places, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def inverse_rms(x, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-    squares = tl.zeros([1, BLOCK], tl.float32)
-    for start in tl.static_range(0, D, BLOCK):
-        part = piece(x, start, D, BLOCK)
-        squares += part * part
-    return tl.rsqrt(tl.sum(squares) / D + eps)
+def wide(part):
+    """Weights in float32. A GPU converts int8 at a quarter of the rate at which it multiplies."""
+    if part.dtype == tl.int8 and not INTERPRETED:
+        # its byte, with the sign bit turned, below the exponent of 2**23: the float is 2**23 + 128 + the number
+        bits = tl.inline_asm_elementwise(
+            """{ .reg .b32 t; xor.b32 t, $4, 0x80808080;
+            prmt.b32 $0, t, 0x4B000000, 0x7440; prmt.b32 $1, t, 0x4B000000, 0x7441;
+            prmt.b32 $2, t, 0x4B000000, 0x7442; prmt.b32 $3, t, 0x4B000000, 0x7443; }""",
+            "=r,=r,=r,=r,r", [part], dtype=tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+        found = bits.to(tl.float32, bitcast=True) - 8388736.0
+    else:
+        found = part.to(tl.float32)
+    return found
 
 
 @triton.jit
 @no_type_check
-def normed(x, scale, inverse, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """A piece of the normalised vector, rounded to its dtype as `ops.rms_norm` does, in float32."""
-    part = piece(x, start, D, BLOCK) * inverse * (1 + piece(scale, start, D, BLOCK))
-    return part.to(x.dtype.element_ty).to(tl.float32)
+def scaled(x, scale, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """A piece of the vector, and of it as the norm scales it, but for the one number that all are divided by."""
+    part = piece(x, start, D, BLOCK)
+    return part, part + part * piece(scale, start, D, BLOCK)
 
 
 @triton.jit
@@ -77,14 +88,16 @@ def normed_products(
 ):  # fmt: skip
     ahead = tile(w, stride, rows, 0, D, BLOCK)
     awaited(EARLY)
-    inverse = inverse_rms(x, eps, D, BLOCK)
+    squares = tl.zeros([1, BLOCK], tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.static_range(0, D, BLOCK):
         here = ahead
         if start + BLOCK < D:
             ahead = tile(w, stride, rows, start + BLOCK, D, BLOCK)
-        total += here.to(tl.float32) * normed(x, scale, inverse, start, D, BLOCK)
-    return tl.sum(total, axis=1)
+        part, by = scaled(x, scale, start, D, BLOCK)
+        squares += part * part
+        total += wide(here) * by
+    return tl.sum(total, axis=1) * tl.rsqrt(tl.sum(squares) / D + eps)
 
 
 @triton.jit
@@ -96,7 +109,7 @@ def two_normed_products(
     """`normed_products` of rows of two matrices, or of one, in one walk over the vector."""
     w_ahead, u_ahead = tile(w, w_stride, w_rows, 0, D, BLOCK), tile(u, u_stride, u_rows, 0, D, BLOCK)
     awaited(EARLY)
-    inverse = inverse_rms(x, eps, D, BLOCK)
+    squares = tl.zeros([1, BLOCK], tl.float32)
     w_total = tl.zeros([ROWS, BLOCK], tl.float32)
     u_total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.static_range(0, D, BLOCK):
@@ -104,10 +117,19 @@ def two_normed_products(
         if start + BLOCK < D:
             w_ahead = tile(w, w_stride, w_rows, start + BLOCK, D, BLOCK)
             u_ahead = tile(u, u_stride, u_rows, start + BLOCK, D, BLOCK)
-        part = normed(x, scale, inverse, start, D, BLOCK)
-        w_total += w_here.to(tl.float32) * part
-        u_total += u_here.to(tl.float32) * part
-    return tl.sum(w_total, axis=1), tl.sum(u_total, axis=1)
+        part, by = scaled(x, scale, start, D, BLOCK)
+        squares += part * part
+        w_total += wide(w_here) * by
+        u_total += wide(u_here) * by
+    inverse = tl.rsqrt(tl.sum(squares) / D + eps)
+    return tl.sum(w_total, axis=1) * inverse, tl.sum(u_total, axis=1) * inverse
+
+
+@triton.jit
+@no_type_check
+def scales(places, rows, SCALED: tl.constexpr):
+    """What the rows of a matrix in 8 bits are multiplied by: 1 for one that is not."""
+    return tl.load(places + rows).to(tl.float32) if SCALED else 1.0
 
 
 @triton.jit
@@ -120,7 +142,7 @@ def products(x, w, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.
         here = ahead
         if start + BLOCK < D:
             ahead = tile(w, stride, rows, start + BLOCK, D, BLOCK)
-        total += here.to(tl.float32) * piece(x, start, D, BLOCK)
+        total += wide(here) * piece(x, start, D, BLOCK)
     return tl.sum(total, axis=1)
 
 
@@ -135,12 +157,13 @@ def owned(OUT: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 @no_type_check
 def matvec(
-    x, w, residual, out, stride,
-    OUT: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    x, w, w_scale, residual, out, stride,
+    OUT: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mine = owned(OUT, ROWS)
-    found = products(x, w, stride, rows, D, ROWS, BLOCK, EARLY)
+    by = scales(w_scale, rows, SCALED)
+    found = products(x, w, stride, rows, D, ROWS, BLOCK, EARLY) * by
     if ADD:
         found += tl.load(residual + rows).to(tl.float32)
     tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
@@ -149,46 +172,76 @@ def matvec(
 @triton.jit
 @no_type_check
 def normed_matvec(
-    x, scale, w, out, stride, eps,
-    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    x, scale, w, w_scale, out, stride, eps,
+    OUT: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mine = owned(OUT, ROWS)
-    found = normed_products(x, scale, w, stride, rows, eps, D, ROWS, BLOCK, EARLY)
+    by = scales(w_scale, rows, SCALED)
+    found = normed_products(x, scale, w, stride, rows, eps, D, ROWS, BLOCK, EARLY) * by
     tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
 
 
 @triton.jit
 @no_type_check
+def add_normed(
+    x, residual, scale, out, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program: the residual and a vector that is normalised before it is added."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    by = 1 + tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
+    awaited(EARLY)
+    part = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(residual + columns, mask=inside, other=0.0).to(tl.float32)
+    total += part * tl.rsqrt(tl.sum(part * part) / D + eps) * by
+    tl.store(out + columns, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+@no_type_check
 def rotated_qkv(
-    x, scale, q, k, v, angles, out, q_stride, k_stride, v_stride, eps,
-    HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
+    x, scale, q, q_scale, k, k_scale, v, v_scale, angles, out, k_buffer, v_buffer, length,
+    q_stride, k_stride, v_stride, k_slot, k_head, v_slot, v_head, slots, eps,
+    HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS planes of one head of q, k or v: of each the rows i and i + HALF, turned by its angle if not of v."""
+    """ROWS planes of one head of q, k or v: of each the rows i and i + HALF, turned by its angle if not of v.
+
+    Those of k and v are written into the slot `length` of their buffers; where there is none, nowhere.
+    """
     first = tl.program_id(0) * ROWS
     head, plane = first // HALF, first % HALF + tl.arange(0, ROWS)
-    w, stride, start_head = q, q_stride, 0
+    slot = tl.load(length)
+    w, w_scale, stride, start_head, place, room = q, q_scale, q_stride, 0, out + head * 2 * HALF, slot >= 0
     if head >= HEADS:
-        w, stride, start_head = k, k_stride, HEADS
+        w, w_scale, stride, start_head = k, k_scale, k_stride, HEADS
+        place, room = k_buffer + slot * k_slot + (head - HEADS) * k_head, slot < slots
     if head >= HEADS + KV:
-        w, stride, start_head = v, v_stride, HEADS + KV
+        w, w_scale, stride, start_head = v, v_scale, v_stride, HEADS + KV
+        place, room = v_buffer + slot * v_slot + (head - HEADS - KV) * v_head, slot < slots
     rows = (head - start_head) * 2 * HALF + plane
+    one_by, two_by = scales(w_scale, rows, SCALED), scales(w_scale, rows + HALF, SCALED)
     one, two = two_normed_products(x, scale, w, stride, rows, w, stride, rows + HALF, eps, D, ROWS, BLOCK, EARLY)
+    one, two = one * one_by, two * two_by
     angle = tl.where(head < HEADS + KV, tl.load(angles + plane), 0.0)
     cos, sin = tl.cos(angle), tl.sin(angle)
-    place = out + head * 2 * HALF + plane
-    tl.store(place, (one * cos - two * sin).to(out.dtype.element_ty))
-    tl.store(place + HALF, (two * cos + one * sin).to(out.dtype.element_ty))
+    tl.store(place + plane, (one * cos - two * sin).to(out.dtype.element_ty), mask=room)
+    tl.store(place + plane + HALF, (two * cos + one * sin).to(out.dtype.element_ty), mask=room)
 
 
 @triton.jit
 @no_type_check
 def geglu_matvec(
-    x, scale, gate, up, out, gate_stride, up_stride, eps,
-    OUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    x, scale, gate, gate_scale, up, up_scale, out, gate_stride, up_stride, eps,
+    OUT: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mine = owned(OUT, ROWS)
+    g_by, u_by = scales(gate_scale, rows, SCALED), scales(up_scale, rows, SCALED)
     g, u = two_normed_products(x, scale, gate, gate_stride, rows, up, up_stride, rows, eps, D, ROWS, BLOCK, EARLY)
+    g, u = g * g_by, u * u_by
     # (1 + tanh(y)) / 2 = sigmoid(2y); 1.5957691 is twice the square root of 2/π
     found = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
     tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
@@ -268,3 +321,47 @@ def attend_join(
         peak = higher
     joined = tl.where(total > 0, joined / total, 0.0)  # no key is seen
     tl.store(out + head * H + column, joined.to(out.dtype.element_ty), mask=column < H)
+
+
+@triton.jit
+@no_type_check
+def attend_spans(
+    q, k, v, begin, end, out, k_row, k_slot, k_head, v_row, v_slot, v_head, tokens, slots, scale, cap,
+    HEADS: tl.constexpr, KV: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, CAP: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """QUERIES rows of queries, all heads of one kv head of a token beside one another, over the keys that any sees."""
+    row, kv = tl.program_id(1) // KV, tl.program_id(1) % KV
+    mine, column = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, HEAD)
+    token, head, real = mine // G, kv * G + mine % G, column < H
+    here = row.to(tl.int64) * tokens + token
+    first = tl.load(begin + here, mask=token < tokens, other=slots)
+    last = tl.load(end + here, mask=token < tokens, other=0)
+    places, inside = (here * HEADS + head)[:, None] * H + column[None, :], (token < tokens)[:, None] & real[None, :]
+    queries = tl.load(q + places, mask=inside, other=0.0)
+    k += row.to(tl.int64) * k_row + kv * k_head
+    v += row.to(tl.int64) * v_row + kv * v_head
+    peak = tl.full(
+        [QUERIES], -3.0e38, tl.float32
+    )  # below every score; finite, so that it can be subtracted from itself
+    total = tl.zeros([QUERIES], tl.float32)
+    joined = tl.zeros([QUERIES, HEAD], tl.float32)
+    stop = tl.minimum(tl.max(last), slots)
+    for start in tl.range(tl.min(first) // KEYS * KEYS, stop, KEYS):
+        key = start + tl.arange(0, KEYS)
+        live = (key < stop)[:, None] & real[None, :]
+        keys = tl.load(k + key.to(tl.int64)[:, None] * k_slot + column[None, :], mask=live, other=0.0)
+        values = tl.load(v + key.to(tl.int64)[:, None] * v_slot + column[None, :], mask=live, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        if CAP:
+            scores = (2 * tl.sigmoid(2 * scores / cap) - 1) * cap  # tanh
+        seen = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, axis=1))
+        shrunk, weights = tl.exp(peak - higher), tl.exp(scores - higher[:, None])
+        total = total * shrunk + tl.sum(weights, axis=1)
+        joined = joined * shrunk[:, None]
+        joined = tl.dot(weights.to(values.dtype), values, joined, input_precision="ieee")
+        peak = higher
+    joined = tl.where(total[:, None] > 0, joined / total[:, None], 0.0)  # no key is seen
+    tl.store(out + places, joined.to(out.dtype.element_ty), mask=inside)

@@ -16,8 +16,7 @@ def on_gpu(tree):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loops_forks_rewinds_and_other_weights(name, monkeypatch):
-    monkeypatch.setattr(replay, "LARGE", 1000)  # most weights are read where they lie
+def test_loops_forks_rewinds_and_other_weights(name):
     cfg = CONFIGS[name]
     step = pg.jit(pg.decode, donate="cache")
     for seed in (0, 0, 1):  # the third loop has other weights
@@ -43,9 +42,11 @@ def test_loops_forks_rewinds_and_other_weights(name, monkeypatch):
     assert len(run.graphs) > 1  # one for each tree of weights
 
 
-def test_tokens_fed_back_on_the_device_are_those_of_the_eager_loop():
-    cfg = CONFIGS["gemma2"]
-    weights, given = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3, 4, 2], [0, 0, 0]))
+@pytest.mark.parametrize("rows", [[3], [3, 4, 2]])  # one row is decoded by kernels of our own
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_fed_back_on_the_device_are_those_of_the_eager_loop(name, rows):
+    cfg = CONFIGS[name]
+    weights, given = on_gpu(params(cfg)), on_gpu(prompt(cfg, rows, [0] * len(rows)))
 
     def advance(params, token, cache):
         logits, cache = pg.decode(params, token, cache, cfg)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
+from torch.utils import _pytree as pytree
 
 import pgfunc as pg
-from pgfunc import bench
+from pgfunc import bench, lowbit
 from pgfunc.config import TextConfig, VisionConfig
 from pgfunc.kernels import block
 
@@ -32,10 +34,12 @@ def configs(draw) -> pg.Config:
 
 
 @cases
-@given(configs(), st.integers(1, 12), st.integers(0, 99))
+@given(configs(), st.integers(1, 12), st.integers(0, 99), st.sampled_from([(), ("*",), ("*.down", "*.q", "*.[kv]")]))
 @torch.no_grad()
-def test_decoding_by_the_kernels_equals_decoding_without(cfg, tokens, seed):
+def test_decoding_by_the_kernels_equals_decoding_without(cfg, tokens, seed, quantized):
     params = bench.random_params(cfg, torch.float32, torch.device(DEVICE), seed)
+    if quantized:
+        params = pg.quant.quantize(params, "int8", [f"language.{pattern}" for pattern in quantized])
     prompt = bench.random_prompt(cfg, 1, tokens, torch.device(DEVICE), seed)
     logits, cache = pg.prefill(params, prompt, cfg, 5)
     token = pg.sample.greedy(logits)
@@ -44,11 +48,52 @@ def test_decoding_by_the_kernels_equals_decoding_without(cfg, tokens, seed):
         patch.setattr(block, "block", lambda *given: called.append(given) or by_kernels(*given))
         mine, other = cache, cache
         for step in range(3):
-            patch.setattr(block, "serves", lambda x, tap, weights: True)
+            for name in ("serves", "serves_layers"):
+                patch.setattr(block, name, lambda x, tap, weights: True)
             fast, mine = pg.decode(params, token, mine, cfg)
             assert len(called) == cfg.text.layers * (step + 1)
-            patch.setattr(block, "serves", lambda x, tap, weights: False)
+            for name in ("serves", "serves_layers"):
+                patch.setattr(block, name, lambda x, tap, weights: False)
             slow, other = pg.decode(params, token, other, cfg)
             torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
             token = pg.sample.greedy(slow)
+
+
+@torch.no_grad()
+def test_compiled_each_layer_is_one_operator_that_writes_the_buffers_where_they_lie(monkeypatch):
+    cfg = pg.Config(
+        VisionConfig(width=16, layers=1, heads=2, hidden=16, image_size=28, patch=14),
+        TextConfig(96, width=32, layers=2, heads=4, kv_heads=1, head_dim=8, hidden=40, query_scale=0.3), image=96,
+    )  # fmt: skip
+    params = bench.random_params(cfg, torch.float32, torch.device(DEVICE))
+    prompt = bench.random_prompt(cfg, 1, 3, torch.device(DEVICE))
+    logits, cache = pg.prefill(params, prompt, cfg, 5)
+    token = pg.sample.greedy(logits)
+    expected, _ = pg.decode(params, token, cache, cfg)
+    for name in ("serves", "serves_layers"):
+        monkeypatch.setattr(block, name, lambda x, tap, weights: torch.compiler.is_compiling())
+    step = pg.jit(pg.decode, donate="cache")
+    (found, _), code = run_and_get_code(step, params, token, cache, cfg)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert code[0].count("torch.ops.pgfunc.block.default(") == cfg.text.layers
+    assert code[0].count("torch.ops.pgfunc.angles.default(") == 1
+    assert "copy" not in code[0].partition("def call")[2].partition("def get_args")[0]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@torch.no_grad()
+def test_the_operators_say_what_they_do(quantized):
+    def weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        made = [torch.randn(shape, device=DEVICE) for shape in shapes]
+        small = [lowbit.quantize(w, "int8") if quantized and w.dim() == 2 else w for w in made]
+        return pytree.tree_leaves(small)
+
+    x, (k, v) = torch.randn(1, 1, 16, device=DEVICE), torch.randn(2, 1, 6, 2, 8, device=DEVICE)
+    positions = torch.tensor([[4]], device=DEVICE)
+    angles = block.rotation(positions, 8, 1e4)
+    layer = weights((16,), (32, 16), (16, 16), (16, 16), (16, 32), (16,), (24, 16), (24, 16), (16, 24))
+    check, ours = torch.library.opcheck, torch.ops.pgfunc
+    check(ours.block.default, (x, layer, angles, k.clone(), v.clone(), positions[0], 1e-6, 0.3, 0.0, 0))
+    check(ours.head.default, (x, *weights((16,)), weights((96, 16)), 1e-6))
+    check(ours.angles.default, (positions, 8, 1e4))

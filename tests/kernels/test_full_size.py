@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pgfunc as pg
-from pgfunc import kernels, replay
+from pgfunc import kernels, lowbit, masks, replay
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(interpreted or not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -31,36 +31,62 @@ def attention(name: str, dtype: torch.dtype, slots: int, length: int) -> tuple:
     return q, k, v, seen, c.query_scale, c.attention_softcap, c.window and 150
 
 
-def calls(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple]:
+def prompt_attention(name: str, dtype: torch.dtype, rows: int, tokens: int) -> tuple:
+    """Arguments of `attend_spans`: a prompt of which the last 9 tokens are padding, and the 20 before are causal."""
+    c = pg.PUBLISHED[name].text
+    q, k, v = (normal(rows * tokens, n, c.head_dim, dtype=dtype) for n in (c.heads, c.kv_heads, c.kv_heads))
+    q, k, v = (x.unflatten(0, (rows, tokens)) for x in (q, k, v))
+    place = torch.arange(tokens, device="cuda").expand(rows, -1)
+    seen = masks.spans(masks.prompt(place < tokens - 9, place >= tokens - 29, c.window and 150))
+    span = seen.window or seen.full
+    return q, k, v, span.begin, span.end, c.query_scale, c.attention_softcap
+
+
+def calls(name: str, dtype: torch.dtype = torch.bfloat16, quantized: bool = False) -> dict[str, tuple]:
     """Arguments of every function, for one layer and the head."""
     c = pg.PUBLISHED[name].text
     d, f, nh, kh = c.width, c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    qkv = normal(nh + 2 * kh, d, dtype=dtype).split([nh, kh, kh])
-    x, scale = normal(d, dtype=dtype), normal(d, dtype=dtype)
+
+    def matrix(o: int, i: int):
+        w = normal(o, i, dtype=dtype)
+        return lowbit.quantize(w, "int8") if quantized else w
+
+    x, scale, turn = normal(d, dtype=dtype), normal(d, dtype=dtype), torch.rand(1, 1, c.head_dim // 2, device="cuda")
+    buffers = normal(2 * 700, c.kv_heads, c.head_dim, dtype=dtype).split(700)
+    length = torch.tensor([333], device="cuda")
     return {
-        "matvec": (normal(f, dtype=dtype), normal(d, f, dtype=dtype)),
-        "matvec_add": (normal(nh, dtype=dtype), normal(d, nh, dtype=dtype), x),
-        "normed_matvec": (x, scale, normal(c.vocab, d, dtype=dtype), c.eps),
-        "rotated_qkv": (x, scale, *qkv, torch.rand(1, 1, c.head_dim // 2, device="cuda") * 300, c.eps),
-        "geglu_matvec": (x, scale, *normal(2 * f, d, dtype=dtype).chunk(2), c.eps),
+        "matvec": (normal(f, dtype=dtype), matrix(d, f), x),
+        "normed_matvec": (x, scale, matrix(c.vocab, d), c.eps),
+        "add_normed": (x, scale + 1, scale, c.eps),
+        "rotated_qkv": (x, scale, matrix(nh, d), matrix(kh, d), matrix(kh, d), turn * 300, *buffers, length, c.eps),
+        "geglu_matvec": (x, scale, matrix(f, d), matrix(f, d), c.eps),
         "attend_one": attention(name, dtype, 700, 333),
+        "attend_spans": prompt_attention(name, dtype, 2, 300),
     }
 
 
 def check(name: str, given: tuple) -> None:
+    """The kernel beside its twin in float64: the result, and the buffers that it writes."""
     limit = LIMITS[given[0].dtype]
-    found = getattr(kernels, name)(*given)
-    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
+    exact = [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else lowbit.dequantize(x._replace(scale=x.scale.double())) if isinstance(x, lowbit.Int8) else x
+        for x in given
+    ]  # fmt: skip
     if name == "attend_one":  # a weight of 0 times nan is nan
         exact[1], exact[2] = (x.nan_to_num() for x in exact[1:3])
-    expected = getattr(kernels, f"{name}_eager")(*exact)
-    assert (found - expected).norm() < limit * expected.norm(), name
+    results = [(getattr(kernels, name)(*given), getattr(kernels, f"{name}_eager")(*exact))]
+    if name == "rotated_qkv":
+        results += zip(given[6:8], exact[6:8], strict=True)
+    for found, expected in results:
+        assert (found - expected).norm() < limit * expected.norm(), name
 
 
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_equals_its_twin_in_float64(name):
+def test_each_equals_its_twin_in_float64(name, quantized):
     for dtype in LIMITS:
-        for part, given in calls(name, dtype).items():
+        for part, given in calls(name, dtype, quantized).items():
             check(part, given)
 
 
@@ -71,16 +97,22 @@ def test_attention_at_every_length_of_a_long_cache(name, length):
         check("attend_one", attention(name, dtype, 5000, length))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_of_long_prompts_and_of_many_rows(name):
+    for dtype in LIMITS:
+        for rows, tokens in ((1, 1050), (32, 272)):
+            check("attend_spans", prompt_attention(name, dtype, rows, tokens))
+
+
 @pytest.mark.parametrize("name", NAMES[:2])
-def test_compiled_and_captured_they_see_new_values_and_lengths(name):
+def test_captured_they_see_new_values_and_lengths(name):
     given = calls(name)
 
     def every(given):
         return {part: getattr(kernels, part)(*arguments) for part, arguments in given.items()}
 
-    compiled = torch.compile(every, fullgraph=True, dynamic=False)
-    compiled(given)
-    run, results = replay.capture(lambda _: compiled(given), [given["matvec"][0]])
+    every(given)
+    run, results = replay.capture(lambda _: every(given), [given["matvec"][0]])
     for length in (1, 64, 333):
         for arguments in given.values():
             arguments[0].copy_(normal(*arguments[0].shape).to(arguments[0].dtype))

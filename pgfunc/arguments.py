@@ -33,6 +33,7 @@ class Kind(NamedTuple):
 class Argument(NamedTuple):
     tensors: list[Tensor]
     kind: int  # the number of its kind
+    known: bool = False  # whether it is made of the same tensors as the last one of its name
 
 
 class Arguments:
@@ -48,7 +49,7 @@ class Arguments:
         parts: list[Any] = []
         constant = spread(value, parts)
         if constant and name in self._last and same(self._last[name][0], parts):
-            return Argument([part for part in parts if isinstance(part, Tensor)], self._last[name][1])
+            return Argument([part for part in parts if isinstance(part, Tensor)], self._last[name][1], True)
         leaves, structure = pytree.tree_flatten(value)
         moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

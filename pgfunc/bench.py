@@ -142,7 +142,8 @@ def random_params(cfg: Config, dtype: torch.dtype, device: torch.device, seed: i
         std = leaf[0].numel() ** -0.5 * (0.05 if path == "language.embed" else 1)
         return out.normal_(std=std, generator=generator)
 
-    return tree.map_with_path(draw, paligemma.abstract(cfg))
+    params = tree.map_with_path(draw, paligemma.abstract(cfg))
+    return paligemma.packed(params, device) if device.type == "cuda" else params
 
 
 def random_prompt(cfg: Config, batch: int, tokens: int, device: torch.device, seed: int = 0) -> Prompt:

@@ -52,11 +52,15 @@ def decode_work(params: Params, cfg: Config, batch: int, length: int) -> Work:
 
 
 def language_work(p: gemma.Params, cfg: TextConfig, batch: int, new: int, keys: list[int]) -> Work:
-    """So many new tokens a row, each attending to so many keys in each layer, and the logits of the last one."""
+    """So many new tokens a row, each attending to so many keys in each layer, and the logits of the last one.
+
+    Of the others the last layer needs only keys and values.
+    """
     heads, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    weights = cfg.layers * cfg.width * (2 * heads + 2 * kv + 3 * cfg.hidden)
-    head = cfg.width * cfg.vocab
-    flops = 2 * batch * (new * (weights + 2 * heads * sum(keys)) + head)
+    queries = [new] * (cfg.layers - 1) + [1]
+    alone = sum(count * (cfg.width * (2 * heads + 3 * cfg.hidden) + 2 * heads * seen)
+                for count, seen in zip(queries, keys, strict=True))  # fmt: skip
+    flops = 2 * batch * (alone + new * cfg.layers * cfg.width * 2 * kv + cfg.width * cfg.vocab)
     padding = tree.nbytes(p.embed) * cfg.padding // (cfg.vocab + cfg.padding)  # rows that the head leaves out
     cache = 2 * batch * kv * sum(keys) * p.norm.element_size()
     return Work(flops, tree.nbytes(p) - padding + cache)

@@ -108,7 +108,7 @@ def run(
     each row's length first, and what comes back are the cache's buffers after the append. `wrap` is applied to `block`.
     With `at` the output is that of the tokens in these places alone; the last layer makes no other.
     """
-    fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers)
+    fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers, cfg.head_dim)
     angles = (kernel_block.rotation if fast else ops.angles)(positions, cfg.head_dim, cfg.theta)
     seen = []
     for i, layer in enumerate(p.layers):
@@ -155,13 +155,15 @@ def attention(
     at: Int[Tensor, "b q"] | tuple[()] = (),
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Grouped-query attention with rotary positions (Ainslie et al. 2023)."""
-    k = tap("k", rearrange(linear(x, p.k), "b t (k h) -> b t k h", k=cfg.kv_heads))
-    v = tap("v", rearrange(linear(x, p.v), "b t (k h) -> b t k h", k=cfg.kv_heads))
-    k, turn = ops.rotate(k, angles), angles
     if isinstance(at, Tensor):
-        x, turn = pick(x, at), pick(angles, at)
+        k, v = ops.linears(x, (p.k, p.v))
+        q, turn = linear(pick(x, at), p.q), pick(angles, at)
         mask = Span(*(side.gather(1, at) for side in mask)) if isinstance(mask, Span) else pick(mask, at)
-    q = ops.rotate(tap("q", rearrange(linear(x, p.q), "b t (n h) -> b t n h", n=cfg.heads)), turn)
+    else:
+        (q, k, v), turn = ops.linears(x, (p.q, p.k, p.v)), angles
+    q = tap("q", rearrange(q, "b t (n h) -> b t n h", n=cfg.heads))
+    k, v = (tap(name, rearrange(each, "b t (k h) -> b t k h", k=cfg.kv_heads)) for name, each in (("k", k), ("v", v)))
+    q, k = ops.rotate(q, turn), ops.rotate(k, angles)
     if past:
         k_buffer, v_buffer, length = past
         k, v = append(k_buffer, k, length), append(v_buffer, v, length)
@@ -177,5 +179,6 @@ def pick(x: Shaped[Tensor, "b t r"], at: Int[Tensor, "b q"]) -> Shaped[Tensor, "
 
 def mlp(p: Layer, x: Float[Tensor, "b t d"], tap=identity) -> Float[Tensor, "b t d"]:
     """GeGLU (Shazeer 2020): the gate's tanh-GELU times the up projection, then down."""
-    hidden = tap("mlp_hidden", ops.gelu(linear(x, p.gate)) * linear(x, p.up))
+    gate, up = ops.linears(x, (p.gate, p.up))
+    hidden = tap("mlp_hidden", ops.gelu(gate) * up)
     return tap("mlp_out", linear(hidden, p.down))

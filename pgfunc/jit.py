@@ -89,7 +89,7 @@ class Jitted(Generic[P, R]):
         self.fn: Callable[..., R] = fn
         self.donate, self.signature = donate, inspect.signature(fn)
         self._arguments = Arguments()
-        self._compiled: dict[Any, Callable[[list[Tensor]], Any]] = {}
+        self._compiled: dict[Any, Callable[[list[Tensor], list[range]], Any]] = {}
         self._arena: deque[Cache] = deque(maxlen=replay.KEPT)  # buffers that graphs write, to be used again
         self._lock = RLock()  # from the choice of buffers until a handle on them is known
         named = [
@@ -117,18 +117,24 @@ class Jitted(Generic[P, R]):
                 raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
             cache = writable(cache, self._arena)
         read = {name: self._arguments.read(name, value) for name, value in given.items()}
-        tensors = [x for argument in read.values() for x in argument.tensors]
+        tensors, fresh = [], []
+        for argument in read.values():
+            if not argument.known:
+                fresh.append(range(len(tensors), len(tensors) + len(argument.tensors)))
+            tensors += argument.tensors
         donated = [] if cache is None else [*buffers(cache), as_input(cache.length)]
+        if donated:
+            fresh.append(range(len(tensors) + len(donated) - 1, len(tensors) + len(donated)))  # the length
         key = tuple((name, argument.kind) for name, argument in read.items()), tuple(map(shape, donated))
         run = self._compiled.get(key)
         if run is None:
             if cache is not None:
                 check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
             kinds = {name: self._arguments.kinds[argument.kind] for name, argument in read.items()}
-            run = regional(self.fn, kinds) if self.blocks else compiled(self.fn, self.donate, kinds)
-            if replay.possible(tensors + donated):
-                run = replay.Replayed(run, range(len(tensors), len(tensors) + len(donated) - 1))
-        results, length = run(tensors + donated)
+            code = regional(self.fn, kinds) if self.blocks else compiled(self.fn, self.donate, kinds)
+            graphs = replay.Replayed(code, range(len(tensors), len(tensors) + len(donated) - 1))
+            run = graphs if replay.possible(tensors + donated) else lambda tensors, fresh: code(tensors)
+        results, length = run(tensors + donated, fresh)
         self._compiled[key] = run
         if cache is None:
             return results

@@ -47,6 +47,11 @@ def method(w: Quantized) -> str:
     return next(name for name, size in GROUPS.items() if size == group)
 
 
+def kind(w: Tensor | Quantized) -> str:
+    """The method of a matrix, or "" where it is plain."""
+    return "" if isinstance(w, Tensor) else method(w)
+
+
 def quantize(w: Float[Tensor, "o i"], method: str) -> Quantized:
     """The nearest levels: no weight moves by more than half its scale, but for the last rounding to its own dtype.
 

@@ -6,7 +6,8 @@ Everything is a function of tensors and numbers. What must be precise is: norms,
 Axes: b batch, t query, s key, n heads, k kv heads, g heads of one kv head, h head dim, d width.
 """
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pgfunc import lowbit
+from pgfunc import lowbit, tree
 from pgfunc.lowbit import Int8, Quantized
 
 T = TypeVar("T")
@@ -50,6 +51,27 @@ def linear(
         return F.linear(x, w, bias)
     out = lowbit.multiply(x, w)
     return out if bias is None else out + bias
+
+
+def linears(
+    x: Float[Tensor, "*b i"], weights: Sequence[Any], biases: Sequence[Tensor] = ()
+) -> tuple[Float[Tensor, "*b _"], ...]:
+    """`linear` of one x by several matrices. In compiled code for GPUs one product, where `tree.beside` put them."""
+    plain = all(isinstance(w, Tensor) for w in weights)
+    if plain and x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled() and not transformed():
+        return torch.ops.pgfunc.linears(x, weights, biases).split([len(w) for w in weights], -1)
+    return tuple(linear(x, *each) for each in zip(weights, *([biases] if biases else []), strict=True))
+
+
+@torch.library.custom_op("pgfunc::linears", mutates_args=())
+def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    w, bias = tree.together(weights), tree.together(biases) if biases else None
+    if w is None:  # or they would be copied for each product
+        return torch.cat([linear(x, *each) for each in zip(weights, *([biases] if biases else []), strict=True)], -1)
+    return F.linear(x, w, torch.cat(tuple(biases)) if biases and bias is None else bias)
+
+
+_linears.register_fake(lambda x, weights, biases: x.new_empty(*x.shape[:-1], sum(len(w) for w in weights)))
 
 
 def look_up(ids: Int[Tensor, "*b"], table: Float[Tensor, "v d"] | Int8) -> Float[Tensor, "*b d"]:

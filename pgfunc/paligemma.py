@@ -6,7 +6,7 @@ pure functions of (params, inputs, cfg). Axes: b batch, i pictures a row, p patc
 d width, e width of the vision encoder, v vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
@@ -19,6 +19,8 @@ from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.kernels import block as kernel_block
 from pgfunc.ops import identity, linear, plain, transformed
+
+T = TypeVar("T", bound=Any)
 
 
 class Params(NamedTuple):
@@ -56,6 +58,27 @@ def abstract(cfg: Config) -> Params:
 def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
     """Random parameters to train from, see `tree.init`."""
     return tree.init(abstract(cfg), seed, dtype)
+
+
+def packed(params: Params, device: torch.device) -> Params:
+    """The parameters on a device, with those beside one another that meet the same vectors: q, k and v, gate and up.
+
+    Compiled code for GPUs makes one product of them. They are copies; quantized ones stay apart.
+    """
+
+    def pack(layer: T, *groups: str) -> T:
+        for names in map(str.split, groups):
+            parts = [getattr(layer, name) for name in names]
+            if all(isinstance(part, Tensor) for part in parts):
+                layer = layer._replace(**dict(zip(names, tree.beside(parts, device), strict=True)))
+        return tree.map(lambda leaf: leaf.to(device), layer)
+
+    vision = tuple(pack(layer, "q k v", "q_bias k_bias v_bias") for layer in params.vision.layers)
+    language = tuple(pack(layer, "q k v", "gate up") for layer in params.language.layers)
+    params = params._replace(
+        vision=params.vision._replace(layers=vision), language=params.language._replace(layers=language)
+    )
+    return tree.map(lambda leaf: leaf.to(device), params)
 
 
 def encode_images(

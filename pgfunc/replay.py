@@ -63,8 +63,9 @@ class Replayed:
         self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
         self.stays = True  # whether results are where graphs are
 
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        key, seen = self.look(tensors)
+    def __call__(self, tensors: list[Tensor], new: Iterable[Iterable[int]] = ()) -> Any:
+        """What `fn` gives. `new` are inputs, together, that change places also where they lie as the last ones did."""
+        key, seen = self.look(tensors, new)
         if key not in self.graphs:
             if not (seen and self.stays):
                 results = self.fn(tensors)
@@ -88,14 +89,18 @@ class Replayed:
         replay, results = capture(self.fn, inputs)
         return Captured(replay, own, pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, results))
 
-    def look(self, tensors: list[Tensor]) -> tuple[tuple[int, ...], bool]:
+    def look(self, tensors: list[Tensor], new: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], bool]:
         """Where the inputs lie that are not copied, and whether they lay there at the last call."""
         places, last = [x.data_ptr() for x in tensors], self.last or [0] * len(tensors)
         changed = {i for i, (now, before) in enumerate(zip(places, last, strict=True)) if now != before}
-        found = changed - self.written - self.moving if self.last else set()
-        if found and sum(tensors[i].nbytes for i in found) <= self.few * sum(x.nbytes for x in tensors):
-            self.graphs.clear()  # each of them takes one of these where it lay
-            self.moving |= found
+        groups = [group for each in (*new, *([i] for i in changed)) if (group := {*each} - self.written - self.moving)]
+        if self.last and groups:
+            size = {i: x.nbytes for i, x in enumerate(tensors)}
+            room = self.few * sum(size.values())
+            for group in sorted(groups, key=lambda group: sum(size[i] for i in group)):
+                if sum(size[i] for i in self.moving | group) <= room:
+                    self.moving |= group
+                    self.graphs.clear()  # each of them takes one of these where it lay
         self.last = places
         return tuple(0 if i in self.moving else place for i, place in enumerate(places)), changed <= self.moving
 

@@ -117,9 +117,12 @@ def attention(
     turn: Turn = (),
 ) -> Float[Tensor, "n p d"]:
     """Multi-head attention: every vector of x reads all of the source, which is x itself in a block."""
-    weights = {"q": (x, p.q, p.q_bias), "k": (source, p.k, p.k_bias), "v": (source, p.v, p.v_bias)}
-    heads = {name: rearrange(linear(*w), "b p (n h) -> b p n h", n=cfg.heads) for name, w in weights.items()}
-    q, k, v = (tap(name, heads[name]) for name in "qkv")
+    if x is source:
+        made = ops.linears(x, (p.q, p.k, p.v), (p.q_bias, p.k_bias, p.v_bias))
+    else:
+        made = linear(x, p.q, p.q_bias), *ops.linears(source, (p.k, p.v), (p.k_bias, p.v_bias))
+    heads = (rearrange(each, "b p (n h) -> b p n h", n=cfg.heads) for each in made)
+    q, k, v = (tap(name, each) for name, each in zip("qkv", heads, strict=True))
     if isinstance(turn, Tensor):
         q, k = rotate_grid(q, turn), rotate_grid(k, turn)
     out = ops.attend(q, k, v, mask=None, scale=cfg.head_dim**-0.5)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pgfunc
 
 ORDER = [
-    "errors", "tree", "config", "lowbit", "quant", "ops", "kernels.device", "kernels", "masks", "cache",
+    "errors", "tree", "config", "lowbit", "quant", "ops", "kernels.device", "kernels.device_int4",
+    "kernels.launch", "kernels.int4", "kernels", "masks", "cache",
     "kernels.block", "siglip", "dual", "gemma", "paligemma", "image", "dual_prompt", "tokenizer", "prompt", "sample",
     "arguments", "replay", "jit", "generate", "floors", "bench", "detect", "vqvae", "checkpoint.files",
     "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.vqvae",

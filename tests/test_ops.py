@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgfunc import ops
+from pgfunc import ops, tree
 
 seeds = st.integers(0, 2**31)
 
@@ -112,3 +112,15 @@ def test_a_query_that_sees_nothing_has_finite_gradients():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_widen_never_narrows(dtype):
     assert ops.widen(torch.zeros(1, dtype=dtype)).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@given(st.booleans(), st.booleans(), st.booleans())
+def test_one_product_for_several_matrices_is_their_products(beside, together, biased):
+    """The operator that compiled code for GPUs calls, wherever the matrices and the biases lie."""
+    weights, biases = [torch.randn(rows, 5) for rows in (3, 1, 4)], [torch.randn(rows) for rows in (3, 1, 4)]
+    x, here = torch.randn(2, 3, 5), torch.device("cpu")
+    given = tree.beside(weights, here) if beside else weights
+    added = (tree.beside(biases, here) if together else biases) if biased else []
+    found = torch.ops.pgfunc.linears(x, given, added).split([3, 1, 4], -1)
+    torch.testing.assert_close(found, ops.linears(x, weights, biases if biased else ()))
+    torch.library.opcheck(torch.ops.pgfunc.linears.default, (x, weights, added))

@@ -11,8 +11,9 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import pgfunc as pg
-from pgfunc import gemma, ops, paligemma, siglip
+from pgfunc import gemma, kernels, ops, paligemma, quant, siglip
 from pgfunc.errors import SettingError
+from pgfunc.kernels import block
 
 ATOL = 1e-4  # float32, few layers, logits of order 1
 
@@ -316,3 +317,45 @@ def test_a_tap_sees_every_layer_and_can_edit_it():
     assert seen["logits"] is logits
     edited = pg.forward(tree, given, cfg, lambda name, x: x * 0 if name == "language.1.attn_out" else x)
     assert not torch.equal(edited, logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_parameters_are_the_same_and_lie_beside_one_another(name):
+    given = params(CONFIGS[name])
+    packed = paligemma.packed(given, torch.device("cpu"))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(pg.tree.flatten(given).values(), pg.tree.flatten(packed).values(), strict=True)
+    )
+    for layer in packed.language.layers:
+        assert pg.tree.together((layer.q, layer.k, layer.v)) is not None
+        assert pg.tree.together((layer.gate, layer.up)) is not None
+    for layer in packed.vision.layers:
+        assert pg.tree.together((layer.q, layer.k, layer.v)) is not None
+        assert pg.tree.together((layer.q_bias, layer.k_bias, layer.v_bias)) is not None
+    small = quant.quantize(given, "int8")
+    again = paligemma.packed(small, torch.device("cpu"))
+    assert quant.methods(again) == quant.methods(small)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_compiled_block_by_block_is_what_it_was(name):
+    """By the code for GPUs where it can be had on a CPU: spans in place of masks, and the last layer at one token."""
+    cfg = CONFIGS[name]
+    weights, given = params(cfg), prompt(cfg, [3, 1], [0, 2])
+    wrapped = []
+
+    def wrap(part):
+        wrapped.append(part)
+        return part
+
+    def attend(q, k, v, mask, *how):
+        return kernels.attend_spans_eager(q, k, v, *mask, *how)
+
+    expected = pg.prefill(weights, given, cfg, 2, tap=lambda name, x: x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "possible", lambda x: True)
+        patch.setattr(block, "attend", attend)
+        found = pg.prefill(weights, given, cfg, 2, wrap=wrap)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(wrapped) == cfg.text.layers + cfg.vision.layers

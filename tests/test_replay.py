@@ -56,6 +56,23 @@ def test_a_loop_that_feeds_back_what_is_small_captures_once(graphs):
     assert graphs == {"captured": 1, "replayed": 9}
 
 
+def test_inputs_that_come_anew_are_copied_from_the_second_call_on_wherever_they_lie(graphs):
+    run = replay.Replayed(mixed)
+    for _ in range(3):  # in one place, by chance
+        run([SMALL, BIG], new=[[0]])
+    assert equal(run([SMALL + 1, BIG], new=[[0]]), mixed([SMALL + 1, BIG]))
+    assert graphs == {"captured": 1, "replayed": 3}
+
+
+def test_few_bytes_are_copied_and_more_are_not():
+    """A batch of pictures moves from call to call, and weights stay until there are others."""
+    run = replay.Replayed(mixed)
+    small, picture, weights = torch.zeros(4), torch.zeros(100), torch.zeros(1000)
+    for _ in range(3):
+        run.look([small.clone(), picture.clone(), weights.clone()], ())
+    assert run.moving == {0, 1}
+
+
 def test_as_many_graphs_are_kept_as_said(graphs):
     run, places = replay.Replayed(mixed), [BIG + i for i in range(replay.KEPT + 1)]
     for x in places:

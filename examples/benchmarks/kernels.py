@@ -29,11 +29,14 @@ TILES = (
 CHUNKS = "16 2 32, 16 4 32, 16 4 64, 32 4 32, 32 4 64, 64 4 64, 64 8 64, 128 8 64"
 
 
-def arguments(shapes: Iterable[tuple[int, ...]], more: tuple, quantized: bool = False) -> tuple:
-    """Tensors of these shapes, the matrices scaled to keep lengths, or in 8 bits; and what else a function takes."""
+KINDS = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}  # bytes of a weight
+
+
+def arguments(shapes: Iterable[tuple[int, ...]], more: tuple, kind: str = "bf16") -> tuple:
+    """Tensors of these shapes, the matrices scaled to keep lengths, or quantized; and what else a function takes."""
     made = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
     matrices = [x.mul_(x.shape[-1] ** -0.5) if x.dim() == 2 else x for x in made]
-    return *(lowbit.quantize(x, "int8") if quantized and x.dim() == 2 else x for x in matrices), *more
+    return *(lowbit.quantize(x, kind) if kind != "bf16" and x.dim() == 2 else x for x in matrices), *more
 
 
 def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
@@ -48,10 +51,11 @@ def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
         "down": ("matvec", ((f,), (d, f), (d,)), ()),
         "head": ("normed_matvec", ((d,), (d,), (v, d)), (c.eps,)),
     }
-    for kind, size in (("bf16", 2), ("int8", 1)):
+    for kind, size in KINDS.items():
         for part, (fn, shapes, rest) in products.items():
-            make = partial(arguments, shapes, rest, quantized=size == 1)
-            yield f"{name} {kind} {part}", fn, size * sum(map(prod, shapes)), make
+            if kind != "int4" or part != "head":
+                make = partial(arguments, shapes, rest, kind)
+                yield f"{name} {kind} {part}", fn, int(size * sum(map(prod, shapes))), make
     for slots, length in ((384, 300), (1536, 1100), (6144, 4200), (6144, 300)):
         kv, seen = (slots, c.kv_heads, c.head_dim), torch.tensor([length - 1], device="cuda")
         make = partial(arguments, [(c.heads, c.head_dim), kv, kv], (seen, c.query_scale, c.attention_softcap))
@@ -74,7 +78,7 @@ def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
 def error(fn: str, given: tuple) -> float:
     """Relative to the norm of the result."""
     found = getattr(kernels, fn)(*given)
-    plain = [lowbit.dequantize(x) if isinstance(x, lowbit.Int8) else x for x in given]
+    plain = [lowbit.dequantize(x) if isinstance(x, lowbit.Quantized) else x for x in given]
     exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in plain]
     expected = getattr(kernels, f"{fn}_eager")(*exact)
     return float((found - expected).norm() / expected.norm())
@@ -82,10 +86,12 @@ def error(fn: str, given: tuple) -> float:
 
 def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth: float) -> None:
     copies = [make() for _ in range(max(2, ceil(400e6 / size)))]
-    w = next(x for x in copies[0][1:] if isinstance(x, lowbit.Int8) or (isinstance(x, Tensor) and x.dim() > 1))
-    w = w.values if isinstance(w, lowbit.Int8) else w
+    first = next(x for x in copies[0][1:] if not isinstance(x, Tensor) or x.dim() > 1)
+    w = first if isinstance(first, Tensor) else first.values
     line = f"\n{name}, {size / 1e6:.1f} MB: eager {microseconds(getattr(kernels, f'{fn}_eager'), copies):.1f} us"
-    if fn == "attend_one":
+    if isinstance(first, lowbit.Int4):  # which has nothing to choose
+        part, kind, tried, standard = "tile", Tile, "", Tile(64, 0, 0)
+    elif fn == "attend_one":
         part, kind, tried, standard = "chunk", Chunk, CHUNKS, kernels.chunk(len(w), 2)
     else:
         part, kind, tried, standard = "tile", Tile, TILES, kernels.tile(fn, len(w), w.shape[-1], w.element_size())
@@ -94,7 +100,7 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
             line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
     print(line)
     kept, times = getattr(kernels, part), {}
-    for setting in (standard, *(kind(*map(int, each.split())) for each in tried.split(", "))):
+    for setting in (standard, *(kind(*map(int, each.split())) for each in tried.split(", ") if each)):
         setattr(kernels, part, lambda *_, setting=setting: setting)
         wrong = error(fn, copies[0])
         assert wrong < 2**-6, f"{name}: {setting} is wrong by {wrong}"  # bf16, rounded three times

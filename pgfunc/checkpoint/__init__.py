@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from pgfunc import quant
+from pgfunc import paligemma, quant
 from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.checkpoint.files import write_json
@@ -43,6 +43,7 @@ def load(
     Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
     """
     where, kind = as_device(device), as_dtype(dtype)
+    first = torch.device("cpu") if where.type == "cuda" else where
     path = find(source)
     if path.is_dir():
         if config is not None:
@@ -50,13 +51,14 @@ def load(
         if (path / ADAPTER).exists() and not (path / CONFIG).exists():
             raise CheckpointError(f"{path}: a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base")
         cfg = read_config(path)
-        params = hf.load(path, cfg, kind, where, read_methods(path, cfg))
+        params = hf.load(path, cfg, kind, first, read_methods(path, cfg))
         tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)
     elif path.suffix == ".npz":
         cfg = named_config(config, path)
-        params = bigvision.load(path, cfg, kind, where)
+        params = bigvision.load(path, cfg, kind, first)
     else:
         raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a big_vision .npz")
+    params = paligemma.packed(params, where) if where.type == "cuda" else params
     params = params if quantize is None else quant.quantize(params, quantize)
     return Model(cfg, params, tokenizers.load(Path(tokenizer)) if tokenizer else None)
 

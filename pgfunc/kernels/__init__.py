@@ -3,7 +3,7 @@
 And the attention of a whole prompt, without a mask in memory. Each function is what its eager twin is, `<name>_eager`,
 a composition of `ops`, but that all is float32 until the result is cast, where the twin also rounds what lies between.
 They have no derivative, and a CUDA graph can capture them: none looks at a value on the host. Matrices are bf16, f16,
-f32 or `Int8`, with dense rows. Owns how the work is cut (`TILES`, `CHUNKS`, `SHARES`). The code of the kernels is in
+f32 or quantized, with dense rows. Owns how the work is cut (`TILES`, `CHUNKS`, `SHARES`). The code of the kernels is in
 `device`, and needs Triton, which a call imports.
 
 `block` puts them together, as operators for torch.compile; the model calls it where it `serves`.
@@ -12,7 +12,6 @@ Axes: d width, o outputs, i inputs, f hidden, v vocabulary, n heads, k kv heads,
 """
 
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc import ops
-from pgfunc.errors import DeviceError, SettingError
-from pgfunc.lowbit import Int8
+from pgfunc.kernels import int4
+from pgfunc.kernels.launch import code, dense, early
+from pgfunc.lowbit import Int4, Int8, Quantized
 
 
 class Tile(NamedTuple):
@@ -57,8 +57,8 @@ TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
 }
 # by the least number of slots
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))
-# queries and keys of a program of many tokens, and warps: of 4 bytes, of few queries in all, of many
-SHARES = ((32, 32, 4), (64, 64, 4), (128, 64, 8))
+# queries and keys of a program of many tokens, its warps and stages: of 4 bytes, of few queries in all, of many
+SHARES = ((32, 32, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2))
 COLUMNS = 64  # of a head of attention, joined by one program
 
 
@@ -88,11 +88,13 @@ def warps(size: int) -> int:
 
 # --- the functions, each beside its eager twin ------------------------------------------------------------------------
 
-Matrix = Float[Tensor, "o i"] | Int8
+Matrix = Float[Tensor, "o i"] | Quantized
 
 
 def matvec(x: Float[Tensor, "i"], w: Matrix, residual: Float[Tensor, "o"] | None = None) -> Float[Tensor, "o"]:
     """w · x, and the residual: the product is not rounded before it is added."""
+    if isinstance(w, Int4):
+        return int4.matvec(x, w, residual)
     values, scale = parts(w)
     dense(x, values)
     out = x.new_empty(len(values))
@@ -124,7 +126,9 @@ def add_normed(
     """residual + rms_norm(x)."""
     dense(x, residual, scale)
     out, size = torch.empty_like(x), power(len(x))
-    code().add_normed[(1,)](x, residual, scale, out, eps, D=len(x), BLOCK=size, num_warps=warps(size), **early(x))
+    code("device").add_normed[(1,)](
+        x, residual, scale, out, eps, D=len(x), BLOCK=size, num_warps=warps(size), **early(x)
+    )
     return out
 
 
@@ -150,13 +154,15 @@ def rotated_qkv(
 
     Each plane of q and k is turned by its angle.
     """
+    if isinstance(q, Int4) and isinstance(k, Int4) and isinstance(v, Int4):
+        return int4.rotated_qkv(x, scale, q, k, v, angles, k_buffer, v_buffer, length, eps)
     h = 2 * angles.shape[-1]
     (q_values, q_scale), (k_values, k_scale), (v_values, v_scale) = map(parts, (q, k, v))
     dense(x, scale, angles, q_values, k_values, v_values, k_buffer, v_buffer)
     heads, kv_heads, slots = len(q_values) // h, len(k_values) // h, len(k_buffer)
     out, cut = x.new_empty(heads, h), tile("rotated_qkv", len(q_values), len(x), q_values.element_size())
     rows = min(cut.rows, h // 2 & -(h // 2))  # of one head: a power of two that divides its planes
-    code().rotated_qkv[((heads + 2 * kv_heads) * h // 2 // rows,)](
+    code("device").rotated_qkv[((heads + 2 * kv_heads) * h // 2 // rows,)](
         x, scale, q_values, q_scale, k_values, k_scale, v_values, v_scale, angles, out, k_buffer, v_buffer, length,
         q_values.stride(0), k_values.stride(0), v_values.stride(0),
         *k_buffer.stride()[:2], *v_buffer.stride()[:2], slots, eps,
@@ -188,6 +194,8 @@ def geglu_matvec(
     x: Float[Tensor, "d"], scale: Float[Tensor, "d"], gate: Matrix, up: Matrix, eps: float
 ) -> Float[Tensor, "f"]:
     """gelu(gate · rms_norm(x)) times up · rms_norm(x). Neither product is rounded before, as the twin's are."""
+    if isinstance(gate, Int4) and isinstance(up, Int4):
+        return int4.geglu_matvec(x, scale, gate, up, eps)
     (g, g_scale), (u, u_scale) = parts(gate), parts(up)
     dense(x, scale, g, u)
     out = x.new_empty(len(g))
@@ -226,12 +234,12 @@ def attend_one(
     peaks, sums = q.new_empty(2, heads, count, dtype=torch.float32)
     parts, out = q.new_empty(heads, count, h, dtype=torch.float32), torch.empty_like(q)
     window, columns = window or slots, min(COLUMNS, power(h))
-    code().attend_chunk[(count, kv_heads)](
+    code("device").attend_chunk[(count, kv_heads)](
         q, k, v, length, peaks, sums, parts, *k.stride()[:2], *v.stride()[:2], slots, window, scale, cap,
         G=group, H=h, CHUNKS=count, CAP=cap > 0, CHUNK=share.keys,
         GROUP=power(group), HEAD=power(h), num_warps=share.warps, **early(q),
     )  # fmt: skip
-    code().attend_join[(heads, -(-h // columns))](
+    code("device").attend_join[(heads, -(-h // columns))](
         length, peaks, sums, parts, out, slots, window,
         H=h, CHUNKS=count, CHUNK=share.keys, PARTS=share.parts, COLUMNS=columns, num_warps=share.warps, **early(q),
     )  # fmt: skip
@@ -269,11 +277,12 @@ def attend_spans(
     dense(k, v)
     (rows, tokens, heads, h), (slots, kv_heads) = q.shape, k.shape[1:3]
     out, group = torch.empty_like(q), heads // kv_heads
-    queries, keys, count = SHARES[0 if q.element_size() > 2 else 1 if rows * kv_heads * tokens * group < 32768 else 2]
-    code().attend_spans[(-(-tokens * group // queries), rows * kv_heads)](
+    few = rows * kv_heads * tokens * group < 32768
+    queries, keys, count, stages = SHARES[0 if q.element_size() > 2 else 1 if few else 2]
+    code("device").attend_spans[(-(-tokens * group // queries), rows * kv_heads)](
         q, k, v, begin, end, out, *k.stride()[:3], *v.stride()[:3], tokens, slots, scale, cap,
         HEADS=heads, KV=kv_heads, G=group, H=h, HEAD=power(h), CAP=cap > 0,
-        QUERIES=queries, KEYS=keys, num_warps=count, num_stages=2,
+        QUERIES=queries, KEYS=keys, num_warps=count, num_stages=stages,
     )  # fmt: skip
     return out
 
@@ -294,24 +303,9 @@ def attend_spans_eager(
 # --- how they are launched --------------------------------------------------------------------------------------------
 
 
-def code() -> ModuleType:
-    try:
-        from pgfunc.kernels import device
-    except ImportError:
-        raise DeviceError("these kernels need Triton, which is not installed: pip install triton") from None
-    return device
-
-
 def parts(w: Matrix) -> tuple[Tensor, Tensor]:
     """A matrix and what its rows are multiplied by; of one that is not quantized this is not read."""
-    return w if isinstance(w, Int8) else (w, w)
-
-
-def dense(*tensors: Tensor) -> None:
-    """Raise SettingError where the elements of a row do not lie side by side, as the kernels read them."""
-    for x in tensors:
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise SettingError(f"strides {x.stride()} of a tensor of shape {tuple(x.shape)}, expected dense rows")
+    return (w, w) if isinstance(w, Tensor) else (w.values, w.scale)
 
 
 def launch(kernel: str, w: Tensor) -> Any:
@@ -319,11 +313,5 @@ def launch(kernel: str, w: Tensor) -> Any:
     outputs, inputs = w.shape
     cut = tile(kernel, outputs, inputs, w.element_size())
     settings = {"OUT": outputs, "D": inputs, "ROWS": cut.rows, "BLOCK": cut.block, "num_warps": cut.warps}
-    run = getattr(code(), kernel)[(-(-outputs // cut.rows),)]
+    run = getattr(code("device"), kernel)[(-(-outputs // cut.rows),)]
     return partial(run, **settings, SCALED=w.dtype == torch.int8, **early(w))
-
-
-def early(x: Tensor) -> dict[str, bool]:
-    """Whether a kernel may start while the one before still runs, as Triton wants to hear it: from Hopper on it may."""
-    able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}

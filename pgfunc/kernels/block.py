@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pgfunc import kernels, ops
+from pgfunc import kernels, lowbit, ops
 from pgfunc.config import TextConfig
 from pgfunc.kernels import Matrix
-from pgfunc.lowbit import Int8
+from pgfunc.lowbit import Int4, Int8
 from pgfunc.masks import Span
 
 TRITON = find_spec("triton") is not None
@@ -35,13 +35,20 @@ def possible(x: Tensor) -> bool:
 def serves(x: Float[Tensor, "*b d"], tap, weights: Any) -> bool:
     """Whether the kernels do it: for one token in compiled code on a GPU, without a tap or a gradient."""
     fits = x.shape[:-1] == (1, 1) and tap is ops.identity and torch.compiler.is_compiling() and possible(x)
-    return fits and all(w.dtype in (x.dtype, torch.int8) for w in pytree.tree_leaves(weights))
+    return fits and all(w.dtype in (x.dtype, torch.int8, torch.uint8) for w in pytree.tree_leaves(weights))
 
 
-def serves_layers(x: Float[Tensor, "b t d"], tap, layers: Sequence[Any]) -> bool:
-    """`serves`, of whole layers: matrices that are read together must be of one kind, plain or `Int8`."""
+def serves_layers(x: Float[Tensor, "b t d"], tap, layers: Sequence[Any], h: int) -> bool:
+    """`serves`, of whole layers with heads of a size.
+
+    Matrices that are read together must be of one kind; in 4 bits a head is some blocks of planes.
+    """
+    if not serves(x, tap, layers):
+        return False
     together = (group for p in layers for group in ((p.q, p.k, p.v), (p.gate, p.up)))
-    return serves(x, tap, layers) and all(len(set(map(type, group))) == 1 for group in together)
+    return all(len({lowbit.kind(w) for w in group}) == 1 for group in together) and (
+        h % (2 * lowbit.BLOCK) == 0 or not any(isinstance(p.q, Int4) for p in layers)
+    )
 
 
 def block(
@@ -124,10 +131,10 @@ _angles.register_fake(lambda positions, dim, theta: positions.new_empty(1, 1, di
 
 
 def rebuilt(leaves: Sequence[Tensor]) -> Iterator[Any]:
-    """The weights whose leaves these are, in their order: a matrix in int8 is followed by its scales."""
-    rest = iter(leaves)
+    """The weights whose leaves these are, in their order: a quantized matrix is followed by its scales."""
+    rest, kinds = iter(leaves), {torch.int8: Int8, torch.uint8: Int4}
     for leaf in rest:
-        yield Int8(leaf, next(rest)) if leaf.dtype == torch.int8 else leaf
+        yield kinds[leaf.dtype](leaf, next(rest)) if leaf.dtype in kinds else leaf
 
 
 def added(row: Float[Tensor, "d"], x: Float[Tensor, "i"], w: Matrix, norm: Tensor | None, eps: float) -> Tensor:

@@ -40,6 +40,20 @@ def test_decoding_by_the_kernels_equals_decoding_without(cfg, tokens, seed, quan
     params = bench.random_params(cfg, torch.float32, torch.device(DEVICE), seed)
     if quantized:
         params = pg.quant.quantize(params, "int8", [f"language.{pattern}" for pattern in quantized])
+    decode_both_ways(cfg, params, tokens, seed)
+
+
+@pytest.mark.parametrize("method", ["int4", "int4-32"])
+@torch.no_grad()
+def test_decoding_in_4_bits_by_the_kernels_equals_decoding_without(method):
+    vision = VisionConfig(width=16, layers=1, heads=2, hidden=16, image_size=28, patch=14)
+    text = TextConfig(128, width=128, layers=2, heads=2, kv_heads=1, head_dim=128, hidden=256, query_scale=0.1)
+    cfg = pg.Config(vision, text, image=128)
+    params = bench.random_params(cfg, torch.float32, torch.device(DEVICE))
+    decode_both_ways(cfg, pg.quant.quantize(params, method), 3, 0)
+
+
+def decode_both_ways(cfg: pg.Config, params: pg.Params, tokens: int, seed: int) -> None:
     prompt = bench.random_prompt(cfg, 1, tokens, torch.device(DEVICE), seed)
     logits, cache = pg.prefill(params, prompt, cfg, 5)
     token = pg.sample.greedy(logits)
@@ -49,11 +63,11 @@ def test_decoding_by_the_kernels_equals_decoding_without(cfg, tokens, seed, quan
         mine, other = cache, cache
         for step in range(3):
             for name in ("serves", "serves_layers"):
-                patch.setattr(block, name, lambda x, tap, weights: True)
+                patch.setattr(block, name, lambda *given: True)
             fast, mine = pg.decode(params, token, mine, cfg)
             assert len(called) == cfg.text.layers * (step + 1)
             for name in ("serves", "serves_layers"):
-                patch.setattr(block, name, lambda x, tap, weights: False)
+                patch.setattr(block, name, lambda *given: False)
             slow, other = pg.decode(params, token, other, cfg)
             torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
@@ -72,7 +86,7 @@ def test_compiled_each_layer_is_one_operator_that_writes_the_buffers_where_they_
     token = pg.sample.greedy(logits)
     expected, _ = pg.decode(params, token, cache, cfg)
     for name in ("serves", "serves_layers"):
-        monkeypatch.setattr(block, name, lambda x, tap, weights: torch.compiler.is_compiling())
+        monkeypatch.setattr(block, name, lambda *given: torch.compiler.is_compiling())
     step = pg.jit(pg.decode, donate="cache")
     (found, _), code = run_and_get_code(step, params, token, cache, cfg)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from pgfunc import kernels, lowbit
 from pgfunc.errors import SettingError
-from pgfunc.kernels import Chunk, Tile
+from pgfunc.kernels import Chunk, Tile, int4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -24,7 +24,10 @@ pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(
 
 profile = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 # on a GPU every new size is compiled
-cases = settings(max_examples=200 if profile == "deep" else 15, deadline=None, derandomize=profile == "ci")
+cases, few = (
+    settings(max_examples=200 if profile == "deep" else count, deadline=None, derandomize=profile == "ci")
+    for count in (15, 5)
+)
 
 if INTERPRETED:
     from triton.runtime import interpreter
@@ -113,7 +116,7 @@ def matrix(seed: int, dtype: torch.dtype, o: int, i: int, quantized: bool) -> ke
 
 def exact(w: kernels.Matrix) -> np.ndarray:
     """The matrix in float64; in the dtype of the scales it would be rounded."""
-    return wide(w) if isinstance(w, torch.Tensor) else wide(w.values) * wide(w.scale)[:, None]
+    return wide(w if isinstance(w, torch.Tensor) else lowbit.dequantize(w._replace(scale=w.scale.double())))
 
 
 def product(w: kernels.Matrix, x: np.ndarray, wrong: float | np.ndarray = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -256,7 +259,7 @@ def test_attention_of_many_tokens_sees_what_their_spans_hold(seed, dtype, sizes,
         for buffer in (k, v):
             buffer[row, int(end[row].max()) :] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "SHARES", [(16, data.draw(st.sampled_from([16, 32])), 4)] * 3)
+        patch.setattr(kernels, "SHARES", [(16, data.draw(st.sampled_from([16, 32])), 4, 2)] * 3)
         found = kernels.attend_spans(q, k, v, begin, end, h**-0.5, cap)
     for row in range(rows):
         for token in range(tokens):
@@ -266,6 +269,57 @@ def test_attention_of_many_tokens_sees_what_their_spans_hold(seed, dtype, sizes,
                 continue
             parts = q[row, token], k[row].nan_to_num(), v[row].nan_to_num()
             within(found[row, token], *attention(*parts, last, h**-0.5, cap, last - first))
+
+
+methods = st.sampled_from(["int4", "int4-64", "int4-32"])
+
+
+def error_of_levels(w: lowbit.Int4, x: np.ndarray) -> np.ndarray:
+    """How wrong a sum may be in which 128 and a level stand for each weight, and 136 scales are subtracted."""
+    scale = np.abs(wide(w.scale[..., 0])).T.repeat(len(x) // len(w.scale), 1)
+    return (280 * scale) @ np.abs(x) * (len(x) + 16) * FLOAT32
+
+
+@few
+@given(seeds, dtypes, st.sampled_from([128, 384]), st.sampled_from([64, 192]), methods, st.sampled_from([4, 32]))
+def test_products_in_4_bits(seed, dtype, d, o, method, steps):
+    x, scale, residual = normal(seed, dtype, d), normal(seed + 1, dtype, d), normal(seed + 2, dtype, o)
+    gate, up = (lowbit.quantize(normal(seed + i, dtype, o, d) * d**-0.5, method) for i in (3, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        sizes, lanes = int4.sizes, max(16, 1 << (d // steps - 1).bit_length())
+        patch.setattr(int4, "sizes", lambda w: sizes(w) | {"STEPS": steps, "LANES": lanes, "num_warps": 4})
+        expected, error = product(gate, wide(x))
+        error = error + error_of_levels(gate, wide(x)) + FLOAT32 * np.abs(expected + wide(residual))
+        within(kernels.matvec(x, gate, residual), expected + wide(residual), error)
+        x = x.abs()  # or the norm's error would be that of a difference
+        parts = [product(w, *normed(x, scale)) for w in (gate, up)]
+        (g, g_error), (u, u_error) = (
+            (p, e + error_of_levels(w, normed(x, scale)[0].__abs__() * 3))
+            for w, (p, e) in zip((gate, up), parts, strict=True)
+        )
+        gelu = g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+        error = 1.13 * g_error * (np.abs(u) + u_error) + np.abs(gelu) * u_error + 2.0**-20 * np.abs(g * u)
+        within(kernels.geglu_matvec(x, scale, gate, up, EPS), gelu * u, error)
+
+
+@few
+@given(seeds, dtypes, st.sampled_from([(4, 2), (3, 1)]), st.sampled_from([64, 128]), st.integers(0, 5))
+def test_rotated_qkv_in_4_bits_is_that_of_the_weights_they_stand_for(seed, dtype, heads, half, length):
+    (n, kv), d = heads, 256
+    x, scale = normal(seed, dtype, d), normal(seed + 1, dtype, d)
+    small = [
+        lowbit.quantize(normal(seed + i, dtype, c * 2 * half, d) * d**-0.5, "int4")
+        for i, c in ((2, n), (3, kv), (4, kv))
+    ]
+    angles, where = normal(seed + 5, torch.float32, 1, 1, half), torch.tensor([length], device=DEVICE)
+    mine = [normal(seed + i, dtype, 5, kv, 2 * half) for i in (6, 7)]
+    other = [buffer.double() for buffer in mine]
+    plain = [lowbit.dequantize(w._replace(scale=w.scale.double())) for w in small]
+    found = kernels.rotated_qkv(x, scale, *small, angles, *mine, where, EPS)
+    if length < 5:
+        expected = kernels.rotated_qkv_eager(x.double(), scale.double(), *plain, angles, *other, where, EPS)
+        limit = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close((found, *mine), (expected, *other), rtol=limit, atol=limit, check_dtype=False)
 
 
 def calls(quantized: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:

@@ -37,6 +37,7 @@ from pgfunc import replay
 from pgfunc.arguments import Arguments, Kind, as_input, shape
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
+from pgfunc.ops import transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,15 +70,17 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     """`fn`, compiled: the same arguments, the same results, without gradients.
 
     `fn` is a pure function of trees of tensors. What else is among its arguments (a config, a number) is fixed in the
-    code, which is compiled once for each combination of those with the tensors' shapes, strides and dtypes; what it
-    closes over is fixed when it is first called. `donate` names an argument that is a `Cache`, of which `fn` returns
-    the continuation as one of its results: it appends behind the length of each row and leaves the rest alone, so rows
-    are reordered outside. Caches have `bucket(slots)` slots in compiled code, so that prompts of many lengths share it;
-    one that was not made by compiled code is copied whenever it is continued. A row must have room: beyond it, what
-    happens is up to the device.
+    code, which is compiled once for each combination of those with the tensors' shapes, strides and dtypes and with
+    PyTorch's own settings; what it closes over is fixed when it is first called.
+
+    `donate` names an argument that is a `Cache`, of which `fn` returns the continuation as one of its results: it
+    appends behind the length of each row and leaves the rest alone, so rows are reordered outside. Caches have
+    `bucket(slots)` slots in compiled code, so that prompts of many lengths share it; one that was not made by compiled
+    code is copied whenever it is continued. A row must have room: beyond it, what happens is up to the device.
 
     Raises SettingError where `fn` has no such argument, or does not return a continuation, or is seen to change what
-    stands before its length: it runs once as it is before it is compiled, on the first arguments.
+    stands before its length: it runs once as it is before it is compiled, on the first arguments. A call within a
+    transform of torch.func is one too.
     """
     return Jitted(fn, donate)
 
@@ -110,6 +113,10 @@ class Jitted(Generic[P, R]):
             return self._call(*args, **kwargs)
 
     def _call(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if transformed():
+            raise SettingError(
+                "compiled code cannot be transformed by vmap, grad or jvp; transform what goes into pg.jit"
+            )
         given, cache = dict(self.signature.bind(*args, **kwargs).arguments), None
         if self.donate is not None:
             cache = given.pop(self.donate, ())
@@ -125,7 +132,10 @@ class Jitted(Generic[P, R]):
         donated = [] if cache is None else [*buffers(cache), as_input(cache.length)]
         if donated:
             fresh.append(range(len(tensors) + len(donated) - 1, len(tensors) + len(donated)))  # the length
-        key = tuple((name, argument.kind) for name, argument in read.items()), tuple(map(shape, donated))
+        key = (
+            tuple((name, argument.kind) for name, argument in read.items()), tuple(map(shape, donated)),
+            repeated(tensors + donated), surroundings(),
+        )  # fmt: skip
         run = self._compiled.get(key)
         if run is None:
             if cache is not None:
@@ -168,7 +178,8 @@ def compiled(fn, donate: str | None, kinds: dict[str, Kind]) -> Callable:
             old.copy_(after)  # inductor leaves nothing of it but the writing of the new slots
         return pytree.tree_map(lambda x: CACHE if x is new else x, results, is_leaf=lambda x: x is new), new.length
 
-    return whole(body)
+    # all that torch.compile would compare before each call, which takes longer than a layer, is in the key
+    return whole(body, {"guard_filter_fn": lambda guards: [False] * len(guards)})
 
 
 def regional(fn, kinds: dict[str, Kind]) -> Callable:
@@ -188,10 +199,23 @@ def regional(fn, kinds: dict[str, Kind]) -> Callable:
     return body
 
 
-def whole(fn: Callable) -> Callable:
+def whole(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
     """The function, compiled without a break. Torch keeps a few versions of a code object, so it has one of its own."""
     copy = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    return torch.compile(copy, dynamic=False, fullgraph=True)
+    return torch.compile(copy, dynamic=False, fullgraph=True, options=options)
+
+
+def repeated(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Which tensors are which, where some are the same: code for two that are one is not that for two."""
+    ids = [*map(id, tensors)]
+    return () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
+
+
+def surroundings() -> tuple[Any, ...]:
+    """What else code is compiled for: the settings of PyTorch that change what operations do."""
+    autocast = (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+    exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return *autocast, *exact, torch.get_default_dtype(), torch.get_num_threads()
 
 
 def continuation(results: Any) -> Cache:

@@ -287,6 +287,33 @@ def test_lengths_and_positions_share_the_code_and_batches_settings_and_buckets_d
     assert mine.compilations == compiled["unique_graphs"] - before == 4
 
 
+def test_code_for_one_tensor_twice_is_not_code_for_two():
+    add = pg.jit(lambda x, y: 2 * x + y)
+    one, other = torch.tensor([1.0]), torch.tensor([5.0])
+    assert [add(one, one).item(), add(one, other).item(), add(other, other).item()] == [3.0, 7.0, 15.0]
+    assert add.compilations == 2
+
+
+def test_code_is_for_the_settings_of_pytorch_that_it_met():
+    product = pg.jit(lambda x: x @ x)
+    x = torch.eye(4)
+    assert product(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(x).dtype == torch.bfloat16
+    assert product(x).dtype == torch.float32
+    assert product.compilations == 2
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.vmap, torch.func.grad, lambda fn: lambda x: torch.func.jvp(fn, (x,), (x,))]
+)
+def test_compiled_code_says_that_it_cannot_be_transformed(transform):
+    with pytest.raises(
+        SettingError, match=r"cannot be transformed by vmap, grad or jvp; transform what goes into pg\.jit"
+    ):
+        transform(pg.jit(lambda x: (x * x).sum()))(torch.ones(3))
+
+
 @given(st.integers(0, 10**6))
 def test_a_bucket_holds_what_was_asked_for_and_wastes_a_third_at_most(slots):
     size = bucket(slots)

@@ -83,7 +83,7 @@ class Replayed:
 
     def captured(self, tensors: list[Tensor]) -> Captured:
         with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
-            own = {i: narrow(tensors[i]).clone() for i in self.moving}
+            own = {i: twin(narrow(tensors[i])) for i in self.moving}
         inputs = [own[i].expand(x.shape) if i in own else x for i, x in enumerate(tensors)]
         self.fn(inputs)  # whatever must be compiled or tuned for these must not be so during the capture
         replay, results = capture(self.fn, inputs)
@@ -107,9 +107,12 @@ class Replayed:
 
 def narrow(x: Tensor) -> Tensor:
     """The part of an expanded tensor that is in memory."""
-    return x[
-        tuple(slice(None) if stride or size < 2 else slice(1) for size, stride in zip(x.shape, x.stride(), strict=True))
-    ]
+    return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
+
+
+def twin(x: Tensor) -> Tensor:
+    """A copy with the same strides, also where a clone would be dense."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 @torch.no_grad()

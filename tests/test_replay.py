@@ -64,6 +64,16 @@ def test_inputs_that_come_anew_are_copied_from_the_second_call_on_wherever_they_
     assert graphs == {"captured": 1, "replayed": 3}
 
 
+@pytest.mark.parametrize("cut", [lambda x: x[:, ::2], lambda x: x.T, lambda x: x[:1].expand(4, -1)])
+def test_copies_have_the_strides_of_what_they_are_copies_of(graphs, cut):
+    strides, run = [], replay.Replayed(lambda tensors: strides.append(tensors[0].stride()) or tensors[0] + 1, few=1.0)
+    for i in range(4):
+        x = cut(torch.arange(24.0).view(4, 6) * i)
+        assert torch.equal(run([x], new=[[0]]), x + 1)
+    assert set(strides) == {x.stride()}
+    assert graphs["captured"] == 1
+
+
 def test_few_bytes_are_copied_and_more_are_not():
     """A batch of pictures moves from call to call, and weights stay until there are others."""
     run = replay.Replayed(mixed)

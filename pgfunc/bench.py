@@ -23,7 +23,7 @@ from pgfunc import paligemma, tree
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.floors import Machine, Work, decode_work, floor, prefill_work, vision_work
-from pgfunc.generate import advance, compiled_advance, complete
+from pgfunc.generate import advance, compiled_advance, compiled_begin, complete
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, fits
 from pgfunc.sample import Settings, greedy
@@ -135,15 +135,16 @@ def random_params(cfg: Config, dtype: torch.dtype, device: torch.device, seed: i
     """
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(path: str, leaf: Tensor) -> Tensor:
-        out = torch.empty(leaf.shape, dtype=dtype, device=device)
-        if leaf.dim() < 2:
-            return out.fill_(float(path.endswith("_scale")))
-        std = leaf[0].numel() ** -0.5 * (0.05 if path == "language.embed" else 1)
-        return out.normal_(std=std, generator=generator)
+    def draw(path: str, room: Tensor) -> Tensor:
+        if room.dim() < 2:
+            return room.fill_(float(path.endswith("_scale")))
+        std = room[0].numel() ** -0.5 * (0.05 if path == "language.embed" else 1)
+        return room.normal_(std=std, generator=generator)
 
-    params = tree.map_with_path(draw, paligemma.abstract(cfg))
-    return paligemma.packed(params, device) if device.type == "cuda" else params
+    abstract = tree.map(lambda leaf: leaf.to(dtype), paligemma.abstract(cfg))
+    if device.type == "cuda":
+        return tree.map_with_path(draw, paligemma.packed(abstract, device))
+    return tree.map_with_path(draw, tree.map(lambda leaf: torch.empty_like(leaf, device=device), abstract))
 
 
 def random_prompt(cfg: Config, batch: int, tokens: int, device: torch.device, seed: int = 0) -> Prompt:
@@ -236,7 +237,7 @@ def generate_stage(model: Model, prompt: Prompt, case: Case, machine: Machine, c
 
     It makes a cache of its own size, as `generate` does.
     """
-    params, cfg, before = model.params, model.cfg, compiled_advance.compilations
+    params, cfg, before = model.params, model.cfg, compilations()
     u = torch.zeros(case.batch, case.tokens, dtype=torch.float64)
     work = [prefill_work(params, cfg, case.batch, case.prompt_tokens), *decode_works(params, cfg, case)]
 
@@ -244,7 +245,12 @@ def generate_stage(model: Model, prompt: Prompt, case: Case, machine: Machine, c
         complete(model, prompt, GREEDY, u, compiled)
 
     done = stage("generate", whole, work, machine, params.projector.device, case.repeat)
-    return done._replace(compiled=compiled, compilations=compiled_advance.compilations - before)
+    return done._replace(compiled=compiled, compilations=compilations() - before)
+
+
+def compilations() -> int:
+    """Of what `generate` compiles."""
+    return compiled_begin.compilations + compiled_advance.compilations
 
 
 def decode_works(params: Params, cfg: Config, case: Case) -> list[Work]:

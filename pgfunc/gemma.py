@@ -84,7 +84,7 @@ def unembed(
         rows = slice(rows.start, rows.stop)
     head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of an Int8
     if kernel_block.serves(x, tap, head):
-        logits = kernel_block.head(x, p.norm, head, cfg.eps)
+        logits = kernel_block.head(x, p.norm, head, cfg.eps, made=isinstance(rows, Tensor))
     else:
         logits = linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), head)
     logits = widen(logits)

@@ -52,9 +52,9 @@ def generate(
 ) -> list[Completion]:
     """Complete each row; `images` and `prefixes` as in `prepare`, but rows may have different numbers of pictures.
 
-    Temperature 0 is greedy. `compile` makes machine code of the decode step (`jit`), once for each batch size, bucket
-    of lengths and settings: worth it for many tokens. Raises SettingError for a setting outside its range and
-    PromptError for a prompt that does not fit.
+    Temperature 0 is greedy. `compile` makes machine code of the decode step, on a GPU of the prompt too (`jit`): once
+    for each batch size, bucket of lengths and settings, worth it for many tokens. Raises SettingError for a setting
+    outside its range and PromptError for a prompt that does not fit.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
 

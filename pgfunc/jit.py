@@ -71,7 +71,10 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
 
     `fn` is a pure function of trees of tensors. What else is among its arguments (a config, a number) is fixed in the
     code, which is compiled once for each combination of those with the tensors' shapes, strides and dtypes and with
-    PyTorch's own settings; what it closes over is fixed when it is first called.
+    PyTorch's own settings; what it closes over is fixed when that is done.
+
+    Where `fn` has an argument `wrap`, and donates nothing, it is compiled a block at a time: it is given a `wrap` to
+    apply to the functions that it calls for each layer, which compiles them, and runs as it is around them.
 
     `donate` names an argument that is a `Cache`, of which `fn` returns the continuation as one of its results: it
     appends behind the length of each row and leaves the rest alone, so rows are reordered outside. Caches have
@@ -79,8 +82,8 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     code is copied whenever it is continued. A row must have room: beyond it, what happens is up to the device.
 
     Raises SettingError where `fn` has no such argument, or does not return a continuation, or is seen to change what
-    stands before its length: it runs once as it is before it is compiled, on the first arguments. A call within a
-    transform of torch.func is one too.
+    stands before its length: it runs once as it is before it is compiled, on the first arguments. So does a call within
+    a transform of torch.func, or one that gives `wrap`.
     """
     return Jitted(fn, donate)
 
@@ -118,6 +121,8 @@ class Jitted(Generic[P, R]):
                 "compiled code cannot be transformed by vmap, grad or jvp; transform what goes into pg.jit"
             )
         given, cache = dict(self.signature.bind(*args, **kwargs).arguments), None
+        if self.blocks and "wrap" in given:
+            raise SettingError("wrap is given by pg.jit, to compile a block at a time; leave it out")
         if self.donate is not None:
             cache = given.pop(self.donate, ())
             if not isinstance(cache, Cache):
@@ -178,7 +183,7 @@ def compiled(fn, donate: str | None, kinds: dict[str, Kind]) -> Callable:
             old.copy_(after)  # inductor leaves nothing of it but the writing of the new slots
         return pytree.tree_map(lambda x: CACHE if x is new else x, results, is_leaf=lambda x: x is new), new.length
 
-    # all that torch.compile would compare before each call, which takes longer than a layer, is in the key
+    # torch.compile would compare all inputs before each call, which takes longer than a layer: they are in the key
     return whole(body, {"guard_filter_fn": lambda guards: [False] * len(guards)})
 
 
@@ -194,7 +199,8 @@ def regional(fn, kinds: dict[str, Kind]) -> Callable:
     def body(tensors: list[Tensor]):
         rest = iter(tensors)
         given = {name: kind.rebuilt([next(rest) for _ in kind.shapes]) for name, kind in kinds.items()}
-        return fn(**given, wrap=wrap), ()
+        with torch._dynamo.config.patch(recompile_limit=1000):  # a tap has code of its own in each layer
+            return fn(**given, wrap=wrap), ()
 
     return body
 
@@ -202,6 +208,7 @@ def regional(fn, kinds: dict[str, Kind]) -> Callable:
 def whole(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
     """The function, compiled without a break. Torch keeps a few versions of a code object, so it has one of its own."""
     copy = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    copy.__kwdefaults__ = fn.__kwdefaults__
     return torch.compile(copy, dynamic=False, fullgraph=True, options=options)
 
 
@@ -215,7 +222,7 @@ def surroundings() -> tuple[Any, ...]:
     """What else code is compiled for: the settings of PyTorch that change what operations do."""
     autocast = (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
     exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return *autocast, *exact, torch.get_default_dtype(), torch.get_num_threads()
+    return *autocast, *exact, torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
 
 
 def continuation(results: Any) -> Cache:

@@ -80,8 +80,7 @@ def cached(length: Int[Tensor, "b"], tokens: int, slots: int, size: int) -> Mask
 
 def spans(seen: Masks) -> Masks:
     """The masks of rows that have their valid tokens first, where all that a query sees stands together."""
-    if isinstance(seen.full, Span):
-        return seen
+    assert isinstance(seen.full, Tensor)
     end = seen.full.sum(-1)
     window = Span(end - seen.window.sum(-1), end) if isinstance(seen.window, Tensor) else ()
     return Masks(Span(torch.zeros_like(end), end), window)

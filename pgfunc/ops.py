@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pgfunc import lowbit, tree
+from pgfunc import lowbit
 from pgfunc.lowbit import Int8, Quantized
 
 T = TypeVar("T")
@@ -53,22 +53,47 @@ def linear(
     return out if bias is None else out + bias
 
 
+def beside(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of tensors of one dtype that differ in their first axis alone, one behind another in the memory of a
+    device; of meta tensors, room for them."""
+    sizes = [len(x) for x in tensors]
+    copies = tensors[0].new_empty(sum(sizes), *tensors[0].shape[1:], device=device).split(sizes)
+    for copy, x in zip(copies, tensors, strict=True):
+        if not x.is_meta:
+            copy.copy_(x)
+    return list(copies)
+
+
+def together(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The one tensor, a view, that tensors are which `beside` made; None for others."""
+    first, ends = tensors[0], [x.data_ptr() + x.nbytes for x in tensors]
+    alike = all(x.shape[1:] == first.shape[1:] and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
+    behind = all(x.data_ptr() == end for x, end in zip(tensors[1:], ends[:-1], strict=True))
+    shared = all(x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for x in tensors)
+    if not (alike and behind and shared):
+        return None
+    size = sum(len(x) for x in tensors), *first.shape[1:]
+    return first.as_strided(size, torch.empty(size, device="meta").stride())
+
+
 def linears(
     x: Float[Tensor, "*b i"], weights: Sequence[Any], biases: Sequence[Tensor] = ()
 ) -> tuple[Float[Tensor, "*b _"], ...]:
-    """`linear` of one x by several matrices. In compiled code for GPUs one product, where `tree.beside` put them."""
-    plain = all(isinstance(w, Tensor) for w in weights)
-    if plain and x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled() and not transformed():
+    """`linear` of one x by several matrices. In compiled code for GPUs one product, where `beside` put them."""
+    simple = all(isinstance(w, Tensor) for w in weights)
+    if simple and x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled() and not transformed():
         return torch.ops.pgfunc.linears(x, weights, biases).split([len(w) for w in weights], -1)
     return tuple(linear(x, *each) for each in zip(weights, *([biases] if biases else []), strict=True))
 
 
 @torch.library.custom_op("pgfunc::linears", mutates_args=())
 def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    w, bias = tree.together(weights), tree.together(biases) if biases else None
-    if w is None:  # or they would be copied for each product
-        return torch.cat([linear(x, *each) for each in zip(weights, *([biases] if biases else []), strict=True)], -1)
-    return F.linear(x, w, torch.cat(tuple(biases)) if biases and bias is None else bias)
+    w, bias = together(weights), together(biases) if biases else None
+    with torch.autocast(x.device.type, enabled=False):
+        if w is None:  # or they would be copied for each product
+            pairs = zip(weights, *([biases] if biases else []), strict=True)
+            return torch.cat([linear(x, *each) for each in pairs], -1)
+        return F.linear(x, w, torch.cat(tuple(biases)) if biases and bias is None else bias)
 
 
 _linears.register_fake(lambda x, weights, biases: x.new_empty(*x.shape[:-1], sum(len(w) for w in weights)))

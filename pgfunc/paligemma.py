@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pgfunc import gemma, masks, siglip, tree
+from pgfunc import gemma, masks, ops, siglip, tree
 from pgfunc.cache import Cache, pad
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
@@ -63,22 +63,23 @@ def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Para
 def packed(params: Params, device: torch.device) -> Params:
     """The parameters on a device, with those beside one another that meet the same vectors: q, k and v, gate and up.
 
-    Compiled code for GPUs makes one product of them. They are copies; quantized ones stay apart.
+    Compiled code for GPUs makes one product of them. They are copies; quantized ones stay apart. Of parameters on the
+    meta device, room for them.
     """
 
     def pack(layer: T, *groups: str) -> T:
         for names in map(str.split, groups):
             parts = [getattr(layer, name) for name in names]
             if all(isinstance(part, Tensor) for part in parts):
-                layer = layer._replace(**dict(zip(names, tree.beside(parts, device), strict=True)))
-        return tree.map(lambda leaf: leaf.to(device), layer)
+                layer = layer._replace(**dict(zip(names, ops.beside(parts, device), strict=True)))
+        return layer
 
     vision = tuple(pack(layer, "q k v", "q_bias k_bias v_bias") for layer in params.vision.layers)
     language = tuple(pack(layer, "q k v", "gate up") for layer in params.language.layers)
     params = params._replace(
         vision=params.vision._replace(layers=vision), language=params.language._replace(layers=language)
     )
-    return tree.map(lambda leaf: leaf.to(device), params)
+    return tree.map(lambda leaf: torch.empty_like(leaf, device=device) if leaf.is_meta else leaf.to(device), params)
 
 
 def encode_images(

@@ -64,7 +64,8 @@ class Replayed:
         self.stays = True  # whether results are where graphs are
 
     def __call__(self, tensors: list[Tensor], new: Iterable[Iterable[int]] = ()) -> Any:
-        """What `fn` gives. `new` are inputs, together, that change places also where they lie as the last ones did."""
+        """What `fn` gives. `new` are groups of inputs, an argument each, that are others than those of the last call,
+        even if they lie in the same places: such a group is copied as a whole, or not at all."""
         key, seen = self.look(tensors, new)
         if key not in self.graphs:
             if not (seen and self.stays):
@@ -93,7 +94,9 @@ class Replayed:
         """Where the inputs lie that are not copied, and whether they lay there at the last call."""
         places, last = [x.data_ptr() for x in tensors], self.last or [0] * len(tensors)
         changed = {i for i, (now, before) in enumerate(zip(places, last, strict=True)) if now != before}
-        groups = [group for each in (*new, *([i] for i in changed)) if (group := {*each} - self.written - self.moving)]
+        together = [{*each} for each in new]
+        alone = [{i} for i in changed.difference(*together)]
+        groups = [group for each in together + alone if (group := each - self.written - self.moving)]
         if self.last and groups:
             size = {i: x.nbytes for i, x in enumerate(tensors)}
             room = self.few * sum(size.values())

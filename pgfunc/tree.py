@@ -65,25 +65,6 @@ def unstack(tree: T) -> list[T]:
     ]
 
 
-def beside(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Copies on a device of tensors that differ in their first axis alone, one behind another in memory."""
-    sizes = [len(x) for x in tensors]
-    copies = tensors[0].new_empty(sum(sizes), *tensors[0].shape[1:], device=device).split(sizes)
-    for copy, x in zip(copies, tensors, strict=True):
-        copy.copy_(x)
-    return list(copies)
-
-
-def together(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The one tensor, a view, that tensors are which lie one behind another in memory; None where they do not."""
-    first, ends = tensors[0], [x.data_ptr() + x.nbytes for x in tensors]
-    behind = all(x.data_ptr() == end for x, end in zip(tensors[1:], ends[:-1], strict=True))
-    shared = all(x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for x in tensors)
-    if not (behind and shared and all(x.is_contiguous() for x in tensors)):
-        return None
-    return first.as_strided((sum(len(x) for x in tensors), *first.shape[1:]), first.stride())
-
-
 def count(tree: Any) -> int:
     """The number of elements in all leaves."""
     return sum(leaf.numel() for leaf in pytree.tree_leaves(tree))

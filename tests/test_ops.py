@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgfunc import ops, tree
+from pgfunc import ops
 
 seeds = st.integers(0, 2**31)
 
@@ -119,8 +119,30 @@ def test_one_product_for_several_matrices_is_their_products(beside, together, bi
     """The operator that compiled code for GPUs calls, wherever the matrices and the biases lie."""
     weights, biases = [torch.randn(rows, 5) for rows in (3, 1, 4)], [torch.randn(rows) for rows in (3, 1, 4)]
     x, here = torch.randn(2, 3, 5), torch.device("cpu")
-    given = tree.beside(weights, here) if beside else weights
-    added = (tree.beside(biases, here) if together else biases) if biased else []
+    given = ops.beside(weights, here) if beside else weights
+    added = (ops.beside(biases, here) if together else biases) if biased else []
     found = torch.ops.pgfunc.linears(x, given, added).split([3, 1, 4], -1)
     torch.testing.assert_close(found, ops.linears(x, weights, biases if biased else ()))
     torch.library.opcheck(torch.ops.pgfunc.linears.default, (x, weights, added))
+
+
+def test_tensors_beside_one_another_are_one_and_others_are_not():
+    parts = [torch.randn(rows, 3) for rows in (2, 1, 4)]
+    beside = ops.beside(parts, torch.device("cpu"))
+    together = ops.together(beside)
+    assert together is not None
+    assert torch.equal(together, torch.cat(parts))
+    assert together.data_ptr() == beside[0].data_ptr()
+    assert all(torch.equal(*pair) for pair in zip(parts, beside, strict=True))
+    whole = torch.randn(6, 3)
+    assert torch.equal(ops.together([whole[::2][:1], whole[1:3]]), whole[:3])  # a row alone may have any stride
+    others = [
+        parts,
+        beside[::-1],
+        beside[::2],
+        [whole[:2], whole[3:]],
+        [whole.T[:1], whole.T[1:]],
+        [whole[0], whole[1:]],
+    ]
+    for other in others:
+        assert ops.together(other) is None

@@ -328,11 +328,11 @@ def test_packed_parameters_are_the_same_and_lie_beside_one_another(name):
         for pair in zip(pg.tree.flatten(given).values(), pg.tree.flatten(packed).values(), strict=True)
     )
     for layer in packed.language.layers:
-        assert pg.tree.together((layer.q, layer.k, layer.v)) is not None
-        assert pg.tree.together((layer.gate, layer.up)) is not None
+        assert ops.together((layer.q, layer.k, layer.v)) is not None
+        assert ops.together((layer.gate, layer.up)) is not None
     for layer in packed.vision.layers:
-        assert pg.tree.together((layer.q, layer.k, layer.v)) is not None
-        assert pg.tree.together((layer.q_bias, layer.k_bias, layer.v_bias)) is not None
+        assert ops.together((layer.q, layer.k, layer.v)) is not None
+        assert ops.together((layer.q_bias, layer.k_bias, layer.v_bias)) is not None
     small = quant.quantize(given, "int8")
     again = paligemma.packed(small, torch.device("cpu"))
     assert quant.methods(again) == quant.methods(small)

@@ -74,6 +74,16 @@ def test_copies_have_the_strides_of_what_they_are_copies_of(graphs, cut):
     assert graphs["captured"] == 1
 
 
+def test_other_weights_are_another_graph_and_none_of_them_is_copied(graphs):
+    run = replay.Replayed(lambda tensors: torch.stack([x.sum() for x in tensors]))
+    trees = [[torch.full((size,), float(seed)) for size in (1, 2, 3, 50, 60)] for seed in range(2)]
+    for seed in (0, 0, 1, 1, 0, 1):
+        found = run([torch.tensor([7.0]), *trees[seed]], new=[[0], range(1, 6)])
+        assert found.tolist() == [7.0, *(x.sum().item() for x in trees[seed])]
+    assert run.moving == {0}
+    assert graphs["captured"] == 2
+
+
 def test_few_bytes_are_copied_and_more_are_not():
     """A batch of pictures moves from call to call, and weights stay until there are others."""
     run = replay.Replayed(mixed)

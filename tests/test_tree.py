@@ -38,16 +38,3 @@ def test_count_and_bytes():
     leaves = {"a": torch.zeros(2, 3), "b": (torch.zeros(4, dtype=torch.bfloat16), ())}
     assert tree.count(leaves) == 10
     assert tree.nbytes(leaves) == 24 + 8
-
-
-def test_tensors_beside_one_another_are_one_and_others_are_not():
-    parts = [torch.randn(rows, 3) for rows in (2, 1, 4)]
-    beside = tree.beside(parts, torch.device("cpu"))
-    together = tree.together(beside)
-    assert together is not None
-    assert torch.equal(together, torch.cat(parts))
-    assert together.data_ptr() == beside[0].data_ptr()
-    assert all(torch.equal(*pair) for pair in zip(parts, beside, strict=True))
-    whole = torch.randn(6, 3)
-    for other in (parts, beside[::-1], beside[::2], [whole[:2], whole[3:]], [whole.T[:1], whole.T[1:]]):
-        assert tree.together(other) is None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pgfunc import ops
 from pgfunc.kernels import int4
-from pgfunc.kernels.launch import code, dense, early
+from pgfunc.kernels.launch import code, dense, early, shared_memory
 from pgfunc.lowbit import Int4, Int8, Quantized
 
 
@@ -44,6 +44,16 @@ class Chunk(NamedTuple):
     parts: int
 
 
+class Share(NamedTuple):
+    """What a program of many tokens does: so many queries, over so many keys at a time, by so many warps, with the keys
+    and values of some stages under way."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
 # for each kernel, and the same on int8, by the least outputs and the least inputs: the first that fits (H100)
 TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "matvec": ((0, 8192, Tile(1, 1024, 4)), (0, 0, Tile(2, 1024, 1))),
@@ -57,8 +67,10 @@ TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
 }
 # by the least number of slots
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))
-# queries and keys of a program of many tokens, its warps and stages: of 4 bytes, of few queries in all, of many
-SHARES = ((32, 32, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2))
+# of many tokens, by the least number of queries in all
+SHARES: tuple[tuple[int, Share], ...] = (
+    (32768, Share(64, 64, 8, 2)), (0, Share(32, 64, 8, 2)), (0, Share(32, 32, 4, 2)), (0, Share(16, 16, 4, 1)),
+)  # fmt: skip
 COLUMNS = 64  # of a head of attention, joined by one program
 
 
@@ -74,6 +86,12 @@ def chunk(slots: int, size: int) -> Chunk:
     """The share of the keys for a cache of so many slots, of numbers of `size` bytes. A benchmark puts another here."""
     found = next(chunk for least, chunk in CHUNKS if slots >= least)
     return found._replace(keys=max(16, found.keys * 2 // size))  # float32 takes twice the shared memory
+
+
+def share(queries: int, row: int, room: float) -> Share:
+    """The first share for so many queries that has room in shared memory, in bytes; a key has `row` of them."""
+    fitting = (each for least, each in SHARES if queries >= least)
+    return next((each for each in fitting if (each.queries + 2 * each.stages * each.keys) * row <= room), SHARES[-1][1])
 
 
 def power(size: int) -> int:
@@ -95,11 +113,11 @@ def matvec(x: Float[Tensor, "i"], w: Matrix, residual: Float[Tensor, "o"] | None
     """w · x, and the residual: the product is not rounded before it is added."""
     if isinstance(w, Int4):
         return int4.matvec(x, w, residual)
-    values, scale = parts(w)
+    values, scale = scaled(w)
     dense(x, values)
     out = x.new_empty(len(values))
-    run = launch("matvec", values)
-    run(x, values, scale, x if residual is None else residual, out, values.stride(0), ADD=residual is not None)
+    given, add = (x, False) if residual is None else (residual, True)
+    launch("matvec", values)(x, values, scale, given, out, values.stride(0), ADD=add, **early(x))
     return out
 
 
@@ -107,12 +125,15 @@ def matvec_eager(x: Float[Tensor, "i"], w: Matrix, residual: Float[Tensor, "o"] 
     return ops.linear(x, w) if residual is None else residual + ops.linear(x, w)
 
 
-def normed_matvec(x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Matrix, eps: float) -> Float[Tensor, "o"]:
-    """w · rms_norm(x)."""
-    values, by = parts(w)
+def normed_matvec(
+    x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Matrix, eps: float, made: bool = False
+) -> Float[Tensor, "o"]:
+    """w · rms_norm(x). Of a w that was `made` just before nothing is asked for early."""
+    values, by = scaled(w)
     dense(x, scale, values)
     out = x.new_empty(len(values))
-    launch("normed_matvec", values)(x, scale, values, by, out, values.stride(0), eps)
+    when = {"EARLY": False} if made else early(x)
+    launch("normed_matvec", values)(x, scale, values, by, out, values.stride(0), eps, **when)
     return out
 
 
@@ -154,11 +175,12 @@ def rotated_qkv(
 
     Each plane of q and k is turned by its angle.
     """
+    dense(angles, k_buffer, v_buffer)
     if isinstance(q, Int4) and isinstance(k, Int4) and isinstance(v, Int4):
         return int4.rotated_qkv(x, scale, q, k, v, angles, k_buffer, v_buffer, length, eps)
     h = 2 * angles.shape[-1]
-    (q_values, q_scale), (k_values, k_scale), (v_values, v_scale) = map(parts, (q, k, v))
-    dense(x, scale, angles, q_values, k_values, v_values, k_buffer, v_buffer)
+    (q_values, q_scale), (k_values, k_scale), (v_values, v_scale) = map(scaled, (q, k, v))
+    dense(x, scale, q_values, k_values, v_values)
     heads, kv_heads, slots = len(q_values) // h, len(k_values) // h, len(k_buffer)
     out, cut = x.new_empty(heads, h), tile("rotated_qkv", len(q_values), len(x), q_values.element_size())
     rows = min(cut.rows, h // 2 & -(h // 2))  # of one head: a power of two that divides its planes
@@ -196,10 +218,10 @@ def geglu_matvec(
     """gelu(gate · rms_norm(x)) times up · rms_norm(x). Neither product is rounded before, as the twin's are."""
     if isinstance(gate, Int4) and isinstance(up, Int4):
         return int4.geglu_matvec(x, scale, gate, up, eps)
-    (g, g_scale), (u, u_scale) = parts(gate), parts(up)
+    (g, g_scale), (u, u_scale) = scaled(gate), scaled(up)
     dense(x, scale, g, u)
     out = x.new_empty(len(g))
-    launch("geglu_matvec", g)(x, scale, g, g_scale, u, u_scale, out, g.stride(0), u.stride(0), eps)
+    launch("geglu_matvec", g)(x, scale, g, g_scale, u, u_scale, out, g.stride(0), u.stride(0), eps, **early(x))
     return out
 
 
@@ -277,12 +299,11 @@ def attend_spans(
     dense(k, v)
     (rows, tokens, heads, h), (slots, kv_heads) = q.shape, k.shape[1:3]
     out, group = torch.empty_like(q), heads // kv_heads
-    few = rows * kv_heads * tokens * group < 32768
-    queries, keys, count, stages = SHARES[0 if q.element_size() > 2 else 1 if few else 2]
-    code("device").attend_spans[(-(-tokens * group // queries), rows * kv_heads)](
+    cut = share(rows * kv_heads * tokens * group, power(h) * q.element_size(), shared_memory(q))
+    code("device").attend_spans[(-(-tokens * group // cut.queries), rows * kv_heads)](
         q, k, v, begin, end, out, *k.stride()[:3], *v.stride()[:3], tokens, slots, scale, cap,
         HEADS=heads, KV=kv_heads, G=group, H=h, HEAD=power(h), CAP=cap > 0,
-        QUERIES=queries, KEYS=keys, num_warps=count, num_stages=stages,
+        QUERIES=cut.queries, KEYS=cut.keys, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
 
@@ -303,7 +324,7 @@ def attend_spans_eager(
 # --- how they are launched --------------------------------------------------------------------------------------------
 
 
-def parts(w: Matrix) -> tuple[Tensor, Tensor]:
+def scaled(w: Matrix) -> tuple[Tensor, Tensor]:
     """A matrix and what its rows are multiplied by; of one that is not quantized this is not read."""
     return (w, w) if isinstance(w, Tensor) else (w.values, w.scale)
 
@@ -314,4 +335,4 @@ def launch(kernel: str, w: Tensor) -> Any:
     cut = tile(kernel, outputs, inputs, w.element_size())
     settings = {"OUT": outputs, "D": inputs, "ROWS": cut.rows, "BLOCK": cut.block, "num_warps": cut.warps}
     run = getattr(code("device"), kernel)[(-(-outputs // cut.rows),)]
-    return partial(run, **settings, SCALED=w.dtype == torch.int8, **early(w))
+    return partial(run, **settings, SCALED=w.dtype == torch.int8)

@@ -28,8 +28,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def possible(x: Tensor) -> bool:
-    """Whether kernels can do something with this: on a GPU, without a gradient."""
-    return TRITON and x.is_cuda and x.dtype in DTYPES and not torch.is_grad_enabled() and not ops.transformed()
+    """Whether kernels can do something with this: on a GPU of Nvidia's, without a gradient."""
+    here = TRITON and x.is_cuda and torch.version.hip is None and x.dtype in DTYPES
+    return here and not torch.is_grad_enabled() and not ops.transformed()
 
 
 def serves(x: Float[Tensor, "*b d"], tap, weights: Any) -> bool:
@@ -67,9 +68,11 @@ def block(
     return x, (k, v)
 
 
-def head(x: Float[Tensor, "1 1 d"], norm: Float[Tensor, "d"], w: Matrix, eps: float) -> Float[Tensor, "1 1 v"]:
-    """The final norm and the product with the head."""
-    return torch.ops.pgfunc.head(x, norm, pytree.tree_leaves(w), eps)
+def head(
+    x: Float[Tensor, "1 1 d"], norm: Float[Tensor, "d"], w: Matrix, eps: float, made: bool
+) -> Float[Tensor, "1 1 v"]:
+    """The final norm and the product with the head; `made` where its rows were put together just before."""
+    return torch.ops.pgfunc.head(x, norm, pytree.tree_leaves(w), eps, made)
 
 
 def rotation(positions: Int[Tensor, "1 1"], dim: int, theta: float) -> Float[Tensor, "1 1 half"]:
@@ -109,9 +112,9 @@ def _block(
 
 
 @torch.library.custom_op("pgfunc::head", mutates_args=())
-def _head(x: Tensor, norm: Tensor, w: Sequence[Tensor], eps: float) -> Tensor:
+def _head(x: Tensor, norm: Tensor, w: Sequence[Tensor], eps: float, made: bool) -> Tensor:
     (matrix,) = rebuilt(w)
-    return rearrange(kernels.normed_matvec(x[0, 0], norm, matrix, eps), "v -> 1 1 v")
+    return rearrange(kernels.normed_matvec(x[0, 0], norm, matrix, eps, made), "v -> 1 1 v")
 
 
 @torch.library.custom_op("pgfunc::angles", mutates_args=())
@@ -125,7 +128,7 @@ def _attend_spans(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, s
 
 
 _block.register_fake(lambda x, *rest: torch.empty_like(x))
-_head.register_fake(lambda x, norm, w, eps: x.new_empty(1, 1, len(w[0])))
+_head.register_fake(lambda x, norm, w, eps, made: x.new_empty(1, 1, len(w[0])))
 _attend_spans.register_fake(lambda q, *rest: q.new_empty(q.shape))
 _angles.register_fake(lambda positions, dim, theta: positions.new_empty(1, 1, dim // 2, dtype=torch.float32))
 

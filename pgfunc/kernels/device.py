@@ -6,7 +6,7 @@ beyond the last are the last again, and are not written. Knows nothing about PyT
 
 With EARLY (Hopper's programmatic dependent launch) a kernel starts while the one before it still runs. Every program
 waits in `awaited` before it reads what a kernel made or writes anything, so that what a kernel after it finds is that
-all before are done. Above stands what none of these kernels makes: weights are asked for, and lengths and angles read.
+all before are done. Above stands what was made long before: weights are asked for, and lengths read.
 """
 
 import os
@@ -127,6 +127,13 @@ def two_normed_products(
 
 @triton.jit
 @no_type_check
+def gelu(x):
+    """The tanh form: (1 + tanh(y)) / 2 = sigmoid(2y), and 1.5957691 is twice the square root of 2/π."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+@no_type_check
 def scales(places, rows, SCALED: tl.constexpr):
     """What the rows of a matrix in 8 bits are multiplied by: 1 for one that is not."""
     return tl.load(places + rows).to(tl.float32) if SCALED else 1.0
@@ -214,13 +221,13 @@ def rotated_qkv(
     first = tl.program_id(0) * ROWS
     head, plane = first // HALF, first % HALF + tl.arange(0, ROWS)
     slot = tl.load(length)
-    w, w_scale, stride, start_head, place, room = q, q_scale, q_stride, 0, out + head * 2 * HALF, slot >= 0
+    w, w_scale, stride, start_head, place, room = q, q_scale, q_stride, 0, out + head * 2 * HALF, slot == slot
     if head >= HEADS:
         w, w_scale, stride, start_head = k, k_scale, k_stride, HEADS
-        place, room = k_buffer + slot * k_slot + (head - HEADS) * k_head, slot < slots
+        place, room = k_buffer + slot * k_slot + (head - HEADS) * k_head, (slot >= 0) & (slot < slots)
     if head >= HEADS + KV:
         w, w_scale, stride, start_head = v, v_scale, v_stride, HEADS + KV
-        place, room = v_buffer + slot * v_slot + (head - HEADS - KV) * v_head, slot < slots
+        place, room = v_buffer + slot * v_slot + (head - HEADS - KV) * v_head, (slot >= 0) & (slot < slots)
     rows = (head - start_head) * 2 * HALF + plane
     one_by, two_by = scales(w_scale, rows, SCALED), scales(w_scale, rows + HALF, SCALED)
     one, two = two_normed_products(x, scale, w, stride, rows, w, stride, rows + HALF, eps, D, ROWS, BLOCK, EARLY)
@@ -242,9 +249,7 @@ def geglu_matvec(
     g_by, u_by = scales(gate_scale, rows, SCALED), scales(up_scale, rows, SCALED)
     g, u = two_normed_products(x, scale, gate, gate_stride, rows, up, up_stride, rows, eps, D, ROWS, BLOCK, EARLY)
     g, u = g * g_by, u * u_by
-    # (1 + tanh(y)) / 2 = sigmoid(2y); 1.5957691 is twice the square root of 2/π
-    found = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
-    tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
+    tl.store(out + rows, (gelu(g) * u).to(out.dtype.element_ty), mask=mine)
 
 
 @triton.jit

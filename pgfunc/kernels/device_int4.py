@@ -14,7 +14,7 @@ from typing import no_type_check  # the shape checks of the tests must not wrap 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from pgfunc.kernels.device import awaited
+from pgfunc.kernels.device import awaited, gelu
 
 AHEAD = tl.constexpr(8)  # steps, of which the words are asked for at once
 
@@ -25,6 +25,13 @@ def level(words, p: tl.constexpr):
     """128 + the level in bits 4 p to 4 p + 3: below the exponent of 2**7 one unit is bit 16."""
     bits = words << (16 - 4 * p) if p < 4 else words >> (4 * p - 16)
     return ((bits & 0xF0000) | 0x43000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def outputs(n, p: tl.constexpr):
+    """Of a block, those that the words have in bits 4 p to 4 p + 3."""
+    return 64 * n + 4 * tl.arange(0, 8) + p // 2 + 32 * (p % 2)
 
 
 @triton.jit
@@ -58,7 +65,7 @@ def walk(w, n, start, D: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
 @triton.jit
 @no_type_check
 def products(
-    x, norm, w, scales, n, words, outputs,
+    x, norm, w, scales, n, words, count,
     D: tl.constexpr, GROUP: tl.constexpr, NORMED: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The products of a block of outputs with x, or with x times 1 + the scale of its norm, as a tuple of 8 times [8];
@@ -85,8 +92,7 @@ def products(
     group = inputs(0, GROUP, STEPS, LANES) // GROUP
     found = ()
     for p in tl.static_range(8):
-        out = 64 * n + 4 * tl.arange(0, 8) + p // 2 + 32 * (p % 2)
-        place = scales + (group[:, None].to(tl.int64) * outputs + out[None, :]) * 2
+        place = scales + (group[:, None].to(tl.int64) * count + outputs(n, p)[None, :]) * 2
         live = (group < D // GROUP)[:, None]
         scale = tl.load(place, mask=live, other=0.0).to(tl.float32)
         zero = tl.load(place + 1, mask=live, other=0.0).to(tl.float32) - 136 * scale
@@ -106,7 +112,7 @@ def matvec(
     awaited(EARLY)
     found, _ = products(x, x, w, scales, n, words, OUT, D, GROUP, False, STEPS, LANES)
     for p in tl.static_range(8):
-        place = 64 * n + 4 * tl.arange(0, 8) + p // 2 + 32 * (p % 2)
+        place = outputs(n, p)
         value = found[p]
         if ADD:
             value += tl.load(residual + place).to(tl.float32)
@@ -129,9 +135,7 @@ def geglu_matvec(
     inverse = tl.rsqrt(squares / D + eps)
     for p in tl.static_range(8):
         g, u = gates[p] * inverse, ups[p] * inverse
-        # (1 + tanh(y)) / 2 = sigmoid(2y); 1.5957691 is twice the square root of 2/π
-        value = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
-        tl.store(out + 64 * n + 4 * tl.arange(0, 8) + p // 2 + 32 * (p % 2), value.to(out.dtype.element_ty))
+        tl.store(out + outputs(n, p), (gelu(g) * u).to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -145,13 +149,13 @@ def rotated_qkv(
     """64 planes of one head of q, k or v, see `device.rotated_qkv`."""
     head, block = tl.program_id(0) // (HALF // 64), tl.program_id(0) % (HALF // 64)
     slot = tl.load(length)
-    w, scales, rows, start_head, place, room = q, q_scales, HEADS * 2 * HALF, 0, out + head * 2 * HALF, slot >= 0
+    w, scales, rows, start_head, place, room = q, q_scales, HEADS * 2 * HALF, 0, out + head * 2 * HALF, slot == slot
     if head >= HEADS:
         w, scales, rows, start_head = k, k_scales, KV * 2 * HALF, HEADS
-        place, room = k_buffer + slot * k_slot + (head - HEADS) * k_head, slot < slots
+        place, room = k_buffer + slot * k_slot + (head - HEADS) * k_head, (slot >= 0) & (slot < slots)
     if head >= HEADS + KV:
         w, scales, start_head = v, v_scales, HEADS + KV
-        place, room = v_buffer + slot * v_slot + (head - HEADS - KV) * v_head, slot < slots
+        place, room = v_buffer + slot * v_slot + (head - HEADS - KV) * v_head, (slot >= 0) & (slot < slots)
     n = (head - start_head) * (2 * HALF // 64) + block
     words = walk(w, n, 0, D, GROUP, STEPS, LANES)
     awaited(EARLY)
@@ -160,7 +164,7 @@ def rotated_qkv(
     two, _ = products(x, norm, w, scales, n + HALF // 64, words, rows, D, GROUP, True, STEPS, LANES)
     inverse = tl.rsqrt(squares / D + eps)
     for p in tl.static_range(8):
-        plane = 64 * block + 4 * tl.arange(0, 8) + p // 2 + 32 * (p % 2)
+        plane = outputs(block, p)
         angle = tl.where(head < HEADS + KV, tl.load(angles + plane), 0.0)
         cos, sin = tl.cos(angle) * inverse, tl.sin(angle) * inverse
         tl.store(place + plane, (one[p] * cos - two[p] * sin).to(out.dtype.element_ty), mask=room)

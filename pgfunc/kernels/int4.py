@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pgfunc.kernels.launch import code, dense, early
+from pgfunc.kernels.launch import code, early
 from pgfunc.lowbit import BLOCK, Int4
 
 
-def words(w: Int4) -> Int[Tensor, "n i word"]:
-    """8 levels in a number each."""
-    return w.values.view(torch.int32)
+def dense(w: Int4) -> tuple[Int[Tensor, "n i word"], Float[Tensor, "g o z"]]:
+    """The levels, 8 in a number each, and scales; where a matrix is a part of another, copies."""
+    return w.values.contiguous().view(torch.int32), w.scale.contiguous()
 
 
 def sizes(w: Int4) -> dict[str, int]:
@@ -31,7 +31,7 @@ def matvec(x: Float[Tensor, "i"], w: Int4, residual: Float[Tensor, "o"] | None) 
     out = x.new_empty(outputs)
     given = x if residual is None else residual
     code("device_int4").matvec[(outputs // BLOCK,)](
-        x, words(w), w.scale, given, out, OUT=outputs, ADD=residual is not None, **settings
+        x, *dense(w), given, out, OUT=outputs, ADD=residual is not None, **settings
     )
     return out
 
@@ -42,7 +42,14 @@ def geglu_matvec(
     outputs, settings = gate.scale.shape[1], sizes(gate) | early(x)
     out = x.new_empty(outputs)
     code("device_int4").geglu_matvec[(outputs // BLOCK,)](
-        x, scale, words(gate), gate.scale, words(up), up.scale, out, eps, OUT=outputs, **settings
+        x,
+        scale,
+        *dense(gate),
+        *dense(up),
+        out,
+        eps,
+        OUT=outputs,
+        **settings,
     )
     return out
 
@@ -59,12 +66,11 @@ def rotated_qkv(
     length: Int[Tensor, "1"],
     eps: float,
 ) -> Float[Tensor, "n h"]:
-    dense(k_buffer, v_buffer, angles)
     h = 2 * angles.shape[-1]
     heads, kv_heads = q.scale.shape[1] // h, k.scale.shape[1] // h
     out = x.new_empty(heads, h)
     code("device_int4").rotated_qkv[((heads + 2 * kv_heads) * h // 2 // BLOCK,)](
-        x, scale, words(q), q.scale, words(k), k.scale, words(v), v.scale, angles, out, k_buffer, v_buffer, length,
+        x, scale, *dense(q), *dense(k), *dense(v), angles, out, k_buffer, v_buffer, length,
         *k_buffer.stride()[:2], *v_buffer.stride()[:2], len(k_buffer), eps,
         HEADS=heads, KV=kv_heads, HALF=h // 2, **sizes(q), **early(x),
     )  # fmt: skip

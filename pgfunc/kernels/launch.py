@@ -28,3 +28,8 @@ def early(x: Tensor) -> dict[str, bool]:
     """Whether a kernel may start while the one before still runs, as Triton wants to hear it: from Hopper on it may."""
     able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
+
+
+def shared_memory(x: Tensor) -> float:
+    """The bytes that a program may have in the shared memory of the device."""
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else float("inf")

@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgfunc as pg
+from pgfunc import bench
 from pgfunc.errors import SettingError
+from pgfunc.generate import begin, bucketed
 from pgfunc.jit import Jitted, bucket
+from pgfunc.sample import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 LIMIT = {"atol": 1e-5, "rtol": 1e-4}  # float32, sums in another order
@@ -287,6 +290,43 @@ def test_lengths_and_positions_share_the_code_and_batches_settings_and_buckets_d
     assert mine.compilations == compiled["unique_graphs"] - before == 4
 
 
+def test_a_prompt_is_compiled_a_block_at_a_time_however_many_layers_there_are(cfg, weights):
+    deep = replace(cfg, text=replace(cfg.text, layers=12))
+    many = weights._replace(language=weights.language._replace(layers=weights.language.layers * 4))
+    given, counted = prompt(cfg, [3, 2], [0, 1]), torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    start = pg.jit(pg.prefill)
+    for seen in (given, prompt(cfg, [2, 3], [1, 0], seed=5)):
+        close(start(many, seen, deep, 4), pg.prefill(many, seen, deep, 4))
+    assert start.compilations == 1
+    assert counted["unique_graphs"] - before == 3  # of vision, of the language model, and of its last layer
+
+
+def test_a_tap_has_code_of_its_own_in_each_of_many_layers(cfg, weights):
+    def edit(name, x):
+        return 2 * x if name == "language.8.mlp_out" else x
+
+    deep = replace(cfg, text=replace(cfg.text, layers=9))
+    many = weights._replace(language=weights.language._replace(layers=weights.language.layers * 3))
+    given = prompt(cfg, [3], [0])
+    close(pg.jit(pg.prefill)(many, given, deep, 4, tap=edit), pg.prefill(many, given, deep, 4, tap=edit))
+
+
+def test_prompts_that_are_padded_begin_as_they_are_and_share_the_code(cfg, weights):
+    start = pg.jit(begin)
+    for tokens, size in ((1, 4), (9, 30), (16, 12)):
+        given, u = bench.random_prompt(cfg, 1, tokens, torch.device("cpu"), seed=tokens), torch.zeros(1)
+        padded, room = bucketed(given, size, cfg)
+        token, likely, cache = start(weights, padded, cfg, room, Settings(), u)
+        expected = begin(weights, given, cfg, size, Settings(), u)
+        assert torch.equal(token, expected[0])
+        close(likely, expected[1])
+        assert torch.equal(cache.length, expected[2].length)
+        assert cache.slots == bucket(cache.slots) >= expected[2].slots
+        close(pg.decode(weights, token, cache, cfg)[0], pg.decode(weights, token, expected[2], cfg)[0])
+    assert start.compilations == 1
+
+
 def test_code_for_one_tensor_twice_is_not_code_for_two():
     add = pg.jit(lambda x, y: 2 * x + y)
     one, other = torch.tensor([1.0]), torch.tensor([5.0])
@@ -323,6 +363,11 @@ def test_a_bucket_holds_what_was_asked_for_and_wastes_a_third_at_most(slots):
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_wrap_is_not_the_callers(cfg, weights):
+    with pytest.raises(SettingError, match=r"wrap is given by pg\.jit, to compile a block at a time; leave it out"):
+        pg.jit(pg.prefill)(weights, prompt(cfg, [3], [0]), cfg, 4, wrap=lambda part: part)
 
 
 def test_mistakes_are_named(cfg, weights):

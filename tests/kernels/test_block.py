@@ -109,5 +109,7 @@ def test_the_operators_say_what_they_do(quantized):
     layer = weights((16,), (32, 16), (16, 16), (16, 16), (16, 32), (16,), (24, 16), (24, 16), (16, 24))
     check, ours = torch.library.opcheck, torch.ops.pgfunc
     check(ours.block.default, (x, layer, angles, k.clone(), v.clone(), positions[0], 1e-6, 0.3, 0.0, 0))
-    check(ours.head.default, (x, *weights((16,)), weights((96, 16)), 1e-6))
+    check(ours.head.default, (x, *weights((16,)), weights((96, 16)), 1e-6, False))
+    q, begin, end = torch.randn(1, 3, 4, 8, device=DEVICE), torch.zeros_like(positions), positions + 1
+    check(ours.attend_spans.default, (q, k, v, begin.expand(1, 3), end.expand(1, 3), 0.3, 0.0))
     check(ours.angles.default, (positions, 8, 1e4))

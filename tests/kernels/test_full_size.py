@@ -42,14 +42,14 @@ def prompt_attention(name: str, dtype: torch.dtype, rows: int, tokens: int) -> t
     return q, k, v, span.begin, span.end, c.query_scale, c.attention_softcap
 
 
-def calls(name: str, dtype: torch.dtype = torch.bfloat16, quantized: bool = False) -> dict[str, tuple]:
+def calls(name: str, dtype: torch.dtype = torch.bfloat16, method: str = "") -> dict[str, tuple]:
     """Arguments of every function, for one layer and the head."""
     c = pg.PUBLISHED[name].text
     d, f, nh, kh = c.width, c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
 
     def matrix(o: int, i: int):
         w = normal(o, i, dtype=dtype)
-        return lowbit.quantize(w, "int8") if quantized else w
+        return lowbit.quantize(w, "int8" if o == c.vocab else method) if method else w
 
     x, scale, turn = normal(d, dtype=dtype), normal(d, dtype=dtype), torch.rand(1, 1, c.head_dim // 2, device="cuda")
     buffers = normal(2 * 700, c.kv_heads, c.head_dim, dtype=dtype).split(700)
@@ -70,7 +70,7 @@ def check(name: str, given: tuple) -> None:
     limit = LIMITS[given[0].dtype]
     exact = [
         x.double() if isinstance(x, torch.Tensor) and x.is_floating_point()
-        else lowbit.dequantize(x._replace(scale=x.scale.double())) if isinstance(x, lowbit.Int8) else x
+        else lowbit.dequantize(x._replace(scale=x.scale.double())) if isinstance(x, lowbit.Quantized) else x
         for x in given
     ]  # fmt: skip
     if name == "attend_one":  # a weight of 0 times nan is nan
@@ -82,11 +82,11 @@ def check(name: str, given: tuple) -> None:
         assert (found - expected).norm() < limit * expected.norm(), name
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("method", ["", "int8", "int4"])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_equals_its_twin_in_float64(name, quantized):
+def test_each_equals_its_twin_in_float64(name, method):
     for dtype in LIMITS:
-        for part, given in calls(name, dtype, quantized).items():
+        for part, given in calls(name, dtype, method).items():
             check(part, given)
 
 

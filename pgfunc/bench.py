@@ -23,7 +23,7 @@ from pgfunc import paligemma, tree
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.floors import Machine, Work, decode_work, floor, prefill_work, vision_work
-from pgfunc.generate import advance, compiled_advance, compiled_begin, complete
+from pgfunc.generate import advance, bucketed, compiled_advance, compiled_begin, complete
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, fits
 from pgfunc.sample import Settings, greedy
@@ -195,7 +195,8 @@ def load_stage(
 
 @torch.no_grad()
 def stages(model: Model, case: Case, machine: Machine) -> Iterator[Stage]:
-    """Vision, prefill, decode and generate on a random prompt, one after another; the last two also compiled."""
+    """Vision, prefill, decode and generate on a random prompt, one after another; the last two also compiled, on a GPU
+    prefill too."""
     case.check(model.cfg)
     model = model._replace(cfg=replace(model.cfg, eos=-1))  # nothing ends before its time
     params, cfg, device = model.params, model.cfg, model.params.projector.device
@@ -210,9 +211,26 @@ def stages(model: Model, case: Case, machine: Machine) -> Iterator[Stage]:
     yield stage("vision", encode, [vision_work(params, cfg, case.batch)], machine, device, case.repeat)
     work = [prefill_work(params, cfg, case.batch, case.prompt_tokens)]
     yield stage("prefill", prefill, work, machine, device, case.repeat)
+    if case.compile and device.type == "cuda":  # where `generate` compiles it
+        yield compiled_prefill_stage(model, prompt, case, machine)
     for measured in (decode_stage, generate_stage):
         for compiled in (False, True) if case.compile else (False,):
             yield measured(model, prompt, case, machine, compiled)
+
+
+def compiled_prefill_stage(model: Model, prompt: Prompt, case: Case, machine: Machine) -> Stage:
+    """The prompt as `generate` begins with it compiled: padded, and with the choice of the first token."""
+    params, cfg, device, before = model.params, model.cfg, model.params.projector.device, compiled_begin.compilations
+    u = torch.zeros(case.batch, dtype=torch.float64, device=device)
+
+    def begin() -> None:
+        padded, size = bucketed(prompt, case.tokens, cfg)
+        compiled_begin(params, padded, cfg, size, GREEDY, u)
+
+    first, work = timed(begin, device), [prefill_work(params, cfg, case.batch, case.prompt_tokens)]
+    begin()  # captures
+    done = stage("prefill", begin, work, machine, device, case.repeat)
+    return done._replace(compiled=True, first=first, compilations=compiled_begin.compilations - before)
 
 
 def decode_stage(model: Model, prompt: Prompt, case: Case, machine: Machine, compiled: bool) -> Stage:

@@ -41,7 +41,9 @@ def bench(
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to generate.")] = 128,
     slots: Annotated[int | None, unset("--slots", help="Of the cache, for decode; else as many as get filled.")] = None,
     repeat: Annotated[int, typer.Option("--repeat", help="Runs of each stage, after one that warms up.")] = 5,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Decode and generate compiled too.")] = True,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Decode and generate compiled too, prefill on a GPU.")
+    ] = True,
     threads: Annotated[int | None, unset("--threads", help="Of the CPU; else PyTorch's choice.")] = None,
     device: options.Device = None,
     dtype: Dtype = None,
@@ -79,7 +81,8 @@ def bench(
         } | asdict(case) | {"slots": case.length(cfg) + case.room(cfg)} | machine._asdict()  # fmt: skip
         loaded, first = measuring.load_stage(make, where, machine, 1 if drawn else repeat, "draw" if drawn else "load")
         rest = measuring.stages(loaded, case, machine)
-        bar = tqdm(rest, desc="measuring", unit="stage", total=6 if compile else 4, leave=False, disable=None)
+        count = 4 + compile * (3 if where.type == "cuda" else 2)
+        bar = tqdm(rest, desc="measuring", unit="stage", total=count, leave=False, disable=None)
         stages = [first, *bar]
     if as_json:
         print(json.dumps(about | {"stages": [record(stage) for stage in stages]}))

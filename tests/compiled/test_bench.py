@@ -20,3 +20,13 @@ def test_one_compilation_serves_decode_and_generate():
     eager, compiled = stages[2:4]
     assert compiled.first > 10 * max(compiled.seconds), "the first step compiles, and no other does"
     assert eager.first == 0
+
+
+def test_a_prompt_is_measured_as_generate_begins_with_it():
+    cfg = CONFIGS["gemma"]
+    model, case, machine = pg.Model(cfg, params(cfg), None), bench.Case(tokens=4, repeat=2), floors.Machine(1e10, 1e11)
+    given = bench.random_prompt(cfg, 1, case.prompt_tokens, model.params.projector.device)
+    done = bench.compiled_prefill_stage(model, given, case, machine)
+    assert (done.name, done.compiled, done.compilations, len(done.seconds)) == ("prefill", True, 1, 2)
+    assert done.first > max(done.seconds)
+    assert done.floor == floors.floor([floors.prefill_work(model.params, cfg, 1, case.prompt_tokens)], machine)

@@ -26,7 +26,7 @@ profile = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 # on a GPU every new size is compiled
 cases, few = (
     settings(max_examples=200 if profile == "deep" else count, deadline=None, derandomize=profile == "ci")
-    for count in (15, 5)
+    for count in ((8, 3) if profile == "ci" else (15, 5))
 )
 
 if INTERPRETED:

@@ -48,7 +48,7 @@ def test_json_holds_every_figure_and_they_agree(run, folder):
     assert hardware
     assert torch_version == torch.__version__
     assert found == {
-        "model": str(folder), "dtype": "float32", "device": "cpu", "threads": torch.get_num_threads(),
+        "model": str(folder), "dtype": "float32", "quantize": None, "device": "cpu", "threads": torch.get_num_threads(),
         "image_tokens": 4, "batch": 2, "prompt_tokens": 3, "tokens": 4, "slots": 20, "repeat": 2, "compile": False,
         "bandwidth": 2e9, "rate": 3e10,
     }  # fmt: skip
@@ -84,6 +84,21 @@ def test_a_published_name_draws_its_weights(run, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("source", ["--config", "--model"])
+def test_quantized_weights_are_fewer_bytes_to_read(run, folder, monkeypatch, source):
+    monkeypatch.setitem(pg.PUBLISHED, "paligemma-3b-224", CONFIGS["gemma"])
+    name = "paligemma-3b-224" if source == "--config" else str(folder)
+    read = []
+    for more in ((), ("--quantize", "int8")):
+        status, out, _ = run(source, name, "--dtype", "bfloat16", "--json", *more, *FEW)
+        assert status == 0
+        read.append({stage["stage"]: stage["bytes"] for stage in json.loads(out)["stages"]})
+    plain, small = read
+    assert small["vision"] == plain["vision"]
+    assert small["decode"] < plain["decode"]
+    assert ", int8 in bfloat16, batch 1" in run(source, name, "--dtype", "bfloat16", *more, *FEW)[1]
+
+
 def test_threads_are_pytorchs(run, folder, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
@@ -102,6 +117,8 @@ MISTAKES = {
     ("--device", "cuda:99"): "device cuda:99 is not there",
     ("--device", "meta"): "device meta has shapes",
     ("--dtype", "int8"): "dtype is int8",
+    ("--quantize", "int3"): "quantize is 'int3'",
+    ("--config", "paligemma-3b-224", "--quantize", "int3"): "quantize is 'int3'",
     ("--model", "nowhere"): "nowhere: no such file",
 }
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import pgfunc as pg
 from pgfunc import bench as measuring
+from pgfunc import paligemma
 from pgfunc.bench import Case, Stage
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.cli import options
@@ -47,6 +48,7 @@ def bench(
     threads: Annotated[int | None, unset("--threads", help="Of the CPU; else PyTorch's choice.")] = None,
     device: options.Device = None,
     dtype: Dtype = None,
+    quantize: options.Quantize = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure load, vision, prefill, decode and generate, beside their floors on this machine.
@@ -61,22 +63,27 @@ def bench(
     if where.type == "meta":
         raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to measure; name another")
     drawn = config is not None and model is None
-    headers = None if drawn else pg.load(model, dtype, "meta", config)
+    headers = None if drawn else pg.load(model, dtype, "meta", config, quantize=quantize)
     cfg = headers.cfg if headers else published(str(config))
     kind = headers.params.projector.dtype if headers else as_dtype(dtype) or torch.bfloat16
     case.check(cfg)
+    if drawn and quantize:
+        pg.quant.quantize(paligemma.abstract(cfg), quantize)  # a mistake is known before anything is measured
     if threads is not None:
         torch.set_num_threads(threads)
 
     def make() -> pg.Model:
-        return pg.Model(cfg, measuring.random_params(cfg, kind, where), None) if drawn else pg.load(
-            model, dtype, where, config)  # fmt: skip
+        if not drawn:
+            return pg.load(model, dtype, where, config, quantize=quantize)
+        params = measuring.random_params(cfg, kind, where)
+        return pg.Model(cfg, pg.quant.quantize(params, quantize) if quantize else params, None)
 
     with enough_memory("lower --batch or --slots, or give --dtype bfloat16"), compiles(), measuring.cold():
         machine = measuring.measure(where, kind)
         about = {
             "model": f"{config}, random weights" if drawn else model or "the shipped checkpoint",
-            "dtype": str(kind).removeprefix("torch."), "hardware": measuring.hardware(where), "device": str(where),
+            "dtype": str(kind).removeprefix("torch."), "quantize": quantize,
+            "hardware": measuring.hardware(where), "device": str(where),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "image_tokens": cfg.vision.tokens,
         } | asdict(case) | {"slots": case.length(cfg) + case.room(cfg)} | machine._asdict()  # fmt: skip
         loaded, first = measuring.load_stage(make, where, machine, 1 if drawn else repeat, "draw" if drawn else "load")
@@ -134,8 +141,9 @@ def show(about: dict[str, Any], stages: list[Stage]) -> None:
         )  # fmt: skip
     what = "read" if about["device"] == "cpu" else "copied, both ways counted"
     console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, markup=False, highlight=False)
-    console.print("{model}, {dtype}, batch {batch}: a picture of {image_tokens} tokens, {prompt_tokens} of text, "
-                  "{tokens} generated, {slots} cache slots".format(**about))  # fmt: skip
+    weights = " in ".join(filter(None, (about["quantize"], about["dtype"])))
+    console.print("{model}, {weights}, batch {batch}: a picture of {image_tokens} tokens, {prompt_tokens} of text, "
+                  "{tokens} generated, {slots} cache slots".format(**about, weights=weights))  # fmt: skip
     console.print("{hardware}, torch {torch}, {threads} threads:".format(**about),
                   f"{about['bandwidth'] / 1e9:,.1f} GB/s {what}, {about['rate'] / 1e12:,.2f} TFLOP/s")  # fmt: skip
     console.print(table)

@@ -5,6 +5,7 @@ for a token. What was learned of a nested tuple holds as long as it has the same
 nothing about compilers or caches.
 """
 
+from itertools import compress
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -36,28 +37,40 @@ class Argument(NamedTuple):
     known: bool = False  # whether it is made of the same tensors as the last one of its name
 
 
+class Known(NamedTuple):
+    """What was learned of an argument's last value: it holds until one of its tensors is gone."""
+
+    places: list[int]  # of its parts in memory
+    moving: list[bool]  # which of them are tensors
+    held: list[Any]  # the other parts; of tensors, what tells that one is gone
+    kind: int
+
+
 class Arguments:
     """The arguments of one function, and the kinds that it has met."""
 
     def __init__(self):
         self.kinds: list[Kind] = []
         self._numbers: dict[Kind, int] = {}
-        self._last: dict[str, tuple[list[Any], int]] = {}  # the parts of each argument's last value, tensors weakly
+        self._last: dict[str, Known] = {}
 
     def read(self, name: str, value: Any) -> Argument:
         """A value of the argument of that name: a tree of tensors and of what can be hashed, else a SettingError."""
         parts: list[Any] = []
         constant = spread(value, parts)
-        if constant and name in self._last and same(self._last[name][0], parts):
-            return Argument([part for part in parts if isinstance(part, Tensor)], self._last[name][1], True)
+        places, last = [*map(id, parts)], self._last.get(name)
+        if constant and last and last.places == places:
+            return Argument([*compress(parts, last.moving)], last.kind, True)
         leaves, structure = pytree.tree_flatten(value)
         moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         fixed = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         tensors = [as_input(x) for x in given]
         kind = self.number(Kind(structure, moving, fixed, tuple(map(type, fixed)), tuple(map(shape, tensors))))
-        if constant and same(given, tensors):
-            self._last[name] = [ref(part) if isinstance(part, Tensor) else part for part in parts], kind
+        if constant and all(one is other for one, other in zip(given, tensors, strict=True)):
+            forget = lambda _: self._last.pop(name, None)  # noqa: E731
+            held = [ref(part, forget) if isinstance(part, Tensor) else part for part in parts]
+            self._last[name] = Known(places, [isinstance(part, Tensor) for part in parts], held, kind)
         return Argument(tensors, kind)
 
     def number(self, kind: Kind) -> int:
@@ -79,19 +92,11 @@ def spread(value: Any, parts: list[Any]) -> bool:
     parts += (type(value), len(value))
     constant = True
     for each in value:
-        constant &= spread(each, parts)
+        if type(each) is Tensor:  # as nearly all are
+            parts.append(each)
+        else:
+            constant &= spread(each, parts)
     return constant
-
-
-def same(known: list[Any], parts: list[Any]) -> bool:
-    """Whether these are the known parts, object by object."""
-    if len(known) != len(parts):
-        return False
-    return all(
-        # a dead reference gives None, which may be a part
-        one() is part is not None if type(one) is ref else one is part
-        for one, part in zip(known, parts, strict=True)
-    )
 
 
 def as_input(x: Tensor) -> Tensor:

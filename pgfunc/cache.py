@@ -41,4 +41,4 @@ def append(
 
 def pad(buffer: Float[Tensor, "b t k h"], size: int) -> Float[Tensor, "b s k h"]:
     """The buffer with `size` empty slots more."""
-    return F.pad(buffer, (0, 0, 0, 0, 0, size))
+    return F.pad(buffer, (0, 0, 0, 0, 0, size)) if size else buffer

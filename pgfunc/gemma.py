@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from pgfunc import ops, tree
-from pgfunc.cache import Cache, append
+from pgfunc.cache import Cache, append, pad
 from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
 from pgfunc.kernels import block as kernel_block
@@ -101,12 +101,14 @@ def run(
     tap=identity,
     wrap=plain,
     at: Int[Tensor, "b q"] | tuple[()] = (),
+    room: int = 0,
 ) -> tuple[Float[Tensor, "b q d"], tuple[tuple[Tensor, Tensor], ...]]:
     """All layers over t new tokens; returns their output and, a layer, the keys and values that they attended to.
 
-    Without a cache the tokens see one another, and the keys and values are their own. With one they are appended at
-    each row's length first, and what comes back are the cache's buffers after the append. `wrap` is applied to `block`.
-    With `at` the output is that of the tokens in these places alone; the last layer makes no other.
+    Without a cache the tokens see one another, and the keys and values are their own, with `room` for so many more.
+    With one they are appended at each row's length first, and what comes back are the cache's buffers after the append.
+    `wrap` is applied to `block`. With `at` the output is that of the tokens in these places alone; the last layer makes
+    no other.
     """
     fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers, cfg.head_dim)
     angles = (kernel_block.rotation if fast else ops.angles)(positions, cfg.head_dim, cfg.theta)
@@ -118,7 +120,7 @@ def run(
             x, kv = kernel_block.block(layer, x, angles, past, cfg.window if cfg.windowed(i) else 0, cfg)
         else:
             wanted = at if i == len(p.layers) - 1 else ()
-            x, kv = wrap(block)(layer, x, angles, mask, cfg, past, ops.within(f"language.{i}", tap), wanted)
+            x, kv = wrap(block)(layer, x, angles, mask, cfg, past, ops.within(f"language.{i}", tap), wanted, room)
         seen.append(kv)
     return x, tuple(seen)
 
@@ -132,12 +134,13 @@ def block(
     past=(),
     tap=identity,
     at: Int[Tensor, "b q"] | tuple[()] = (),
+    room: int = 0,
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Attention and MLP, each on a normalised copy that is added back; Gemma 2 also normalises what it adds.
 
     With `at`, of the tokens in these places alone: of others there are keys and values.
     """
-    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap, at)
+    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap, at, room)
     x = x if isinstance(at, tuple) else pick(x, at)
     x = tap("resid_mid", x + (rms_norm(added, p.post_attention_norm, cfg.eps) if cfg.post_norms else added))
     added = mlp(p, rms_norm(x, p.mlp_norm, cfg.eps), tap)
@@ -153,6 +156,7 @@ def attention(
     past=(),
     tap=identity,
     at: Int[Tensor, "b q"] | tuple[()] = (),
+    room: int = 0,
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Grouped-query attention with rotary positions (Ainslie et al. 2023)."""
     if isinstance(at, Tensor):
@@ -167,9 +171,10 @@ def attention(
     if past:
         k_buffer, v_buffer, length = past
         k, v = append(k_buffer, k, length), append(v_buffer, v, length)
-    how = cfg.query_scale, cfg.attention_softcap
-    out = kernel_block.attend(q, k, v, mask, *how) if isinstance(mask, Span) else ops.attend(q, k, v, mask, *how)
-    return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), (k, v)
+    how, kept = (cfg.query_scale, cfg.attention_softcap), (pad(k, room), pad(v, room))
+    # a span ends before the empty slots, and then only these buffers need to be made
+    out = kernel_block.attend(q, *kept, mask, *how) if isinstance(mask, Span) else ops.attend(q, k, v, mask, *how)
+    return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), kept
 
 
 def pick(x: Shaped[Tensor, "b t r"], at: Int[Tensor, "b q"]) -> Shaped[Tensor, "b q r"]:

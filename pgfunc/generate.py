@@ -139,8 +139,7 @@ def begin(
 ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
     """Prefill a prompt: the first token, its log-probability, and a cache with room for `size` tokens."""
     logits, cache = paligemma.prefill(params, prompt, cfg, size, wrap=wrap)
-    token = choose(logits, u, settings)
-    return token, logprob(logits, token), cache
+    return *wrap(said)(logits, u, settings), cache
 
 
 def bucketed(prompt: Prompt, size: int, cfg: Config) -> tuple[Prompt, int]:
@@ -156,8 +155,15 @@ def advance(
 ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
     """Append a token: the next one, its log-probability, and the new cache."""
     logits, cache = paligemma.decode(params, token, cache, cfg)
+    return *said(logits, u, settings), cache
+
+
+def said(
+    logits: Float[Tensor, "b v"], u: Float[Tensor, "b"], settings: Settings
+) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"]]:
+    """The next token, and its log-probability."""
     token = choose(logits, u, settings)
-    return token, logprob(logits, token), cache
+    return token, logprob(logits, token)
 
 
 compiled_begin, compiled_advance = jit(begin), jit(advance, donate="cache")

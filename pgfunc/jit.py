@@ -215,7 +215,7 @@ def whole(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
 def repeated(tensors: list[Tensor]) -> tuple[int, ...]:
     """Which tensors are which, where some are the same: code for two that are one is not that for two."""
     ids = [*map(id, tensors)]
-    return () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
+    return () if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
 
 
 def surroundings() -> tuple[Any, ...]:

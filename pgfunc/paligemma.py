@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pgfunc import gemma, masks, ops, siglip, tree
-from pgfunc.cache import Cache, pad
+from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.kernels import block as kernel_block
@@ -101,9 +101,9 @@ def encode_images(
     return rearrange(x, "(b i) p d -> b (i p) d", i=pictures)
 
 
-def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap=identity, wrap=plain) -> Embedded:
+def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
     """Image tokens and text tokens as one sequence; the image is part of the bidirectional prefix."""
-    return join(params, encode_images(params, prompt.pixels, cfg, tap, wrap), prompt, cfg, tap)
+    return join(params, encode_images(params, prompt.pixels, cfg, tap), prompt, cfg, tap)
 
 
 def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
@@ -138,22 +138,30 @@ def prefill(
     """The logits at each row's last valid token, and a cache of the prompt with room for `size` tokens more.
 
     `allowed` here, in `extend` and in `decode`: the tokens that have logits, see `gemma.unembed`. `wrap` is applied to
-    the blocks of both towers.
+    the blocks of both towers, and to what stands between and behind them.
     """
     if size < 0:
         raise SettingError(f"size is {size}, expected room for 0 or more tokens")
-    x, valid, causal = left_aligned(embed_prompt(params, prompt, cfg, tap, wrap))
-    seen = masks.prompt(valid, causal, cfg.text.window)
-    if wrap is not plain and kernel_block.possible(x):
-        seen = masks.spans(seen)
-    length = valid.sum(-1)
+    image = encode_images(params, prompt.pixels, cfg, tap, wrap)
+    spans = wrap is not plain and kernel_block.possible(image)
+    x, positions, seen, length = wrap(beginning)(params, image, prompt._replace(pixels=()), cfg, tap, spans)
     last = rearrange(length - 1, "b -> b 1")
     # a tap sees every token in every layer
     at = last if tap is identity else ()
-    x, kv = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap, wrap=wrap, at=at)
+    x, kv = gemma.run(params.language, x, positions, seen, cfg.text, tap=tap, wrap=wrap, at=at, room=size)
     x = x if tap is identity else gemma.pick(x, last)
-    cache = Cache(tuple(pad(k, size) for k, _ in kv), tuple(pad(v, size) for _, v in kv), length)
-    return gemma.unembed(params.language, rearrange(x, "b 1 d -> b d"), cfg.text, tap, allowed), cache
+    cache = Cache(tuple(k for k, _ in kv), tuple(v for _, v in kv), length)
+    logits = wrap(gemma.unembed)(params.language, x, cfg.text, tap, allowed)
+    return rearrange(logits, "b 1 v -> b v"), cache
+
+
+def beginning(
+    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity, spans: bool = False
+) -> tuple[Float[Tensor, "b t d"], Int[Tensor, "b t"], masks.Masks, Int[Tensor, "b"]]:
+    """What the language model takes of a prompt: vectors, positions, masks, maybe as spans, and the rows' lengths."""
+    x, valid, causal = left_aligned(join(params, image, prompt, cfg, tap))
+    seen = masks.prompt(valid, causal, cfg.text.window)
+    return x, masks.positions(valid), masks.spans(seen) if spans else seen, valid.sum(-1)
 
 
 def left_aligned(embedded: Embedded) -> Embedded:

@@ -58,7 +58,7 @@ class Replayed:
 
     def __init__(self, fn: Fn, written: Iterable[int] = (), few: float = FEW):
         self.fn, self.written, self.few = fn, frozenset(written), few
-        self.last: list[int] = []  # where the inputs of the last call lay
+        self.last: list[int] = []  # where the inputs of the last call lay, 0 for those that are copied
         self.moving: set[int] = set()  # the inputs that are copied
         self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
         self.stays = True  # whether results are where graphs are
@@ -92,20 +92,24 @@ class Replayed:
 
     def look(self, tensors: list[Tensor], new: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], bool]:
         """Where the inputs lie that are not copied, and whether they lay there at the last call."""
-        places, last = [x.data_ptr() for x in tensors], self.last or [0] * len(tensors)
-        changed = {i for i, (now, before) in enumerate(zip(places, last, strict=True)) if now != before}
+        places, last = [x.data_ptr() for x in tensors], self.last
+        for i in self.moving:
+            places[i] = 0
+        changed = {i for i, before in enumerate(last) if places[i] != before} if places != last else set()
         together = [{*each} for each in new]
         alone = [{i} for i in changed.difference(*together)]
         groups = [group for each in together + alone if (group := each - self.written - self.moving)]
-        if self.last and groups:
+        if last and groups:
             size = {i: x.nbytes for i, x in enumerate(tensors)}
             room = self.few * sum(size.values())
             for group in sorted(groups, key=lambda group: sum(size[i] for i in group)):
                 if sum(size[i] for i in self.moving | group) <= room:
                     self.moving |= group
                     self.graphs.clear()  # each of them takes one of these where it lay
+            for i in self.moving:
+                places[i] = 0
         self.last = places
-        return tuple(0 if i in self.moving else place for i, place in enumerate(places)), changed <= self.moving
+        return tuple(places), bool(last) and changed <= self.moving
 
 
 def narrow(x: Tensor) -> Tensor:

@@ -358,4 +358,5 @@ def test_a_prompt_compiled_block_by_block_is_what_it_was(name):
         patch.setattr(block, "attend", attend)
         found = pg.prefill(weights, given, cfg, 2, wrap=wrap)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert len(wrapped) == cfg.text.layers + cfg.vision.layers
+    vision, language = [siglip.block] * cfg.vision.layers, [gemma.block] * cfg.text.layers
+    assert wrapped == [*vision, paligemma.beginning, *language, gemma.unembed]

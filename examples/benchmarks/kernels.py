@@ -5,7 +5,7 @@
 Needs a CUDA device. A call is one of many in a CUDA graph, each on weights of its own, 400 MB in all or more, so that
 none lie in the L2 cache. Printed are microseconds a call, GB/s of weights (or live keys and values), and their share of
 the bandwidth of a copy (bytes read plus written) measured first. `=` marks the setting of `pgfunc.kernels`, `*` the
-fastest: edit `TILES` and `CHUNKS` there. An error against float64 beyond that of bf16 ends the run.
+fastest: edit `TILES`, `CHUNKS` and `SHARES` there. An error against float64 beyond that of bf16 ends the run.
 """
 
 import sys
@@ -19,15 +19,19 @@ from torch import Tensor
 
 import pgfunc as pg
 from pgfunc import kernels, lowbit, ops, replay
-from pgfunc.kernels import Chunk, Tile
+from pgfunc.kernels import Chunk, Share, Tile
+from pgfunc.kernels.launch import shared_memory
 
-# rows, block and warps; keys, warps and parts
+# rows, block and warps; keys, warps and parts; queries, keys, warps and stages
 TILES = (
-    "1 256 1, 1 512 1, 1 1024 1, 1 2048 1, 1 512 2, 1 1024 2, 1 2048 2, 1 1024 4, 1 2048 4, 1 4096 4, 1 4096 8, "
-    "2 256 1, 2 512 1, 2 1024 1, 2 1024 2, 2 2048 4, 4 512 1, 4 1024 4, 8 1024 4"
+    "1 512 1, 1 1024 1, 1 2048 1, 1 1024 2, 1 2048 2, 1 1024 4, 1 2048 4, 1 4096 4, 2 512 1, 2 1024 1, 2 1024 2, "
+    "2 2048 2, 2 2048 4, 4 512 1, 4 1024 2, 4 1024 4, 4 2048 4, 8 1024 4"
 )
 CHUNKS = "16 2 32, 16 4 32, 16 4 64, 32 4 32, 32 4 64, 64 4 64, 64 8 64, 128 8 64"
-
+SHARES = (
+    "16 16 4 2, 16 32 4 2, 16 64 4 2, 16 64 4 3, 32 32 4 2, 32 64 4 2, 32 64 4 3, 32 64 8 2, 64 32 4 2, 64 64 4 2, "
+    "64 64 8 2, 64 64 8 3, 128 64 8 2"
+)
 
 KINDS = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}  # bytes of a weight
 
@@ -60,6 +64,12 @@ def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
         kv, seen = (slots, c.kv_heads, c.head_dim), torch.tensor([length - 1], device="cuda")
         make = partial(arguments, [(c.heads, c.head_dim), kv, kv], (seen, c.query_scale, c.attention_softcap))
         yield f"{name} attend {length} of {slots}", "attend_one", 4 * length * c.kv_heads * c.head_dim, make
+    for rows, tokens in ((1, 288), (64, 288), (1, 1088)):
+        shapes = [(rows, tokens, heads, c.head_dim) for heads in (c.heads, c.kv_heads, c.kv_heads)]
+        limits = [torch.full((rows, tokens), limit, device="cuda") for limit in (0, tokens - 5)]
+        make = partial(arguments, shapes, (*limits, c.query_scale, c.attention_softcap))
+        size = 2 * prod(shapes[0]) + 2 * sum(map(prod, shapes))
+        yield f"{name} spans {tokens}, {rows} rows", "attend_spans", size, make
 
 
 def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
@@ -84,6 +94,11 @@ def error(fn: str, given: tuple) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def standard_share(q: Tensor, k: Tensor) -> Share:
+    """The setting of `pgfunc.kernels` for the attention of a prompt."""
+    return kernels.share(q[..., 0].numel(), q.shape[-1] * q.element_size(), shared_memory(k))
+
+
 def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth: float) -> None:
     copies = [make() for _ in range(max(2, ceil(400e6 / size)))]
     first = next(x for x in copies[0][1:] if not isinstance(x, Tensor) or x.dim() > 1)
@@ -93,6 +108,8 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
         part, kind, tried, standard = "tile", Tile, "", Tile(64, 0, 0)
     elif fn == "attend_one":
         part, kind, tried, standard = "chunk", Chunk, CHUNKS, kernels.chunk(len(w), 2)
+    elif fn == "attend_spans":
+        part, kind, tried, standard = "share", Share, SHARES, standard_share(*copies[0][:2])
     else:
         part, kind, tried, standard = "tile", Tile, TILES, kernels.tile(fn, len(w), w.shape[-1], w.element_size())
         if w.is_floating_point():

@@ -60,10 +60,10 @@ TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "normed_matvec": ((0, 0, Tile(2, 2048, 4)),),
     "rotated_qkv": ((0, 2049, Tile(2, 1024, 1)), (0, 0, Tile(1, 1024, 1))),
     "geglu_matvec": ((0, 2049, Tile(2, 2048, 4)), (0, 0, Tile(2, 1024, 2))),
-    "int8 matvec": ((0, 8192, Tile(1, 1024, 1)), (0, 0, Tile(2, 1024, 2))),
-    "int8 normed_matvec": ((0, 0, Tile(2, 256, 1)),),
-    "int8 rotated_qkv": ((0, 0, Tile(1, 2048, 1)),),
-    "int8 geglu_matvec": ((0, 0, Tile(1, 2048, 1)),),
+    "int8 matvec": ((0, 8192, Tile(2, 1024, 2)), (0, 0, Tile(2, 512, 1))),
+    "int8 normed_matvec": ((0, 0, Tile(4, 512, 1)),),
+    "int8 rotated_qkv": ((0, 0, Tile(1, 1024, 1)),),
+    "int8 geglu_matvec": ((0, 0, Tile(2, 512, 1)),),
 }
 # by the least number of slots
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))

@@ -1,7 +1,8 @@
 """The code that runs on the GPU, in Triton: what one program of each kernel reads, computes and writes.
 
 A program owns ROWS rows of a matrix and walks over their D columns, BLOCK at a time; the walk is unrolled, for D is
-known when it is compiled. Weights are asked for one block ahead, the first before `awaited`. Sums are float32. Rows
+known when it is compiled. Weights are asked for one block ahead, the first before `awaited`. Sums are float32. A row is
+a tensor of its own, so that all lie on the lanes as x does: of a tile of two axes x would be moved for each row. Rows
 beyond the last are the last again, and are not written. Knows nothing about PyTorch: `pgfunc.kernels` calls it.
 
 With EARLY (Hopper's programmatic dependent launch) a kernel starts while the one before it still runs. Every program
@@ -31,22 +32,24 @@ def awaited(EARLY: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def tile(places, stride, rows, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of these rows of a matrix, which are read once: they give way to what is read again."""
-    columns = start + tl.arange(0, BLOCK)[None, :]
-    places += rows.to(tl.int64)[:, None] * stride + columns
-    if start + BLOCK <= D:
-        part = tl.load(places, eviction_policy="evict_first")
-    else:
-        part = tl.load(places, mask=columns < D, other=0.0, eviction_policy="evict_first")
-    return part
+def tiles(rows, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of each row of weights, which are read once: they give way to what is read again."""
+    columns = start + tl.arange(0, BLOCK)
+    found = ()
+    for r in tl.static_range(COUNT):
+        if start + BLOCK <= D:
+            part = tl.load(rows[r] + columns, eviction_policy="evict_first")
+        else:
+            part = tl.load(rows[r] + columns, mask=columns < D, other=0.0, eviction_policy="evict_first")
+        found = found + (part,)
+    return found
 
 
 @triton.jit
 @no_type_check
 def piece(places, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements of a vector, as a row in float32."""
-    columns = start + tl.arange(0, BLOCK)[None, :]
+    """BLOCK elements of a vector in float32."""
+    columns = start + tl.arange(0, BLOCK)
     if start + BLOCK <= D:
         part = tl.load(places + columns, eviction_policy="evict_last")
     else:
@@ -74,55 +77,34 @@ def wide(part):
 
 @triton.jit
 @no_type_check
-def scaled(x, scale, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """A piece of the vector, and of it as the norm scales it, but for the one number that all are divided by."""
-    part = piece(x, start, D, BLOCK)
-    return part, part + part * piece(scale, start, D, BLOCK)
-
-
-@triton.jit
-@no_type_check
-def normed_products(
-    x, scale, w, stride, rows, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+def products(
+    x, norm, rows, eps,
+    NORMED: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    ahead = tile(w, stride, rows, 0, D, BLOCK)
+    """The products of x, or of its norm, with the rows that begin at these places: so many numbers."""
+    ahead = tiles(rows, 0, COUNT, D, BLOCK)
     awaited(EARLY)
-    squares = tl.zeros([1, BLOCK], tl.float32)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    totals = ()
+    for _ in tl.static_range(COUNT):
+        totals = totals + (tl.zeros([BLOCK], tl.float32),)
     for start in tl.static_range(0, D, BLOCK):
         here = ahead
         if start + BLOCK < D:
-            ahead = tile(w, stride, rows, start + BLOCK, D, BLOCK)
-        part, by = scaled(x, scale, start, D, BLOCK)
-        squares += part * part
-        total += wide(here) * by
-    return tl.sum(total, axis=1) * tl.rsqrt(tl.sum(squares) / D + eps)
-
-
-@triton.jit
-@no_type_check
-def two_normed_products(
-    x, scale, w, w_stride, w_rows, u, u_stride, u_rows, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """`normed_products` of rows of two matrices, or of one, in one walk over the vector."""
-    w_ahead, u_ahead = tile(w, w_stride, w_rows, 0, D, BLOCK), tile(u, u_stride, u_rows, 0, D, BLOCK)
-    awaited(EARLY)
-    squares = tl.zeros([1, BLOCK], tl.float32)
-    w_total = tl.zeros([ROWS, BLOCK], tl.float32)
-    u_total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.static_range(0, D, BLOCK):
-        w_here, u_here = w_ahead, u_ahead
-        if start + BLOCK < D:
-            w_ahead = tile(w, w_stride, w_rows, start + BLOCK, D, BLOCK)
-            u_ahead = tile(u, u_stride, u_rows, start + BLOCK, D, BLOCK)
-        part, by = scaled(x, scale, start, D, BLOCK)
-        squares += part * part
-        w_total += wide(w_here) * by
-        u_total += wide(u_here) * by
-    inverse = tl.rsqrt(tl.sum(squares) / D + eps)
-    return tl.sum(w_total, axis=1) * inverse, tl.sum(u_total, axis=1) * inverse
+            ahead = tiles(rows, start + BLOCK, COUNT, D, BLOCK)
+        by = piece(x, start, D, BLOCK)
+        if NORMED:  # but for the one number that all are divided by
+            squares += by * by
+            by += by * piece(norm, start, D, BLOCK)
+        more = ()
+        for r in tl.static_range(COUNT):
+            more = more + (totals[r] + wide(here[r]) * by,)
+        totals = more
+    inverse = tl.rsqrt(tl.sum(squares) / D + eps) if NORMED else 1.0
+    found = ()
+    for r in tl.static_range(COUNT):
+        found = found + (tl.sum(totals[r]) * inverse,)
+    return found
 
 
 @triton.jit
@@ -134,31 +116,19 @@ def gelu(x):
 
 @triton.jit
 @no_type_check
-def scales(places, rows, SCALED: tl.constexpr):
-    """What the rows of a matrix in 8 bits are multiplied by: 1 for one that is not."""
-    return tl.load(places + rows).to(tl.float32) if SCALED else 1.0
+def owned(w, stride, first, OUT: tl.constexpr, ROWS: tl.constexpr):
+    """Where the rows of a matrix begin that a program owns."""
+    rows = ()
+    for r in tl.static_range(ROWS):
+        rows = rows + (w + tl.minimum(first + r, OUT - 1).to(tl.int64) * stride,)
+    return rows
 
 
 @triton.jit
 @no_type_check
-def products(x, w, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    ahead = tile(w, stride, rows, 0, D, BLOCK)
-    awaited(EARLY)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.static_range(0, D, BLOCK):
-        here = ahead
-        if start + BLOCK < D:
-            ahead = tile(w, stride, rows, start + BLOCK, D, BLOCK)
-        total += wide(here) * piece(x, start, D, BLOCK)
-    return tl.sum(total, axis=1)
-
-
-@triton.jit
-@no_type_check
-def owned(OUT: tl.constexpr, ROWS: tl.constexpr):
-    """The rows of this program, and those of them that it writes."""
-    mine = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    return tl.minimum(mine, OUT - 1), mine < OUT
+def scaled(value, scales, row, SCALED: tl.constexpr):
+    """A product with a row of a matrix in 8 bits, times its scale; as it is for others."""
+    return value * tl.load(scales + row).to(tl.float32) if SCALED else value
 
 
 @triton.jit
@@ -168,12 +138,14 @@ def matvec(
     OUT: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    rows, mine = owned(OUT, ROWS)
-    by = scales(w_scale, rows, SCALED)
-    found = products(x, w, stride, rows, D, ROWS, BLOCK, EARLY) * by
-    if ADD:
-        found += tl.load(residual + rows).to(tl.float32)
-    tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
+    first = tl.program_id(0) * ROWS
+    found = products(x, x, owned(w, stride, first, OUT, ROWS), 0.0, False, ROWS, D, BLOCK, EARLY)
+    for r in tl.static_range(ROWS):
+        if first + r < OUT:
+            value = scaled(found[r], w_scale, first + r, SCALED)
+            if ADD:
+                value += tl.load(residual + first + r).to(tl.float32)
+            tl.store(out + first + r, value.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -183,10 +155,12 @@ def normed_matvec(
     OUT: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    rows, mine = owned(OUT, ROWS)
-    by = scales(w_scale, rows, SCALED)
-    found = normed_products(x, scale, w, stride, rows, eps, D, ROWS, BLOCK, EARLY) * by
-    tl.store(out + rows, found.to(out.dtype.element_ty), mask=mine)
+    first = tl.program_id(0) * ROWS
+    found = products(x, scale, owned(w, stride, first, OUT, ROWS), eps, True, ROWS, D, BLOCK, EARLY)
+    for r in tl.static_range(ROWS):
+        if first + r < OUT:
+            value = scaled(found[r], w_scale, first + r, SCALED)
+            tl.store(out + first + r, value.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -218,8 +192,7 @@ def rotated_qkv(
 
     Those of k and v are written into the slot `length` of their buffers; where there is none, nowhere.
     """
-    first = tl.program_id(0) * ROWS
-    head, plane = first // HALF, first % HALF + tl.arange(0, ROWS)
+    head, plane = tl.program_id(0) * ROWS // HALF, tl.program_id(0) * ROWS % HALF
     slot = tl.load(length)
     w, w_scale, stride, start_head, place, room = q, q_scale, q_stride, 0, out + head * 2 * HALF, slot == slot
     if head >= HEADS:
@@ -228,14 +201,17 @@ def rotated_qkv(
     if head >= HEADS + KV:
         w, w_scale, stride, start_head = v, v_scale, v_stride, HEADS + KV
         place, room = v_buffer + slot * v_slot + (head - HEADS - KV) * v_head, (slot >= 0) & (slot < slots)
-    rows = (head - start_head) * 2 * HALF + plane
-    one_by, two_by = scales(w_scale, rows, SCALED), scales(w_scale, rows + HALF, SCALED)
-    one, two = two_normed_products(x, scale, w, stride, rows, w, stride, rows + HALF, eps, D, ROWS, BLOCK, EARLY)
-    one, two = one * one_by, two * two_by
-    angle = tl.where(head < HEADS + KV, tl.load(angles + plane), 0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    tl.store(place + plane, (one * cos - two * sin).to(out.dtype.element_ty), mask=room)
-    tl.store(place + plane + HALF, (two * cos + one * sin).to(out.dtype.element_ty), mask=room)
+    row = (head - start_head) * 2 * HALF + plane
+    last: tl.constexpr = (HEADS + 2 * KV) * 2 * HALF
+    pairs = owned(w, stride, row, last, ROWS) + owned(w, stride, row + HALF, last, ROWS)
+    found = products(x, scale, pairs, eps, True, 2 * ROWS, D, BLOCK, EARLY)
+    for r in tl.static_range(ROWS):
+        one = scaled(found[r], w_scale, row + r, SCALED)
+        two = scaled(found[ROWS + r], w_scale, row + HALF + r, SCALED)
+        angle = tl.where(head < HEADS + KV, tl.load(angles + plane + r), 0.0)
+        cos, sin = tl.cos(angle), tl.sin(angle)
+        tl.store(place + plane + r, (one * cos - two * sin).to(out.dtype.element_ty), mask=room)
+        tl.store(place + plane + r + HALF, (two * cos + one * sin).to(out.dtype.element_ty), mask=room)
 
 
 @triton.jit
@@ -245,11 +221,14 @@ def geglu_matvec(
     OUT: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    rows, mine = owned(OUT, ROWS)
-    g_by, u_by = scales(gate_scale, rows, SCALED), scales(up_scale, rows, SCALED)
-    g, u = two_normed_products(x, scale, gate, gate_stride, rows, up, up_stride, rows, eps, D, ROWS, BLOCK, EARLY)
-    g, u = g * g_by, u * u_by
-    tl.store(out + rows, (gelu(g) * u).to(out.dtype.element_ty), mask=mine)
+    first = tl.program_id(0) * ROWS
+    rows = owned(gate, gate_stride, first, OUT, ROWS) + owned(up, up_stride, first, OUT, ROWS)
+    found = products(x, scale, rows, eps, True, 2 * ROWS, D, BLOCK, EARLY)
+    for r in tl.static_range(ROWS):
+        if first + r < OUT:
+            g = scaled(found[r], gate_scale, first + r, SCALED)
+            u = scaled(found[ROWS + r], up_scale, first + r, SCALED)
+            tl.store(out + first + r, (gelu(g) * u).to(out.dtype.element_ty))
 
 
 @triton.jit

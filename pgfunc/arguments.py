@@ -5,7 +5,8 @@ for a token. What was learned of a nested tuple holds as long as it has the same
 nothing about compilers or caches.
 """
 
-from itertools import compress
+from collections.abc import Sequence, Set
+from itertools import combinations, compress
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -33,6 +34,7 @@ class Kind(NamedTuple):
 
 class Argument(NamedTuple):
     tensors: list[Tensor]
+    ids: Set[int]  # of the tensors
     kind: int  # the number of its kind
     known: bool = False  # whether it is made of the same tensors as the last one of its name
 
@@ -43,6 +45,7 @@ class Known(NamedTuple):
     places: list[int]  # of its parts in memory
     moving: list[bool]  # which of them are tensors
     held: list[Any]  # the other parts; of tensors, what tells that one is gone
+    ids: Set[int]
     kind: int
 
 
@@ -60,18 +63,19 @@ class Arguments:
         constant = spread(value, parts)
         places, last = [*map(id, parts)], self._last.get(name)
         if constant and last and last.places == places:
-            return Argument([*compress(parts, last.moving)], last.kind, True)
+            return Argument([*compress(parts, last.moving)], last.ids, last.kind, True)
         leaves, structure = pytree.tree_flatten(value)
         moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         fixed = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         tensors = [as_input(x) for x in given]
         kind = self.number(Kind(structure, moving, fixed, tuple(map(type, fixed)), tuple(map(shape, tensors))))
+        ids = frozenset(map(id, tensors))
         if constant and all(one is other for one, other in zip(given, tensors, strict=True)):
             forget = lambda _: self._last.pop(name, None)  # noqa: E731
             held = [ref(part, forget) if isinstance(part, Tensor) else part for part in parts]
-            self._last[name] = Known(places, [isinstance(part, Tensor) for part in parts], held, kind)
-        return Argument(tensors, kind)
+            self._last[name] = Known(places, [isinstance(part, Tensor) for part in parts], held, ids, kind)
+        return Argument(tensors, ids, kind)
 
     def number(self, kind: Kind) -> int:
         try:
@@ -97,6 +101,15 @@ def spread(value: Any, parts: list[Any]) -> bool:
         else:
             constant &= spread(each, parts)
     return constant
+
+
+def repeated(arguments: Sequence[Argument]) -> tuple[int, ...]:
+    """Which of all tensors are which, where some are the same: code for two that are one is not that for two."""
+    alone = all(len(argument.ids) == len(argument.tensors) for argument in arguments)
+    if alone and all(one.ids.isdisjoint(other.ids) for one, other in combinations(arguments, 2)):
+        return ()
+    ids = [id(x) for argument in arguments for x in argument.tensors]
+    return tuple(map(ids.index, ids))
 
 
 def as_input(x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pgfunc import replay
-from pgfunc.arguments import Arguments, Kind, as_input, shape
+from pgfunc.arguments import Argument, Arguments, Kind, as_input, repeated, shape
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
 from pgfunc.ops import transformed
@@ -139,7 +139,7 @@ class Jitted(Generic[P, R]):
             fresh.append(range(len(tensors) + len(donated) - 1, len(tensors) + len(donated)))  # the length
         key = (
             tuple((name, argument.kind) for name, argument in read.items()), tuple(map(shape, donated)),
-            repeated(tensors + donated), surroundings(),
+            repeated([*read.values(), Argument(donated, {*map(id, donated)}, -1)]), surroundings(),
         )  # fmt: skip
         run = self._compiled.get(key)
         if run is None:
@@ -210,12 +210,6 @@ def whole(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
     copy = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     copy.__kwdefaults__ = fn.__kwdefaults__
     return torch.compile(copy, dynamic=False, fullgraph=True, options=options)
-
-
-def repeated(tensors: list[Tensor]) -> tuple[int, ...]:
-    """Which tensors are which, where some are the same: code for two that are one is not that for two."""
-    ids = [*map(id, tensors)]
-    return () if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
 
 
 def surroundings() -> tuple[Any, ...]:

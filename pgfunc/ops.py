@@ -46,10 +46,15 @@ def widen(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 def linear(
     x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"] | Quantized, bias: Float[Tensor, "o"] | None = None
 ) -> Float[Tensor, "*b o"]:
-    """x @ w.T + bias. The one place where weights meet activations, quantized or not."""
-    if isinstance(w, Tensor):
+    """x @ w.T + bias. The one place where weights meet activations, quantized or not.
+
+    In compiled code for GPUs the bias is added to the product, where it is joined to what follows: cuBLAS may copy it
+    to every row first.
+    """
+    apart = x.is_cuda and torch.compiler.is_compiling()
+    if isinstance(w, Tensor) and (bias is None or not apart):
         return F.linear(x, w, bias)
-    out = lowbit.multiply(x, w)
+    out = F.linear(x, w) if isinstance(w, Tensor) else lowbit.multiply(x, w)
     return out if bias is None else out + bias
 
 

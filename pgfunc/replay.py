@@ -61,22 +61,27 @@ class Replayed:
         self.last: list[int] = []  # where the inputs of the last call lay, 0 for those that are copied
         self.moving: set[int] = set()  # the inputs that are copied
         self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+        self.graph: Captured | None = None  # that of the last call, if its inputs lay where a graph reads them
         self.stays = True  # whether results are where graphs are
 
     def __call__(self, tensors: list[Tensor], new: Iterable[Iterable[int]] = ()) -> Any:
         """What `fn` gives. `new` are groups of inputs, an argument each, that are others than those of the last call,
         even if they lie in the same places: such a group is copied as a whole, or not at all."""
-        key, seen = self.look(tensors, new)
-        if key not in self.graphs:
-            if not (seen and self.stays):
-                results = self.fn(tensors)
-                self.stays = possible([tensors[0], *(x for x in pytree.tree_leaves(results) if isinstance(x, Tensor))])
-                return results
-            self.graphs[key] = self.captured(tensors)
-            if len(self.graphs) > KEPT:
-                self.graphs.popitem(last=False)
-        self.graphs.move_to_end(key)
-        graph = self.graphs[key]
+        seen = self.look(tensors, new)
+        if self.graph is None:
+            key = tuple(self.last)
+            if key not in self.graphs:
+                if not (seen and self.stays):
+                    results = self.fn(tensors)
+                    made = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
+                    self.stays = possible([tensors[0], *made])
+                    return results
+                self.graphs[key] = self.captured(tensors)
+                if len(self.graphs) > KEPT:
+                    self.graphs.popitem(last=False)
+            self.graphs.move_to_end(key)
+            self.graph = self.graphs[key]
+        graph = self.graph
         if graph.own:
             _copy(list(graph.own.values()), [narrow(tensors[i]) for i in graph.own])
         graph.replay()
@@ -90,9 +95,9 @@ class Replayed:
         replay, results = capture(self.fn, inputs)
         return Captured(replay, own, pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, results))
 
-    def look(self, tensors: list[Tensor], new: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], bool]:
-        """Where the inputs lie that are not copied, and whether they lay there at the last call."""
-        places, last = [x.data_ptr() for x in tensors], self.last
+    def look(self, tensors: list[Tensor], new: Iterable[Iterable[int]]) -> bool:
+        """Notes where the inputs lie; whether those that are not copied lay there at the last call."""
+        places, last = [*map(Tensor.data_ptr, tensors)], self.last  # of hundreds of inputs, before each token
         for i in self.moving:
             places[i] = 0
         changed = {i for i, before in enumerate(last) if places[i] != before} if places != last else set()
@@ -106,10 +111,12 @@ class Replayed:
                 if sum(size[i] for i in self.moving | group) <= room:
                     self.moving |= group
                     self.graphs.clear()  # each of them takes one of these where it lay
+                    self.graph = None
             for i in self.moving:
                 places[i] = 0
-        self.last = places
-        return tuple(places), bool(last) and changed <= self.moving
+        if places != last:
+            self.last, self.graph = places, None
+        return bool(last) and changed <= self.moving
 
 
 def narrow(x: Tensor) -> Tensor:

@@ -88,8 +88,9 @@ def test_few_bytes_are_copied_and_more_are_not():
     """A batch of pictures moves from call to call, and weights stay until there are others."""
     run = replay.Replayed(mixed)
     small, picture, weights = torch.zeros(4), torch.zeros(100), torch.zeros(1000)
-    for _ in range(3):
-        run.look([small.clone(), picture.clone(), weights.clone()], ())
+    calls = [[small.clone(), picture.clone(), weights.clone()] for _ in range(3)]  # all alive: in places of their own
+    for given in calls:
+        run.look(given, ())
     assert run.moving == {0, 1}
 
 

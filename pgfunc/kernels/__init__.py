@@ -56,20 +56,20 @@ class Share(NamedTuple):
 
 # for each kernel, and the same on int8, by the least outputs and the least inputs: the first that fits (H100)
 TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
-    "matvec": ((0, 8192, Tile(1, 1024, 4)), (0, 0, Tile(2, 1024, 1))),
+    "matvec": ((0, 8192, Tile(1, 1024, 2)), (0, 0, Tile(2, 1024, 2))),
     "normed_matvec": ((0, 0, Tile(2, 2048, 4)),),
-    "rotated_qkv": ((0, 2049, Tile(2, 1024, 1)), (0, 0, Tile(1, 1024, 1))),
-    "geglu_matvec": ((0, 2049, Tile(2, 2048, 4)), (0, 0, Tile(2, 1024, 2))),
-    "int8 matvec": ((0, 8192, Tile(2, 1024, 2)), (0, 0, Tile(2, 512, 1))),
-    "int8 normed_matvec": ((0, 0, Tile(4, 512, 1)),),
-    "int8 rotated_qkv": ((0, 0, Tile(1, 1024, 1)),),
-    "int8 geglu_matvec": ((0, 0, Tile(2, 512, 1)),),
+    "rotated_qkv": ((0, 0, Tile(1, 1024, 1)),),
+    "geglu_matvec": ((0, 2049, Tile(2, 2048, 4)), (0, 0, Tile(2, 2048, 2))),
+    "int8 matvec": ((0, 8192, Tile(2, 1024, 2)), (0, 0, Tile(2, 2048, 4))),
+    "int8 normed_matvec": ((0, 0, Tile(4, 1024, 2)),),
+    "int8 rotated_qkv": ((0, 0, Tile(1, 2048, 1)),),
+    "int8 geglu_matvec": ((0, 0, Tile(2, 2048, 2)),),
 }
 # by the least number of slots
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))
 # of many tokens, by the least number of queries in all
 SHARES: tuple[tuple[int, Share], ...] = (
-    (32768, Share(64, 64, 8, 2)), (0, Share(32, 64, 8, 2)), (0, Share(32, 32, 4, 2)), (0, Share(16, 16, 4, 1)),
+    (8192, Share(64, 32, 4, 2)), (0, Share(32, 64, 4, 3)), (0, Share(32, 32, 4, 2)), (0, Share(16, 16, 4, 1)),
 )  # fmt: skip
 COLUMNS = 64  # of a head of attention, joined by one program
 

@@ -110,7 +110,7 @@ def run(
     `wrap` is applied to `block`. With `at` the output is that of the tokens in these places alone; the last layer makes
     no other.
     """
-    fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers, cfg.head_dim)
+    fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers)
     angles = (kernel_block.rotation if fast else ops.angles)(positions, cfg.head_dim, cfg.theta)
     seen = []
     for i, layer in enumerate(p.layers):

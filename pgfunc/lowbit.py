@@ -1,12 +1,16 @@
 """A matrix of weights in 8 or 4 bits: made, read back, multiplied. `ops.linear` alone has it meet activations.
 
 `Int8` has a scale for each output. `Int4` has a scale and a zero for each output and group of inputs, and keeps two
-outputs in a byte, in blocks of 64, as PyTorch's kernel for AVX-512 reads them:
+levels in a byte. For CPUs, and in files, two outputs' in blocks of 64, as PyTorch's kernel for AVX-512 reads them:
 
     byte [n, i, d]  =  level of (output 64 n + d, input i)  |  level of (output 64 n + 32 + d, input i) << 4
 
+For GPUs two inputs' of a group of h + h, so that a row lies together (`arranged`):
+
+    byte [o, g h + j]  =  level of (output o, input 2 g h + j)  |  level of (output o, input 2 g h + h + j) << 4
+
 Scales have 8 significant bits, and the dtype of the weights that they stand for. Knows nothing about models. Axes:
-o outputs, i inputs, g groups of inputs, n blocks of 64 outputs, d 32 outputs, z scale and zero.
+o outputs, i inputs, g groups of inputs, n blocks of 64 outputs, d 32 outputs, j pairs of inputs, z scale and zero.
 """
 
 from collections.abc import Iterator
@@ -34,8 +38,22 @@ class Int8(NamedTuple):
 class Int4(NamedTuple):
     """(level - 8) · scale + zero, with levels from 0 to 15."""
 
-    values: UInt[Tensor, "n i d"]  # uint8, two levels each
-    scale: Float[Tensor, "g o z"]  # scale and zero
+    values: UInt[Tensor, "n i d"] | UInt[Tensor, "o j"]  # uint8, two levels each, in blocks or in rows
+    scale: Float[Tensor, "g o z"] | Float[Tensor, "o g z"]
+
+    @property
+    def blocked(self) -> bool:
+        """Whether it is in blocks, as CPUs read it, or in rows, as GPUs do."""
+        return self.values.dim() == 3
+
+    @property
+    def inputs(self) -> int:
+        return self.values.shape[1] * (1 if self.blocked else 2)
+
+    @property
+    def group(self) -> int:
+        """So many inputs share a scale and a zero."""
+        return self.inputs // self.scale.shape[0 if self.blocked else 1]
 
 
 Quantized = Int8 | Int4
@@ -43,7 +61,7 @@ Quantized = Int8 | Int4
 
 def method(w: Quantized) -> str:
     """The name in `GROUPS` of how a matrix was quantized."""
-    group = 0 if isinstance(w, Int8) else w.values.shape[-2] // w.scale.shape[-3]
+    group = 0 if isinstance(w, Int8) else w.group
     return next(name for name, size in GROUPS.items() if size == group)
 
 
@@ -55,33 +73,64 @@ def kind(w: Tensor | Quantized) -> str:
 def quantize(w: Float[Tensor, "o i"], method: str) -> Quantized:
     """The nearest levels: no weight moves by more than half its scale, but for the last rounding to its own dtype.
 
-    int4 needs outputs in multiples of 64, and inputs in multiples of its group. A row or group of zeros stays so, and
-    with int4 a group of any one number that bfloat16 holds. In float16 a scale is at least 6e-5. What is not finite has
-    a scale that is not.
+    int4 needs outputs in multiples of 64, and inputs in multiples of its group, and is arranged for the device. A row
+    or group of zeros stays so, and with int4 a group of any one number that bfloat16 holds. In float16 a scale is at
+    least 6e-5. What is not finite has a scale that is not.
     """
     group = GROUPS[method]
     # in float64 the levels are exact, and a few rows at a time it costs little memory
     pieces = w.split(len(w) if w.is_meta else 1024)
     parts = [_int4(rows.double(), group, w.dtype) if group else _int8(rows.double(), w.dtype) for rows in pieces]
-    values, scales = zip(*parts, strict=True)
-    return Int4(torch.cat(values), torch.cat(scales, 1)) if group else Int8(torch.cat(values), torch.cat(scales))
+    values, scales = map(torch.cat, zip(*parts, strict=True))
+    return Int8(values, scales) if not group else in_rows(values, scales) if w.is_cuda else in_blocks(values, scales)
 
 
-def _int8(rows: Tensor, dtype: torch.dtype) -> Int8:
+def _int8(rows: Tensor, dtype: torch.dtype) -> tuple[Int[Tensor, "o i"], Float[Tensor, "o"]]:
     scale = _scale(rows.abs().amax(-1) / 127, dtype)
-    return Int8((rows / rearrange(scale, "o -> o 1")).round().to(torch.int8), scale)
+    return (rows / rearrange(scale, "o -> o 1")).round().to(torch.int8), scale
 
 
-def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> Int4:
-    rows = rearrange(rows, "o (g i) -> g o i", i=group)
+def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> tuple[UInt[Tensor, "o i"], Float[Tensor, "o g z"]]:
+    rows = rearrange(rows, "o (g i) -> o g i", i=group)
     low, high = rows.amin(-1), rows.amax(-1)
     zero = _coarse((8 * high + 7 * low) / 15, dtype).double()
     # of the zero as it was rounded, so that the grid still covers both ends
     scale = _scale(torch.maximum((high - zero) / 7, (zero - low) / 8), dtype)
-    levels = (rows - rearrange(zero, "g o -> g o 1")) / rearrange(scale, "g o -> g o 1")
+    levels = (rows - rearrange(zero, "o g -> o g 1")) / rearrange(scale, "o g -> o g 1")
     levels = levels.round().clamp(-8, 7).add(8).to(torch.uint8)
-    first, second = rearrange(levels, "g (n half d) i -> half n (g i) d", half=2, d=BLOCK // 2)
-    return Int4(first | second << 4, torch.stack([scale, zero.to(dtype)], -1))
+    return rearrange(levels, "o g i -> o (g i)"), torch.stack([scale, zero.to(dtype)], -1)
+
+
+def in_blocks(levels: UInt[Tensor, "o i"], scale: Float[Tensor, "o g z"]) -> Int4:
+    """Levels as CPUs read them."""
+    first, second = rearrange(levels, "(n half d) i -> half n i d", half=2, d=BLOCK // 2)
+    return Int4(first | second << 4, rearrange(scale, "o g z -> g o z").contiguous())
+
+
+def in_rows(levels: UInt[Tensor, "o i"], scale: Float[Tensor, "o g z"]) -> Int4:
+    """Levels as GPUs read them."""
+    first, second = rearrange(levels, "o (g half j) -> half o (g j)", half=2, g=scale.shape[1])
+    return Int4(first | second << 4, scale.contiguous())
+
+
+def arranged(w: Int4, device: torch.device) -> Int4:
+    """The matrix on a device, as it is read fastest there; a reader of the other order makes the weights first."""
+    return ordered(Int4(w.values.to(device), w.scale.to(device)), rows=device.type == "cuda")
+
+
+def ordered(w: Int4, rows: bool) -> Int4:
+    """The matrix in rows, or in blocks."""
+    if w.blocked != rows:
+        return w
+    return in_rows(levels(w), rearrange(w.scale, "g o z -> o g z")) if rows else in_blocks(levels(w), w.scale)
+
+
+def levels(w: Int4) -> UInt[Tensor, "o i"]:
+    """From 0 to 15."""
+    both = torch.stack([w.values & 15, w.values >> 4])
+    if w.blocked:
+        return rearrange(both, "half n i d -> (n half d) i")
+    return rearrange(both, "half o (g j) -> o (g half j)", g=w.scale.shape[1])
 
 
 def _scale(step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,10 +147,9 @@ def dequantize(w: Quantized) -> Float[Tensor, "*o i"]:
     """The weights that a matrix stands for, in the dtype of its scales; of an `Int8` any rows, with any axes before."""
     if isinstance(w, Int8):
         return w.values.to(w.scale.dtype) * rearrange(w.scale, "... -> ... 1")
-    levels = rearrange(torch.stack([w.values & 15, w.values >> 4]), "half n i d -> (n half d) i").to(torch.int8) - 8
-    scale, zero = rearrange(w.scale, "g o z -> z o g 1")
-    levels = rearrange(levels, "o (g i) -> o g i", g=len(w.scale)).to(scale.dtype)
-    return rearrange(torch.addcmul(zero, levels, scale), "o g i -> o (g i)")
+    scale, zero = rearrange(w.scale, "g o z -> z o g 1" if w.blocked else "o g z -> z o g 1")
+    groups = rearrange(levels(w).to(torch.int8) - 8, "o (g i) -> o g i", i=w.group).to(scale.dtype)
+    return rearrange(torch.addcmul(zero, groups, scale), "o g i -> o (g i)")
 
 
 def finite(w: Quantized) -> bool:
@@ -129,13 +177,14 @@ def multiply(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
 def pieces(w: Quantized) -> Iterator[Quantized]:
     """A matrix cut along its outputs: the weights of a piece stay in the cache of a CPU, or spare a GPU's memory."""
     size = 2**21 if w.scale.device.type == "cpu" else 2**27
-    blocks = max(1, size // (w.values.shape[-1 if isinstance(w, Int8) else -2] * BLOCK))
-    if isinstance(w, Int8):
-        for part in zip(w.values.split(blocks * BLOCK), w.scale.split(blocks * BLOCK), strict=True):
-            yield Int8(*part)
-    else:
+    inputs = w.values.shape[-1] if isinstance(w, Int8) else w.inputs
+    blocks = max(1, size // (inputs * BLOCK))
+    if isinstance(w, Int4) and w.blocked:
         for part in zip(w.values.split(blocks), w.scale.split(blocks * BLOCK, 1), strict=True):
             yield Int4(*part)
+    else:
+        for part in zip(w.values.split(blocks * BLOCK), w.scale.split(blocks * BLOCK), strict=True):
+            yield type(w)(*part)
 
 
 def kernel(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
@@ -158,7 +207,7 @@ def kernel_serves(x: Tensor, w: Quantized) -> bool:
         return False
     here = x.device.type == "cpu" and x.dtype == w.scale.dtype != torch.float64 and w.values.is_contiguous()
     # the int8 kernel reads 16 numbers at once, also beyond the end of a row (PyTorch 2.13, bf16: a segmentation fault)
-    return here and (BLOCKED if isinstance(w, Int4) else x.shape[-1] % 16 == 0)
+    return here and (BLOCKED and w.blocked if isinstance(w, Int4) else x.shape[-1] % 16 == 0)
 
 
 def _blocked() -> bool:

@@ -11,12 +11,13 @@ are quantized, and what is said when that cannot be.
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pgfunc import lowbit, tree
 from pgfunc.errors import NumericalError, SettingError
-from pgfunc.lowbit import BLOCK, GROUPS, Quantized
+from pgfunc.lowbit import BLOCK, GROUPS, Int4, Quantized
 
 T = TypeVar("T")
 
@@ -71,6 +72,15 @@ def quantized(path: str, w: Tensor | Quantized, method: str) -> Quantized:
 def dequantize(params: T) -> T:
     """The tree with plain weights again: those that the quantized ones stand for."""
     return _map(lambda path, w: lowbit.dequantize(w) if isinstance(w, Quantized) else w, params)
+
+
+def arranged(params: T, device: torch.device) -> T:
+    """The tree with its matrices in 4 bits on a device, and in the order in which that device reads them fast.
+
+    `quantize` and `load` do so for where the weights are; a tree that is moved by hand keeps the order, and is right,
+    but slow.
+    """
+    return _map(lambda path, w: lowbit.arranged(w, device) if isinstance(w, Int4) else w, params)
 
 
 def methods(params: Any) -> dict[str, str]:

@@ -6,14 +6,14 @@ from pathlib import Path
 import pgfunc
 
 ORDER = [
-    "errors", "tree", "config", "lowbit", "quant", "ops", "kernels.device", "kernels.device_int4",
-    "kernels.launch", "kernels.int4", "kernels", "masks", "cache",
-    "kernels.block", "siglip", "dual", "gemma", "paligemma", "image", "dual_prompt", "tokenizer", "prompt", "sample",
-    "arguments", "replay", "jit", "generate", "floors", "bench", "detect", "vqvae", "checkpoint.files",
-    "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.vqvae",
-    "checkpoint", "checkpoint.siglip", "segment", "draw", "coco", "__init__", "train", "train.contrastive",
-    "train.optim", "train.data", "train.finetune", "train.lora", "train.run", "train.fit", "cli.options", "cli.text",
-    "cli.contrast", "cli.train", "cli.locate", "cli.checkpoints", "cli.bench", "cli", "cli.__main__",
+    "errors", "tree", "config", "lowbit", "quant", "ops", "kernels.device", "kernels.device_attention",
+    "kernels.launch", "kernels", "masks", "cache", "kernels.block", "siglip", "dual", "gemma", "paligemma", "image",
+    "dual_prompt", "tokenizer", "prompt", "sample", "arguments", "replay", "jit", "generate", "floors", "bench",
+    "detect", "vqvae", "checkpoint.files", "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf",
+    "checkpoint.bigvision", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "draw", "coco",
+    "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
+    "train.run", "train.fit", "cli.options", "cli.text", "cli.contrast", "cli.train", "cli.locate", "cli.checkpoints",
+    "cli.bench", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent
 

@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from pgfunc import lowbit, ops
 from pgfunc.lowbit import BLOCK, GROUPS, Int4, Int8
 
-METHODS = sorted(GROUPS)
+ROWS = " in rows"  # 4 bits in the order for GPUs
+METHODS = [*sorted(GROUPS), *(f"{method}{ROWS}" for method in sorted(GROUPS) if GROUPS[method])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 methods, dtypes, seeds = st.sampled_from(METHODS), st.sampled_from(DTYPES), st.integers(0, 2**31)
 
@@ -38,6 +39,12 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def quantized(w: torch.Tensor, method: str):
+    """A matrix in few bits, in either order."""
+    small = lowbit.quantize(w, method.removesuffix(ROWS))
+    return lowbit.ordered(small, rows=True) if method.endswith(ROWS) else small
+
+
 def meaning(w) -> np.ndarray:
     """The weights that a quantized matrix stands for."""
     return grid(w)[0]
@@ -48,11 +55,18 @@ def grid(w) -> tuple[np.ndarray, np.ndarray]:
     values, scale = w.values.numpy(), w.scale.double().numpy()
     if isinstance(w, Int8):
         return values * scale[:, None], np.broadcast_to(scale[:, None], values.shape)
-    group = np.arange(values.shape[1]) // (values.shape[1] // len(scale))
+    blocked = values.ndim == 3
+    scale = scale if blocked else scale.swapaxes(0, 1)
+    size = w.inputs // len(scale)
     weights, steps = [], []
     for output in range(scale.shape[1]):
-        byte = values[output // 64, :, output % 32]
-        level = byte >> 4 if output % 64 >= 32 else byte & 15
+        i = np.arange(w.inputs)
+        group, at = i // size, i % size
+        if blocked:
+            byte, high = values[output // 64, :, output % 32], output % 64 >= 32
+        else:
+            byte, high = values[output, group * size // 2 + at % (size // 2)], at >= size // 2
+        level = np.where(high, byte >> 4, byte & 15)
         steps.append(scale[group, output, 0])
         weights.append((level.astype(np.float64) - 8) * steps[-1] + scale[group, output, 1])
     return np.stack(weights), np.stack(steps)
@@ -62,13 +76,27 @@ def grid(w) -> tuple[np.ndarray, np.ndarray]:
 @given(seeds, methods, dtypes)
 def test_no_weight_moves_by_more_than_half_a_step(kind, seed, method, dtype):
     w = KINDS[kind](normal(seed, 2 * BLOCK, 256)).to(dtype)
-    found, step = grid(lowbit.quantize(w, method))
+    found, step = grid(quantized(w, method))
     assert (np.abs(found - w.double().numpy()) <= step / 2).all()  # exact: float64 holds the difference of the two
+
+
+@given(seeds, st.sampled_from(["int4", "int4-64", "int4-32"]), dtypes)
+def test_either_order_is_the_other_to_the_bit(seed, method, dtype):
+    w = lowbit.quantize(normal(seed, 2 * BLOCK, 256, dtype=dtype), method)
+    rows = lowbit.ordered(w, rows=True)
+    assert w.blocked
+    assert not rows.blocked
+    assert lowbit.method(rows) == lowbit.method(w) == method
+    assert np.array_equal(meaning(rows), meaning(w))
+    back = lowbit.arranged(rows, torch.device("cpu"))
+    assert torch.equal(back.values, w.values)
+    assert torch.equal(back.scale, w.scale)
+    assert lowbit.ordered(rows, rows=True) is rows
 
 
 @given(seeds, methods, dtypes)
 def test_dequantized_weights_are_what_the_bytes_mean_rounded_once(seed, method, dtype):
-    w = lowbit.quantize(normal(seed, BLOCK, 256, dtype=dtype), method)
+    w = quantized(normal(seed, BLOCK, 256, dtype=dtype), method)
     found = lowbit.dequantize(w)
     assert found.dtype == dtype
     eps = max(torch.finfo(dtype).eps, 2.0**-23)  # a sum is made in float32 before it is rounded
@@ -78,8 +106,8 @@ def test_dequantized_weights_are_what_the_bytes_mean_rounded_once(seed, method, 
 @given(seeds, methods, st.sampled_from([torch.float32, torch.float64]))
 def test_what_was_quantized_once_does_not_move_again(seed, method, dtype):
     # in bf16 and f16 the weights between the two are rounded once more, and a scale may change by its last bit
-    once = lowbit.quantize(normal(seed, BLOCK, 256, dtype=dtype), method)
-    again = lowbit.quantize(lowbit.dequantize(once), method)
+    once = quantized(normal(seed, BLOCK, 256, dtype=dtype), method)
+    again = quantized(lowbit.dequantize(once), method)
     assert torch.equal(again.values, once.values)
     assert torch.equal(again.scale, once.scale)
 
@@ -87,7 +115,7 @@ def test_what_was_quantized_once_does_not_move_again(seed, method, dtype):
 @given(seeds, methods)
 def test_quantization_halves_and_quarters_bytes_and_the_error_is_that_of_rounding(seed, method):
     w = normal(seed, BLOCK, 1024, dtype=torch.bfloat16)
-    small = lowbit.quantize(w, method)
+    small = quantized(w, method)
     size = small.values.nbytes / w.nbytes
     assert size == (0.5 if method == "int8" else 0.25)
     error = (lowbit.dequantize(small) - w).float().norm() / w.float().norm()
@@ -99,19 +127,19 @@ def test_quantization_halves_and_quarters_bytes_and_the_error_is_that_of_roundin
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros_and_constants_stay_what_they_are(method, dtype):
     w = torch.zeros(BLOCK, 256, dtype=dtype)
-    assert torch.equal(lowbit.dequantize(lowbit.quantize(w, method)), w)
+    assert torch.equal(lowbit.dequantize(quantized(w, method)), w)
     if method != "int8":
         for number in (1.0, -0.03125, 240.0):  # bfloat16 holds them
-            assert torch.equal(lowbit.dequantize(lowbit.quantize(w + number, method)), w + number)
+            assert torch.equal(lowbit.dequantize(quantized(w + number, method)), w + number)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 3e38, 3.4e38])
 def test_levels_of_numbers_that_are_not_finite_or_too_large_are_not_finite(method, number):
     w = normal(0, BLOCK, 128)
-    assert lowbit.finite(lowbit.quantize(w, method))
+    assert lowbit.finite(quantized(w, method))
     w[3, 5], w[3, 6] = number, -number
-    small = lowbit.quantize(w, method)
+    small = quantized(w, method)
     if number != 3.4e38:
         assert lowbit.finite(small) == (number == 3e38)
     assert lowbit.dequantize(small).isfinite().all() or not lowbit.finite(small)
@@ -136,7 +164,7 @@ def check_product(x: torch.Tensor, w, found: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [(), (1,), (2, 1), (16,), (17,), (2, 64), (130,), (0,), (3, 0)], ids=str)
 def test_linear_multiplies_by_what_the_bytes_mean(method, dtype, batch):
-    x, w = normal(1, *batch, 256, dtype=dtype), lowbit.quantize(normal(2, 3 * BLOCK, 256, dtype=dtype), method)
+    x, w = normal(1, *batch, 256, dtype=dtype), quantized(normal(2, 3 * BLOCK, 256, dtype=dtype), method)
     check_product(x, w, ops.linear(x, w))
     bias = normal(3, 3 * BLOCK, dtype=dtype)
     assert torch.equal(ops.linear(x, w, bias), ops.linear(x, w) + bias)
@@ -153,7 +181,7 @@ def test_int8_takes_any_size(seed, dtype, outputs, inputs, rows):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_matrix_that_is_cut_in_pieces_gives_the_same(method):
-    w = lowbit.quantize(normal(2, 2 * BLOCK, 2**15), method)
+    w = quantized(normal(2, 2 * BLOCK, 2**15), method)
     pieces = list(lowbit.pieces(w))
     assert len(pieces) == 2, "2**21 weights a piece"
     assert torch.equal(torch.cat([lowbit.dequantize(piece) for piece in pieces]), lowbit.dequantize(w))
@@ -163,7 +191,7 @@ def test_a_matrix_that_is_cut_in_pieces_gives_the_same(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_products_are_differentiable_in_both_modes_and_map_over_matrices(method):
-    x, w = normal(1, 3, 256), lowbit.quantize(normal(2, BLOCK, 256), method)
+    x, w = normal(1, 3, 256), quantized(normal(2, BLOCK, 256), method)
     plain, weight = lowbit.dequantize(w), normal(3, 3, BLOCK)
     limit = {"atol": 1e-4, "rtol": 1e-5}  # float32, sums of 256
 
@@ -179,7 +207,7 @@ def test_products_are_differentiable_in_both_modes_and_map_over_matrices(method)
     with forward_ad.dual_level():
         moved = forward_ad.unpack_dual(value(forward_ad.make_dual(x.detach(), along))).tangent
         torch.testing.assert_close(moved, expected, **limit)
-    several = [w, lowbit.quantize(normal(5, BLOCK, 256), method)]
+    several = [w, quantized(normal(5, BLOCK, 256), method)]
     stacked = type(w)(*(torch.stack(parts) for parts in zip(*several, strict=True)))
     mapped = torch.func.vmap(ops.linear, in_dims=(None, 0))(x.detach(), stacked)
     for found, each in zip(mapped, several, strict=True):

@@ -89,8 +89,8 @@ def test_few_bytes_are_copied_and_more_are_not():
     run = replay.Replayed(mixed)
     small, picture, weights = torch.zeros(4), torch.zeros(100), torch.zeros(1000)
     calls = [[small.clone(), picture.clone(), weights.clone()] for _ in range(3)]  # all alive: in places of their own
-    for given in calls:
-        run.look(given, ())
+    for tensors in calls:
+        run.look(tensors, ())
     assert run.moving == {0, 1}
 
 

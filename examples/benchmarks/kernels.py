@@ -101,23 +101,21 @@ def standard_share(q: Tensor, k: Tensor) -> Share:
 
 def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth: float) -> None:
     copies = [make() for _ in range(max(2, ceil(400e6 / size)))]
-    first = next(x for x in copies[0][1:] if not isinstance(x, Tensor) or x.dim() > 1)
-    w = first if isinstance(first, Tensor) else first.values
     line = f"\n{name}, {size / 1e6:.1f} MB: eager {microseconds(getattr(kernels, f'{fn}_eager'), copies):.1f} us"
-    if isinstance(first, lowbit.Int4):  # which has nothing to choose
-        part, kind, tried, standard = "tile", Tile, "", Tile(64, 0, 0)
-    elif fn == "attend_one":
-        part, kind, tried, standard = "chunk", Chunk, CHUNKS, kernels.chunk(len(w), 2)
+    first = next(x for x in copies[0][1:] if not isinstance(x, Tensor) or x.dim() > 1)
+    if fn == "attend_one":
+        part, kind, tried, standard = "chunk", Chunk, CHUNKS, kernels.chunk(len(first), 2)
     elif fn == "attend_spans":
         part, kind, tried, standard = "share", Share, SHARES, standard_share(*copies[0][:2])
     else:
-        part, kind, tried, standard = "tile", Tile, TILES, kernels.tile(fn, len(w), w.shape[-1], w.element_size())
-        if w.is_floating_point():
+        w = kernels.Kept.of(first)
+        part, kind, tried, standard = "tile", Tile, TILES, kernels.tile(fn, w.outputs, w.inputs, w.bits)
+        if isinstance(first, Tensor):
             cublas = lambda x, *rest: [ops.linear(x, w) for w in rest if isinstance(w, Tensor) and w.dim() == 2]  # noqa: E731
             line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
     print(line)
     kept, times = getattr(kernels, part), {}
-    for setting in (standard, *(kind(*map(int, each.split())) for each in tried.split(", ") if each)):
+    for setting in (standard, *(kind(*map(int, each.split())) for each in tried.split(", "))):
         setattr(kernels, part, lambda *_, setting=setting: setting)
         wrong = error(fn, copies[0])
         assert wrong < 2**-6, f"{name}: {setting} is wrong by {wrong}"  # bf16, rounded three times

@@ -58,7 +58,7 @@ def load(
         params = bigvision.load(path, cfg, kind, first)
     else:
         raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a big_vision .npz")
-    params = paligemma.packed(params, where) if where.type == "cuda" else params
+    params = quant.arranged(paligemma.packed(params, where), where) if where.type == "cuda" else params
     params = params if quantize is None else quant.quantize(params, quantize)
     return Model(cfg, params, tokenizers.load(Path(tokenizer)) if tokenizer else None)
 

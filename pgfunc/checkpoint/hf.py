@@ -182,6 +182,7 @@ def open_file(path: Path) -> dict[str, Entry]:
 
 def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) -> None:
     """Write the parameters in place of a folder's weights."""
+    params = quant.arranged(params, torch.device("cpu"))  # the order of files
     write(folder, arrange(with_parts(table(cfg), quant.methods(params)), params), shard_bytes)
 
 

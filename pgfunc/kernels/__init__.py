@@ -4,7 +4,7 @@ And the attention of a whole prompt, without a mask in memory. Each function is 
 a composition of `ops`, but that all is float32 until the result is cast, where the twin also rounds what lies between.
 They have no derivative, and a CUDA graph can capture them: none looks at a value on the host. Matrices are bf16, f16,
 f32 or quantized, with dense rows. Owns how the work is cut (`TILES`, `CHUNKS`, `SHARES`). The code of the kernels is in
-`device`, and needs Triton, which a call imports.
+`device` and `device_attention`, and needs Triton, which a call imports.
 
 `block` puts them together, as operators for torch.compile; the model calls it where it `serves`.
 
@@ -19,16 +19,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc import ops
-from pgfunc.kernels import int4
+from pgfunc.errors import SettingError
 from pgfunc.kernels.launch import code, dense, early, shared_memory
-from pgfunc.lowbit import Int4, Int8, Quantized
+from pgfunc.lowbit import Int4, Quantized
 
 
 class Tile(NamedTuple):
     """What a program does at once: so many rows, so many columns of each, by so many warps.
 
-    A warp reads 16 bytes a lane, 256 columns of bf16 or 512 of int8: at least so many columns a warp, or its lanes read
-    less. Nothing is staged: the walk over the columns is unrolled, and loads of several blocks are under way together.
+    A warp reads 16 bytes a lane, 256 columns of bf16, 512 of int8, 1024 of int4: at least so many columns a warp, or
+    its lanes read less. Nothing is staged: the walk over the columns is unrolled, and loads of several blocks are under
+    way together.
     """
 
     rows: int
@@ -54,7 +55,7 @@ class Share(NamedTuple):
     stages: int
 
 
-# for each kernel, and the same on int8, by the least outputs and the least inputs: the first that fits (H100)
+# for each kernel, and the same on fewer bits, by the least outputs and the least inputs: the first that fits (H100)
 TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "matvec": ((0, 8192, Tile(1, 1024, 2)), (0, 0, Tile(2, 1024, 2))),
     "normed_matvec": ((0, 0, Tile(2, 2048, 4)),),
@@ -64,6 +65,10 @@ TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "int8 normed_matvec": ((0, 0, Tile(4, 1024, 2)),),
     "int8 rotated_qkv": ((0, 0, Tile(1, 2048, 1)),),
     "int8 geglu_matvec": ((0, 0, Tile(2, 2048, 2)),),
+    "int4 matvec": ((0, 8192, Tile(2, 2048, 2)), (0, 0, Tile(2, 2048, 2))),
+    "int4 normed_matvec": ((0, 0, Tile(4, 1024, 1)),),
+    "int4 rotated_qkv": ((0, 0, Tile(1, 1024, 1)),),
+    "int4 geglu_matvec": ((0, 0, Tile(2, 1024, 1)),),
 }
 # by the least number of slots
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))
@@ -74,12 +79,10 @@ SHARES: tuple[tuple[int, Share], ...] = (
 COLUMNS = 64  # of a head of attention, joined by one program
 
 
-def tile(kernel: str, outputs: int, inputs: int, size: int = 2) -> Tile:
-    """The tile of a kernel for a matrix of numbers of `size` bytes. A benchmark puts another function here."""
-    found = next(
-        tile for o, i, tile in TILES[f"int8 {kernel}" if size == 1 else kernel] if outputs >= o and inputs >= i
-    )
-    return found._replace(block=min(found.block, power(inputs)))
+def tile(kernel: str, outputs: int, inputs: int, bits: int = 16) -> Tile:
+    """The tile of a kernel for a matrix of numbers of so many bits. A benchmark puts another function here."""
+    kind = f"int{bits} " if bits < 16 else ""
+    return next(tile for o, i, tile in TILES[kind + kernel] if outputs >= o and inputs >= i)
 
 
 def chunk(slots: int, size: int) -> Chunk:
@@ -111,13 +114,11 @@ Matrix = Float[Tensor, "o i"] | Quantized
 
 def matvec(x: Float[Tensor, "i"], w: Matrix, residual: Float[Tensor, "o"] | None = None) -> Float[Tensor, "o"]:
     """w · x, and the residual: the product is not rounded before it is added."""
-    if isinstance(w, Int4):
-        return int4.matvec(x, w, residual)
-    values, scale = scaled(w)
-    dense(x, values)
-    out = x.new_empty(len(values))
+    kept = Kept.of(w)
+    dense(x, *kept.tensors)
+    out = x.new_empty(kept.outputs)
     given, add = (x, False) if residual is None else (residual, True)
-    launch("matvec", values)(x, values, scale, given, out, values.stride(0), ADD=add, **early(x))
+    launch("matvec", kept)(x, *kept.tensors, given, out, *kept.strides, ADD=add, **early(x))
     return out
 
 
@@ -129,11 +130,11 @@ def normed_matvec(
     x: Float[Tensor, "d"], scale: Float[Tensor, "d"], w: Matrix, eps: float, made: bool = False
 ) -> Float[Tensor, "o"]:
     """w · rms_norm(x). Of a w that was `made` just before nothing is asked for early."""
-    values, by = scaled(w)
-    dense(x, scale, values)
-    out = x.new_empty(len(values))
+    kept = Kept.of(w)
+    dense(x, scale, *kept.tensors)
+    out = x.new_empty(kept.outputs)
     when = {"EARLY": False} if made else early(x)
-    launch("normed_matvec", values)(x, scale, values, by, out, values.stride(0), eps, **when)
+    launch("normed_matvec", kept)(x, scale, *kept.tensors, out, *kept.strides, eps, **when)
     return out
 
 
@@ -175,21 +176,16 @@ def rotated_qkv(
 
     Each plane of q and k is turned by its angle.
     """
-    dense(angles, k_buffer, v_buffer)
-    if isinstance(q, Int4) and isinstance(k, Int4) and isinstance(v, Int4):
-        return int4.rotated_qkv(x, scale, q, k, v, angles, k_buffer, v_buffer, length, eps)
-    h = 2 * angles.shape[-1]
-    (q_values, q_scale), (k_values, k_scale), (v_values, v_scale) = map(scaled, (q, k, v))
-    dense(x, scale, q_values, k_values, v_values)
-    heads, kv_heads, slots = len(q_values) // h, len(k_values) // h, len(k_buffer)
-    out, cut = x.new_empty(heads, h), tile("rotated_qkv", len(q_values), len(x), q_values.element_size())
+    h, all_kept = 2 * angles.shape[-1], [*map(Kept.of, (q, k, v))]
+    dense(x, scale, angles, k_buffer, v_buffer, *(part for kept in all_kept for part in kept.tensors))
+    heads, kv_heads = (kept.outputs // h for kept in all_kept[:2])
+    out, cut = x.new_empty(heads, h), tile("rotated_qkv", all_kept[0].outputs, len(x), all_kept[0].bits)
     rows = min(cut.rows, h // 2 & -(h // 2))  # of one head: a power of two that divides its planes
     code("device").rotated_qkv[((heads + 2 * kv_heads) * h // 2 // rows,)](
-        x, scale, q_values, q_scale, k_values, k_scale, v_values, v_scale, angles, out, k_buffer, v_buffer, length,
-        q_values.stride(0), k_values.stride(0), v_values.stride(0),
-        *k_buffer.stride()[:2], *v_buffer.stride()[:2], slots, eps,
-        HEADS=heads, KV=kv_heads, HALF=h // 2, D=len(x), SCALED=isinstance(q, Int8),
-        ROWS=rows, BLOCK=cut.block, num_warps=cut.warps, **early(x),
+        x, scale, *(part for kept in all_kept for part in kept.tensors), angles, out, k_buffer, v_buffer, length,
+        *(kept.strides[0] for kept in all_kept), all_kept[0].strides[1],
+        *k_buffer.stride()[:2], *v_buffer.stride()[:2], len(k_buffer), eps,
+        HEADS=heads, KV=kv_heads, HALF=h // 2, **all_kept[0].sizes(cut), ROWS=rows, num_warps=cut.warps, **early(x),
     )  # fmt: skip
     return out
 
@@ -216,12 +212,12 @@ def geglu_matvec(
     x: Float[Tensor, "d"], scale: Float[Tensor, "d"], gate: Matrix, up: Matrix, eps: float
 ) -> Float[Tensor, "f"]:
     """gelu(gate · rms_norm(x)) times up · rms_norm(x). Neither product is rounded before, as the twin's are."""
-    if isinstance(gate, Int4) and isinstance(up, Int4):
-        return int4.geglu_matvec(x, scale, gate, up, eps)
-    (g, g_scale), (u, u_scale) = scaled(gate), scaled(up)
-    dense(x, scale, g, u)
-    out = x.new_empty(len(g))
-    launch("geglu_matvec", g)(x, scale, g, g_scale, u, u_scale, out, g.stride(0), u.stride(0), eps, **early(x))
+    g, u = Kept.of(gate), Kept.of(up)
+    dense(x, scale, *g.tensors, *u.tensors)
+    out = x.new_empty(g.outputs)
+    launch("geglu_matvec", g)(
+        x, scale, *g.tensors, *u.tensors, out, g.strides[0], u.strides[0], g.strides[1], eps, **early(x)
+    )
     return out
 
 
@@ -256,12 +252,12 @@ def attend_one(
     peaks, sums = q.new_empty(2, heads, count, dtype=torch.float32)
     parts, out = q.new_empty(heads, count, h, dtype=torch.float32), torch.empty_like(q)
     window, columns = window or slots, min(COLUMNS, power(h))
-    code("device").attend_chunk[(count, kv_heads)](
+    code("device_attention").attend_chunk[(count, kv_heads)](
         q, k, v, length, peaks, sums, parts, *k.stride()[:2], *v.stride()[:2], slots, window, scale, cap,
         G=group, H=h, CHUNKS=count, CAP=cap > 0, CHUNK=share.keys,
         GROUP=power(group), HEAD=power(h), num_warps=share.warps, **early(q),
     )  # fmt: skip
-    code("device").attend_join[(heads, -(-h // columns))](
+    code("device_attention").attend_join[(heads, -(-h // columns))](
         length, peaks, sums, parts, out, slots, window,
         H=h, CHUNKS=count, CHUNK=share.keys, PARTS=share.parts, COLUMNS=columns, num_warps=share.warps, **early(q),
     )  # fmt: skip
@@ -300,7 +296,7 @@ def attend_spans(
     (rows, tokens, heads, h), (slots, kv_heads) = q.shape, k.shape[1:3]
     out, group = torch.empty_like(q), heads // kv_heads
     cut = share(rows * kv_heads * tokens * group, power(h) * q.element_size(), shared_memory(q))
-    code("device").attend_spans[(-(-tokens * group // cut.queries), rows * kv_heads)](
+    code("device_attention").attend_spans[(-(-tokens * group // cut.queries), rows * kv_heads)](
         q, k, v, begin, end, out, *k.stride()[:3], *v.stride()[:3], tokens, slots, scale, cap,
         HEADS=heads, KV=kv_heads, G=group, H=h, HEAD=power(h), CAP=cap > 0,
         QUERIES=cut.queries, KEYS=cut.keys, num_warps=cut.warps, num_stages=cut.stages,
@@ -324,15 +320,41 @@ def attend_spans_eager(
 # --- how they are launched --------------------------------------------------------------------------------------------
 
 
-def scaled(w: Matrix) -> tuple[Tensor, Tensor]:
-    """A matrix and what its rows are multiplied by; of one that is not quantized this is not read."""
-    return (w, w) if isinstance(w, Tensor) else (w.values, w.scale)
+class Kept(NamedTuple):
+    """A matrix as the kernels read it: its rows, and their scales, which of one that is not quantized are not read."""
+
+    tensors: tuple[Tensor, Tensor]
+    inputs: int
+    bits: int
+    group: int = 0  # inputs that share a scale in 4 bits
+
+    @classmethod
+    def of(cls, w: Matrix) -> "Kept":
+        if isinstance(w, Tensor):
+            return cls((w, w), w.shape[1], 16)
+        if not isinstance(w, Int4):
+            return cls((w.values, w.scale), w.values.shape[1], 8)
+        if w.blocked:
+            raise SettingError("kernels for GPUs read 4 bits in rows: see lowbit.arranged")
+        return cls((w.values, w.scale.flatten(1)), w.inputs, 4, w.group)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.tensors[0])
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """From row to row, and from the scales of a row to those of the next."""
+        return self.tensors[0].stride(0), self.tensors[1].stride(0)
+
+    def sizes(self, cut: Tile) -> dict[str, int]:
+        """What the kernels know of it before they run."""
+        block = max(min(cut.block, power(self.inputs)), self.group)
+        return {"D": self.inputs, "BITS": self.bits, "GROUP": self.group, "BLOCK": block}
 
 
-def launch(kernel: str, w: Tensor) -> Any:
-    """The kernel on as many programs as the rows of w take, with what it needs to know of the sizes."""
-    outputs, inputs = w.shape
-    cut = tile(kernel, outputs, inputs, w.element_size())
-    settings = {"OUT": outputs, "D": inputs, "ROWS": cut.rows, "BLOCK": cut.block, "num_warps": cut.warps}
-    run = getattr(code("device"), kernel)[(-(-outputs // cut.rows),)]
-    return partial(run, **settings, SCALED=w.dtype == torch.int8)
+def launch(kernel: str, kept: Kept) -> Any:
+    """The kernel on as many programs as the rows take, with what it needs to know of the sizes."""
+    cut = tile(kernel, kept.outputs, kept.inputs, kept.bits)
+    run = getattr(code("device"), kernel)[(-(-kept.outputs // cut.rows),)]
+    return partial(run, OUT=kept.outputs, ROWS=cut.rows, num_warps=cut.warps, **kept.sizes(cut))

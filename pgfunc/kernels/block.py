@@ -39,17 +39,13 @@ def serves(x: Float[Tensor, "*b d"], tap, weights: Any) -> bool:
     return fits and all(w.dtype in (x.dtype, torch.int8, torch.uint8) for w in pytree.tree_leaves(weights))
 
 
-def serves_layers(x: Float[Tensor, "b t d"], tap, layers: Sequence[Any], h: int) -> bool:
-    """`serves`, of whole layers with heads of a size.
-
-    Matrices that are read together must be of one kind; in 4 bits a head is some blocks of planes.
-    """
+def serves_layers(x: Float[Tensor, "b t d"], tap, layers: Sequence[Any]) -> bool:
+    """`serves`, of whole layers: matrices that are read together must be of one kind, and 4 bits in rows."""
     if not serves(x, tap, layers):
         return False
     together = (group for p in layers for group in ((p.q, p.k, p.v), (p.gate, p.up)))
-    return all(len({lowbit.kind(w) for w in group}) == 1 for group in together) and (
-        h % (2 * lowbit.BLOCK) == 0 or not any(isinstance(p.q, Int4) for p in layers)
-    )
+    alike = all(len({lowbit.kind(w) for w in group}) == 1 for group in together)
+    return alike and not any(isinstance(w, Int4) and w.blocked for p in layers for w in p)
 
 
 def block(

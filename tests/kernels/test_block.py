@@ -52,7 +52,12 @@ def test_decoding_in_4_bits_by_the_kernels_equals_decoding_without(method):
     text = TextConfig(128, width=128, layers=2, heads=2, kv_heads=1, head_dim=128, hidden=256, query_scale=0.1)
     cfg = pg.Config(vision, text, image=128)
     params = bench.random_params(cfg, torch.float32, torch.device(DEVICE))
-    decode_both_ways(cfg, pg.quant.quantize(params, method), 3, 0)
+    small = pg.quant.quantize(params, method)
+    rows = pytree.tree_map(
+        lambda w: lowbit.ordered(w, rows=True) if isinstance(w, lowbit.Int4) else w, small,
+        is_leaf=lambda w: isinstance(w, lowbit.Int4),
+    )  # fmt: skip
+    decode_both_ways(cfg, rows, 3, 0)
 
 
 def decode_both_ways(cfg: pg.Config, params: pg.Params, tokens: int, seed: int) -> None:

@@ -29,6 +29,7 @@ from pgfunc.prompt import Model, fits
 from pgfunc.sample import Settings, greedy
 
 GREEDY = Settings()
+STAGES = ("vision", "prefill", "decode", "generate")
 
 
 class Stage(NamedTuple):
@@ -53,9 +54,14 @@ class Case:
     slots: int | None = None  # of the cache; None: as many as get filled
     repeat: int = 5
     compile: bool = True
+    stages: tuple[str, ...] = STAGES
 
     def check(self, cfg: Config) -> None:
-        """Raise SettingError for a number outside its range, PromptError for a row that has too few positions."""
+        """Raise SettingError for a number outside its range or an unknown stage, PromptError for a row that has too few
+        positions."""
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise SettingError(f"stage is {stage}, expected {', '.join(STAGES)}")
         # the first token is the prefill's
         for name, least in {"batch": 1, "prompt-tokens": 1, "tokens": 2, "repeat": 1}.items():
             if (found := getattr(self, name.replace("-", "_"))) < least:
@@ -208,14 +214,17 @@ def stages(model: Model, case: Case, machine: Machine) -> Iterator[Stage]:
     def prefill() -> Any:
         return paligemma.prefill(params, prompt, cfg, case.room(cfg))
 
-    yield stage("vision", encode, [vision_work(params, cfg, case.batch)], machine, device, case.repeat)
-    work = [prefill_work(params, cfg, case.batch, case.prompt_tokens)]
-    yield stage("prefill", prefill, work, machine, device, case.repeat)
-    if case.compile and device.type == "cuda":  # where `generate` compiles it
-        yield compiled_prefill_stage(model, prompt, case, machine)
-    for measured in (decode_stage, generate_stage):
-        for compiled in (False, True) if case.compile else (False,):
-            yield measured(model, prompt, case, machine, compiled)
+    if "vision" in case.stages:
+        yield stage("vision", encode, [vision_work(params, cfg, case.batch)], machine, device, case.repeat)
+    if "prefill" in case.stages:
+        work = [prefill_work(params, cfg, case.batch, case.prompt_tokens)]
+        yield stage("prefill", prefill, work, machine, device, case.repeat)
+        if case.compile and device.type == "cuda":  # where `generate` compiles it
+            yield compiled_prefill_stage(model, prompt, case, machine)
+    for name, measured in {"decode": decode_stage, "generate": generate_stage}.items():
+        if name in case.stages:
+            for compiled in (False, True) if case.compile else (False,):
+                yield measured(model, prompt, case, machine, compiled)
 
 
 def compiled_prefill_stage(model: Model, prompt: Prompt, case: Case, machine: Machine) -> Stage:

@@ -106,7 +106,15 @@ def test_threads_are_pytorchs(run, folder, monkeypatch):
     assert asked == [1]
 
 
+def test_stages_that_are_named_are_measured_and_no_others(run, folder):
+    for named in (["decode"], ["vision", "generate"]):
+        status, out, _ = run("--model", str(folder), "--json", *(f"--stage={name}" for name in named), *FEW)
+        assert status == 0
+        assert [stage["stage"] for stage in json.loads(out)["stages"]] == ["load", *named]
+
+
 MISTAKES = {
+    ("--stage", "prefil"): "stage is prefil, expected vision, prefill, decode, generate",
     ("--batch", "0"): "batch is 0",
     ("--tokens", "1"): "tokens is 1",
     ("--repeat", "0"): "repeat is 0",

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import pgfunc as pg
 from pgfunc import bench as measuring
 from pgfunc import paligemma
-from pgfunc.bench import Case, Stage
+from pgfunc.bench import STAGES, Case, Stage
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.cli import options
 from pgfunc.cli.options import app, enough_memory, unset
@@ -42,6 +42,9 @@ def bench(
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to generate.")] = 128,
     slots: Annotated[int | None, unset("--slots", help="Of the cache, for decode; else as many as get filled.")] = None,
     repeat: Annotated[int, typer.Option("--repeat", help="Runs of each stage, after one that warms up.")] = 5,
+    stage: Annotated[
+        list[str] | None, unset("--stage", help="Measure this one, and others so named; else all.")
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Decode and generate compiled too, prefill on a GPU.")
     ] = True,
@@ -56,7 +59,7 @@ def bench(
     A floor is the time that a stage's bytes need at the memory's bandwidth, or its FLOPs at the rate of a large matrix
     product, both measured first. Times are medians. The checkpoint is the shipped one without --model and --config.
     """
-    case = Case(batch, prompt_tokens, tokens, slots, repeat, compile)
+    case = Case(batch, prompt_tokens, tokens, slots, repeat, compile, tuple(stage or STAGES))
     if threads is not None and threads < 1:
         raise SettingError(f"threads is {threads}, expected 1 or more")
     where = as_device(device)
@@ -88,8 +91,7 @@ def bench(
         } | asdict(case) | {"slots": case.length(cfg) + case.room(cfg)} | machine._asdict()  # fmt: skip
         loaded, first = measuring.load_stage(make, where, machine, 1 if drawn else repeat, "draw" if drawn else "load")
         rest = measuring.stages(loaded, case, machine)
-        count = 4 + compile * (3 if where.type == "cuda" else 2)
-        bar = tqdm(rest, desc="measuring", unit="stage", total=count, leave=False, disable=None)
+        bar = tqdm(rest, desc="measuring", unit="stage", leave=False, disable=None)
         stages = [first, *bar]
     if as_json:
         print(json.dumps(about | {"stages": [record(stage) for stage in stages]}))

@@ -57,17 +57,17 @@ class Share(NamedTuple):
 
 # for each kernel, and the same on fewer bits, by the least outputs and the least inputs: the first that fits (H100)
 TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
-    "matvec": ((0, 8192, Tile(1, 1024, 2)), (0, 0, Tile(2, 1024, 2))),
-    "normed_matvec": ((0, 0, Tile(2, 2048, 4)),),
-    "rotated_qkv": ((0, 0, Tile(1, 1024, 1)),),
-    "geglu_matvec": ((0, 2049, Tile(2, 2048, 4)), (0, 0, Tile(2, 2048, 2))),
+    "matvec": ((0, 8192, Tile(1, 4096, 4)), (0, 0, Tile(2, 1024, 2))),
+    "normed_matvec": ((0, 0, Tile(2, 2048, 2)),),
+    "rotated_qkv": ((0, 2049, Tile(2, 1024, 1)), (0, 0, Tile(1, 1024, 1))),
+    "geglu_matvec": ((0, 2049, Tile(1, 2048, 2)), (0, 0, Tile(2, 2048, 2))),
     "int8 matvec": ((0, 8192, Tile(2, 1024, 2)), (0, 0, Tile(2, 2048, 4))),
     "int8 normed_matvec": ((0, 0, Tile(4, 1024, 2)),),
     "int8 rotated_qkv": ((0, 0, Tile(1, 2048, 1)),),
     "int8 geglu_matvec": ((0, 0, Tile(2, 2048, 2)),),
-    "int4 matvec": ((0, 8192, Tile(2, 2048, 2)), (0, 0, Tile(2, 2048, 2))),
+    "int4 matvec": ((0, 0, Tile(2, 2048, 2)),),
     "int4 normed_matvec": ((0, 0, Tile(4, 1024, 1)),),
-    "int4 rotated_qkv": ((0, 0, Tile(1, 1024, 1)),),
+    "int4 rotated_qkv": ((0, 0, Tile(1, 2048, 1)),),
     "int4 geglu_matvec": ((0, 0, Tile(2, 1024, 1)),),
 }
 # by the least number of slots

@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from pgfunc.errors import SettingError
 
+LEAF = pytree.tree_structure(0)
+
 
 class Kind(NamedTuple):
     """All about an argument but the numbers in its tensors."""
@@ -34,9 +36,15 @@ class Kind(NamedTuple):
 
 class Argument(NamedTuple):
     tensors: list[Tensor]
+    places: list[int]  # where they lie
     ids: Set[int]  # of the tensors
     kind: int  # the number of its kind
     known: bool = False  # whether it is made of the same tensors as the last one of its name
+
+
+def argument(tensors: list[Tensor], kind: int, ids: Set[int] | None = None, known: bool = False) -> Argument:
+    ids = frozenset(map(id, tensors)) if ids is None else ids
+    return Argument(tensors, [*map(Tensor.data_ptr, tensors)], ids, kind, known)
 
 
 class Known(NamedTuple):
@@ -63,8 +71,8 @@ class Arguments:
         constant = spread(value, parts)
         places, last = [*map(id, parts)], self._last.get(name)
         if constant and last and last.places == places:
-            return Argument([*compress(parts, last.moving)], last.ids, last.kind, True)
-        leaves, structure = pytree.tree_flatten(value)
+            return argument([*compress(parts, last.moving)], last.kind, last.ids, True)
+        leaves, structure = ([value], LEAF) if isinstance(value, Tensor) else pytree.tree_flatten(value)
         moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         fixed = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
@@ -75,7 +83,7 @@ class Arguments:
             forget = lambda _: self._last.pop(name, None)  # noqa: E731
             held = [ref(part, forget) if isinstance(part, Tensor) else part for part in parts]
             self._last[name] = Known(places, [isinstance(part, Tensor) for part in parts], held, ids, kind)
-        return Argument(tensors, ids, kind)
+        return argument(tensors, kind, ids)
 
     def number(self, kind: Kind) -> int:
         try:
@@ -103,13 +111,14 @@ def spread(value: Any, parts: list[Any]) -> bool:
     return constant
 
 
-def repeated(arguments: Sequence[Argument]) -> tuple[int, ...]:
-    """Which of all tensors are which, where some are the same: code for two that are one is not that for two."""
-    alone = all(len(argument.ids) == len(argument.tensors) for argument in arguments)
-    if alone and all(one.ids.isdisjoint(other.ids) for one, other in combinations(arguments, 2)):
+def repeated(groups: Sequence[tuple[list[Tensor], Set[int]]]) -> tuple[int, ...]:
+    """Which of the tensors of all groups are which, where some are the same: code for two that are one is not that for
+    two. A group has its tensors and their ids."""
+    alone = all(len(ids) == len(tensors) for tensors, ids in groups)
+    if alone and all(one.isdisjoint(other) for (_, one), (_, other) in combinations(groups, 2)):
         return ()
-    ids = [id(x) for argument in arguments for x in argument.tensors]
-    return tuple(map(ids.index, ids))
+    every = [id(x) for tensors, _ in groups for x in tensors]
+    return tuple(map(every.index, every))
 
 
 def as_input(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 A cache is append-only: a handle does not see what is written behind its length. So its buffers may be written in place
 there, unless a newer handle on them is alive: then the older one forks, and its buffers are copied first. A handle is
 alive while any of its tensors is, or a view of one; what was detached from it, or cut in inference mode, is not seen
-to be a part of it. Owns who may write where. Knows nothing about models.
+to be a part of it. It keeps the arguments alive that it was made with: a loop comes with the same ones. Owns who may write where. Knows nothing about models.
 
 A function that takes `wrap`, which it applies to the blocks that it repeats, is compiled a block at a time: the code of
 one serves all layers, and what stands around them runs as it is.
@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pgfunc import replay
-from pgfunc.arguments import Argument, Arguments, Kind, as_input, repeated, shape
+from pgfunc.arguments import Arguments, Kind, as_input, repeated, shape
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
 from pgfunc.ops import transformed
@@ -62,8 +62,21 @@ class Handle(NamedTuple):
         )
 
 
-# the first buffer of each handle -> all handles on its memory, of which none sees more than the next
-_lineages: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+class Lineage(NamedTuple):
+    """All handles on the same memory, of which none sees more than the next; what never changes is noted once."""
+
+    handles: list[Handle]
+    shapes: tuple[Any, ...]  # of the buffers
+    places: list[int]  # where they lie, each at the beginning of its storage
+
+    @classmethod
+    def of(cls, buffers: tuple[Tensor, ...]) -> "Lineage":
+        return cls([], tuple(map(shape, buffers)), [x.data_ptr() for x in buffers])
+
+
+_lineages: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # by the first buffer of each handle
+# by the length of a continuation: who made it of which arguments, for they are likely to come again
+_origins: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
 def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
@@ -95,7 +108,7 @@ class Jitted(Generic[P, R]):
         self.fn: Callable[..., R] = fn
         self.donate, self.signature = donate, inspect.signature(fn)
         self._arguments = Arguments()
-        self._compiled: dict[Any, Callable[[list[Tensor], list[range]], Any]] = {}
+        self._compiled: dict[Any, replay.Replayed | replay.Direct] = {}
         self._arena: deque[Cache] = deque(maxlen=replay.KEPT)  # buffers that graphs write, to be used again
         self._lock = RLock()  # from the choice of buffers until a handle on them is known
         named = [
@@ -120,48 +133,66 @@ class Jitted(Generic[P, R]):
             raise SettingError(
                 "compiled code cannot be transformed by vmap, grad or jvp; transform what goes into pg.jit"
             )
-        given, cache = dict(self.signature.bind(*args, **kwargs).arguments), None
+        given, cache, origin, lineage = self._named(args, kwargs), None, {}, Lineage([], (), [])
         if self.blocks and "wrap" in given:
             raise SettingError("wrap is given by pg.jit, to compile a block at a time; leave it out")
         if self.donate is not None:
             cache = given.pop(self.donate, ())
             if not isinstance(cache, Cache):
                 raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
+            maker, made = _origins.get(cache.length) or (None, {})
+            origin = made if maker is self else {}
             cache = writable(cache, self._arena)
-        read = {name: self._arguments.read(name, value) for name, value in given.items()}
-        tensors, fresh = [], []
-        for argument in read.values():
-            if not argument.known:
-                fresh.append(range(len(tensors), len(tensors) + len(argument.tensors)))
-            tensors += argument.tensors
-        donated = [] if cache is None else [*buffers(cache), as_input(cache.length)]
+            lineage = _lineages[cache.k[0]]
+        read = {
+            name: origin[name][1] if name in origin and origin[name][0] is value else self._arguments.read(name, value)
+            for name, value in given.items()
+        }
+        tensors, places, fresh = [], [], []
+        for each in read.values():
+            if not each.known:
+                fresh.append(range(len(tensors), len(tensors) + len(each.tensors)))
+            tensors += each.tensors
+            places += each.places
+        count, donated = len(tensors), [] if cache is None else [*buffers(cache), as_input(cache.length)]
         if donated:
-            fresh.append(range(len(tensors) + len(donated) - 1, len(tensors) + len(donated)))  # the length
+            tensors += donated
+            places += [*lineage.places, donated[-1].data_ptr()]
+            fresh.append(range(len(tensors) - 1, len(tensors)))  # the length
         key = (
-            tuple((name, argument.kind) for name, argument in read.items()), tuple(map(shape, donated)),
-            repeated([*read.values(), Argument(donated, {*map(id, donated)}, -1)]), surroundings(),
+            tuple((name, each.kind) for name, each in read.items()), lineage.shapes, tuple(map(shape, donated[-1:])),
+            repeated([*((each.tensors, each.ids) for each in read.values()), (donated, {*map(id, donated)})]),
+            surroundings(),
         )  # fmt: skip
         run = self._compiled.get(key)
         if run is None:
             if cache is not None:
                 check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
-            kinds = {name: self._arguments.kinds[argument.kind] for name, argument in read.items()}
+            kinds = {name: self._arguments.kinds[each.kind] for name, each in read.items()}
             code = regional(self.fn, kinds) if self.blocks else compiled(self.fn, self.donate, kinds)
-            graphs = replay.Replayed(code, range(len(tensors), len(tensors) + len(donated) - 1))
-            run = graphs if replay.possible(tensors + donated) else lambda tensors, fresh: code(tensors)
-        results, length = run(tensors + donated, fresh)
+            graphs = replay.possible(tensors)
+            run = replay.Replayed(code, range(count, len(tensors) - 1)) if graphs else replay.Direct(code)
+        leaves, structure = run.flat(tensors, places, fresh)
         self._compiled[key] = run
-        if cache is None:
-            return results
-        new, written = continued(cache, length), {x.untyped_storage().data_ptr() for x in buffers(cache)}
+        if cache is not None:
+            new = continued(cache, leaves[-1], lineage)
+            _origins[new.length] = self, {name: (given[name], each) for name, each in read.items() if each.known}
 
-        def own(leaf: Any) -> Any:
-            """A result as a value: the continuation in its place, a copy of what is written later."""
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in written:
-                return leaf.clone()
-            return new if isinstance(leaf, str) and leaf == CACHE else leaf
+            def own(leaf: Any) -> Any:
+                """A result as a value: the continuation in its place, a copy of what is written later."""
+                if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in lineage.places:
+                    return leaf.clone()
+                return new if isinstance(leaf, str) and leaf == CACHE else leaf
 
-        return pytree.tree_map(own, results)
+            leaves = [*map(own, leaves[:-1]), leaves[-1]]
+        results, _ = pytree.tree_unflatten(leaves, structure)
+        return results
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by their names."""
+        if len(args) == len(self.signature.parameters) and not kwargs:
+            return dict(zip(self.signature.parameters, args, strict=True))
+        return dict(self.signature.bind(*args, **kwargs).arguments)
 
 
 def compiled(fn, donate: str | None, kinds: dict[str, Kind]) -> Callable:
@@ -269,7 +300,7 @@ def writable(cache: Cache, arena: deque[Cache]) -> Cache:
             return made._replace(length=cache.length)
     with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
         k, v = (tuple(F.pad(x, (0, 0, 0, 0, 0, room)).contiguous() for x in side) for side in (cache.k, cache.v))
-    _lineages[k[0]] = []
+    _lineages[k[0]] = Lineage.of((*k, *v))
     made = Cache(k, v, cache.length)
     if replay.possible(buffers(made)):
         arena.append(made)
@@ -278,15 +309,16 @@ def writable(cache: Cache, arena: deque[Cache]) -> Cache:
 
 def living(cache: Cache) -> list[Handle]:
     """The handles on the cache's buffers; those that are dead are forgotten."""
-    handles = _lineages.get(cache.k[0]) or []
-    handles[:] = [handle for handle in handles if handle.alive()]
-    return handles
+    lineage = _lineages.get(cache.k[0])
+    if lineage is None:
+        return []
+    lineage.handles[:] = [handle for handle in lineage.handles if handle.alive()]
+    return lineage.handles
 
 
-def continued(cache: Cache, length: Tensor) -> Cache:
+def continued(cache: Cache, length: Tensor, lineage: Lineage) -> Cache:
     """A new handle on the buffers of a cache that has just been appended to."""
-    handles = _lineages[cache.k[0]]
-    return registered(cache, length, handles, len(handles), rewound=False)
+    return registered(cache, length, lineage, len(lineage.handles), rewound=False)
 
 
 def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
@@ -294,14 +326,16 @@ def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
 
     Compiled code goes on from it without a copy if no other handle on its buffers is alive: a loop keeps one.
     """
-    handles = [] if torch.compiler.is_compiling() else _lineages.get(cache.k[0]) or []
-    places = [i for i, handle in enumerate(handles) if handle.of(cache)]
-    return registered(cache, length, handles, places[0], rewound=True) if places else cache._replace(length=length)
+    lineage = None if torch.compiler.is_compiling() else _lineages.get(cache.k[0])
+    place = next((i for i, handle in enumerate(lineage.handles) if handle.of(cache)), None) if lineage else None
+    if lineage is None or place is None:
+        return cache._replace(length=length)
+    return registered(cache, length, lineage, place, rewound=True)
 
 
-def registered(cache: Cache, length: Tensor, handles: list[Handle], place: int, rewound: bool) -> Cache:
+def registered(cache: Cache, length: Tensor, lineage: Lineage, place: int, rewound: bool) -> Cache:
     """A handle of its own on the buffers of a cache, at a place among the others."""
     k, v = (tuple(x.detach() for x in side) for side in (cache.k, cache.v))  # new objects on the same memory
-    _lineages[k[0]] = handles
-    handles.insert(place, Handle(tuple(ref(x) for x in (*k, *v)), ref(length), rewound))
+    _lineages[k[0]] = lineage
+    lineage.handles.insert(place, Handle(tuple(map(ref, (*k, *v))), ref(length), rewound))
     return Cache(k, v, length)

@@ -21,13 +21,15 @@ FEW = 0.25  # of all bytes that go in: so many may be copied
 KEPT = 4  # graphs
 
 Fn = Callable[[list[Tensor]], Any]
+Flat = tuple[list[Any], pytree.TreeSpec]  # results, as leaves and their structure
 _copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Captured(NamedTuple):
     replay: Callable[[], None]
     own: dict[int, Tensor]  # the inputs that are copied, by their numbers
-    results: Any
+    results: list[Any]
+    structure: pytree.TreeSpec  # of the results
 
 
 def capture(fn: Fn, inputs: list[Tensor]) -> tuple[Callable[[], None], Any]:
@@ -44,6 +46,16 @@ def possible(leaves: Iterable[Any]) -> bool:
     leaves = list(leaves)
     alike = all(isinstance(leaf, Tensor) and leaf.is_cuda and leaf.device == leaves[0].device for leaf in leaves)
     return bool(leaves) and alike
+
+
+class Direct:
+    """`fn` as it is, where there are no graphs."""
+
+    def __init__(self, fn: Fn):
+        self.fn = fn
+
+    def flat(self, tensors: list[Tensor], places: list[int], new: Iterable[Iterable[int]]) -> Flat:
+        return pytree.tree_flatten(self.fn(tensors))
 
 
 class Replayed:
@@ -67,15 +79,19 @@ class Replayed:
     def __call__(self, tensors: list[Tensor], new: Iterable[Iterable[int]] = ()) -> Any:
         """What `fn` gives. `new` are groups of inputs, an argument each, that are others than those of the last call,
         even if they lie in the same places: such a group is copied as a whole, or not at all."""
-        seen = self.look(tensors, new)
+        results, structure = self.flat(tensors, [*map(Tensor.data_ptr, tensors)], new)
+        return pytree.tree_unflatten(results, structure)
+
+    def flat(self, tensors: list[Tensor], places: list[int], new: Iterable[Iterable[int]]) -> Flat:
+        """The same of inputs that lie in these places, which are noted."""
+        seen = self.look(tensors, places, new)
         if self.graph is None:
             key = tuple(self.last)
             if key not in self.graphs:
                 if not (seen and self.stays):
-                    results = self.fn(tensors)
-                    made = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
-                    self.stays = possible([tensors[0], *made])
-                    return results
+                    results, structure = pytree.tree_flatten(self.fn(tensors))
+                    self.stays = possible([tensors[0], *(x for x in results if isinstance(x, Tensor))])
+                    return results, structure
                 self.graphs[key] = self.captured(tensors)
                 if len(self.graphs) > KEPT:
                     self.graphs.popitem(last=False)
@@ -85,7 +101,7 @@ class Replayed:
         if graph.own:
             _copy(list(graph.own.values()), [narrow(tensors[i]) for i in graph.own])
         graph.replay()
-        return copied(graph.results)
+        return copied(graph.results), graph.structure
 
     def captured(self, tensors: list[Tensor]) -> Captured:
         with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
@@ -93,11 +109,12 @@ class Replayed:
         inputs = [own[i].expand(x.shape) if i in own else x for i, x in enumerate(tensors)]
         self.fn(inputs)  # whatever must be compiled or tuned for these must not be so during the capture
         replay, results = capture(self.fn, inputs)
-        return Captured(replay, own, pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, results))
+        leaves, structure = pytree.tree_flatten(results)
+        return Captured(replay, own, [x.detach() if isinstance(x, Tensor) else x for x in leaves], structure)
 
-    def look(self, tensors: list[Tensor], new: Iterable[Iterable[int]]) -> bool:
+    def look(self, tensors: list[Tensor], places: list[int], new: Iterable[Iterable[int]]) -> bool:
         """Notes where the inputs lie; whether those that are not copied lay there at the last call."""
-        places, last = [*map(Tensor.data_ptr, tensors)], self.last  # of hundreds of inputs, before each token
+        last = self.last  # all in few passes: of hundreds of inputs, before each token
         for i in self.moving:
             places[i] = 0
         changed = {i for i, before in enumerate(last) if places[i] != before} if places != last else set()
@@ -130,15 +147,14 @@ def twin(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copied(results: Any) -> Any:
-    """A tree with copies of its tensors, made at once."""
-    leaves, structure = pytree.tree_flatten(results)
-    old = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    new = [torch.empty_like(leaf) for leaf in old]
+def copied(results: list[Any]) -> list[Any]:
+    """The results with copies of the tensors among them, made at once."""
+    old = [x for x in results if isinstance(x, Tensor)]
+    new = [*map(torch.empty_like, old)]
     if old:
         _copy(new, old)
     rest = iter(new)
-    return pytree.tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+    return [next(rest) if isinstance(x, Tensor) else x for x in results]
 
 
 def graphed(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -206,6 +207,37 @@ def test_other_results_do_not_change_when_the_loop_goes_on(cfg, weights):
     before = [x.clone() for x in (logits, keys, values)]
     step(torch.tensor([2]), cache)
     assert all(torch.equal(one, other) for one, other in zip((logits, keys, values), before, strict=True))
+
+
+def test_what_made_a_handle_is_not_taken_for_what_continues_it(cfg, weights, monkeypatch):
+    """Weights are looked at again where another tree of them comes, or another function, in the middle of a loop."""
+    played(monkeypatch)
+    others = params(cfg, 7)
+    # in the second the first two arguments have changed places, so that what it learned of them has other numbers
+    plain, turned = pg.jit(pg.decode, donate="cache"), pg.jit(
+        lambda token, params, cache, cfg: pg.decode(params, token, cache, cfg), donate="cache"
+    )  # fmt: skip
+    for _ in range(2):
+        cache = pure = filled(weights, cfg, [3])
+        for place, tree in enumerate([weights, weights, weights, others, others, weights, others, weights]):
+            token = torch.tensor([place])
+            given = (token, tree) if place % 3 == 2 else (tree, token)
+            logits, cache = (turned if place % 3 == 2 else plain)(*given, cache, cfg)
+            expected, pure = pg.decode(tree, token, pure, cfg)
+            close(logits, expected)
+
+
+def test_weights_are_free_again_with_the_last_handle_that_they_made(cfg, monkeypatch):
+    played(monkeypatch)
+    step, mine = pg.jit(pg.decode, donate="cache"), params(cfg, 3)._replace(projector=torch.zeros(3))
+    cache = filled(params(cfg, 3), cfg, [3])
+    for token in range(4):
+        _, cache = step(mine, torch.tensor([token]), cache, cfg)
+    seen = ref(mine.projector)
+    del mine
+    assert seen() is not None
+    del cache
+    assert seen() is None, "without the garbage collector"
 
 
 def test_a_cache_of_two_handles_is_copied(step, cfg, weights):

@@ -6,7 +6,8 @@
 A cache is append-only: a handle does not see what is written behind its length. So its buffers may be written in place
 there, unless a newer handle on them is alive: then the older one forks, and its buffers are copied first. A handle is
 alive while any of its tensors is, or a view of one; what was detached from it, or cut in inference mode, is not seen
-to be a part of it. It keeps the arguments alive that it was made with: a loop comes with the same ones. Owns who may write where. Knows nothing about models.
+to be a part of it. It keeps the arguments alive that it was made with: a loop comes with the same ones. Owns who may
+write where. Knows nothing about models.
 
 A function that takes `wrap`, which it applies to the blocks that it repeats, is compiled a block at a time: the code of
 one serves all layers, and what stands around them runs as it is.

@@ -27,14 +27,16 @@ from pgfunc.lowbit import Int4, Quantized
 class Tile(NamedTuple):
     """What a program does at once: so many rows, so many columns of each, by so many warps.
 
-    A warp reads 16 bytes a lane, 256 columns of bf16, 512 of int8, 1024 of int4: at least so many columns a warp, or
-    its lanes read less. Nothing is staged: the walk over the columns is unrolled, and loads of several blocks are under
-    way together.
+    Rows are an axis of one tensor, which the warps share out, or `apart`, in tensors of their own: then what is made of
+    x serves all, which pays off where weights take arithmetic. A warp reads 16 bytes a lane, 256 columns of bf16, 512
+    of int8, 1024 of int4: at least so many columns a warp, or its lanes read less. Nothing is staged: the walk over the
+    columns is unrolled, and loads of several blocks are under way together.
     """
 
     rows: int
     block: int
     warps: int
+    apart: bool = False
 
 
 class Chunk(NamedTuple):
@@ -57,18 +59,18 @@ class Share(NamedTuple):
 
 # for each kernel, and the same on fewer bits, by the least outputs and the least inputs: the first that fits (H100)
 TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
-    "matvec": ((0, 8192, Tile(1, 4096, 4)), (0, 0, Tile(2, 1024, 2))),
-    "normed_matvec": ((0, 0, Tile(2, 2048, 2)),),
+    "matvec": ((0, 8192, Tile(1, 1024, 4)), (0, 0, Tile(2, 1024, 1))),
+    "normed_matvec": ((0, 0, Tile(2, 2048, 4)),),
     "rotated_qkv": ((0, 2049, Tile(2, 1024, 1)), (0, 0, Tile(1, 1024, 1))),
-    "geglu_matvec": ((0, 2049, Tile(1, 2048, 2)), (0, 0, Tile(2, 2048, 2))),
-    "int8 matvec": ((0, 8192, Tile(2, 1024, 2)), (0, 0, Tile(2, 2048, 4))),
-    "int8 normed_matvec": ((0, 0, Tile(4, 1024, 2)),),
-    "int8 rotated_qkv": ((0, 0, Tile(1, 2048, 1)),),
-    "int8 geglu_matvec": ((0, 0, Tile(2, 2048, 2)),),
-    "int4 matvec": ((0, 0, Tile(2, 2048, 2)),),
-    "int4 normed_matvec": ((0, 0, Tile(4, 1024, 1)),),
-    "int4 rotated_qkv": ((0, 0, Tile(1, 2048, 1)),),
-    "int4 geglu_matvec": ((0, 0, Tile(2, 1024, 1)),),
+    "geglu_matvec": ((0, 2049, Tile(2, 2048, 4)), (0, 0, Tile(2, 1024, 2))),
+    "int8 matvec": ((0, 8192, Tile(2, 1024, 2, True)), (0, 0, Tile(2, 2048, 4, True))),
+    "int8 normed_matvec": ((0, 0, Tile(4, 1024, 2, True)),),
+    "int8 rotated_qkv": ((0, 0, Tile(1, 2048, 1, True)),),
+    "int8 geglu_matvec": ((0, 0, Tile(2, 2048, 2, True)),),
+    "int4 matvec": ((0, 0, Tile(2, 2048, 2, True)),),
+    "int4 normed_matvec": ((0, 0, Tile(4, 1024, 1, True)),),
+    "int4 rotated_qkv": ((0, 0, Tile(1, 2048, 1, True)),),
+    "int4 geglu_matvec": ((0, 0, Tile(2, 1024, 1, True)),),
 }
 # by the least number of slots
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))
@@ -180,12 +182,12 @@ def rotated_qkv(
     dense(x, scale, angles, k_buffer, v_buffer, *(part for kept in all_kept for part in kept.tensors))
     heads, kv_heads = (kept.outputs // h for kept in all_kept[:2])
     out, cut = x.new_empty(heads, h), tile("rotated_qkv", all_kept[0].outputs, len(x), all_kept[0].bits)
-    rows = min(cut.rows, h // 2 & -(h // 2))  # of one head: a power of two that divides its planes
-    code("device").rotated_qkv[((heads + 2 * kv_heads) * h // 2 // rows,)](
+    cut = cut._replace(rows=min(cut.rows, h // 2 & -(h // 2)))  # of one head: a power of two that divides its planes
+    code("device").rotated_qkv[((heads + 2 * kv_heads) * h // 2 // cut.rows,)](
         x, scale, *(part for kept in all_kept for part in kept.tensors), angles, out, k_buffer, v_buffer, length,
         *(kept.strides[0] for kept in all_kept), all_kept[0].strides[1],
         *k_buffer.stride()[:2], *v_buffer.stride()[:2], len(k_buffer), eps,
-        HEADS=heads, KV=kv_heads, HALF=h // 2, **all_kept[0].sizes(cut), ROWS=rows, num_warps=cut.warps, **early(x),
+        HEADS=heads, KV=kv_heads, HALF=h // 2, **all_kept[0].sizes(cut), num_warps=cut.warps, **early(x),
     )  # fmt: skip
     return out
 
@@ -349,12 +351,16 @@ class Kept(NamedTuple):
 
     def sizes(self, cut: Tile) -> dict[str, int]:
         """What the kernels know of it before they run."""
-        block = max(min(cut.block, power(self.inputs)), self.group)
-        return {"D": self.inputs, "BITS": self.bits, "GROUP": self.group, "BLOCK": block}
+        apart = cut.apart or self.bits == 4  # where a tensor has a row and its groups as axes
+        return {
+            "D": self.inputs, "BITS": self.bits, "GROUP": self.group,
+            "BLOCK": max(min(cut.block, power(self.inputs)), self.group),
+            "WIDE": 1 if apart else cut.rows, "COUNT": cut.rows if apart else 1,
+        }  # fmt: skip
 
 
 def launch(kernel: str, kept: Kept) -> Any:
     """The kernel on as many programs as the rows take, with what it needs to know of the sizes."""
     cut = tile(kernel, kept.outputs, kept.inputs, kept.bits)
     run = getattr(code("device"), kernel)[(-(-kept.outputs // cut.rows),)]
-    return partial(run, OUT=kept.outputs, ROWS=cut.rows, num_warps=cut.warps, **kept.sizes(cut))
+    return partial(run, OUT=kept.outputs, num_warps=cut.warps, **kept.sizes(cut))

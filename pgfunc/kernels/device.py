@@ -1,10 +1,10 @@
 """The code that runs on the GPU, in Triton: products with matrices, and norms (`device_attention` has the rest).
 
-A program owns ROWS rows of a matrix and walks over their D columns, BLOCK at a time; the walk is unrolled, for D is
-known when it is compiled. Weights are asked for one block ahead, the first before `awaited`. Sums are float32. A row is
-a tensor of its own, so that all lie on the lanes as x does: of a tile of two axes x would be moved for each row. Rows
-beyond the last are the last again, and are not written. BITS tells how a row is kept: 8 and 4 as in `lowbit`, else as
-numbers. Knows nothing about PyTorch: `pgfunc.kernels` calls it.
+A program owns WIDE · COUNT rows of a matrix and walks over their D columns, BLOCK at a time; the walk is unrolled, for
+D is known when it is compiled. Weights are asked for one block ahead, the first before `awaited`. Sums are float32.
+WIDE rows are an axis of one tensor, and each may have a warp of its own; COUNT such tensors lie on the same lanes, and
+what is made of x serves all. Rows beyond the last are the last again, and are not written. BITS tells how a row is
+kept: 8 and 4 as in `lowbit`, else as numbers. Knows nothing about PyTorch: `pgfunc.kernels` calls it.
 
 With EARLY (Hopper's programmatic dependent launch) a kernel starts while the one before it still runs. Every program
 waits in `awaited` before it reads what a kernel made or writes anything, so that what a kernel after it finds is that
@@ -35,13 +35,14 @@ def awaited(EARLY: tl.constexpr):
 @no_type_check
 def tiles(rows, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK columns of each row of weights, which are read once: they give way to what is read again."""
-    columns = start + tl.arange(0, BLOCK)
+    columns = start + tl.arange(0, BLOCK)[None, :]
     found = ()
     for r in tl.static_range(COUNT):
+        places = rows[r][:, None] + columns
         if start + BLOCK <= D:
-            part = tl.load(rows[r] + columns, eviction_policy="evict_first")
+            part = tl.load(places, eviction_policy="evict_first")
         else:
-            part = tl.load(rows[r] + columns, mask=columns < D, other=0.0, eviction_policy="evict_first")
+            part = tl.load(places, mask=columns < D, other=0.0, eviction_policy="evict_first")
         found = found + (part,)
     return found
 
@@ -49,8 +50,8 @@ def tiles(rows, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, BLOCK
 @triton.jit
 @no_type_check
 def piece(places, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements of a vector in float32."""
-    columns = start + tl.arange(0, BLOCK)
+    """BLOCK elements of a vector, as a row in float32."""
+    columns = start + tl.arange(0, BLOCK)[None, :]
     if start + BLOCK <= D:
         part = tl.load(places + columns, eviction_policy="evict_last")
     else:
@@ -80,19 +81,19 @@ def wide(part):
 @no_type_check
 def products(
     x, norm, rows, scales, eps,
-    NORMED: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    NORMED: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The products of x, or of its norm, with the rows that begin at these places: so many numbers."""
+    """The products of x, or of its norm, with the rows that begin at these places."""
     if BITS == 4:
         found = products_of_levels(x, norm, rows, scales, eps, NORMED, COUNT, D, GROUP, BLOCK, EARLY)
     else:
         ahead = tiles(rows, 0, COUNT, D, BLOCK)
         awaited(EARLY)
-        squares = tl.zeros([BLOCK], tl.float32)
+        squares = tl.zeros([1, BLOCK], tl.float32)
         totals = ()
         for _ in tl.static_range(COUNT):
-            totals = totals + (tl.zeros([BLOCK], tl.float32),)
+            totals = totals + (tl.zeros([WIDE, BLOCK], tl.float32),)
         for start in tl.static_range(0, D, BLOCK):
             here = ahead
             if start + BLOCK < D:
@@ -109,7 +110,7 @@ def products(
         found = ()
         for r in tl.static_range(COUNT):
             by = tl.load(scales[r]).to(tl.float32) if BITS == 8 else 1.0
-            found = found + (tl.sum(totals[r]) * by * inverse,)
+            found = found + (tl.sum(totals[r], axis=1) * by * inverse,)
     return found
 
 
@@ -118,17 +119,17 @@ def products(
 def level_tiles(
     rows, scales, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of each row the bytes of some groups, a group an axis, and the groups' scales and zeros."""
+    """Of each row, one a tensor, the bytes of some groups, a group an axis, and the groups' scales and zeros."""
     group = start // GROUP + tl.arange(0, BLOCK // GROUP)
     places = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
     found = ()
     for r in tl.static_range(COUNT):
         if start + BLOCK <= D:
-            bytes = tl.load(rows[r] + places, eviction_policy="evict_first")
+            bytes = tl.load(rows[r][:, None] + places, eviction_policy="evict_first")
             scale, zero = tl.load(scales[r] + 2 * group), tl.load(scales[r] + 2 * group + 1)
         else:
             inside = group < D // GROUP
-            bytes = tl.load(rows[r] + places, mask=inside[:, None], other=0, eviction_policy="evict_first")
+            bytes = tl.load(rows[r][:, None] + places, mask=inside[:, None], other=0, eviction_policy="evict_first")
             scale = tl.load(scales[r] + 2 * group, mask=inside, other=0.0)
             zero = tl.load(scales[r] + 2 * group + 1, mask=inside, other=0.0)
         found = found + (bytes, scale.to(tl.float32), zero.to(tl.float32))
@@ -221,11 +222,18 @@ def gelu(x):
 
 @triton.jit
 @no_type_check
-def owned(w, stride, first, OUT: tl.constexpr, ROWS: tl.constexpr):
+def numbers(first, r: tl.constexpr, WIDE: tl.constexpr):
+    """Those of the rows in one tensor."""
+    return first + r * WIDE + tl.arange(0, WIDE)
+
+
+@triton.jit
+@no_type_check
+def owned(w, stride, first, OUT: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr):
     """Where the rows of a matrix begin that a program owns, or their scales."""
     rows = ()
-    for r in tl.static_range(ROWS):
-        rows = rows + (w + tl.minimum(first + r, OUT - 1).to(tl.int64) * stride,)
+    for r in tl.static_range(COUNT):
+        rows = rows + (w + tl.minimum(numbers(first, r, WIDE), OUT - 1).to(tl.int64) * stride,)
     return rows
 
 
@@ -234,17 +242,16 @@ def owned(w, stride, first, OUT: tl.constexpr, ROWS: tl.constexpr):
 def matvec(
     x, w, w_scale, residual, out, stride, scale_stride,
     OUT: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    rows, scales = owned(w, stride, first, OUT, ROWS), owned(w_scale, scale_stride, first, OUT, ROWS)
-    found = products(x, x, rows, scales, 0.0, False, ROWS, D, BITS, GROUP, BLOCK, EARLY)
-    for r in tl.static_range(ROWS):
-        if first + r < OUT:
-            value = found[r]
-            if ADD:
-                value += tl.load(residual + first + r).to(tl.float32)
-            tl.store(out + first + r, value.to(out.dtype.element_ty))
+    first = tl.program_id(0) * WIDE * COUNT
+    rows, scales = owned(w, stride, first, OUT, WIDE, COUNT), owned(w_scale, scale_stride, first, OUT, WIDE, COUNT)
+    found = products(x, x, rows, scales, 0.0, False, WIDE, COUNT, D, BITS, GROUP, BLOCK, EARLY)
+    for r in tl.static_range(COUNT):
+        value, row = found[r], numbers(first, r, WIDE)
+        if ADD:
+            value += tl.load(residual + tl.minimum(row, OUT - 1)).to(tl.float32)
+        tl.store(out + row, value.to(out.dtype.element_ty), mask=row < OUT)
 
 
 @triton.jit
@@ -252,14 +259,14 @@ def matvec(
 def normed_matvec(
     x, scale, w, w_scale, out, stride, scale_stride, eps,
     OUT: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    rows, scales = owned(w, stride, first, OUT, ROWS), owned(w_scale, scale_stride, first, OUT, ROWS)
-    found = products(x, scale, rows, scales, eps, True, ROWS, D, BITS, GROUP, BLOCK, EARLY)
-    for r in tl.static_range(ROWS):
-        if first + r < OUT:
-            tl.store(out + first + r, found[r].to(out.dtype.element_ty))
+    first = tl.program_id(0) * WIDE * COUNT
+    rows, scales = owned(w, stride, first, OUT, WIDE, COUNT), owned(w_scale, scale_stride, first, OUT, WIDE, COUNT)
+    found = products(x, scale, rows, scales, eps, True, WIDE, COUNT, D, BITS, GROUP, BLOCK, EARLY)
+    for r in tl.static_range(COUNT):
+        row = numbers(first, r, WIDE)
+        tl.store(out + row, found[r].to(out.dtype.element_ty), mask=row < OUT)
 
 
 @triton.jit
@@ -286,13 +293,14 @@ def rotated_qkv(
     q_stride, k_stride, v_stride, scale_stride, k_slot, k_head, v_slot, v_head, slots, eps,
     HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS planes of one head of q, k or v: of each the rows i and i + HALF, turned by its angle if not of v.
+    """WIDE · COUNT planes of one head of q, k or v: of each the rows i and i + HALF, turned by its angle if not of v.
 
     Those of k and v are written into the slot `length` of their buffers; where there is none, nowhere.
     """
-    head, plane = tl.program_id(0) * ROWS // HALF, tl.program_id(0) * ROWS % HALF
+    first = tl.program_id(0) * WIDE * COUNT
+    head, plane = first // HALF, first % HALF
     slot = tl.load(length)
     w, w_scale, stride, start_head, place, room = q, q_scale, q_stride, 0, out + head * 2 * HALF, slot == slot
     if head >= HEADS:
@@ -303,15 +311,16 @@ def rotated_qkv(
         place, room = v_buffer + slot * v_slot + (head - HEADS - KV) * v_head, (slot >= 0) & (slot < slots)
     row = (head - start_head) * 2 * HALF + plane
     last: tl.constexpr = (HEADS + 2 * KV) * 2 * HALF
-    rows = owned(w, stride, row, last, ROWS) + owned(w, stride, row + HALF, last, ROWS)
-    scales = owned(w_scale, scale_stride, row, last, ROWS) + owned(w_scale, scale_stride, row + HALF, last, ROWS)
-    found = products(x, scale, rows, scales, eps, True, 2 * ROWS, D, BITS, GROUP, BLOCK, EARLY)
-    for r in tl.static_range(ROWS):
-        one, two = found[r], found[ROWS + r]
-        angle = tl.where(head < HEADS + KV, tl.load(angles + plane + r), 0.0)
+    rows = owned(w, stride, row, last, WIDE, COUNT) + owned(w, stride, row + HALF, last, WIDE, COUNT)
+    scales = owned(w_scale, scale_stride, row, last, WIDE, COUNT)
+    scales = scales + owned(w_scale, scale_stride, row + HALF, last, WIDE, COUNT)
+    found = products(x, scale, rows, scales, eps, True, WIDE, 2 * COUNT, D, BITS, GROUP, BLOCK, EARLY)
+    for r in tl.static_range(COUNT):
+        one, two, planes = found[r], found[COUNT + r], numbers(plane, r, WIDE)
+        angle = tl.where(head < HEADS + KV, tl.load(angles + planes), 0.0)
         cos, sin = tl.cos(angle), tl.sin(angle)
-        tl.store(place + plane + r, (one * cos - two * sin).to(out.dtype.element_ty), mask=room)
-        tl.store(place + plane + r + HALF, (two * cos + one * sin).to(out.dtype.element_ty), mask=room)
+        tl.store(place + planes, (one * cos - two * sin).to(out.dtype.element_ty), mask=room)
+        tl.store(place + planes + HALF, (two * cos + one * sin).to(out.dtype.element_ty), mask=room)
 
 
 @triton.jit
@@ -319,12 +328,13 @@ def rotated_qkv(
 def geglu_matvec(
     x, scale, gate, gate_scale, up, up_scale, out, gate_stride, up_stride, scale_stride, eps,
     OUT: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    rows = owned(gate, gate_stride, first, OUT, ROWS) + owned(up, up_stride, first, OUT, ROWS)
-    scales = owned(gate_scale, scale_stride, first, OUT, ROWS) + owned(up_scale, scale_stride, first, OUT, ROWS)
-    found = products(x, scale, rows, scales, eps, True, 2 * ROWS, D, BITS, GROUP, BLOCK, EARLY)
-    for r in tl.static_range(ROWS):
-        if first + r < OUT:
-            tl.store(out + first + r, (gelu(found[r]) * found[ROWS + r]).to(out.dtype.element_ty))
+    first = tl.program_id(0) * WIDE * COUNT
+    rows = owned(gate, gate_stride, first, OUT, WIDE, COUNT) + owned(up, up_stride, first, OUT, WIDE, COUNT)
+    scales = owned(gate_scale, scale_stride, first, OUT, WIDE, COUNT)
+    scales = scales + owned(up_scale, scale_stride, first, OUT, WIDE, COUNT)
+    found = products(x, scale, rows, scales, eps, True, WIDE, 2 * COUNT, D, BITS, GROUP, BLOCK, EARLY)
+    for r in tl.static_range(COUNT):
+        row = numbers(first, r, WIDE)
+        tl.store(out + row, (gelu(found[r]) * found[COUNT + r]).to(out.dtype.element_ty), mask=row < OUT)

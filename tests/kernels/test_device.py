@@ -67,7 +67,9 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 widths = st.sampled_from([1, 7, 16, 36, 64, 100, 144])
 outputs = st.integers(1, 21)
 kinds = st.sampled_from(["", *lowbit.GROUPS])
-tiles = st.builds(Tile, st.sampled_from([1, 2, 8]), st.sampled_from([16, 32, 256]), st.sampled_from([1, 4]))
+tiles = st.builds(
+    Tile, st.sampled_from([1, 2, 8]), st.sampled_from([16, 32, 256]), st.sampled_from([1, 4]), st.booleans()
+)
 chunks = st.builds(Chunk, st.sampled_from([16, 32]), st.sampled_from([1, 4]), st.sampled_from([2, 4]))
 EPS = 1e-6
 FLOAT32 = 2.0**-24  # half of the distance of neighbours, relative

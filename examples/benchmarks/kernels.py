@@ -115,9 +115,10 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
             line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
     print(line)
     kept, times = getattr(kernels, part), {}
-    settings = [kind(*map(int, each.split())) for each in tried.split(", ")]
+    numbers = [tuple(map(int, each.split())) for each in tried.split(", ")]
+    settings = [kind(*each) for each in numbers]
     if part == "tile":  # with their rows in one tensor, and apart
-        settings += [Tile(*each[:3], True) for each in settings if each[0] > 1]
+        settings += [Tile(rows, block, warps, True) for rows, block, warps in numbers if rows > 1]
     for setting in (standard, *settings):
         setattr(kernels, part, lambda *_, setting=setting: setting)
         wrong = error(fn, copies[0])

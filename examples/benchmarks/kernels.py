@@ -115,7 +115,7 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
             line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
     print(line)
     kept, times = getattr(kernels, part), {}
-    numbers = [tuple(map(int, each.split())) for each in tried.split(", ")]
+    numbers: list[Any] = [tuple(map(int, each.split())) for each in tried.split(", ")]
     settings = [kind(*each) for each in numbers]
     if part == "tile":  # with their rows in one tensor, and apart
         settings += [Tile(rows, block, warps, True) for rows, block, warps in numbers if rows > 1]

@@ -4,7 +4,6 @@ The bandwidth of the memory and the rate of a matrix product are measured on the
 decode and generate on a random prompt. Knows nothing about the command line.
 """
 
-import os
 import platform
 import re
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.floors import Machine, Work, decode_work, floor, prefill_work, vision_work
 from pgfunc.generate import advance, bucketed, compiled_advance, compiled_begin, complete
+from pgfunc.jit import compiled_in
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, fits
 from pgfunc.sample import Settings, greedy
@@ -169,14 +169,8 @@ def random_prompt(cfg: Config, batch: int, tokens: int, device: torch.device, se
 @contextmanager
 def cold() -> Iterator[None]:
     """In here torch.compile finds nothing that an earlier process left on the disk, and leaves nothing."""
-    kept = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-    with TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        os.environ.update({name: str(Path(place, name)) for name in kept})
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with TemporaryDirectory(ignore_cleanup_errors=True) as place, compiled_in(place):
+        yield
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -18,8 +18,11 @@ last.
 """
 
 import inspect
+import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from threading import RLock
 from types import FunctionType
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -44,6 +47,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 for operation in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
     torch.compiler.allow_in_graph(operation)  # whole: to trace how a pattern is parsed took most of a compilation
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # which PyTorch and Triton read when they compile
 CACHE = "the continuation"  # stands for it among the results of compiled code
 
 
@@ -100,6 +104,25 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     a transform of torch.func, or one that gives `wrap`.
     """
     return Jitted(fn, donate)
+
+
+@contextmanager
+def compiled_in(folder: str | Path) -> Iterator[None]:
+    """In here compiled code is looked for in a folder, and left there: PyTorch's own caches, of one's own choice.
+
+        with pg.compiled_in("code"):
+            pg.generate(model, images, prefixes, compile=True)
+
+    Another process, or another machine with the same PyTorch and kind of device, starts with a copy of it in seconds.
+    """
+    places = {name: str(Path(folder).absolute() / name.split("_")[0].lower()) for name in CACHES}
+    kept = {name: os.environ.get(name) for name in places}
+    os.environ.update(places)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 class Jitted(Generic[P, R]):

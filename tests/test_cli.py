@@ -139,6 +139,14 @@ def test_quantize_is_an_option_of_what_runs_a_model_and_of_convert(run, place):
     assert run("convert", "small", "x.npz", model=None)[0] == 2
 
 
+@pytest.mark.parametrize(("options", "compile"), [([], False), (["--compile"], True), (["--compiled", "."], True)])
+def test_compile_and_compiled_compile(run, monkeypatch, options, compile):
+    asked = []
+    monkeypatch.setattr(pg, "stream", lambda *given, **settings: asked.append(settings["compile"]) or ["said"])
+    assert run("caption", "red.png", *options)[:2] == (0, "said\n")
+    assert asked == [compile]
+
+
 MISTAKES = {
     "missing picture": (["caption", "no.png"], "no.png: no such file"),
     "not a picture": (["caption", "notes.txt"], "notes.txt: not a picture"),
@@ -158,6 +166,9 @@ MISTAKES = {
     "two checkpoints": (["inspect", "model"], "inspect takes one checkpoint"),
     "no weights": (["caption", "red.png", "--device", "meta"], "meta device"),
     "seed": (["caption", "red.png", "--temperature", "1", "--seed", "-3"], "seed is -3"),
+    "no code": (["caption", "red.png", "--compiled", "nowhere"], "--compiled nowhere: no such folder; `pgfunc compile"),
+    "no folder for code": (["compile", "red.png"], "red.png: cannot be a folder for compiled code (File exists)"),
+    "tokens to compile for": (["compile", "code", "--max-new-tokens", "0"], "tokens is 0, expected 2 or more"),
     "long prompt": (["ask", "red.png", "--prompt", "x" * 500], "do not fit 120 positions"),
 }
 

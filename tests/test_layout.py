@@ -13,7 +13,7 @@ ORDER = [
     "checkpoint.bigvision", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "draw", "coco",
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
     "train.run", "train.fit", "cli.options", "cli.text", "cli.contrast", "cli.train", "cli.locate", "cli.checkpoints",
-    "cli.bench", "cli", "cli.__main__",
+    "cli.compile", "cli.bench", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent
 

@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from statistics import median
 from typing import Annotated, Any
@@ -21,8 +19,8 @@ from pgfunc import paligemma
 from pgfunc.bench import STAGES, Case, Stage
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.cli import options
-from pgfunc.cli.options import app, enough_memory, unset
-from pgfunc.errors import DeviceError, SettingError, first_line
+from pgfunc.cli.options import app, compiles, enough_memory, unset
+from pgfunc.errors import DeviceError, SettingError
 
 Name = Annotated[str | None, unset("--config", help="A published name: random weights. Or, for a .npz, its config.")]
 Dtype = Annotated[str | None, unset("--dtype", help="Of the weights; else the files' own, bfloat16 if random.")]
@@ -81,7 +79,11 @@ def bench(
         params = measuring.random_params(cfg, kind, where)
         return pg.Model(cfg, pg.quant.quantize(params, quantize) if quantize else params, None)
 
-    with enough_memory("lower --batch or --slots, or give --dtype bfloat16"), compiles(), measuring.cold():
+    with (
+        enough_memory("lower --batch or --slots, or give --dtype bfloat16"),
+        compiles("give --no-compile"),
+        measuring.cold(),
+    ):
         machine = measuring.measure(where, kind)
         about = {
             "model": f"{config}, random weights" if drawn else model or "the shipped checkpoint",
@@ -104,17 +106,6 @@ def published(name: str) -> pg.Config:
     if name not in pg.PUBLISHED:
         raise SettingError(f"config {name} is not one of {', '.join(pg.PUBLISHED)}")
     return pg.PUBLISHED[name]
-
-
-@contextmanager
-def compiles() -> Iterator[None]:
-    """A SettingError where torch.compile cannot do its work: there may be no C++ compiler."""
-    from torch._dynamo.exc import TorchDynamoException  # half a second, which other commands need not wait
-
-    try:
-        yield
-    except TorchDynamoException as error:
-        raise SettingError(f"torch.compile fails here ({first_line(error)}): give --no-compile") from error
 
 
 def record(stage: Stage) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +12,13 @@ import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.errors import SettingError
+import pgfunc as pg
+from pgfunc.errors import SettingError, first_line
 from pgfunc.lowbit import GROUPS
 
 app = typer.Typer(
     help="PaliGemma on pictures: caption, ask, read, detect, segment, train. SigLIP: embed, classify. "
-    "And their checkpoints: inspect, convert, bench.",
+    "And their checkpoints: inspect, convert, compile, bench.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +36,7 @@ TopP = Annotated[float | None, unset("--top-p", help="Sample among the fewest to
 MinP = Annotated[float | None, unset("--min-p", help="Sample among tokens p times as probable as the best.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when the temperature is not 0.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the decode step first: pays off for many tokens.")]
+Compiled = Annotated[Path | None, unset("--compiled", help="The same with code from this folder: `pgfunc compile`.")]
 Device = Annotated[str | None, unset("--device", help="cpu, cuda, cuda:1; without it CUDA where there is one.")]
 Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it the files' own.")]
 Quantize = Annotated[str | None, unset("--quantize", help=f"Language model in fewer bits: {', '.join(GROUPS)}.")]
@@ -76,3 +78,23 @@ def progress(images: list[str]) -> Iterator[str]:
 def say(value: dict[str, Any], as_json: bool, text: str) -> None:
     """Print one result."""
     tqdm.write(json.dumps(value, ensure_ascii=False) if as_json else text)
+
+
+@contextmanager
+def compiles(remedy: str) -> Iterator[None]:
+    """A SettingError where torch.compile cannot do its work: there may be no C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException  # half a second, which other commands need not wait
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise SettingError(f"torch.compile fails here ({first_line(error)}): {remedy}") from error
+
+
+@contextmanager
+def code(folder: Path | None) -> Iterator[None]:
+    """Compiled code comes from the folder that is named, if one is."""
+    if folder is not None and not folder.is_dir():
+        raise SettingError(f"--compiled {folder}: no such folder; `pgfunc compile {folder}` makes it")
+    with nullcontext() if folder is None else pg.compiled_in(folder):
+        yield

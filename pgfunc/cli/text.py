@@ -33,6 +33,7 @@ def completing(name: str, template: str | None, about: str) -> None:
         min_p: options.MinP = None,
         seed: options.Seed = 0,
         compile: options.Compile = False,
+        compiled: options.Compiled = None,
         device: options.Device = None,
         dtype: options.Dtype = None,
         quantize: options.Quantize = None,
@@ -43,17 +44,19 @@ def completing(name: str, template: str | None, about: str) -> None:
         prefixes = [as_prefix(name, template, prompt)] * len(images)
         if box is not None:
             prefixes = [region(box, image, prefix) for image, prefix in zip(images, prefixes, strict=True)]
-        loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-                                    "top_p": top_p, "min_p": min_p, "seed": seed, "compile": compile}  # fmt: skip
-        if len(images) == 1 and not as_json:
-            for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):
-                print(piece, end="", flush=True)
-            print()
-            return
-        for image, prefix in zip(progress(images), prefixes, strict=True):
-            (done,) = pg.generate(loaded, image, prefix, **sampling)
-            say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
+                                    "top_p": top_p, "min_p": min_p, "seed": seed,
+                                    "compile": compile or compiled is not None}  # fmt: skip
+        with options.code(compiled):
+            loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
+            if len(images) == 1 and not as_json:
+                for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):
+                    print(piece, end="", flush=True)
+                print()
+                return
+            for image, prefix in zip(progress(images), prefixes, strict=True):
+                (done,) = pg.generate(loaded, image, prefix, **sampling)
+                say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
 
     app.command(name, help=about)(command if name == "caption" else without(command, "box"))
 

@@ -441,8 +441,22 @@ def test_generate_and_stream_say_the_same_compiled(sampling):
     assert list(pg.stream(model, **alone, **sampling, compile=True)) == list(pg.stream(model, **alone, **sampling))
 
 
-def test_the_command_line_says_the_same_compiled():
-    command = [sys.executable, "-m", "pgfunc.cli", "caption", str(ROOT / "examples/images/scene.png")]
-    pure, fast = (subprocess.run([*command, *more], capture_output=True, text=True) for more in ([], ["--compile"]))
-    assert fast.stdout == pure.stdout != ""
-    assert not fast.stderr
+def test_code_that_was_compiled_ahead_serves_from_a_copy_of_its_folder(tmp_path):
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "pgfunc.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert not done.stderr
+        return done.stdout
+
+    def files(folder: Path) -> set[Path]:
+        return {path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".so", ".cpp", ".py")}
+
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    said = run("compile", str(made), "--max-new-tokens", "12")
+    assert said.startswith("compiled 1 function in ")
+    made.rename(moved)
+    before = files(moved)
+    caption = "caption", str(ROOT / "examples/images/scene.png"), "--max-new-tokens", "12"
+    assert run(*caption, "--compiled", str(moved)) == run(*caption) != ""
+    assert files(moved) == before, "nothing was compiled"
+    assert not made.exists()

@@ -22,9 +22,9 @@ from pgfunc.generate import Completion as Completion
 from pgfunc.generate import generate as generate
 from pgfunc.generate import score as score
 from pgfunc.generate import stream as stream
+from pgfunc.handles import rewind as rewind
 from pgfunc.jit import compiled_in as compiled_in
 from pgfunc.jit import jit as jit
-from pgfunc.jit import rewind as rewind
 from pgfunc.paligemma import Params as Params
 from pgfunc.paligemma import decode as decode
 from pgfunc.paligemma import extend as extend

@@ -39,7 +39,7 @@ class Argument(NamedTuple):
     places: list[int]  # where they lie
     ids: Set[int]  # of the tensors
     kind: int  # the number of its kind
-    known: bool = False  # whether it is made of the same tensors as the last one of its name
+    known: bool = False  # whether it came before, and is made of the same tensors
 
 
 def argument(tensors: list[Tensor], kind: int, ids: Set[int] | None = None, known: bool = False) -> Argument:

@@ -75,13 +75,9 @@ def unembed(
 
     The product with the head has the parameters' precision; what follows is float32, or wider. With `allowed` only the
     logits of those tokens are made, in their order, and only their rows of the head are read: a range is a view of it.
-    Raises SettingError for a range with a step, or outside the vocabulary; ids are taken as they are.
+    Raises SettingError as `head_rows`.
     """
-    rows = slice(cfg.vocab) if allowed is None else allowed
-    if isinstance(rows, range):
-        if rows.step != 1 or not 0 <= rows.start < rows.stop <= cfg.vocab:
-            raise SettingError(f"allowed is {rows}, expected one or more of the tokens 0 to {cfg.vocab - 1}, in a row")
-        rows = slice(rows.start, rows.stop)
+    rows = head_rows(allowed, cfg)
     head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of an Int8
     if kernel_block.serves(x, tap, head):
         logits = kernel_block.head(x, p.norm, head, cfg.eps, made=isinstance(rows, Tensor))
@@ -89,6 +85,18 @@ def unembed(
         logits = linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), head)
     logits = widen(logits)
     return tap("logits", ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits)
+
+
+def head_rows(allowed: Allowed, cfg: TextConfig) -> slice | Int[Tensor, "r"]:
+    """The rows of the head of the tokens that are allowed.
+
+    Raises SettingError for a range with a step, or outside the vocabulary; ids are taken as they are.
+    """
+    if not isinstance(allowed, range):
+        return slice(cfg.vocab) if allowed is None else allowed
+    if allowed.step != 1 or not 0 <= allowed.start < allowed.stop <= cfg.vocab:
+        raise SettingError(f"allowed is {allowed}, expected one or more of the tokens 0 to {cfg.vocab - 1}, in a row")
+    return slice(allowed.start, allowed.stop)
 
 
 def run(
@@ -138,7 +146,8 @@ def block(
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Attention and MLP, each on a normalised copy that is added back; Gemma 2 also normalises what it adds.
 
-    With `at`, of the tokens in these places alone: of others there are keys and values.
+    With `at`, of the tokens in these places alone: of others there are keys and values. Without a cache these have
+    `room` for so many more.
     """
     added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap, at, room)
     x = x if isinstance(at, tuple) else pick(x, at)

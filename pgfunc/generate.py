@@ -20,7 +20,8 @@ from pgfunc import paligemma, tokenizer
 from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
-from pgfunc.jit import bucket, jit
+from pgfunc.handles import bucket
+from pgfunc.jit import jit
 from pgfunc.ops import plain
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
@@ -139,7 +140,7 @@ def begin(
 ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
     """Prefill a prompt: the first token, its log-probability, and a cache with room for `size` tokens."""
     logits, cache = paligemma.prefill(params, prompt, cfg, size, wrap=wrap)
-    return *wrap(said)(logits, u, settings), cache
+    return *wrap(next_token)(logits, u, settings), cache
 
 
 def bucketed(prompt: Prompt, size: int, cfg: Config) -> tuple[Prompt, int]:
@@ -155,10 +156,10 @@ def advance(
 ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
     """Append a token: the next one, its log-probability, and the new cache."""
     logits, cache = paligemma.decode(params, token, cache, cfg)
-    return *said(logits, u, settings), cache
+    return *next_token(logits, u, settings), cache
 
 
-def said(
+def next_token(
     logits: Float[Tensor, "b v"], u: Float[Tensor, "b"], settings: Settings
 ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"]]:
     """The next token, and its log-probability."""

@@ -4,10 +4,8 @@
     logits, cache = step(params, token, cache, cfg)
 
 A cache is append-only: a handle does not see what is written behind its length. So its buffers may be written in place
-there, unless a newer handle on them is alive: then the older one forks, and its buffers are copied first. A handle is
-alive while any of its tensors is, or a view of one; what was detached from it, or cut in inference mode, is not seen
-to be a part of it. It keeps the arguments alive that it was made with: a loop comes with the same ones. Owns who may
-write where. Knows nothing about models.
+there, unless a newer handle on them is alive (`handles.py`). A continuation keeps the trees alive that came again and
+again while it was made: a loop comes with the same ones. Knows nothing about models.
 
 A function that takes `wrap`, which it applies to the blocks that it repeats, is compiled a block at a time: the code of
 one serves all layers, and what stands around them runs as it is.
@@ -20,66 +18,36 @@ last.
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
-from types import FunctionType
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
-from weakref import ref
+from types import FunctionType, MappingProxyType
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import einops
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Int
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pgfunc import replay
-from pgfunc.arguments import Arguments, Kind, as_input, repeated, shape
+from pgfunc.arguments import Argument, Arguments, Kind, as_input, repeated, shape
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
+from pgfunc.handles import buffers, continued, lineage_of, writable
 from pgfunc.ops import transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
 for operation in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
     torch.compiler.allow_in_graph(operation)  # whole: to trace how a pattern is parsed took most of a compilation
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # which PyTorch and Triton read when they compile
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # which PyTorch and Triton read when they compile
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 CACHE = "the continuation"  # stands for it among the results of compiled code
 
 
-class Handle(NamedTuple):
-    """A cache that was made here, while it lives: its tensors, which are objects of its own on shared memory."""
-
-    buffers: tuple["ref[Tensor]", ...]
-    length: "ref[Tensor]"
-    rewound: bool  # then those before it may see more than it does
-
-    def alive(self) -> bool:
-        return any(buffer() is not None for buffer in self.buffers)
-
-    def of(self, cache: Cache) -> bool:
-        return self.length() is cache.length and all(
-            mine() is given for mine, given in zip(self.buffers, buffers(cache), strict=True)
-        )
-
-
-class Lineage(NamedTuple):
-    """All handles on the same memory, of which none sees more than the next; what never changes is noted once."""
-
-    handles: list[Handle]
-    shapes: tuple[Any, ...]  # of the buffers
-    places: list[int]  # where they lie, each at the beginning of its storage
-
-    @classmethod
-    def of(cls, buffers: tuple[Tensor, ...]) -> "Lineage":
-        return cls([], tuple(map(shape, buffers)), [x.data_ptr() for x in buffers])
-
-
-_lineages: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # by the first buffer of each handle
 # by the length of a continuation: who made it of which arguments, for they are likely to come again
 _origins: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
@@ -89,7 +57,8 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
 
     `fn` is a pure function of trees of tensors. What else is among its arguments (a config, a number) is fixed in the
     code, which is compiled once for each combination of those with the tensors' shapes, strides and dtypes and with
-    PyTorch's own settings; what it closes over is fixed when that is done.
+    PyTorch's own settings; what it closes over is fixed when that is done. Tensors are values: between the steps of a
+    loop their memory must not be exchanged (`x.data = ...`).
 
     Where `fn` has an argument `wrap`, and donates nothing, it is compiled a block at a time: it is given a `wrap` to
     apply to the functions that it calls for each layer, which compiles them, and runs as it is around them.
@@ -115,7 +84,7 @@ def compiled_in(folder: str | Path) -> Iterator[None]:
 
     Another process, or another machine with the same PyTorch and kind of device, starts with a copy of it in seconds.
     """
-    places = {name: str(Path(folder).absolute() / name.split("_")[0].lower()) for name in CACHES}
+    places = {name: str(Path(folder).absolute() / name.split("_")[0].lower()) for name in VARIABLES}
     kept = {name: os.environ.get(name) for name in places}
     os.environ.update(places)
     try:
@@ -140,6 +109,10 @@ class Jitted(Generic[P, R]):
         ]
         if len(named) < len(self.signature.parameters):
             raise SettingError("the function has arguments without a name of their own (*args, **kwargs or before a /)")
+        either = [
+            name for name in named if self.signature.parameters[name].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+        ]
+        self._positional = either if len(either) == len(named) else [""] * (len(named) + 1)
         self.blocks = donate is None and "wrap" in named
         if donate is not None and donate not in named:
             raise SettingError(f"donate is {donate!r}, expected one of {', '.join(named)}")
@@ -157,34 +130,55 @@ class Jitted(Generic[P, R]):
             raise SettingError(
                 "compiled code cannot be transformed by vmap, grad or jvp; transform what goes into pg.jit"
             )
-        given, cache, origin, lineage = self._named(args, kwargs), None, {}, Lineage([], (), [])
+        given = self._named(args, kwargs)
         if self.blocks and "wrap" in given:
             raise SettingError("wrap is given by pg.jit, to compile a block at a time; leave it out")
-        if self.donate is not None:
-            cache = given.pop(self.donate, ())
-            if not isinstance(cache, Cache):
-                raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
-            maker, made = _origins.get(cache.length) or (None, {})
-            origin = made if maker is self else {}
-            cache = writable(cache, self._arena)
-            lineage = _lineages[cache.k[0]]
-        read = {
+        if self.donate is None:
+            results, _ = pytree.tree_unflatten(*self._run(given, self._read(given), None))
+            return results
+        cache = given.pop(self.donate, ())
+        if not isinstance(cache, Cache):
+            raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
+        read = self._read(given, *(_origins.get(cache.length) or ()))
+        cache = writable(cache, self._arena)
+        leaves, structure = self._run(given, read, cache)
+        new = continued(cache, leaves[-1])
+        _origins[new.length] = self, {name: (given[name], each) for name, each in read.items() if each.known}
+        written = lineage_of(cache).places
+
+        def own(leaf: Any) -> Any:
+            """A result as a value: the continuation in its place, a copy of what is written later."""
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in written:
+                return leaf.clone()
+            return new if isinstance(leaf, str) and leaf == CACHE else leaf
+
+        results, _ = pytree.tree_unflatten([*map(own, leaves[:-1]), leaves[-1]], structure)
+        return results
+
+    def _read(self, given: dict[str, Any], maker: Any = None, made: Mapping[str, Any] = EMPTY) -> dict[str, Argument]:
+        """The arguments as tensors; those of which a handle of this function was made need not be looked at again."""
+        origin = made if maker is self else EMPTY
+        return {
             name: origin[name][1] if name in origin and origin[name][0] is value else self._arguments.read(name, value)
             for name, value in given.items()
         }
-        tensors, places, fresh = [], [], []
+
+    def _run(self, given: dict[str, Any], read: dict[str, Argument], cache: Cache | None) -> replay.Flat:
+        """The results of the code for these arguments, which is compiled where there is none."""
+        tensors, places, fresh, known = [], [], [], []
         for each in read.values():
-            if not each.known:
-                fresh.append(range(len(tensors), len(tensors) + len(each.tensors)))
+            (known if each.known else fresh).append(range(len(tensors), len(tensors) + len(each.tensors)))
             tensors += each.tensors
             places += each.places
-        count, donated = len(tensors), [] if cache is None else [*buffers(cache), as_input(cache.length)]
-        if donated:
+        count, donated, shapes = len(tensors), [], ()
+        if cache is not None:
+            donated, lineage = [*buffers(cache), as_input(cache.length)], lineage_of(cache)
             tensors += donated
             places += [*lineage.places, donated[-1].data_ptr()]
             fresh.append(range(len(tensors) - 1, len(tensors)))  # the length
+            shapes = lineage.shapes, shape(donated[-1])
         key = (
-            tuple((name, each.kind) for name, each in read.items()), lineage.shapes, tuple(map(shape, donated[-1:])),
+            tuple((name, each.kind) for name, each in read.items()), shapes,
             repeated([*((each.tensors, each.ids) for each in read.values()), (donated, {*map(id, donated)})]),
             surroundings(),
         )  # fmt: skip
@@ -196,26 +190,14 @@ class Jitted(Generic[P, R]):
             code = regional(self.fn, kinds) if self.blocks else compiled(self.fn, self.donate, kinds)
             graphs = replay.possible(tensors)
             run = replay.Replayed(code, range(count, len(tensors) - 1)) if graphs else replay.Direct(code)
-        leaves, structure = run.flat(tensors, places, fresh)
+        found = run.flat(tensors, places, fresh, known)
         self._compiled[key] = run
-        if cache is not None:
-            new = continued(cache, leaves[-1], lineage)
-            _origins[new.length] = self, {name: (given[name], each) for name, each in read.items() if each.known}
-
-            def own(leaf: Any) -> Any:
-                """A result as a value: the continuation in its place, a copy of what is written later."""
-                if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in lineage.places:
-                    return leaf.clone()
-                return new if isinstance(leaf, str) and leaf == CACHE else leaf
-
-            leaves = [*map(own, leaves[:-1]), leaves[-1]]
-        results, _ = pytree.tree_unflatten(leaves, structure)
-        return results
+        return found
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by their names."""
-        if len(args) == len(self.signature.parameters) and not kwargs:
-            return dict(zip(self.signature.parameters, args, strict=True))
+        if len(args) == len(self._positional) and not kwargs:  # quicker
+            return dict(zip(self._positional, args, strict=True))
         return dict(self.signature.bind(*args, **kwargs).arguments)
 
 
@@ -282,10 +264,6 @@ def continuation(results: Any) -> Cache:
     return found[0]
 
 
-def buffers(cache: Cache) -> tuple[Tensor, ...]:
-    return (*cache.k, *cache.v)
-
-
 def check_appends(cache: Cache, new: Cache) -> None:
     """Raise SettingError where a continuation differs from the cache in what a handle on it sees."""
     seen = torch.arange(cache.slots, device=cache.length.device) < rearrange(cache.length, "b -> b 1")
@@ -294,72 +272,3 @@ def check_appends(cache: Cache, new: Cache) -> None:
             raise SettingError("the function changes a donated cache before its length: it may append to it alone")
     if (new.length < cache.length).any():
         raise SettingError("the function makes a donated cache shorter: it may append to it alone")
-
-
-def bucket(slots: int, least: int = 64) -> int:
-    """The smallest of 64, 96, 128, 192, 256, 384, ... that holds so many slots; `least` is a power of two."""
-    size = least
-    while size < slots:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
-def writable(cache: Cache, arena: deque[Cache]) -> Cache:
-    """The cache on buffers of which no living handle sees the slots behind its length: its own, or copies.
-
-    Copies are made in new buffers, which join the arena where graphs will read them, or in ones of it that no handle
-    uses any more.
-    """
-    handles = living(cache)
-    if handles and handles[-1].of(cache) and (len(handles) == 1 or not handles[-1].rewound):
-        return cache
-    room = bucket(cache.slots) - cache.slots
-    sizes = [(x.shape[0], x.shape[1] + room, *x.shape[2:]) for x in buffers(cache)]
-    for made in arena:
-        kinds = [(x.dtype, x.device) for x in buffers(cache)] == [(x.dtype, x.device) for x in buffers(made)]
-        if kinds and sizes == [x.shape for x in buffers(made)] and not living(made):
-            for old, new in zip(buffers(cache), buffers(made), strict=True):
-                new[:, : cache.slots].copy_(old)
-                new[:, cache.slots :].zero_()
-            return made._replace(length=cache.length)
-    with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
-        k, v = (tuple(F.pad(x, (0, 0, 0, 0, 0, room)).contiguous() for x in side) for side in (cache.k, cache.v))
-    _lineages[k[0]] = Lineage.of((*k, *v))
-    made = Cache(k, v, cache.length)
-    if replay.possible(buffers(made)):
-        arena.append(made)
-    return made
-
-
-def living(cache: Cache) -> list[Handle]:
-    """The handles on the cache's buffers; those that are dead are forgotten."""
-    lineage = _lineages.get(cache.k[0])
-    if lineage is None:
-        return []
-    lineage.handles[:] = [handle for handle in lineage.handles if handle.alive()]
-    return lineage.handles
-
-
-def continued(cache: Cache, length: Tensor, lineage: Lineage) -> Cache:
-    """A new handle on the buffers of a cache that has just been appended to."""
-    return registered(cache, length, lineage, len(lineage.handles), rewound=False)
-
-
-def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
-    """The cache as it was when its rows were so long, at most as they are: what a rejected draft wrote is forgotten.
-
-    Compiled code goes on from it without a copy if no other handle on its buffers is alive: a loop keeps one.
-    """
-    lineage = None if torch.compiler.is_compiling() else _lineages.get(cache.k[0])
-    place = next((i for i, handle in enumerate(lineage.handles) if handle.of(cache)), None) if lineage else None
-    if lineage is None or place is None:
-        return cache._replace(length=length)
-    return registered(cache, length, lineage, place, rewound=True)
-
-
-def registered(cache: Cache, length: Tensor, lineage: Lineage, place: int, rewound: bool) -> Cache:
-    """A handle of its own on the buffers of a cache, at a place among the others."""
-    k, v = (tuple(x.detach() for x in side) for side in (cache.k, cache.v))  # new objects on the same memory
-    _lineages[k[0]] = lineage
-    lineage.handles.insert(place, Handle(tuple(map(ref, (*k, *v))), ref(length), rewound))
-    return Cache(k, v, length)

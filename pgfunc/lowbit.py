@@ -43,7 +43,7 @@ class Int4(NamedTuple):
 
     @property
     def blocked(self) -> bool:
-        """Whether it is in blocks, as CPUs read it, or in rows, as GPUs do."""
+        """Whether it is in blocks, as CPUs read it, or in rows, as GPUs do; of stacked ones only within vmap."""
         return self.values.dim() == 3
 
     @property
@@ -168,10 +168,13 @@ def multiply(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
         return kernel(x, w)
     if not torch.compiler.is_compiling():
         return torch.cat([F.linear(x, dequantize(piece)) for piece in pieces(w)], -1)
-    if rows == 1:  # inductor makes one loop of it, and no weights
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return (dequantize(w).to(wide) * rearrange(x, "... i -> ... 1 i").to(wide)).sum(-1).to(x.dtype)
-    return F.linear(x, dequantize(w))
+    return one_row(x, dequantize(w)) if rows == 1 else F.linear(x, dequantize(w))
+
+
+def one_row(x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
+    """x @ w.T of a single x: inductor makes one loop of it, also of what w is made of."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (w.to(wide) * rearrange(x, "... i -> ... 1 i").to(wide)).sum(-1).to(x.dtype)
 
 
 def pieces(w: Quantized) -> Iterator[Quantized]:

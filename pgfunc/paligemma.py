@@ -142,9 +142,10 @@ def prefill(
     """
     if size < 0:
         raise SettingError(f"size is {size}, expected room for 0 or more tokens")
+    gemma.head_rows(allowed, cfg.text)  # a mistake is known before anything is computed
     image = encode_images(params, prompt.pixels, cfg, tap, wrap)
     spans = wrap is not plain and kernel_block.possible(image)
-    x, positions, seen, length = wrap(beginning)(params, image, prompt._replace(pixels=()), cfg, tap, spans)
+    x, positions, seen, length = wrap(embed_and_mask)(params, image, prompt._replace(pixels=()), cfg, tap, spans)
     last = rearrange(length - 1, "b -> b 1")
     # a tap sees every token in every layer
     at = last if tap is identity else ()
@@ -155,7 +156,7 @@ def prefill(
     return rearrange(logits, "b 1 v -> b v"), cache
 
 
-def beginning(
+def embed_and_mask(
     params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity, spans: bool = False
 ) -> tuple[Float[Tensor, "b t d"], Int[Tensor, "b t"], masks.Masks, Int[Tensor, "b"]]:
     """What the language model takes of a prompt: vectors, positions, masks, maybe as spans, and the rows' lengths."""

@@ -54,7 +54,7 @@ class Direct:
     def __init__(self, fn: Fn):
         self.fn = fn
 
-    def flat(self, tensors: list[Tensor], places: list[int], new: Iterable[Iterable[int]]) -> Flat:
+    def flat(self, tensors: list[Tensor], *unused: Any) -> Flat:
         return pytree.tree_flatten(self.fn(tensors))
 
 
@@ -82,9 +82,18 @@ class Replayed:
         results, structure = self.flat(tensors, [*map(Tensor.data_ptr, tensors)], new)
         return pytree.tree_unflatten(results, structure)
 
-    def flat(self, tensors: list[Tensor], places: list[int], new: Iterable[Iterable[int]]) -> Flat:
-        """The same of inputs that lie in these places, which are noted."""
-        seen = self.look(tensors, places, new)
+    def flat(
+        self,
+        tensors: list[Tensor],
+        places: list[int],
+        new: Iterable[Iterable[int]],
+        other: Iterable[Iterable[int]] = (),
+    ) -> Flat:
+        """What `fn` gives, as leaves and their structure. The inputs lie in these places, a list that is kept.
+
+        `other` are groups like those of `new` that may be those of the last call.
+        """
+        seen = self.look(tensors, places, new, other)
         if self.graph is None:
             key = tuple(self.last)
             if key not in self.graphs:
@@ -112,13 +121,20 @@ class Replayed:
         leaves, structure = pytree.tree_flatten(results)
         return Captured(replay, own, [x.detach() if isinstance(x, Tensor) else x for x in leaves], structure)
 
-    def look(self, tensors: list[Tensor], places: list[int], new: Iterable[Iterable[int]]) -> bool:
+    def look(
+        self,
+        tensors: list[Tensor],
+        places: list[int],
+        new: Iterable[Iterable[int]],
+        other: Iterable[Iterable[int]] = (),
+    ) -> bool:
         """Notes where the inputs lie; whether those that are not copied lay there at the last call."""
         last = self.last  # all in few passes: of hundreds of inputs, before each token
         for i in self.moving:
             places[i] = 0
         changed = {i for i, before in enumerate(last) if places[i] != before} if places != last else set()
         together = [{*each} for each in new]
+        together += [{*each} for each in other if not changed.isdisjoint(each)] if changed else []
         alone = [{i} for i in changed.difference(*together)]
         groups = [group for each in together + alone if (group := each - self.written - self.moving)]
         if last and groups:

@@ -10,11 +10,13 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from cases import text_model
 from PIL import Image
 
 import pgfunc as pg
 from pgfunc import cli
+from pgfunc.cli.options import MADE_FOR, kind_of
 
 MODEL = text_model()
 
@@ -139,12 +141,21 @@ def test_quantize_is_an_option_of_what_runs_a_model_and_of_convert(run, place):
     assert run("convert", "small", "x.npz", model=None)[0] == 2
 
 
-@pytest.mark.parametrize(("options", "compile"), [([], False), (["--compile"], True), (["--compiled", "."], True)])
-def test_compile_and_compiled_compile(run, monkeypatch, options, compile):
+@pytest.mark.parametrize("given", [[], ["--compile"], ["--compiled", "code"]], ids=str)
+def test_compile_and_compiled_compile_and_the_latter_in_its_folder(run, place, monkeypatch, given):
     asked = []
-    monkeypatch.setattr(pg, "stream", lambda *given, **settings: asked.append(settings["compile"]) or ["said"])
-    assert run("caption", "red.png", *options)[:2] == (0, "said\n")
-    assert asked == [compile]
+
+    def stream(*model, compile, **settings):
+        asked.append((compile, os.environ.get("TORCHINDUCTOR_CACHE_DIR")))
+        return ["said"]
+
+    monkeypatch.setattr(pg, "stream", stream)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    (place / "code").mkdir(exist_ok=True)
+    (place / "code" / MADE_FOR).write_text(json.dumps(kind_of(torch.device("cpu"))))
+    assert run("caption", "red.png", *given)[:2] == (0, "said\n")
+    assert asked == [(bool(given), str(place / "code" / "torchinductor") if "--compiled" in given else None)]
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 MISTAKES = {
@@ -166,9 +177,13 @@ MISTAKES = {
     "two checkpoints": (["inspect", "model"], "inspect takes one checkpoint"),
     "no weights": (["caption", "red.png", "--device", "meta"], "meta device"),
     "seed": (["caption", "red.png", "--temperature", "1", "--seed", "-3"], "seed is -3"),
-    "no code": (["caption", "red.png", "--compiled", "nowhere"], "--compiled nowhere: no such folder; `pgfunc compile"),
+    "no code": (["caption", "red.png", "--compiled", "nowhere"], "--compiled nowhere: no code there; `pgfunc compile"),
+    "code for another machine": (
+        ["caption", "red.png", "--compiled", "elsewhere"],
+        "--compiled elsewhere: was made for capability None, hardware another, threads None, torch None, and here is ",
+    ),
     "no folder for code": (["compile", "red.png"], "red.png: cannot be a folder for compiled code (File exists)"),
-    "tokens to compile for": (["compile", "code", "--max-new-tokens", "0"], "tokens is 0, expected 2 or more"),
+    "tokens to compile for": (["compile", "code", "--max-new-tokens", "0"], "max-new-tokens is 0, expected 2 or more"),
     "long prompt": (["ask", "red.png", "--prompt", "x" * 500], "do not fit 120 positions"),
 }
 
@@ -183,6 +198,8 @@ def claiming(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_status_2(run, place, mistake):
     (place / "notes.txt").write_text("not a picture")
+    (place / "elsewhere").mkdir(exist_ok=True)
+    (place / "elsewhere" / "made-for.json").write_text('{"hardware": "another"}')
     (place / "cut.png").write_bytes((place / "red.png").read_bytes()[:50])
     (place / "bomb.png").write_bytes(claiming(30_000, 30_000))
     arguments, said = MISTAKES[mistake]

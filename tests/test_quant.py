@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgfunc as pg
-from pgfunc import paligemma, quant
+from pgfunc import lowbit, paligemma, quant
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
@@ -197,6 +197,11 @@ def test_gradients_of_the_pixels_are_those_of_the_dequantized_tree():
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def in_rows(tree):
+    """The tree with its 4 bits in the order for GPUs."""
+    return quant._map(lambda path, w: lowbit.ordered(w, rows=True) if isinstance(w, lowbit.Int4) else w, tree)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_files_give_back_every_bit(tmp_path, method, dtype):
@@ -210,6 +215,8 @@ def test_files_give_back_every_bit(tmp_path, method, dtype):
         assert back.cfg == cfg
         assert quant.methods(back.params) == quant.methods(tree)
         assert bits(back.params) == bits(tree)
+        pg.save(pg.Model(cfg, in_rows(tree), None), tmp_path / "from a GPU", shard_bytes=10**5)
+        assert bits(pg.load(tmp_path / "from a GPU", device="cpu").params) == bits(tree)
         headers = pg.tree.flatten(pg.load(tmp_path, device="meta").params)
         assert {path: (leaf.shape, leaf.dtype) for path, leaf in headers.items()} == {
             path: (leaf.shape, leaf.dtype) for path, leaf in pg.tree.flatten(tree).items()

@@ -22,7 +22,7 @@ from pgfunc.cache import Cache, pad
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.errors import PgfuncError, first_line
 from pgfunc.generate import advance, compiled_advance
-from pgfunc.jit import bucket
+from pgfunc.handles import bucket
 from pgfunc.sample import greedy
 
 

@@ -96,7 +96,7 @@ def error(fn: str, given: tuple) -> float:
 
 def standard_share(q: Tensor, k: Tensor) -> Share:
     """The setting of `pgfunc.kernels` for the attention of a prompt."""
-    return kernels.share(q[..., 0].numel(), q.shape[-1] * q.element_size(), shared_memory(k))
+    return kernels.share(q[..., 0].numel(), kernels.power(q.shape[-1]) * q.element_size(), shared_memory(k))
 
 
 def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth: float) -> None:
@@ -117,7 +117,7 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
     kept, times = getattr(kernels, part), {}
     numbers: list[Any] = [tuple(map(int, each.split())) for each in tried.split(", ")]
     settings = [kind(*each) for each in numbers]
-    if part == "tile":  # with their rows in one tensor, and apart
+    if part == "tile" and "int4" not in name:  # with their rows in one tensor, and apart
         settings += [Tile(rows, block, warps, True) for rows, block, warps in numbers if rows > 1]
     for setting in (standard, *settings):
         setattr(kernels, part, lambda *_, setting=setting: setting)

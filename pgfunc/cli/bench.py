@@ -91,6 +91,7 @@ def bench(
             "hardware": measuring.hardware(where), "device": str(where),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "image_tokens": cfg.vision.tokens,
         } | asdict(case) | {"slots": case.length(cfg) + case.room(cfg)} | machine._asdict()  # fmt: skip
+        del about["stages"]  # what follows says it
         loaded, first = measuring.load_stage(make, where, machine, 1 if drawn else repeat, "draw" if drawn else "load")
         rest = measuring.stages(loaded, case, machine)
         bar = tqdm(rest, desc="measuring", unit="stage", leave=False, disable=None)

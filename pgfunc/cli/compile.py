@@ -1,5 +1,6 @@
 """The command that compiles ahead of time: compile."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -9,9 +10,10 @@ import torch
 import typer
 
 import pgfunc as pg
-from pgfunc.bench import Case, compilations, random_prompt
+from pgfunc.bench import Case, random_prompt
+from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
-from pgfunc.cli.options import app, compiles, enough_memory
+from pgfunc.cli.options import MADE_FOR, app, compiled_files, enough_memory, kind_of
 from pgfunc.errors import SettingError
 from pgfunc.generate import complete
 from pgfunc.sample import Settings
@@ -21,7 +23,7 @@ from pgfunc.sample import Settings
 def compile(
     folder: Annotated[Path, typer.Argument(help="For the code; what it has already stays.", metavar="FOLDER")],
     model: options.ModelName = None,
-    batch: Annotated[int, typer.Option("--batch", help="Rows.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Rows, as of pg.generate; the commands run one.")] = 1,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Of text; a few more are served too.")] = 16,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
@@ -37,19 +39,22 @@ def compile(
 
     It is for this PyTorch on this kind of device, and serves other weights of the same configuration.
     """
-    settings, case = Settings(temperature, top_k, top_p, min_p), Case(batch, prompt_tokens, max_new_tokens)
-    loaded = pg.load(model, dtype, device, config, quantize=quantize)
-    case.check(loaded.cfg)
-    endless = loaded._replace(cfg=replace(loaded.cfg, eos=-1))
-    prompt = random_prompt(loaded.cfg, batch, prompt_tokens, loaded.params.projector.device)
-    u = torch.zeros(batch, max_new_tokens, dtype=torch.float64)
+    settings, where = Settings(temperature, top_k, top_p, min_p), as_device(device)
+    if max_new_tokens < 2:
+        raise SettingError(f"max-new-tokens is {max_new_tokens}, expected 2 or more: the second is that of a step")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MADE_FOR).exists():
+            (folder / MADE_FOR).write_text(json.dumps(kind_of(where)))
     except OSError as error:
         raise SettingError(f"{folder}: cannot be a folder for compiled code ({error.strerror})") from error
-    start = perf_counter()
-    with enough_memory("lower --batch, or give --dtype bfloat16"), compiles("install one"), pg.compiled_in(folder):
-        complete(endless, prompt, settings, u, compile=True)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    made = f"{compilations()} function{'s' * (compilations() > 1)}"
-    print(f"compiled {made} in {perf_counter() - start:.1f} s; {folder} has {size / 1e6:.1f} MB")
+    with enough_memory("lower --batch, or give --dtype bfloat16"), options.compiling(True, folder, where):
+        loaded = pg.load(model, dtype, where, config, quantize=quantize)
+        Case(batch, prompt_tokens, max_new_tokens).check(loaded.cfg)
+        endless = loaded._replace(cfg=replace(loaded.cfg, eos=-1))
+        prompt = random_prompt(loaded.cfg, batch, prompt_tokens, where)
+        start = perf_counter()
+        complete(endless, prompt, settings, torch.zeros(batch, max_new_tokens, dtype=torch.float64), compile=True)
+    files = compiled_files(folder)
+    print(f"{folder} has the code after {perf_counter() - start:.1f} s: {len(files)} files, "
+          f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB")  # fmt: skip

@@ -2,8 +2,9 @@
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,11 @@ import typer
 from tqdm import tqdm
 
 import pgfunc as pg
+from pgfunc.bench import hardware
 from pgfunc.errors import SettingError, first_line
 from pgfunc.lowbit import GROUPS
+
+MADE_FOR = "made-for.json"  # in a folder of compiled code
 
 app = typer.Typer(
     help="PaliGemma on pictures: caption, ask, read, detect, segment, train. SigLIP: embed, classify. "
@@ -92,9 +96,43 @@ def compiles(remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def code(folder: Path | None) -> Iterator[None]:
-    """Compiled code comes from the folder that is named, if one is."""
-    if folder is not None and not folder.is_dir():
-        raise SettingError(f"--compiled {folder}: no such folder; `pgfunc compile {folder}` makes it")
-    with nullcontext() if folder is None else pg.compiled_in(folder):
+def compiling(compile: bool, folder: Path | None, device: torch.device) -> Iterator[None]:
+    """What a command may compile in here comes from the folder that `pgfunc compile` made, if one is named.
+
+    Code that it lacks is compiled, added, and said on standard error. Raises SettingError where the folder was made for
+    another kind of device or PyTorch: machine code must not run on a CPU that it was not made for.
+    """
+    if not compile:
         yield
+        return
+    before = set(compiled_files(folder)) if folder else set()
+    with compiles("is there a C++ compiler? It runs without --compile"):
+        if folder is None:
+            yield
+            return
+        check_made_for(folder, kind_of(device))
+        with pg.compiled_in(folder):
+            yield
+    if before and set(compiled_files(folder)) - before:
+        tqdm.write(f"pgfunc: {folder} had no code for this; it has now", file=sys.stderr)
+
+
+def kind_of(device: torch.device) -> dict[str, Any]:
+    """What compiled code is made for."""
+    cpu = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    return {"torch": torch.__version__, "hardware": hardware(device)} | (cpu if device.type == "cpu" else {})
+
+
+def check_made_for(folder: Path, kind: dict[str, Any]) -> None:
+    try:
+        made = json.loads((folder / MADE_FOR).read_text())
+    except (OSError, ValueError):
+        raise SettingError(f"--compiled {folder}: no code there; `pgfunc compile {folder}` makes it") from None
+    if made != kind:
+        mine, its = (", ".join(f"{name} {each.get(name)}" for name in sorted({*made, *kind})) for each in (kind, made))
+        raise SettingError(f"--compiled {folder}: was made for {its}, and here is {mine}; compile it here")
+
+
+def compiled_files(folder: Path) -> list[Path]:
+    """The files of code in a folder, not the notes that PyTorch keeps beside them."""
+    return [path for path in folder.rglob("*") if path.suffix in (".so", ".cpp", ".py", ".cubin")]

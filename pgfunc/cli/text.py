@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 import pgfunc as pg
+from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.options import app, progress, say, unset, without
 from pgfunc.errors import PromptError, SettingError
@@ -44,11 +45,12 @@ def completing(name: str, template: str | None, about: str) -> None:
         prefixes = [as_prefix(name, template, prompt)] * len(images)
         if box is not None:
             prefixes = [region(box, image, prefix) for image, prefix in zip(images, prefixes, strict=True)]
+        where = as_device(device)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed,
                                     "compile": compile or compiled is not None}  # fmt: skip
-        with options.code(compiled):
-            loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
+        with options.compiling(sampling["compile"], compiled, where):
+            loaded = pg.load(model, dtype, where, config, tokenizer, quantize)
             if len(images) == 1 and not as_json:
                 for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):
                     print(piece, end="", flush=True)

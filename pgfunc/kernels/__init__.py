@@ -335,10 +335,10 @@ class Kept(NamedTuple):
         if isinstance(w, Tensor):
             return cls((w, w), w.shape[1], 16)
         if not isinstance(w, Int4):
-            return cls((w.values, w.scale), w.values.shape[1], 8)
+            return cls((w.values, w.scale.contiguous()), w.values.shape[1], 8)
         if w.blocked:
             raise SettingError("kernels for GPUs read 4 bits in rows: see lowbit.arranged")
-        return cls((w.values, w.scale.flatten(1)), w.inputs, 4, w.group)
+        return cls((w.values, w.scale.flatten(1).contiguous()), w.inputs, 4, w.group)
 
     @property
     def outputs(self) -> int:

@@ -125,23 +125,23 @@ def level_tiles(
     found = ()
     for r in tl.static_range(COUNT):
         if start + BLOCK <= D:
-            bytes = tl.load(rows[r][:, None] + places, eviction_policy="evict_first")
+            both = tl.load(rows[r][:, None] + places, eviction_policy="evict_first")
             scale, zero = tl.load(scales[r] + 2 * group), tl.load(scales[r] + 2 * group + 1)
         else:
             inside = group < D // GROUP
-            bytes = tl.load(rows[r][:, None] + places, mask=inside[:, None], other=0, eviction_policy="evict_first")
+            both = tl.load(rows[r][:, None] + places, mask=inside[:, None], other=0, eviction_policy="evict_first")
             scale = tl.load(scales[r] + 2 * group, mask=inside, other=0.0)
             zero = tl.load(scales[r] + 2 * group + 1, mask=inside, other=0.0)
-        found = found + (bytes, scale.to(tl.float32), zero.to(tl.float32))
+        found = found + (both, scale.to(tl.float32), zero.to(tl.float32))
     return found
 
 
 @triton.jit
 @no_type_check
-def levels(bytes):
+def levels(both):
     """128 + each level: the low ones, then the high ones. Below the exponent of 2**7 one unit is bit 16."""
     if INTERPRETED:
-        low, high = (bytes & 15).to(tl.float32) + 128, (bytes >> 4).to(tl.float32) + 128
+        low, high = (both & 15).to(tl.float32) + 128, (both >> 4).to(tl.float32) + 128
     else:
         low, high = tl.inline_asm_elementwise(
             """{ .reg .b32 l, h; and.b32 l, $8, 0x0F0F0F0F; shr.u32 h, $8, 4; and.b32 h, h, 0x0F0F0F0F;
@@ -149,7 +149,7 @@ def levels(bytes):
             prmt.b32 $2, l, 0x43000000, 0x7244; prmt.b32 $3, l, 0x43000000, 0x7344;
             prmt.b32 $4, h, 0x43000000, 0x7044; prmt.b32 $5, h, 0x43000000, 0x7144;
             prmt.b32 $6, h, 0x43000000, 0x7244; prmt.b32 $7, h, 0x43000000, 0x7344; }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,r", [bytes], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r", [both], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
         )  # fmt: skip
         low, high = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
     return low, high

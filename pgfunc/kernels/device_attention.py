@@ -105,9 +105,8 @@ def attend_spans(
     queries = tl.load(q + places, mask=inside, other=0.0)
     k += row.to(tl.int64) * k_row + kv * k_head
     v += row.to(tl.int64) * v_row + kv * v_head
-    peak = tl.full(
-        [QUERIES], -3.0e38, tl.float32
-    )  # below every score; finite, so that it can be subtracted from itself
+    # below every score; finite, so that it can be subtracted from itself
+    peak = tl.full([QUERIES], -3.0e38, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     joined = tl.zeros([QUERIES, HEAD], tl.float32)
     stop = tl.minimum(tl.max(last), slots)

@@ -19,7 +19,8 @@ import pgfunc as pg
 from pgfunc import bench
 from pgfunc.errors import SettingError
 from pgfunc.generate import begin, bucketed
-from pgfunc.jit import Jitted, bucket
+from pgfunc.handles import bucket
+from pgfunc.jit import Jitted
 from pgfunc.sample import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -225,6 +226,9 @@ def test_what_made_a_handle_is_not_taken_for_what_continues_it(cfg, weights, mon
             logits, cache = (turned if place % 3 == 2 else plain)(*given, cache, cfg)
             expected, pure = pg.decode(tree, token, pure, cfg)
             close(logits, expected)
+    for one in (plain, turned):
+        (run,) = one._compiled.values()
+        assert len(run.moving) == 2, "the token and the length are copied, and no weight"
 
 
 def test_weights_are_free_again_with_the_last_handle_that_they_made(cfg, monkeypatch):
@@ -441,7 +445,7 @@ def test_generate_and_stream_say_the_same_compiled(sampling):
     assert list(pg.stream(model, **alone, **sampling, compile=True)) == list(pg.stream(model, **alone, **sampling))
 
 
-def test_code_that_was_compiled_ahead_serves_from_a_copy_of_its_folder(tmp_path):
+def test_code_that_was_compiled_ahead_serves_wherever_its_folder_is(tmp_path, monkeypatch):
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "pgfunc.cli", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -453,10 +457,12 @@ def test_code_that_was_compiled_ahead_serves_from_a_copy_of_its_folder(tmp_path)
 
     made, moved = tmp_path / "made", tmp_path / "moved"
     said = run("compile", str(made), "--max-new-tokens", "12")
-    assert said.startswith("compiled 1 function in ")
+    assert said.startswith(f"{made} has the code after ")
     made.rename(moved)
     before = files(moved)
     caption = "caption", str(ROOT / "examples/images/scene.png"), "--max-new-tokens", "12"
     assert run(*caption, "--compiled", str(moved)) == run(*caption) != ""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(moved / "torchinductor"))
+    assert run(*caption, "--compile") == run(*caption)
     assert files(moved) == before, "nothing was compiled"
     assert not made.exists()

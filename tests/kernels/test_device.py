@@ -134,10 +134,10 @@ def exact(w: kernels.Matrix) -> np.ndarray:
 
 def product(w: kernels.Matrix, x: np.ndarray, wrong: float | np.ndarray = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """w · x, and how wrong a float32 sum of it may be in any order, where the elements of x may be so wrong."""
-    terms = np.abs(exact(w))
-    if isinstance(w, lowbit.Int4):  # 128 and a level stand for a weight, and what is too much is subtracted
-        terms += 280 * np.abs(wide(w.scale[..., 0])).repeat(w.group, 1)
-    return exact(w) @ x, terms @ (np.abs(x) * (len(x) + 16) * FLOAT32 + wrong)
+    terms, rounded = np.abs(exact(w)), len(x) + 1
+    if isinstance(w, lowbit.Int4):  # 128 and a level stand for a weight, and what is too much is subtracted, with a sum
+        terms, rounded = terms + 280 * np.abs(wide(w.scale[..., 0])).repeat(w.group, 1), len(x) + 16
+    return exact(w) @ x, terms @ (np.abs(x) * rounded * FLOAT32 + wrong)
 
 
 @cases
@@ -331,6 +331,12 @@ def cut_out(x):
     if isinstance(x, lowbit.Quantized):
         return x._replace(values=cut_out(x.values))
     return torch.cat([x, x], -1)[..., : x.shape[-1]] if isinstance(x, torch.Tensor) and x.dim() == 2 else x
+
+
+def test_4_bits_in_blocks_are_refused():
+    x, w = normal(0, torch.float32, 128), lowbit.quantize(normal(1, torch.float32, 64, 128), "int4")
+    with pytest.raises(SettingError, match=r"read 4 bits in rows: see lowbit\.arranged"):
+        kernels.matvec(x, lowbit.ordered(w, rows=False))  # pyright: ignore[reportArgumentType]
 
 
 def test_rows_that_are_not_dense_are_an_error_of_one_line():

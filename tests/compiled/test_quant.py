@@ -7,6 +7,7 @@ import torch
 from cases import CONFIGS, params, prompt
 
 import pgfunc as pg
+from pgfunc import ops
 
 TEXT = replace(CONFIGS["gemma2"].text, width=64, heads=2, kv_heads=1, head_dim=64, hidden=128, layers=1)
 CFG = replace(CONFIGS["gemma2"], text=TEXT)
@@ -42,3 +43,20 @@ def test_a_compiled_product_equals_the_plain_one_where_no_kernel_serves(method, 
         x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows))
         expected = x @ pg.quant.lowbit.dequantize(w).T
         torch.testing.assert_close(product(x, w), expected, atol=1e-4, rtol=1e-4)  # float32
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inputs", [7, 300, 6144])
+def test_one_row_of_compiled_code_is_the_product_with_or_without_amx(inputs, dtype, amx, monkeypatch):
+    monkeypatch.setattr(ops, "AMX", amx)
+    draw = torch.Generator().manual_seed(inputs)
+    w = (torch.randn(40, inputs, generator=draw) * inputs**-0.5).to(dtype)
+    x, bias = torch.randn(1, 1, inputs, generator=draw).to(dtype), torch.randn(40, generator=draw).to(dtype)
+    assert ops.written_out(x, w) is not amx
+    found = pg.jit(ops.linear)(x, w, bias)
+    assert found.dtype == dtype
+    exact = x.double() @ w.double().T + bias.double()
+    # the product and its sum with the bias are each rounded to the dtype; partial sums, of about 1, to float32
+    limit = 2 * torch.finfo(dtype).eps + 8 * 2.0**-24 * inputs**0.5
+    torch.testing.assert_close(found.double(), exact, atol=limit, rtol=limit)

@@ -104,13 +104,13 @@ def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> tuple[UInt[Tensor, "o
 def in_blocks(levels: UInt[Tensor, "o i"], scale: Float[Tensor, "o g z"]) -> Int4:
     """Levels as CPUs read them."""
     first, second = rearrange(levels, "(n half d) i -> half n i d", half=2, d=BLOCK // 2)
-    return Int4(first | second << 4, rearrange(scale, "o g z -> g o z").contiguous())
+    return Int4((first | second << 4).contiguous(), rearrange(scale, "o g z -> g o z").contiguous())
 
 
 def in_rows(levels: UInt[Tensor, "o i"], scale: Float[Tensor, "o g z"]) -> Int4:
     """Levels as GPUs read them."""
     first, second = rearrange(levels, "o (g half j) -> half o (g j)", half=2, g=scale.shape[1])
-    return Int4(first | second << 4, scale.contiguous())
+    return Int4((first | second << 4).contiguous(), scale.contiguous())
 
 
 def arranged(w: Int4, device: torch.device) -> Int4:

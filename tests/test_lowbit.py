@@ -92,6 +92,8 @@ def test_either_order_is_the_other_to_the_bit(seed, method, dtype):
     assert torch.equal(back.values, w.values)
     assert torch.equal(back.scale, w.scale)
     assert lowbit.ordered(rows, rows=True) is rows
+    for each in (w, rows, back):
+        assert all(part.is_contiguous() for part in each), "as kernels ask for"
 
 
 @given(seeds, methods, dtypes)

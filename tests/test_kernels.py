@@ -44,10 +44,13 @@ def test_without_triton_a_call_says_what_is_missing(monkeypatch):
 
 def test_a_block_is_no_wider_than_the_matrix_needs_and_every_size_has_a_tile():
     for name in kernels.TILES:
+        kind, _, kernel = name.rpartition(" ")
+        bits, group = {"": (16, 0), "int8": (8, 0), "int4": (4, 32)}[kind]
         for outputs, inputs in [(1, 1), (64, 16), (2560, 2048), (257_152, 4608)]:
-            tile = kernels.tile(name.removeprefix("int8 "), outputs, inputs, 1 if name.startswith("int8") else 2)
-            assert tile.block & (tile.block - 1) == 0
-            assert 16 <= tile.block < max(17, 2 * inputs)
+            inputs, w = max(inputs, group), torch.empty(outputs, 0)
+            sizes = kernels.Kept((w, w), inputs, bits, group).sizes(kernels.tile(kernel, outputs, inputs, bits))
+            assert sizes["BLOCK"] & (sizes["BLOCK"] - 1) == 0
+            assert max(16, group) <= sizes["BLOCK"] < max(17, 2 * inputs)
     for slots in (1, 600, 1000, 8192):
         for size in (2, 4):
             share = kernels.chunk(slots, size)

@@ -39,21 +39,20 @@ class Argument(NamedTuple):
     places: list[int]  # where they lie
     ids: Set[int]  # of the tensors
     kind: int  # the number of its kind
-    known: bool = False  # whether it came before, and is made of the same tensors
+    known: bool  # whether it came before, and is made of the same tensors
 
-
-def argument(tensors: list[Tensor], kind: int, ids: Set[int] | None = None, known: bool = False) -> Argument:
-    ids = frozenset(map(id, tensors)) if ids is None else ids
-    return Argument(tensors, [*map(Tensor.data_ptr, tensors)], ids, kind, known)
+    @classmethod
+    def of(cls, tensors: list[Tensor], ids: Set[int], kind: int, known: bool) -> "Argument":
+        return cls(tensors, [*map(Tensor.data_ptr, tensors)], ids, kind, known)
 
 
 class Known(NamedTuple):
     """What was learned of an argument's last value: it holds until one of its tensors is gone."""
 
-    places: list[int]  # of its parts in memory
+    parts: list[int]  # their ids
     moving: list[bool]  # which of them are tensors
     held: list[Any]  # the other parts; of tensors, what tells that one is gone
-    ids: Set[int]
+    ids: Set[int]  # of the tensors
     kind: int
 
 
@@ -69,9 +68,9 @@ class Arguments:
         """A value of the argument of that name: a tree of tensors and of what can be hashed, else a SettingError."""
         parts: list[Any] = []
         constant = spread(value, parts)
-        places, last = [*map(id, parts)], self._last.get(name)
-        if constant and last and last.places == places:
-            return argument([*compress(parts, last.moving)], last.kind, last.ids, True)
+        ids_of_parts, last = [*map(id, parts)], self._last.get(name)
+        if constant and last and last.parts == ids_of_parts:
+            return Argument.of([*compress(parts, last.moving)], last.ids, last.kind, known=True)
         leaves, structure = ([value], LEAF) if isinstance(value, Tensor) else pytree.tree_flatten(value)
         moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -82,8 +81,8 @@ class Arguments:
         if constant and all(one is other for one, other in zip(given, tensors, strict=True)):
             forget = lambda _: self._last.pop(name, None)  # noqa: E731
             held = [ref(part, forget) if isinstance(part, Tensor) else part for part in parts]
-            self._last[name] = Known(places, [isinstance(part, Tensor) for part in parts], held, ids, kind)
-        return argument(tensors, kind, ids)
+            self._last[name] = Known(ids_of_parts, [isinstance(part, Tensor) for part in parts], held, ids, kind)
+        return Argument.of(tensors, ids, kind, known=False)
 
     def number(self, kind: Kind) -> int:
         try:

@@ -104,9 +104,8 @@ def living(cache: Cache) -> list[Handle]:
     return lineage.handles
 
 
-def continued(cache: Cache, length: Tensor) -> Cache:
-    """A new handle on the buffers of a `writable` cache that has just been appended to."""
-    lineage = lineage_of(cache)
+def continued(cache: Cache, length: Tensor, lineage: Lineage) -> Cache:
+    """A new handle on the buffers of a cache that has just been appended to."""
     return registered(cache, length, lineage, len(lineage.handles), rewound=False)
 
 
@@ -116,10 +115,11 @@ def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
     Compiled code goes on from it without a copy if no other handle on its buffers is alive: a loop keeps one.
     """
     lineage = None if torch.compiler.is_compiling() else _lineages.get(cache.k[0])
-    place = next((i for i, handle in enumerate(lineage.handles) if handle.of(cache)), None) if lineage else None
-    if lineage is None or place is None:
-        return cache._replace(length=length)
-    return registered(cache, length, lineage, place, rewound=True)
+    if lineage is not None:
+        for place, handle in enumerate(lineage.handles):
+            if handle.of(cache):
+                return registered(cache, length, lineage, place, rewound=True)
+    return cache._replace(length=length)
 
 
 def registered(cache: Cache, length: Tensor, lineage: Lineage, place: int, rewound: bool) -> Cache:

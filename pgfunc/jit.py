@@ -18,11 +18,11 @@ last.
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
-from types import FunctionType, MappingProxyType
+from types import FunctionType
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import einops
@@ -44,7 +44,6 @@ R = TypeVar("R")
 for operation in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
     torch.compiler.allow_in_graph(operation)  # whole: to trace how a pattern is parsed took most of a compilation
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # which PyTorch and Triton read when they compile
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 CACHE = "the continuation"  # stands for it among the results of compiled code
 
 
@@ -109,10 +108,8 @@ class Jitted(Generic[P, R]):
         ]
         if len(named) < len(self.signature.parameters):
             raise SettingError("the function has arguments without a name of their own (*args, **kwargs or before a /)")
-        either = [
-            name for name in named if self.signature.parameters[name].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
-        ]
-        self._positional = either if len(either) == len(named) else [""] * (len(named) + 1)
+        kinds = {p.kind for p in self.signature.parameters.values()}
+        self._positional = named if kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else []
         self.blocks = donate is None and "wrap" in named
         if donate is not None and donate not in named:
             raise SettingError(f"donate is {donate!r}, expected one of {', '.join(named)}")
@@ -134,32 +131,32 @@ class Jitted(Generic[P, R]):
         if self.blocks and "wrap" in given:
             raise SettingError("wrap is given by pg.jit, to compile a block at a time; leave it out")
         if self.donate is None:
-            results, _ = pytree.tree_unflatten(*self._run(given, self._read(given), None))
+            results, _ = pytree.tree_unflatten(*self._run(given, self._read(given, {}), None))
             return results
         cache = given.pop(self.donate, ())
         if not isinstance(cache, Cache):
             raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
-        read = self._read(given, *(_origins.get(cache.length) or ()))
+        maker, made = _origins.get(cache.length) or (None, {})
+        read = self._read(given, made if maker is self else {})
         cache = writable(cache, self._arena)
         leaves, structure = self._run(given, read, cache)
-        new = continued(cache, leaves[-1])
+        lineage = lineage_of(cache)
+        new = continued(cache, leaves[-1], lineage)
         _origins[new.length] = self, {name: (given[name], each) for name, each in read.items() if each.known}
-        written = lineage_of(cache).places
 
         def own(leaf: Any) -> Any:
             """A result as a value: the continuation in its place, a copy of what is written later."""
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in written:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in lineage.places:
                 return leaf.clone()
             return new if isinstance(leaf, str) and leaf == CACHE else leaf
 
         results, _ = pytree.tree_unflatten([*map(own, leaves[:-1]), leaves[-1]], structure)
         return results
 
-    def _read(self, given: dict[str, Any], maker: Any = None, made: Mapping[str, Any] = EMPTY) -> dict[str, Argument]:
-        """The arguments as tensors; those of which a handle of this function was made need not be looked at again."""
-        origin = made if maker is self else EMPTY
+    def _read(self, given: dict[str, Any], made: dict[str, tuple[Any, Argument]]) -> dict[str, Argument]:
+        """The arguments as tensors; those of which the handle was made need not be looked at again."""
         return {
-            name: origin[name][1] if name in origin and origin[name][0] is value else self._arguments.read(name, value)
+            name: made[name][1] if name in made and made[name][0] is value else self._arguments.read(name, value)
             for name, value in given.items()
         }
 
@@ -196,7 +193,7 @@ class Jitted(Generic[P, R]):
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by their names."""
-        if len(args) == len(self._positional) and not kwargs:  # quicker
+        if args and len(args) == len(self._positional) and not kwargs:  # quicker
             return dict(zip(self._positional, args, strict=True))
         return dict(self.signature.bind(*args, **kwargs).arguments)
 

@@ -20,7 +20,6 @@ from pgfunc import lowbit
 from pgfunc.lowbit import Int8, Quantized
 
 T = TypeVar("T")
-LOOPS = (torch.float32, torch.bfloat16, torch.float16)
 AMX = torch.cpu._is_amx_tile_supported()
 
 
@@ -55,16 +54,20 @@ def linear(
     speed of the library.
     """
     compiling = torch.compiler.is_compiling()
-    if isinstance(w, Tensor) and not (compiling and (x.is_cuda or written_out(x, w))):
+    if not isinstance(w, Tensor):
+        out = lowbit.multiply(x, w)
+    elif compiling and written_out(x, w):
+        out = lowbit.one_row(x, w)
+    elif compiling and x.is_cuda:
+        out = F.linear(x, w)
+    else:
         return F.linear(x, w, bias)
-    multiply = F.linear if x.is_cuda else lowbit.one_row
-    out = multiply(x, w) if isinstance(w, Tensor) else lowbit.multiply(x, w)
     return out if bias is None else out + bias
 
 
 def written_out(x: Tensor, w: Tensor) -> bool:
     """Whether inductor's loop is faster at a product: it is on an EPYC, and on a Xeon with AMX it is not."""
-    return x.device.type == "cpu" and x.shape[:-1].numel() == 1 and x.dtype == w.dtype in LOOPS and not AMX
+    return x.device.type == "cpu" and x.shape[:-1].numel() == 1 and x.dtype == w.dtype != torch.float64 and not AMX
 
 
 def beside(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

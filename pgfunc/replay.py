@@ -21,6 +21,7 @@ FEW = 0.25  # of all bytes that go in: so many may be copied
 KEPT = 4  # graphs
 
 Fn = Callable[[list[Tensor]], Any]
+Groups = Iterable[Iterable[int]]  # the inputs of an argument each, by their numbers
 Flat = tuple[list[Any], pytree.TreeSpec]  # results, as leaves and their structure
 _copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -76,19 +77,13 @@ class Replayed:
         self.graph: Captured | None = None  # that of the last call, if its inputs lay where a graph reads them
         self.stays = True  # whether results are where graphs are
 
-    def __call__(self, tensors: list[Tensor], new: Iterable[Iterable[int]] = ()) -> Any:
-        """What `fn` gives. `new` are groups of inputs, an argument each, that are others than those of the last call,
-        even if they lie in the same places: such a group is copied as a whole, or not at all."""
+    def __call__(self, tensors: list[Tensor], new: Groups = ()) -> Any:
+        """What `fn` gives. `new` are groups that are others than those of the last call, even if they lie in the same
+        places: such a group is copied as a whole, or not at all."""
         results, structure = self.flat(tensors, [*map(Tensor.data_ptr, tensors)], new)
         return pytree.tree_unflatten(results, structure)
 
-    def flat(
-        self,
-        tensors: list[Tensor],
-        places: list[int],
-        new: Iterable[Iterable[int]],
-        other: Iterable[Iterable[int]] = (),
-    ) -> Flat:
+    def flat(self, tensors: list[Tensor], places: list[int], new: Groups, other: Groups = ()) -> Flat:
         """What `fn` gives, as leaves and their structure. The inputs lie in these places, a list that is kept.
 
         `other` are groups like those of `new` that may be those of the last call.
@@ -106,11 +101,10 @@ class Replayed:
                     self.graphs.popitem(last=False)
             self.graphs.move_to_end(key)
             self.graph = self.graphs[key]
-        graph = self.graph
-        if graph.own:
-            _copy(list(graph.own.values()), [narrow(tensors[i]) for i in graph.own])
-        graph.replay()
-        return copied(graph.results), graph.structure
+        if self.graph.own:
+            _copy(list(self.graph.own.values()), [narrow(tensors[i]) for i in self.graph.own])
+        self.graph.replay()
+        return copied(self.graph.results), self.graph.structure
 
     def captured(self, tensors: list[Tensor]) -> Captured:
         with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
@@ -121,13 +115,7 @@ class Replayed:
         leaves, structure = pytree.tree_flatten(results)
         return Captured(replay, own, [x.detach() if isinstance(x, Tensor) else x for x in leaves], structure)
 
-    def look(
-        self,
-        tensors: list[Tensor],
-        places: list[int],
-        new: Iterable[Iterable[int]],
-        other: Iterable[Iterable[int]] = (),
-    ) -> bool:
+    def look(self, tensors: list[Tensor], places: list[int], new: Groups, other: Groups = ()) -> bool:
         """Notes where the inputs lie; whether those that are not copied lay there at the last call."""
         last = self.last  # all in few passes: of hundreds of inputs, before each token
         for i in self.moving:

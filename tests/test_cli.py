@@ -16,7 +16,7 @@ from PIL import Image
 
 import pgfunc as pg
 from pgfunc import cli
-from pgfunc.cli.options import MADE_FOR, kind_of
+from pgfunc.cli.compiled import MADE_FOR, kind_of
 
 MODEL = text_model()
 

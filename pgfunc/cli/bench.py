@@ -19,7 +19,8 @@ from pgfunc import paligemma
 from pgfunc.bench import STAGES, Case, Stage
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.cli import options
-from pgfunc.cli.options import app, compiles, enough_memory, unset
+from pgfunc.cli.compiled import compiles
+from pgfunc.cli.options import app, enough_memory, unset
 from pgfunc.errors import DeviceError, SettingError
 
 Name = Annotated[str | None, unset("--config", help="A published name: random weights. Or, for a .npz, its config.")]

@@ -13,7 +13,8 @@ import pgfunc as pg
 from pgfunc.bench import Case, random_prompt
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
-from pgfunc.cli.options import MADE_FOR, app, compiled_files, enough_memory, kind_of
+from pgfunc.cli.compiled import MADE_FOR, compiled_files, compiling, kind_of
+from pgfunc.cli.options import app, enough_memory
 from pgfunc.errors import SettingError
 from pgfunc.generate import complete
 from pgfunc.sample import Settings
@@ -48,7 +49,7 @@ def compile(
             (folder / MADE_FOR).write_text(json.dumps(kind_of(where)))
     except OSError as error:
         raise SettingError(f"{folder}: cannot be a folder for compiled code ({error.strerror})") from error
-    with enough_memory("lower --batch, or give --dtype bfloat16"), options.compiling(True, folder, where):
+    with enough_memory("lower --batch, or give --dtype bfloat16"), compiling(True, folder, where):
         loaded = pg.load(model, dtype, where, config, quantize=quantize)
         Case(batch, prompt_tokens, max_new_tokens).check(loaded.cfg)
         endless = loaded._replace(cfg=replace(loaded.cfg, eos=-1))

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,12 +12,8 @@ import torch
 import typer
 from tqdm import tqdm
 
-import pgfunc as pg
-from pgfunc.bench import hardware
-from pgfunc.errors import SettingError, first_line
+from pgfunc.errors import SettingError
 from pgfunc.lowbit import GROUPS
-
-MADE_FOR = "made-for.json"  # in a folder of compiled code
 
 app = typer.Typer(
     help="PaliGemma on pictures: caption, ask, read, detect, segment, train. SigLIP: embed, classify. "
@@ -82,57 +77,3 @@ def progress(images: list[str]) -> Iterator[str]:
 def say(value: dict[str, Any], as_json: bool, text: str) -> None:
     """Print one result."""
     tqdm.write(json.dumps(value, ensure_ascii=False) if as_json else text)
-
-
-@contextmanager
-def compiles(remedy: str) -> Iterator[None]:
-    """A SettingError where torch.compile cannot do its work: there may be no C++ compiler."""
-    from torch._dynamo.exc import TorchDynamoException  # half a second, which other commands need not wait
-
-    try:
-        yield
-    except TorchDynamoException as error:
-        raise SettingError(f"torch.compile fails here ({first_line(error)}): {remedy}") from error
-
-
-@contextmanager
-def compiling(compile: bool, folder: Path | None, device: torch.device) -> Iterator[None]:
-    """What a command may compile in here comes from the folder that `pgfunc compile` made, if one is named.
-
-    Code that it lacks is compiled, added, and said on standard error. Raises SettingError where the folder was made for
-    another kind of device or PyTorch: machine code must not run on a CPU that it was not made for.
-    """
-    if not compile:
-        yield
-        return
-    before = set(compiled_files(folder)) if folder else set()
-    with compiles("is there a C++ compiler? It runs without --compile"):
-        if folder is None:
-            yield
-            return
-        check_made_for(folder, kind_of(device))
-        with pg.compiled_in(folder):
-            yield
-    if before and set(compiled_files(folder)) - before:
-        tqdm.write(f"pgfunc: {folder} had no code for this; it has now", file=sys.stderr)
-
-
-def kind_of(device: torch.device) -> dict[str, Any]:
-    """What compiled code is made for."""
-    cpu = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-    return {"torch": torch.__version__, "hardware": hardware(device)} | (cpu if device.type == "cpu" else {})
-
-
-def check_made_for(folder: Path, kind: dict[str, Any]) -> None:
-    try:
-        made = json.loads((folder / MADE_FOR).read_text())
-    except (OSError, ValueError):
-        raise SettingError(f"--compiled {folder}: no code there; `pgfunc compile {folder}` makes it") from None
-    if made != kind:
-        mine, its = (", ".join(f"{name} {each.get(name)}" for name in sorted({*made, *kind})) for each in (kind, made))
-        raise SettingError(f"--compiled {folder}: was made for {its}, and here is {mine}; compile it here")
-
-
-def compiled_files(folder: Path) -> list[Path]:
-    """The files of code in a folder, not the notes that PyTorch keeps beside them."""
-    return [path for path in folder.rglob("*") if path.suffix in (".so", ".cpp", ".py", ".cubin")]

@@ -7,6 +7,7 @@ import typer
 import pgfunc as pg
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
+from pgfunc.cli.compiled import compiling
 from pgfunc.cli.options import app, progress, say, unset, without
 from pgfunc.errors import PromptError, SettingError
 from pgfunc.image import open_image
@@ -49,7 +50,7 @@ def completing(name: str, template: str | None, about: str) -> None:
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed,
                                     "compile": compile or compiled is not None}  # fmt: skip
-        with options.compiling(sampling["compile"], compiled, where):
+        with compiling(sampling["compile"], compiled, where):
             loaded = pg.load(model, dtype, where, config, tokenizer, quantize)
             if len(images) == 1 and not as_json:
                 for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):

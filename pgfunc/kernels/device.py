@@ -49,14 +49,20 @@ def tiles(rows, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, BLOCK
 
 @triton.jit
 @no_type_check
-def piece(places, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements of a vector, as a row in float32."""
-    columns = start + tl.arange(0, BLOCK)[None, :]
-    if start + BLOCK <= D:
+def elements(places, columns, D: tl.constexpr, INSIDE: tl.constexpr):
+    """Of a vector, which all programs read, in float32; INSIDE: none of the columns is beyond the last."""
+    if INSIDE:
         part = tl.load(places + columns, eviction_policy="evict_last")
     else:
         part = tl.load(places + columns, mask=columns < D, other=0.0, eviction_policy="evict_last")
     return part.to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def piece(places, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of a vector, as a row."""
+    return elements(places, start + tl.arange(0, BLOCK)[None, :], D, start + BLOCK <= D)
 
 
 @triton.jit
@@ -167,11 +173,7 @@ def halves(places, start: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BL
 def half(places, start: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     group = start // GROUP + tl.arange(0, BLOCK // GROUP)
     columns = group[:, None] * GROUP + FIRST + tl.arange(0, GROUP // 2)[None, :]
-    if start + BLOCK <= D:
-        part = tl.load(places + columns, eviction_policy="evict_last")
-    else:
-        part = tl.load(places + columns, mask=columns < D, other=0.0, eviction_policy="evict_last")
-    return part.to(tl.float32)
+    return elements(places, columns, D, start + BLOCK <= D)
 
 
 @triton.jit

@@ -1,11 +1,8 @@
 """Compiled code means what the pure function means, whichever handle of a cache goes on, and is compiled rarely."""
 
 import gc
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from weakref import ref
 
 import pytest
@@ -23,7 +20,6 @@ from pgfunc.handles import bucket
 from pgfunc.jit import Jitted
 from pgfunc.sample import Settings
 
-ROOT = Path(__file__).parent.parent.parent
 LIMIT = {"atol": 1e-5, "rtol": 1e-4}  # float32, sums in another order
 
 
@@ -425,55 +421,3 @@ def test_mistakes_are_named(cfg, weights):
     }.items():
         with pytest.raises(SettingError, match=said):
             pg.jit(wrong, donate="cache")(cache)
-
-
-# --- generate ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 5}])
-def test_generate_and_stream_say_the_same_compiled(sampling):
-    from cases import text_model
-
-    model = text_model()
-    picture = torch.randint(0, 255, (40, 30, 3), dtype=torch.uint8).numpy()
-    asked = {"images": [picture, [picture, picture]], "prefixes": ["a", "b?"], "max_new_tokens": 12}
-    pure, fast = (pg.generate(model, **asked, **sampling, compile=compile) for compile in (False, True))
-    assert [done.tokens for done in fast] == [done.tokens for done in pure]
-    for one, other in zip(fast, pure, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    alone = {"images": picture, "prefix": "a", "max_new_tokens": 12}
-    assert list(pg.stream(model, **alone, **sampling, compile=True)) == list(pg.stream(model, **alone, **sampling))
-
-
-def test_code_that_was_compiled_ahead_serves_wherever_its_folder_is(tmp_path):
-    from cases import text_model
-
-    pg.save(text_model(), tmp_path / "model")
-
-    def run(*arguments: str) -> str:
-        command = [
-            sys.executable,
-            "-m",
-            "pgfunc.cli",
-            *arguments,
-            "--model",
-            str(tmp_path / "model"),
-            "--device",
-            "cpu",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert not done.stderr
-        return done.stdout
-
-    def files(folder: Path) -> set[Path]:
-        return {path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".so", ".cpp", ".py")}
-
-    made, moved = tmp_path / "made", tmp_path / "moved"
-    said = run("compile", str(made), "--max-new-tokens", "12")
-    assert said.startswith(f"{made} has the code after ")
-    made.rename(moved)
-    before = files(moved)
-    caption = "caption", str(ROOT / "examples/images/scene.png"), "--max-new-tokens", "12"
-    assert run(*caption, "--compiled", str(moved)) == run(*caption) != ""
-    assert files(moved) == before, "nothing was compiled"
-    assert not made.exists()

@@ -25,7 +25,7 @@ from pgfunc.jit import jit
 from pgfunc.ops import plain
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
-from pgfunc.sample import Settings, choose
+from pgfunc.sample import Settings, choose, logprob
 
 POLL = 8  # tokens
 
@@ -73,9 +73,9 @@ def complete(
     A GPU is asked only every `POLL` tokens whether that is so: it must not wait for an answer a token.
     """
     tokens, logprobs, ended = [], [], torch.zeros((), dtype=torch.bool)
-    for token, logprob in steps(model.params, prompt, model.cfg, settings, u, compile):
+    for token, likely in steps(model.params, prompt, model.cfg, settings, u, compile):
         tokens.append(token)
-        logprobs.append(logprob)
+        logprobs.append(likely)
         ended = ended.to(token.device) | (token == model.cfg.eos)
         if len(tokens) % (POLL if token.is_cuda else 1) == 0 and ended.all():
             break
@@ -104,8 +104,8 @@ def stream(
     u = uniform(seed, [0], max_new_tokens)
 
     def tokens() -> Iterator[int]:
-        for token, logprob in steps(model.params, prompt, model.cfg, settings, u, compile):
-            check_numbers(logprob)
+        for token, likely in steps(model.params, prompt, model.cfg, settings, u, compile):
+            check_numbers(likely)
             yield int(token)
 
     return tokenizer.pieces(tokenizer_of(model), takewhile(lambda token: token != model.cfg.eos, tokens()))
@@ -194,12 +194,6 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Te
         return list(scores)
 
     return torch.stack(grouped(model, as_rows(images, prefixes), size, run))
-
-
-def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """The log-probability of each token under its logits."""
-    chosen = rearrange(token, "... -> ... 1")
-    return rearrange(logits.log_softmax(-1).gather(-1, chosen), "... 1 -> ...")
 
 
 def uniform(seed: int, rows: Sequence[int], tokens: int) -> Float[Tensor, "rows tokens"]:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc.errors import SettingError
+from pgfunc.ops import widen
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,27 @@ def choose(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"], settings: Sett
 
 def greedy(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
     """The most probable token, the first of equals."""
-    # in two steps: a compiled argmax of one row is the work of one program of a GPU
-    size = math.gcd(logits.shape[-1], 512)
-    parts = rearrange(logits, "... (n s) -> ... n s", s=size)
+    parts = split(logits)
     best = parts.amax(-1).argmax(-1)
     within = torch.take_along_dim(parts, rearrange(best, "... -> ... 1 1"), dim=-2).argmax(-1)
-    return best * size + rearrange(within, "... 1 -> ...")
+    return best * parts.shape[-1] + rearrange(within, "... 1 -> ...")
+
+
+def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """The log-probability of each token under its logits."""
+    parts = split(widen(logits))
+    peaks = parts.amax(-1).clamp(min=torch.finfo(parts.dtype).min)  # finite where all of a part are excluded
+    sums = (parts - rearrange(peaks, "... -> ... 1")).exp().sum(-1)
+    peak = peaks.amax(-1)
+    total = (sums * (peaks - rearrange(peak, "... -> ... 1")).exp()).sum(-1)
+    chosen = logits.gather(-1, rearrange(token, "... -> ... 1"))
+    return rearrange(chosen, "... 1 -> ...") - peak - total.log()
+
+
+def split(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b n s"]:
+    """Logits in parts, each reduced before all are: compiled, a reduction of one row is the work of one program of a
+    GPU, or takes a kernel for each of its numbers."""
+    return rearrange(logits, "... (n s) -> ... n s", s=math.gcd(logits.shape[-1], 512))
 
 
 def draw(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"]) -> Int[Tensor, "*b"]:

@@ -5,13 +5,14 @@ import sys
 import torch
 
 import pgfunc as pg
-from pgfunc.generate import logprob, uniform
+from pgfunc.generate import uniform
 from pgfunc.prompt import tokenizer_of
+from pgfunc.sample import draw, logprob
 
 
 def advance(params, token, cache, cfg, temperature, u):
     logits, cache = pg.decode(params, token, cache, cfg)
-    token = pg.sample.draw(logits / temperature, u)
+    token = draw(logits / temperature, u)
     return token, logprob(logits, token), cache
 
 
@@ -23,7 +24,7 @@ def best_of_n(model: pg.Model, image, prefix: str, n: int = 8, tokens: int = 64,
         logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, tokens)
     logits, cache = pg.tree.map(lambda x: x.repeat_interleave(n, 0), (logits, cache))  # n rows of one prefix
     u = uniform(0, range(tokens), n).to(logits.device)
-    token = pg.sample.draw(logits / temperature, u[0])
+    token = draw(logits / temperature, u[0])
     said, total, open_ = [token], logprob(logits, token), token != model.cfg.eos
     for numbers in u[1:]:
         if not open_.any():

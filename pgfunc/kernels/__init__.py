@@ -11,6 +11,7 @@ f32 or quantized, with dense rows. Owns how the work is cut (`TILES`, `CHUNKS`, 
 Axes: d width, o outputs, i inputs, f hidden, v vocabulary, n heads, k kv heads, s slots, h head dim.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,9 +41,13 @@ class Tile(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """How the keys are shared out: so many to a program, by so many warps; `parts` of them joined at a time."""
+    """How attention is shared out: to a program so many keys and so many columns of their values, by so many warps.
+
+    The last to finish of those with the same columns joins them, so many `parts` at a time.
+    """
 
     keys: int
+    columns: int
     warps: int
     parts: int
 
@@ -70,15 +75,14 @@ TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
     "int4 matvec": ((0, 0, Tile(2, 2048, 2, True)),),
     "int4 normed_matvec": ((0, 0, Tile(4, 1024, 1, True)),),
     "int4 rotated_qkv": ((0, 0, Tile(1, 2048, 1, True)),),
-    "int4 geglu_matvec": ((0, 0, Tile(2, 1024, 1, True)),),
+    "int4 geglu_matvec": ((0, 0, Tile(2, 2048, 1, True)),),
 }
 # by the least number of slots
-CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 4, 64)), (0, Chunk(16, 4, 32)))
+CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 64, 4, 16)), (0, Chunk(32, 64, 4, 16)))
 # of many tokens, by the least number of queries in all
 SHARES: tuple[tuple[int, Share], ...] = (
     (8192, Share(64, 32, 4, 2)), (0, Share(32, 64, 4, 3)), (0, Share(32, 32, 4, 2)), (0, Share(16, 16, 4, 1)),
 )  # fmt: skip
-COLUMNS = 64  # of a head of attention, joined by one program
 
 
 def tile(kernel: str, outputs: int, inputs: int, bits: int = 16) -> Tile:
@@ -162,6 +166,19 @@ def add_normed_eager(
     return residual + ops.rms_norm(x, scale, eps)
 
 
+def angles(position: Int[Tensor, "1"], dim: int, theta: float) -> Float[Tensor, "half"]:
+    """The angle of each plane at a position, rounded once to float32."""
+    out = torch.empty(dim // 2, dtype=torch.float32, device=position.device)
+    code("device").angles[(1,)](
+        position, out, LOG_THETA=math.log2(theta), HALF=dim // 2, BLOCK=power(dim // 2), num_warps=1, **early(position)
+    )
+    return out
+
+
+def angles_eager(position: Int[Tensor, "1"], dim: int, theta: float) -> Float[Tensor, "half"]:
+    return ops.angles(position, dim, theta)[0]
+
+
 def rotated_qkv(
     x: Float[Tensor, "d"],
     scale: Float[Tensor, "d"],
@@ -173,10 +190,11 @@ def rotated_qkv(
     v_buffer: Float[Tensor, "s k h"],
     length: Int[Tensor, "1"],
     eps: float,
+    arrivals: Int[Tensor, "c"] | None = None,
 ) -> Float[Tensor, "n h"]:
     """q of rms_norm(x), a row a head; its k and v are written into slot `length` of the buffers, if they have it.
 
-    Each plane of q and k is turned by its angle.
+    Each plane of q and k is turned by its angle. The counters that `attend_one` needs are set to 0 here.
     """
     h, all_kept = 2 * angles.shape[-1], [*map(Kept.of, (q, k, v))]
     dense(x, scale, angles, k_buffer, v_buffer, *(part for kept in all_kept for part in kept.tensors))
@@ -185,9 +203,10 @@ def rotated_qkv(
     cut = cut._replace(rows=min(cut.rows, h // 2 & -(h // 2)))  # of one head: a power of two that divides its planes
     code("device").rotated_qkv[((heads + 2 * kv_heads) * h // 2 // cut.rows,)](
         x, scale, *(part for kept in all_kept for part in kept.tensors), angles, out, k_buffer, v_buffer, length,
-        *(kept.strides[0] for kept in all_kept), all_kept[0].strides[1],
+        length if arrivals is None else arrivals, *(kept.strides[0] for kept in all_kept), all_kept[0].strides[1],
         *k_buffer.stride()[:2], *v_buffer.stride()[:2], len(k_buffer), eps,
-        HEADS=heads, KV=kv_heads, HALF=h // 2, **all_kept[0].sizes(cut), num_warps=cut.warps, **early(x),
+        HEADS=heads, KV=kv_heads, HALF=h // 2, COUNTERS=0 if arrivals is None else len(arrivals),
+        **all_kept[0].sizes(cut), num_warps=cut.warps, **early(x),
     )  # fmt: skip
     return out
 
@@ -238,6 +257,7 @@ def attend_one(
     scale: float,
     cap: float = 0.0,
     window: int = 0,
+    arrivals: Int[Tensor, "c"] | None = None,
 ) -> Float[Tensor, "n h"]:
     """Attention of the token in slot `length` of a cache, where its own key is, to that slot and those before it.
 
@@ -251,19 +271,22 @@ def attend_one(
     dense(k, v)
     (heads, h), (slots, kv_heads, _), share = q.shape, k.shape, chunk(k.shape[0], k.element_size())
     count, group = -(-slots // share.keys), heads // kv_heads
-    peaks, sums = q.new_empty(2, heads, count, dtype=torch.float32)
-    parts, out = q.new_empty(heads, count, h, dtype=torch.float32), torch.empty_like(q)
-    window, columns = window or slots, min(COLUMNS, power(h))
-    code("device_attention").attend_chunk[(count, kv_heads)](
-        q, k, v, length, peaks, sums, parts, *k.stride()[:2], *v.stride()[:2], slots, window, scale, cap,
-        G=group, H=h, CHUNKS=count, CAP=cap > 0, CHUNK=share.keys,
-        GROUP=power(group), HEAD=power(h), num_warps=share.warps, **early(q),
-    )  # fmt: skip
-    code("device_attention").attend_join[(heads, -(-h // columns))](
-        length, peaks, sums, parts, out, slots, window,
-        H=h, CHUNKS=count, CHUNK=share.keys, PARTS=share.parts, COLUMNS=columns, num_warps=share.warps, **early(q),
+    columns = min(share.columns, power(h))
+    slices = -(-h // columns)
+    counts = counters(k).zero_() if arrivals is None else arrivals
+    sizes, out = q.new_empty(heads, count, dtype=torch.float32), torch.empty_like(q)
+    parts = q.new_empty(heads, count, h, dtype=torch.float32)
+    code("device_attention").attend_one[(count, kv_heads, slices)](
+        q, k, v, length, counts, sizes, parts, out, *k.stride()[:2], *v.stride()[:2], slots, window or slots, scale,
+        cap, G=group, H=h, CHUNKS=count, CAP=cap > 0, CHUNK=share.keys, GROUP=power(group), HEAD=power(h),
+        COLUMNS=columns, PARTS=share.parts, num_warps=share.warps, **early(q),
     )  # fmt: skip
     return out
+
+
+def counters(k: Float[Tensor, "s k h"]) -> Int[Tensor, "c"]:
+    """Room for what `attend_one` counts: of each kv head how many programs are done, at most one for 16 columns."""
+    return torch.empty(power(k.shape[1] * -(-k.shape[2] // 16)), dtype=torch.int32, device=k.device)
 
 
 def attend_one_eager(

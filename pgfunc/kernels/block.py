@@ -100,8 +100,9 @@ def _block(
     post_norms = len(p) > 9
     attention_norm, query, key, value, out = p[:5]
     mlp_norm, gate, up, down = p[5 + post_norms : 9 + post_norms]
-    q = kernels.rotated_qkv(x[0, 0], attention_norm, query, key, value, angles, k[0], v[0], length, eps)
-    seen = kernels.attend_one(q, k[0], v[0], length, scale, cap, window).flatten()
+    arrivals = kernels.counters(k[0])
+    q = kernels.rotated_qkv(x[0, 0], attention_norm, query, key, value, angles, k[0], v[0], length, eps, arrivals)
+    seen = kernels.attend_one(q, k[0], v[0], length, scale, cap, window, arrivals).flatten()
     row = added(x[0, 0], seen, out, p[5] if post_norms else None, eps)
     hidden = kernels.geglu_matvec(row, mlp_norm, gate, up, eps)
     return rearrange(added(row, hidden, down, p[-1] if post_norms else None, eps), "d -> 1 1 d")
@@ -115,7 +116,7 @@ def _head(x: Tensor, norm: Tensor, w: Sequence[Tensor], eps: float, made: bool) 
 
 @torch.library.custom_op("pgfunc::angles", mutates_args=())
 def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    return ops.angles(positions, dim, theta)
+    return rearrange(kernels.angles(positions[0], dim, theta), "half -> 1 1 half")
 
 
 @torch.library.custom_op("pgfunc::attend_spans", mutates_args=())

@@ -125,17 +125,17 @@ def products(
 def level_tiles(
     rows, scales, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of each row, one a tensor, the bytes of some groups, a group an axis, and the groups' scales and zeros."""
-    group = start // GROUP + tl.arange(0, BLOCK // GROUP)
-    places = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+    """Of each row, one a tensor, the bytes of BLOCK weights, 16 to a lane, with the scale and the zero of its group."""
+    lane = start // 32 + tl.arange(0, BLOCK // 32)[:, None]
+    byte, group = lane * 16 + tl.arange(0, 16)[None, :], lane // (GROUP // 32)
     found = ()
     for r in tl.static_range(COUNT):
         if start + BLOCK <= D:
-            both = tl.load(rows[r][:, None] + places, eviction_policy="evict_first")
+            both = tl.load(rows[r][:, None] + byte, eviction_policy="evict_first")
             scale, zero = tl.load(scales[r] + 2 * group), tl.load(scales[r] + 2 * group + 1)
         else:
-            inside = group < D // GROUP
-            both = tl.load(rows[r][:, None] + places, mask=inside[:, None], other=0, eviction_policy="evict_first")
+            inside = lane < D // 32
+            both = tl.load(rows[r][:, None] + byte, mask=inside, other=0, eviction_policy="evict_first")
             scale = tl.load(scales[r] + 2 * group, mask=inside, other=0.0)
             zero = tl.load(scales[r] + 2 * group + 1, mask=inside, other=0.0)
         found = found + (both, scale.to(tl.float32), zero.to(tl.float32))
@@ -164,16 +164,11 @@ def levels(both):
 @triton.jit
 @no_type_check
 def halves(places, start: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Both halves of some groups of a vector, a group an axis, as the bytes of a row have them."""
-    return half(places, start, D, 0, GROUP, BLOCK), half(places, start, D, GROUP // 2, GROUP, BLOCK)
-
-
-@triton.jit
-@no_type_check
-def half(places, start: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    group = start // GROUP + tl.arange(0, BLOCK // GROUP)
-    columns = group[:, None] * GROUP + FIRST + tl.arange(0, GROUP // 2)[None, :]
-    return elements(places, columns, D, start + BLOCK <= D)
+    """Of a vector what belongs to the low levels of these bytes, and to the high ones, half a group on."""
+    lane = start // 32 + tl.arange(0, BLOCK // 32)[:, None]
+    column = lane // (GROUP // 32) * GROUP + lane % (GROUP // 32) * 16 + tl.arange(0, 16)[None, :]
+    inside: tl.constexpr = start + BLOCK <= D
+    return elements(places, column, D, inside), elements(places, column + GROUP // 2, D, inside)
 
 
 @triton.jit
@@ -183,14 +178,16 @@ def products_of_levels(
     NORMED: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`products` with rows in 4 bits. What a level has too much is, with the zero, multiplied by the sum of a group."""
+    """`products` with rows in 4 bits: a lane adds up what it has of a group, and then takes the scale and the zero.
+
+    What a level has too much is, with the zero, multiplied by the sum of x.
+    """
     ahead = level_tiles(rows, scales, 0, COUNT, D, GROUP, BLOCK)
     awaited(EARLY)
-    squares = tl.zeros([BLOCK // GROUP, GROUP // 2], tl.float32)
-    totals, zeros = (), ()
+    squares = tl.zeros([BLOCK // 32, 16], tl.float32)
+    totals = ()
     for _ in tl.static_range(COUNT):
-        totals = totals + (tl.zeros([BLOCK // GROUP, GROUP // 2], tl.float32),)
-        zeros = zeros + (tl.zeros([BLOCK // GROUP], tl.float32),)
+        totals = totals + (tl.zeros([BLOCK // 32, 1], tl.float32),)
     for start in tl.static_range(0, D, BLOCK):
         here = ahead
         if start + BLOCK < D:
@@ -200,18 +197,19 @@ def products_of_levels(
             squares += one * one + two * two
             by_one, by_two = halves(norm, start, D, GROUP, BLOCK)
             one, two = one + one * by_one, two + two * by_two
-        both = tl.sum(one + two, axis=1)
-        more, rest = (), ()
+        both = tl.sum(one + two, axis=1, keep_dims=True)
+        more = ()
         for r in tl.static_range(COUNT):
             low, high = levels(here[3 * r])
             scale, zero = here[3 * r + 1], here[3 * r + 2]
-            more = more + (totals[r] + (low * one + high * two) * scale[:, None],)
-            rest = rest + (zeros[r] + both * (zero - 136 * scale),)
-        totals, zeros = more, rest
+            # each a chain of multiply-adds
+            product = tl.sum(low * one, axis=1, keep_dims=True) + tl.sum(high * two, axis=1, keep_dims=True)
+            more = more + (totals[r] + product * scale + both * (zero - 136 * scale),)
+        totals = more
     inverse = tl.rsqrt(tl.sum(squares) / D + eps) if NORMED else 1.0
     found = ()
     for r in tl.static_range(COUNT):
-        found = found + ((tl.sum(totals[r]) + tl.sum(zeros[r])) * inverse,)
+        found = found + (tl.sum(totals[r]) * inverse,)
     return found
 
 
@@ -290,16 +288,30 @@ def add_normed(
 
 @triton.jit
 @no_type_check
+def angles(
+    position, out,
+    LOG_THETA: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program, in float64 until the angle is cast: what is lost in a frequency is multiplied by the position."""
+    plane = tl.arange(0, BLOCK)
+    frequency = tl.exp2(plane.to(tl.float64) * (-LOG_THETA / HALF))
+    awaited(EARLY)
+    tl.store(out + plane, (tl.load(position) * frequency).to(tl.float32), mask=plane < HALF)
+
+
+@triton.jit
+@no_type_check
 def rotated_qkv(
-    x, scale, q, q_scale, k, k_scale, v, v_scale, angles, out, k_buffer, v_buffer, length,
+    x, scale, q, q_scale, k, k_scale, v, v_scale, angles, out, k_buffer, v_buffer, length, arrivals,
     q_stride, k_stride, v_stride, scale_stride, k_slot, k_head, v_slot, v_head, slots, eps,
-    HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, COUNTERS: tl.constexpr, D: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr,
     WIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """WIDE · COUNT planes of one head of q, k or v: of each the rows i and i + HALF, turned by its angle if not of v.
 
-    Those of k and v are written into the slot `length` of their buffers; where there is none, nowhere.
+    Those of k and v are written into the slot `length` of their buffers; where there is none, nowhere. The first
+    program sets the counters of the attention to 0.
     """
     first = tl.program_id(0) * WIDE * COUNT
     head, plane = first // HALF, first % HALF
@@ -323,6 +335,8 @@ def rotated_qkv(
         cos, sin = tl.cos(angle), tl.sin(angle)
         tl.store(place + planes, (one * cos - two * sin).to(out.dtype.element_ty), mask=room)
         tl.store(place + planes + HALF, (two * cos + one * sin).to(out.dtype.element_ty), mask=room)
+    if COUNTERS > 0 and first == 0:
+        tl.store(arrivals + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
 
 
 @triton.jit

@@ -10,81 +10,85 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from pgfunc.kernels.device import awaited
 
-
-@triton.jit
-@no_type_check
-def seen(length, slots, window):
-    """The first key that is seen, and the one behind the last."""
-    end = tl.minimum(tl.load(length) + 1, slots).to(tl.int32)
-    return tl.maximum(end - window, 0), end
+LEAST = tl.constexpr(-3.0e38)  # below every score; finite, so that it can be subtracted from itself
 
 
 @triton.jit
 @no_type_check
-def attend_chunk(
-    q, k, v, length, peaks, sums, parts, k_slot, k_head, v_slot, v_head, slots, window, scale, cap,
-    G: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr, CAP: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, EARLY: tl.constexpr,
+def attend_one(
+    q, k, v, length, arrivals, sizes, parts, out, k_slot, k_head, v_slot, v_head, slots, window, scale, cap,
+    G: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr, CAP: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one kv head over CHUNK keys: the largest score, the sum of the weights below it, and their values.
+    """The heads of one kv head over CHUNK keys, for COLUMNS columns of the values; who comes last joins the chunks.
 
-    A chunk of which nothing is seen writes nothing.
+    A chunk of which nothing is seen does nothing, but for the first. The kernel before writes q and the slot `length`
+    of the buffers, nothing else: all that stands before is read while it runs.
     """
-    chunk, kv = tl.program_id(0), tl.program_id(1)
-    awaited(EARLY)
-    begin, end = seen(length, slots, window)
-    key = chunk * CHUNK + tl.arange(0, CHUNK)
-    if (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > begin):
-        group, column = tl.arange(0, GROUP), tl.arange(0, HEAD)
-        live, real = (key >= begin) & (key < end), column < H
-        inside = live[:, None] & real[None, :]
-        place = key.to(tl.int64)[:, None]
-        head = kv * G + group
-        mine = (group < G)[:, None] & real[None, :]
-        queries = tl.load(q + head[:, None] * H + column[None, :], mask=mine, other=0.0)
-        values = tl.load(v + place * v_slot + kv * v_head + column[None, :], mask=inside, other=0.0)
-        keys = tl.load(k + place * k_slot + kv * k_head + column[None, :], mask=inside, other=0.0)
-        tl.debug_barrier()  # all three are asked for before the first is waited for
+    chunk, kv, slices = tl.program_id(0), tl.program_id(1), tl.num_programs(2)
+    end = tl.minimum(tl.load(length) + 1, slots).to(tl.int32)
+    begin = tl.maximum(end - window, 0)
+    first, last = begin // CHUNK, tl.maximum(end - 1, begin) // CHUNK
+    if (chunk >= first) & (chunk <= last):
+        key, column = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, HEAD)
+        mine = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+        head = kv * G + tl.arange(0, GROUP)
+        real = tl.arange(0, GROUP) < G
+        k += kv * k_head
+        v += kv * v_head
+        older, newest = (key >= begin) & (key < end - 1), tl.maximum(end - 1, 0).to(tl.int64)
+        keys = tl.load(
+            k + key.to(tl.int64)[:, None] * k_slot + column[None, :],
+            mask=older[:, None] & (column < H)[None, :],
+            other=0.0,
+        )
+        values = tl.load(
+            v + key.to(tl.int64)[:, None] * v_slot + mine[None, :],
+            mask=older[:, None] & (mine < H)[None, :],
+            other=0.0,
+        )
+        awaited(EARLY)
+        live = (key >= begin) & (key < end)
+        new_key = tl.load(k + newest * k_slot + column, mask=column < H, other=0.0)
+        new_value = tl.load(v + newest * v_slot + mine, mask=mine < H, other=0.0)
+        queries = tl.load(
+            q + head[:, None] * H + column[None, :], mask=real[:, None] & (column < H)[None, :], other=0.0
+        )
+        added = (key == end - 1)[:, None]
+        keys, values = tl.where(added, new_key[None, :], keys), tl.where(added, new_value[None, :], values)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         if CAP:
             scores = (2 * tl.sigmoid(2 * scores / cap) - 1) * cap  # tanh
         scores = tl.where(live[None, :], scores, float("-inf"))
-        peak = tl.max(scores, axis=1)
+        peak = tl.maximum(tl.max(scores, axis=1), LEAST)
         weights = tl.exp(scores - peak[:, None])
-        part = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        place = head * CHUNKS + chunk
-        tl.store(peaks + place, peak, mask=group < G)
-        tl.store(sums + place, tl.sum(weights, axis=1), mask=group < G)
-        tl.store(parts + place.to(tl.int64)[:, None] * H + column[None, :], part, mask=mine)
-
-
-@triton.jit
-@no_type_check
-def attend_join(
-    length, peaks, sums, parts, out, slots, window,
-    H: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """COLUMNS columns of one head, from the chunks of which something is seen; others are not read."""
-    head, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    awaited(EARLY)
-    begin, end = seen(length, slots, window)
-    peak, total = -3.0e38, 0.0  # below every score; finite, so that it can be subtracted from itself
-    joined = tl.zeros([COLUMNS], tl.float32)
-    for first in range(0, CHUNKS, PARTS):
-        chunk = first + tl.arange(0, PARTS)
-        live, place = (chunk * CHUNK < end) & ((chunk + 1) * CHUNK > begin), head * CHUNKS + chunk
-        peaked = tl.load(peaks + place, mask=live, other=float("-inf"))
-        summed = tl.load(sums + place, mask=live, other=0.0)
-        inside = live[:, None] & (column < H)[None, :]
-        part = tl.load(parts + place.to(tl.int64)[:, None] * H + column[None, :], mask=inside, other=0.0)
-        higher = tl.maximum(peak, tl.max(peaked, axis=0))
-        shrunk, weight = tl.exp(peak - higher), tl.exp(peaked - higher)
-        total = total * shrunk + tl.sum(summed * weight, axis=0)
-        joined = joined * shrunk + tl.sum(part * weight[:, None], axis=0)
-        peak = higher
-    joined = tl.where(total > 0, joined / total, 0.0)  # no key is seen
-    tl.store(out + head * H + column, joined.to(out.dtype.element_ty), mask=column < H)
+        total = tl.maximum(tl.sum(weights, axis=1), 1e-30)  # nothing is seen
+        part = tl.dot(weights.to(values.dtype), values, input_precision="ieee") / total[:, None]
+        tl.store(sizes + head * CHUNKS + chunk, peak + tl.log(total), mask=real)
+        inside = real[:, None] & (mine < H)[None, :]
+        tl.store(parts + (head * CHUNKS + chunk).to(tl.int64)[:, None] * H + mine[None, :], part, mask=inside)
+        tl.debug_barrier()  # the stores of all warps stand before the count
+        before = tl.atomic_add(arrivals + kv * slices + tl.program_id(2), 1, sem="acq_rel")
+        if before == last - first:
+            peak = tl.full([GROUP], LEAST, tl.float32)
+            total = tl.zeros([GROUP], tl.float32)
+            joined = tl.zeros([GROUP, COLUMNS], tl.float32)
+            for start in range(first, last + 1, PARTS):
+                found, logs, higher = (), (), peak
+                for i in tl.static_range(PARTS):  # all are asked for before the first is waited for
+                    there, place = real & (start + i <= last), head * CHUNKS + start + i
+                    log = tl.load(sizes + place, mask=there, other=float("-inf"))
+                    places = parts + place.to(tl.int64)[:, None] * H + mine[None, :]
+                    found = found + (tl.load(places, mask=there[:, None] & (mine < H)[None, :], other=0.0),)
+                    logs, higher = logs + (log,), tl.maximum(higher, log)
+                shrunk = tl.exp(peak - higher)
+                total, joined, peak = total * shrunk, joined * shrunk[:, None], higher
+                for i in tl.static_range(PARTS):
+                    weight = tl.exp(logs[i] - peak)
+                    total += weight
+                    joined += found[i] * weight[:, None]
+            joined = (joined / tl.where(real, total, 1.0)[:, None]).to(out.dtype.element_ty)
+            tl.store(out + head[:, None] * H + mine[None, :], joined, mask=inside)
 
 
 @triton.jit
@@ -105,8 +109,7 @@ def attend_spans(
     queries = tl.load(q + places, mask=inside, other=0.0)
     k += row.to(tl.int64) * k_row + kv * k_head
     v += row.to(tl.int64) * v_row + kv * v_head
-    # below every score; finite, so that it can be subtracted from itself
-    peak = tl.full([QUERIES], -3.0e38, tl.float32)
+    peak = tl.full([QUERIES], LEAST, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     joined = tl.zeros([QUERIES, HEAD], tl.float32)
     stop = tl.minimum(tl.max(last), slots)

@@ -70,7 +70,9 @@ kinds = st.sampled_from(["", *lowbit.GROUPS])
 tiles = st.builds(
     Tile, st.sampled_from([1, 2, 8]), st.sampled_from([16, 32, 256]), st.sampled_from([1, 4]), st.booleans()
 )
-chunks = st.builds(Chunk, st.sampled_from([16, 32]), st.sampled_from([1, 4]), st.sampled_from([2, 4]))
+chunks = st.builds(
+    Chunk, st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.sampled_from([1, 4]), st.sampled_from([2, 4])
+)
 EPS = 1e-6
 FLOAT32 = 2.0**-24  # half of the distance of neighbours, relative
 
@@ -261,6 +263,14 @@ def test_attention_sees_the_first_length_slots_or_a_window_of_them(seed, dtype, 
     within(found, *attention(q, k, v, length, h**-0.5, cap, window))
 
 
+@cases
+@given(st.integers(0, 100_000), st.integers(1, 140), st.sampled_from([100.0, 10_000.0, 1e6]))
+def test_angles_are_rounded_once(position, half, theta):
+    found = kernels.angles(torch.tensor([position], device=DEVICE), 2 * half, theta)
+    exact = position * theta ** (-np.arange(half) / half)
+    assert (np.abs(wide(found) - exact) <= exact * 2.0**-24 * (1 + 1e-6)).all()
+
+
 def test_attention_to_nothing_gives_zeros():
     q, k = normal(0, torch.float32, 2, 8), normal(1, torch.float32, 20, 1, 8)
     assert not kernels.attend_one(q, k, k, torch.tensor([-1], device=DEVICE), 1.0).any()
@@ -290,6 +300,13 @@ def test_attention_of_many_tokens_sees_what_their_spans_hold(seed, dtype, sizes,
             within(found[row, token], *attention(*parts, last, h**-0.5, cap, last - first))
 
 
+def test_counters_are_0_for_the_attention_that_follows():
+    given = calls()["rotated_qkv"]
+    counters = kernels.counters(given[6]).fill_(7)
+    kernels.rotated_qkv(*given, counters)
+    assert not counters.any()
+
+
 def calls(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
     """Arguments of every function."""
     d = width(40, kind)
@@ -302,6 +319,7 @@ def calls(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple
         "normed_matvec": (x, scale, w, EPS),
         "add_normed": (x, scale + 1, scale, EPS),
         "geglu_matvec": (x, scale, w, up, EPS),
+        "angles": (length, 20, 10_000.0),
         "rotated_qkv": (x, scale, q, k, v, normal(11, torch.float32, 1, 1, 2), *small, length, EPS),
         "attend_one": (query, *buffers, length, 0.3, 5.0, 12),
         "attend_spans": (

@@ -147,8 +147,10 @@ def bucketed(prompt: Prompt, size: int, cfg: Config) -> tuple[Prompt, int]:
     """The prompt, its rows padded, and the size of its cache, so that prompts of many lengths share compiled code."""
     tokens, images = prompt.tokens.shape[1], prompt.pixels.shape[1] * cfg.vision.tokens
     padded = bucket(tokens, 16)
-    rows = {name: F.pad(getattr(prompt, name), (0, padded - tokens)) for name in ("tokens", "valid", "causal")}
-    return prompt._replace(**rows), bucket(images + max(padded, tokens + size)) - images - padded
+    if padded > tokens:
+        rows = {name: F.pad(getattr(prompt, name), (0, padded - tokens)) for name in ("tokens", "valid", "causal")}
+        prompt = prompt._replace(**rows)
+    return prompt, bucket(images + max(padded, tokens + size)) - images - padded
 
 
 def advance(

@@ -110,6 +110,8 @@ class Jitted(Generic[P, R]):
             raise SettingError("the function has arguments without a name of their own (*args, **kwargs or before a /)")
         kinds = {p.kind for p in self.signature.parameters.values()}
         self._positional = named if kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else []
+        required = sum(p.default is p.empty for p in self.signature.parameters.values())
+        self._enough = range(max(1, required), len(self._positional) + 1)  # how many may be given by place alone
         self.blocks = donate is None and "wrap" in named
         if donate is not None and donate not in named:
             raise SettingError(f"donate is {donate!r}, expected one of {', '.join(named)}")
@@ -193,8 +195,8 @@ class Jitted(Generic[P, R]):
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by their names."""
-        if args and len(args) == len(self._positional) and not kwargs:  # quicker
-            return dict(zip(self._positional, args, strict=True))
+        if not kwargs and len(args) in self._enough:  # quicker
+            return dict(zip(self._positional, args, strict=False))
         return dict(self.signature.bind(*args, **kwargs).arguments)
 
 

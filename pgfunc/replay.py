@@ -23,7 +23,6 @@ KEPT = 4  # graphs
 Fn = Callable[[list[Tensor]], Any]
 Groups = Iterable[Iterable[int]]  # the inputs of an argument each, by their numbers
 Flat = tuple[list[Any], pytree.TreeSpec]  # results, as leaves and their structure
-_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Captured(NamedTuple):
@@ -102,7 +101,7 @@ class Replayed:
             self.graphs.move_to_end(key)
             self.graph = self.graphs[key]
         if self.graph.own:
-            _copy(list(self.graph.own.values()), [narrow(tensors[i]) for i in self.graph.own])
+            copy(list(self.graph.own.values()), [narrow(tensors[i]) for i in self.graph.own])
         self.graph.replay()
         return copied(self.graph.results), self.graph.structure
 
@@ -150,13 +149,19 @@ def twin(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
+def copy(places: list[Tensor], tensors: list[Tensor]) -> None:
+    """The tensors into the places, all of a dtype at once: of several PyTorch copies one after another."""
+    for dtype in {x.dtype for x in tensors}:
+        chosen = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        torch._foreach_copy_([places[i] for i in chosen], [tensors[i] for i in chosen])  # pyright: ignore[reportPrivateImportUsage]
+
+
 @torch.no_grad()
 def copied(results: list[Any]) -> list[Any]:
     """The results with copies of the tensors among them, made at once."""
     old = [x for x in results if isinstance(x, Tensor)]
     new = [*map(torch.empty_like, old)]
-    if old:
-        _copy(new, old)
+    copy(new, old)
     rest = iter(new)
     return [next(rest) if isinstance(x, Tensor) else x for x in results]
 

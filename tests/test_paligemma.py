@@ -359,4 +359,4 @@ def test_a_prompt_compiled_block_by_block_is_what_it_was(name):
         found = pg.prefill(weights, given, cfg, 2, wrap=wrap)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     vision, language = [siglip.block] * cfg.vision.layers, [gemma.block] * cfg.text.layers
-    assert wrapped == [*vision, paligemma.embed_and_mask, *language, gemma.unembed]
+    assert wrapped == [*vision, paligemma.embed_and_mask, ops.angles, *language, gemma.unembed]

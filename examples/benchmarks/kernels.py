@@ -22,15 +22,15 @@ from pgfunc import kernels, lowbit, ops, replay
 from pgfunc.kernels import Chunk, Share, Tile
 from pgfunc.kernels.launch import shared_memory
 
-# rows, block and warps; keys, warps and parts; queries, keys, warps and stages
+# rows, block and warps; keys, columns, warps and parts; queries, keys, warps and stages
 TILES = (
     "1 512 1, 1 1024 1, 1 2048 1, 1 1024 2, 1 2048 2, 1 1024 4, 1 2048 4, 1 4096 4, 2 512 1, 2 1024 1, 2 1024 2, "
-    "2 2048 2, 2 2048 4, 4 512 1, 4 1024 2, 4 1024 4, 4 2048 4, 8 1024 4"
+    "2 2048 1, 2 2048 2, 2 2048 4, 4 512 1, 4 1024 2, 4 1024 4, 4 2048 2, 4 2048 4, 4 4096 4, 8 1024 4"
 )
-CHUNKS = "16 2 32, 16 4 32, 16 4 64, 32 4 32, 32 4 64, 64 4 64, 64 8 64, 128 8 64"
+CHUNKS = "16 64 4 16, 32 32 4 16, 32 64 4 8, 32 64 4 16, 32 128 4 8, 64 64 4 8, 64 64 8 8, 64 128 8 8"
 SHARES = (
-    "16 16 4 2, 16 32 4 2, 16 64 4 2, 16 64 4 3, 32 32 4 2, 32 64 4 2, 32 64 4 3, 32 64 8 2, 64 32 4 2, 64 64 4 2, "
-    "64 64 8 2, 64 64 8 3, 128 64 8 2"
+    "16 64 4 2, 32 32 4 2, 32 64 4 2, 32 64 4 3, 64 32 4 2, 64 32 4 3, 64 32 4 4, 64 64 4 2, 64 32 8 3, 64 64 8 2, "
+    "128 32 8 2, 128 32 8 3, 128 64 8 2"
 )
 
 KINDS = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}  # bytes of a weight

@@ -10,6 +10,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from pgfunc.kernels.device import awaited
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-3.0e38)  # below every score; finite, so that it can be subtracted from itself
 
 
@@ -87,8 +88,8 @@ def attend_one(
                     weight = tl.exp(logs[i] - peak)
                     total += weight
                     joined += found[i] * weight[:, None]
-            joined = (joined / tl.where(real, total, 1.0)[:, None]).to(out.dtype.element_ty)
-            tl.store(out + head[:, None] * H + mine[None, :], joined, mask=inside)
+            joined *= tl.where(real, 1 / total, 0.0)[:, None]
+            tl.store(out + head[:, None] * H + mine[None, :], joined.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -113,21 +114,25 @@ def attend_spans(
     total = tl.zeros([QUERIES], tl.float32)
     joined = tl.zeros([QUERIES, HEAD], tl.float32)
     stop = tl.minimum(tl.max(last), slots)
+    factor = 2 * scale / cap if CAP else scale * LOG2_E  # powers of two are quicker than those of e
+    # from here to there all queries see all keys
+    inner, outer = tl.max(tl.where(token < tokens, first, 0)), tl.min(tl.where(token < tokens, last, slots))
     for start in tl.range(tl.min(first) // KEYS * KEYS, stop, KEYS):
         key = start + tl.arange(0, KEYS)
         live = (key < stop)[:, None] & real[None, :]
         keys = tl.load(k + key.to(tl.int64)[:, None] * k_slot + column[None, :], mask=live, other=0.0)
         values = tl.load(v + key.to(tl.int64)[:, None] * v_slot + column[None, :], mask=live, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor
         if CAP:
-            scores = (2 * tl.sigmoid(2 * scores / cap) - 1) * cap  # tanh
-        seen = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+            scores = (2 * tl.sigmoid(scores) - 1) * (cap * LOG2_E)  # tanh
+        if (start < inner) | (start + KEYS > outer):
+            seen = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
-        shrunk, weights = tl.exp(peak - higher), tl.exp(scores - higher[:, None])
+        shrunk, weights = tl.exp2(peak - higher), tl.exp2(scores - higher[:, None])
         total = total * shrunk + tl.sum(weights, axis=1)
         joined = joined * shrunk[:, None]
         joined = tl.dot(weights.to(values.dtype), values, joined, input_precision="ieee")
         peak = higher
-    joined = tl.where(total[:, None] > 0, joined / total[:, None], 0.0)  # no key is seen
+    joined *= tl.where(total > 0, 1 / total, 0.0)[:, None]  # 0 where no key is seen
     tl.store(out + places, joined.to(out.dtype.element_ty), mask=inside)

@@ -167,13 +167,7 @@ def embed_and_mask(
 
 def left_aligned(embedded: Embedded) -> Embedded:
     """Each row with its valid tokens first, in order: a cache's slots are positions, wherever the padding stood."""
-    valid = embedded.valid
-    behind = valid.sum(-1, keepdim=True) + (~valid).cumsum(-1)
-    place = torch.where(valid, valid.cumsum(-1), behind) - 1
-    # the inverse of a permutation, which a GPU makes quicker than it sorts the flags
-    order = torch.zeros_like(place).scatter(
-        -1, place, torch.arange(place.shape[-1], device=place.device).expand_as(place)
-    )
+    order = (~embedded.valid).long().argsort(dim=-1, stable=True)
     x = torch.take_along_dim(embedded.x, rearrange(order, "b s -> b s 1"), dim=1)
     return Embedded(x, embedded.valid.take_along_dim(order, 1), embedded.causal.take_along_dim(order, 1))
 

@@ -81,7 +81,7 @@ TILES: dict[str, tuple[tuple[int, int, Tile], ...]] = {
 CHUNKS: tuple[tuple[int, Chunk], ...] = ((768, Chunk(64, 64, 4, 16)), (0, Chunk(32, 64, 4, 16)))
 # of many tokens, by the least number of queries in all
 SHARES: tuple[tuple[int, Share], ...] = (
-    (8192, Share(128, 64, 8, 2)), (8192, Share(64, 32, 4, 2)),
+    (65536, Share(64, 32, 4, 2)), (8192, Share(128, 64, 8, 2)), (8192, Share(64, 32, 4, 2)),
     (0, Share(32, 64, 4, 3)), (0, Share(32, 32, 4, 2)), (0, Share(16, 16, 4, 1)),
 )  # fmt: skip
 

@@ -33,3 +33,12 @@ from pgfunc.paligemma import prefill as prefill
 from pgfunc.prompt import Model as Model
 from pgfunc.prompt import Prompt as Prompt
 from pgfunc.prompt import prepare as prepare
+
+
+def __getattr__(name: str):
+    """`pg.laws`, imported when it is first asked for: Hypothesis takes longer to import than the rest."""
+    if name == "laws":
+        from importlib import import_module
+
+        return import_module("pgfunc.laws")
+    raise AttributeError(f"module 'pgfunc' has no attribute {name!r}")

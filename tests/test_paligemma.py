@@ -1,10 +1,10 @@
-"""The laws of the model: cache against prefill, transforms against loops, purity, padding, sizes."""
+"""The model: sizes, padding, transforms, taps, shared pictures, allowed tokens; what any must keep is in `laws`."""
 
 import hashlib
 
 import pytest
 import torch
-from cases import CONFIGS, configs, params, prompt, prompts, seeds
+from cases import CONFIGS, configs, params, prompt, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -36,69 +36,6 @@ def test_published_checkpoints_have_their_published_size_and_allocate_nothing(na
     assert {leaf.device.type for leaf in pg.tree.flatten(tree).values()} == {"meta"}
 
 
-def truncated(given: pg.Prompt, lengths: torch.Tensor) -> pg.Prompt:
-    """The first so many tokens of each row."""
-    width = int(lengths.max())
-    kept = torch.arange(width) < lengths[:, None]
-    return pg.Prompt(given.pixels, given.tokens[:, :width], kept, given.causal[:, :width] & kept)
-
-
-@given(st.data(), configs, seeds)
-def test_decode_equals_longer_prefill_at_every_split(data, cfg, seed):
-    whole = data.draw(prompts(cfg, least_suffix=1))
-    tree = params(cfg, seed)
-    expected = pg.forward(tree, whole, cfg)
-    prefix, length = (whole.valid & ~whole.causal).sum(1), whole.valid.sum(1)
-    split = torch.stack([data.draw(st.integers(int(p), int(n) - 1).map(torch.tensor))
-                         for p, n in zip(prefix, length, strict=True)])  # fmt: skip
-    steps = int((length - split).max())
-    rows = torch.arange(len(length))
-    logits, cache = pg.prefill(tree, truncated(whole, split), cfg, steps)
-    for step in range(steps + 1):
-        here = (split + step).clamp(max=length)  # a row that is through goes on with tokens nobody looks at
-        live = split + step <= length
-        torch.testing.assert_close(logits[live], expected[rows, here - 1][live], atol=ATOL, rtol=0)
-        if step < steps:
-            token = whole.tokens[rows, here.clamp(max=whole.tokens.shape[1] - 1)]
-            logits, cache = pg.decode(tree, token, cache, cfg)
-
-
-@given(configs, seeds, st.integers(1, 4), st.integers(1, 4))
-def test_extending_by_chunks_equals_extending_at_once(cfg, seed, first, second):
-    tree, whole = params(cfg, seed), prompt(cfg, [2, 4], [0, 0], seed=seed)
-    tokens = torch.randint(0, cfg.text.vocab, (2, first + second), generator=torch.Generator().manual_seed(seed))
-    _, cache = pg.prefill(tree, whole, cfg, first + second)
-    at_once, _ = pg.extend(tree, tokens, cache, cfg)
-    one, middle = pg.extend(tree, tokens[:, :first], cache, cfg)
-    two, _ = pg.extend(tree, tokens[:, first:], middle, cfg)
-    torch.testing.assert_close(torch.cat([one, two], 1), at_once, atol=ATOL, rtol=0)
-
-
-@given(configs, seeds)
-def test_an_old_handle_stays_valid_and_forks_do_not_disturb_one_another(cfg, seed):
-    tree, whole = params(cfg, seed), prompt(cfg, [2, 4], [0, 0], seed=seed)
-    _, cache = pg.prefill(tree, whole, cfg, 3)
-    token, other = torch.tensor([3, 5]), torch.tensor([4, 6])
-    first, forked = pg.decode(tree, token, cache, cfg)
-    _, elsewhere = pg.decode(tree, other, cache, cfg)
-    on_the_fork = pg.decode(tree, token, forked, cfg)[0]
-    pg.decode(tree, other, elsewhere, cfg)
-    assert torch.equal(pg.decode(tree, token, cache, cfg)[0], first)
-    assert torch.equal(pg.decode(tree, token, forked, cfg)[0], on_the_fork)
-
-
-@given(st.data(), configs, seeds)
-def test_padding_and_what_stands_in_it_do_not_matter(data, cfg, seed):
-    whole, tree = data.draw(prompts(cfg)), params(cfg, seed)
-    other = whole._replace(tokens=torch.where(whole.valid, whole.tokens, (whole.tokens + 7) % cfg.text.vocab))
-    assert torch.equal(*(pg.forward(tree, p, cfg)[whole.valid] for p in (whole, other)))
-    for row in range(len(whole.tokens)):
-        length = whole.valid[row].sum()
-        alone = pg.Prompt(whole.pixels[row : row + 1], *(leaf[row : row + 1, :length] for leaf in whole[1:]))
-        together = pg.forward(tree, whole, cfg)[row, :length]
-        torch.testing.assert_close(pg.forward(tree, alone, cfg)[0], together, atol=ATOL, rtol=0)
-
-
 @given(configs, seeds)
 def test_prefill_accepts_padding_anywhere(cfg, seed):
     tree, whole = params(cfg, seed), prompt(cfg, [3, 3], [2, 2], seed=seed)
@@ -112,27 +49,6 @@ def test_prefill_accepts_padding_anywhere(cfg, seed):
     torch.testing.assert_close(
         pg.decode(tree, token, padded, cfg)[0], pg.decode(tree, token, cache, cfg)[0], atol=ATOL, rtol=0
     )
-
-
-@given(configs, seeds)
-def test_a_suffix_token_changes_no_earlier_logit_and_a_prefix_token_changes_them_all(cfg, seed):
-    tree, whole = params(cfg, seed), prompt(cfg, [3], [4], seed=seed)
-    base = pg.forward(tree, whole, cfg)[0]
-
-    def changed(place: int) -> torch.Tensor:
-        tokens = whole.tokens.clone()
-        tokens[0, place] = (tokens[0, place] + 1) % cfg.text.vocab
-        return (pg.forward(tree, whole._replace(tokens=tokens), cfg)[0] != base).any(-1)
-
-    assert changed(5).tolist() == [False] * 5 + [True] * 2
-    assert changed(2)[:3].all(), "the prefix sees itself in both directions"
-
-
-@given(configs, seeds)
-def test_the_order_of_pictures_matters(cfg, seed):
-    tree, whole = params(cfg, seed), prompt(cfg, [3], [2], images=2, seed=seed)
-    swapped = whole._replace(pixels=whole.pixels.flip(1))
-    assert (pg.forward(tree, whole, cfg) - pg.forward(tree, swapped, cfg)).abs().max() > 1e-3
 
 
 def test_without_positions_the_encoder_cannot_tell_patches_apart_and_rope2d_gives_it_positions():
@@ -164,15 +80,6 @@ def test_grad_equals_autograd(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_vmap_over_an_ensemble_equals_a_loop(name):
-    cfg, given = CONFIGS[name], prompt(CONFIGS[name], [2, 4], [3, 2])
-    trees = [params(cfg, seed) for seed in range(3)]
-    together = vmap(lambda tree: pg.forward(tree, given, cfg))(pg.tree.stack(trees))
-    for tree, row in zip(trees, together, strict=True):
-        torch.testing.assert_close(row, pg.forward(tree, given, cfg), atol=ATOL, rtol=0)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
 def test_vmap_of_decode_equals_a_loop(name):
     cfg, given = CONFIGS[name], prompt(CONFIGS[name], [2, 4], [0, 0])
     trees = [params(cfg, seed) for seed in range(2)]
@@ -185,25 +92,6 @@ def test_vmap_of_decode_equals_a_loop(name):
     together = vmap(two_steps)(pg.tree.stack(trees))
     for tree, row in zip(trees, together, strict=True):
         torch.testing.assert_close(row, two_steps(tree), atol=ATOL, rtol=0)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_jvp_equals_the_gradient_along_the_tangent_and_finite_differences(name):
-    cfg = CONFIGS[name]
-    tree, tangent = (params(cfg, seed, torch.float64) for seed in (0, 1))
-    given = prompt(cfg, [2, 4], [3, 2])
-    given = given._replace(pixels=given.pixels.double())
-    _, slope = jvp(lambda tree: loss(tree, given, cfg), (tree,), (tangent,))
-    gradient = pg.tree.flatten(grad(loss)(tree, given, cfg))
-    along = sum((gradient[path] * leaf).sum() for path, leaf in pg.tree.flatten(tangent).items())
-    torch.testing.assert_close(slope, along, atol=1e-12, rtol=1e-9)  # float64
-
-    def moved(step: float) -> torch.Tensor:
-        return loss(pg.tree.map(lambda p, t: p + step * t, tree, tangent), given, cfg)
-
-    step = 1e-5
-    difference = (moved(step) - moved(-step)) / (2 * step)
-    torch.testing.assert_close(slope, difference, atol=1e-8, rtol=1e-6)  # error of order step²
 
 
 def test_forward_mode_ad_works_outside_torch_func_too():
@@ -222,20 +110,14 @@ def fingerprint(*trees) -> str:
     return digest.hexdigest()
 
 
-@given(st.data(), configs, seeds)
-def test_nothing_that_goes_in_is_changed_and_two_calls_agree_bitwise(data, cfg, seed):
-    tree, whole = params(cfg, seed), data.draw(prompts(cfg))
-    token = torch.zeros(len(whole.tokens), dtype=torch.long)
-    _, cache = pg.prefill(tree, whole, cfg, 2)
-    before = fingerprint(tree, whole, token, cache)
-    for fn in (
-        lambda: pg.forward(tree, whole, cfg),
-        lambda: pg.prefill(tree, whole, cfg, 2),
-        lambda: pg.decode(tree, token, cache, cfg),
-        lambda: grad(loss)(tree, whole, cfg),
-    ):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_and_a_gradient_change_nothing_that_goes_in_and_agree_bitwise(name):
+    cfg, tree = CONFIGS[name], params(CONFIGS[name])
+    whole = prompt(cfg, [2, 4], [3, 1], images=2, padding=1)
+    before = fingerprint(tree, whole)
+    for fn in (lambda: pg.prefill(tree, whole, cfg, 2), lambda: grad(loss)(tree, whole, cfg)):
         assert fingerprint(fn()) == fingerprint(fn())
-    assert fingerprint(tree, whole, token, cache) == before
+    assert fingerprint(tree, whole) == before
 
 
 @given(configs, seeds)
@@ -359,4 +241,4 @@ def test_a_prompt_compiled_block_by_block_is_what_it_was(name):
         found = pg.prefill(weights, given, cfg, 2, wrap=wrap)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     vision, language = [siglip.block] * cfg.vision.layers, [gemma.block] * cfg.text.layers
-    assert wrapped == [*vision, paligemma.embed_and_mask, ops.angles, *language, gemma.unembed]
+    assert wrapped == [*vision, paligemma.embed_and_mask, *language, gemma.unembed]

@@ -15,6 +15,7 @@ from pgfunc.cli import train as train  # isort: skip
 from pgfunc.cli import checkpoints as checkpoints  # isort: skip
 from pgfunc.cli import compile as compile  # isort: skip
 from pgfunc.cli import bench as bench  # isort: skip
+from pgfunc.cli import laws as laws  # isort: skip
 from pgfunc.cli.options import app
 from pgfunc.errors import PgfuncError
 

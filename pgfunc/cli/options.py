@@ -17,7 +17,7 @@ from pgfunc.lowbit import GROUPS
 
 app = typer.Typer(
     help="PaliGemma on pictures: caption, ask, read, detect, segment, train. SigLIP: embed, classify. "
-    "And their checkpoints: inspect, convert, compile, bench.",
+    "And their checkpoints: inspect, convert, compile, bench, laws.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

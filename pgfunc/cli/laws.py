@@ -1,0 +1,119 @@
+"""The command that looks for examples that break the laws: laws."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from hypothesis.strategies import SearchStrategy
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import pgfunc as pg
+from pgfunc import laws as pglaws
+from pgfunc.cli import options
+from pgfunc.cli.options import app, unset
+from pgfunc.errors import SettingError
+from pgfunc.laws import LAWS, Law, Result, System
+from pgfunc.laws.law import EXAMPLES
+
+DEEP = 2000
+
+
+@app.command()
+def laws(
+    model: options.ModelName = None,
+    adapter: Annotated[
+        str | None, unset("--adapter", help="module:object, a System of your own; see `pgfunc.laws`.", metavar="NAME")
+    ] = None,
+    law: Annotated[list[str] | None, unset("--law", help="Only this one; may be repeated.", metavar="LAW")] = None,
+    examples: Annotated[int, typer.Option("--examples", help="Of each law.")] = EXAMPLES,
+    deep: Annotated[bool, typer.Option("--deep", help=f"{DEEP:,} examples of each law.")] = False,
+    dtype: options.Dtype = "float32",
+    quantize: options.Quantize = None,
+    config: options.Config = None,
+    as_json: options.Json = False,
+) -> None:  # fmt: skip
+    """Look for examples that break the laws of a PaliGemma, of a checkpoint on the CPU or of another implementation.
+
+    The exit status is 1 where there is one.
+    """
+    if examples < 1:
+        raise SettingError(f"examples is {examples}, expected 1 or more")
+    chosen = [named(name) for name in law] if law else list(LAWS)
+    if adapter is None:
+        loaded = pg.load(model, dtype, "cpu", config, quantize=quantize)
+        system: Any = pglaws.eager(loaded.params, loaded.cfg, model or "the shipped checkpoint")
+        system = system._replace(params=(), apply=()) if quantize else system
+    else:
+        system = found(adapter)
+    searches = pglaws.checks(system, chosen, examples=DEEP if deep else examples)
+    results = list(tqdm(searches, total=len(chosen), unit="law", leave=False, disable=None))
+    if as_json:
+        for result in results:
+            print(json.dumps(record(result)))
+    else:
+        show(results)
+    if any(result.verdict == "broken" for result in results):
+        raise typer.Exit(1)
+
+
+def named(name: str) -> Law:
+    """The law of that name."""
+    for law in LAWS:
+        if law.name == name:
+            return law
+    raise SettingError(f"law {name} is not one of {', '.join(law.name for law in LAWS)}")
+
+
+def found(adapter: str) -> System | SearchStrategy[System]:
+    """The object of that name: a System, a strategy of Systems, or a function that gives one."""
+    module, _, name = adapter.partition(":")
+    if not name:
+        raise SettingError(f"adapter is {adapter!r}, expected module:object")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(import_module(module), name)
+    except ImportError as error:
+        raise SettingError(f"adapter {adapter}: {error}") from error
+    except AttributeError:
+        raise SettingError(f"adapter {adapter}: the module has no {name}") from None
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    made = made() if callable(made) and not isinstance(made, (System, SearchStrategy)) else made
+    if not isinstance(made, (System, SearchStrategy)):
+        raise SettingError(f"adapter {adapter} is a {type(made).__name__}, expected a pgfunc.laws.System")
+    return made
+
+
+def record(result: Result) -> dict[str, Any]:
+    law = result.law
+    return {
+        "law": law.name, "statement": law.statement, "verdict": result.verdict, "examples": result.examples,
+        "worst_error": result.worst if result.worst == result.worst else None, "tolerance": result.tolerance,
+        "reason": law.reason, "counterexample": result.counterexample, "why": result.why,
+    }  # fmt: skip
+
+
+def show(results: list[Result]) -> None:
+    """A line a law, and below the table what was found of those that are broken."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("law", "", "examples", "worst error", "may be"):
+        table.add_column(name, justify="left" if name in ("law", "") else "right", no_wrap=True)
+    for result in results:
+        tried = (f"{result.examples:,}", f"{result.worst:.1e}", f"{result.tolerance:.1e}")
+        absent = (f"has no {result.why}", "", "", "")
+        table.add_row(result.law.name, *(absent if result.verdict == "absent" else (result.verdict, *tried)))
+    console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, markup=False, highlight=False)
+    console.print(table)
+    for result in results:
+        if result.verdict == "broken":
+            console.print(f"{result.law.name}: {result.law.statement}")
+            console.print(f"  {result.counterexample}")
+            console.print(
+                f"  {result.why or f'error {result.worst:.3g}, may be {result.tolerance:.3g}: {result.law.reason}'}"
+            )

@@ -1,0 +1,27 @@
+"""What must hold of a PaliGemma, as named values, and the search for examples that break it.
+
+    results = pg.laws.check(pg.laws.eager(model.params, model.cfg))
+
+A `System` is an implementation as a record of functions; a `Law` says what it claims, of which functions, and how wrong
+an example may be and why. Nothing here is imported by what it is about. `pgfunc laws` runs them from the command line.
+"""
+
+from pgfunc.laws.adapters import compiled as compiled
+from pgfunc.laws.adapters import eager as eager
+from pgfunc.laws.adapters import quantized as quantized
+from pgfunc.laws.law import Law as Law
+from pgfunc.laws.law import Result as Result
+from pgfunc.laws.law import check as check
+from pgfunc.laws.law import checks as checks
+from pgfunc.laws.model import MODEL as MODEL
+from pgfunc.laws.parts import PARTS as PARTS
+from pgfunc.laws.sampling import SAMPLING as SAMPLING
+from pgfunc.laws.strategies import Rows as Rows
+from pgfunc.laws.strategies import Strategies as Strategies
+from pgfunc.laws.strategies import configs as configs
+from pgfunc.laws.strategies import parameters as parameters
+from pgfunc.laws.strategies import prompt as prompt
+from pgfunc.laws.strategies import ragged as ragged
+from pgfunc.laws.system import System as System
+
+LAWS = (*MODEL, *PARTS, *SAMPLING)

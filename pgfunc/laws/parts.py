@@ -1,0 +1,184 @@
+"""The laws of the parts: norm, positions, attention, masks, softcap."""
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from pgfunc.laws.law import law
+from pgfunc.laws.model import apart
+from pgfunc.laws.strategies import Strategies
+from pgfunc.laws.system import System
+
+
+class Scaled(NamedTuple):
+    seed: int
+    by: float
+
+
+class Shifted(NamedTuple):
+    """Two positions, and how far both are moved."""
+
+    seed: int
+    one: int
+    other: int
+    by: int
+
+
+class Heads(NamedTuple):
+    """Attention of so many queries and keys, of `groups` heads for each of the kv heads."""
+
+    seed: int
+    queries: int
+    keys: int
+    kv_heads: int
+    groups: int
+
+
+class Flags(NamedTuple):
+    """One row of tokens, valid or not, each opening a block of its own or not; and a window."""
+
+    valid: tuple[bool, ...]
+    causal: tuple[bool, ...]
+    window: int
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scaled(system: System, strategies: Strategies) -> SearchStrategy[Scaled]:
+    return st.builds(Scaled, strategies.seeds, st.floats(0.125, 64))
+
+
+def shifted(system: System, strategies: Strategies) -> SearchStrategy[Shifted]:
+    return st.builds(Shifted, strategies.seeds, st.integers(0, 50), st.integers(0, 50), st.integers(0, 4000))
+
+
+def heads(system: System, strategies: Strategies) -> SearchStrategy[Heads]:
+    few = st.integers(1, 5)
+    return st.builds(Heads, strategies.seeds, few, few, st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
+
+
+def flags(system: System, strategies: Strategies) -> SearchStrategy[Flags]:
+    def of(size: int) -> SearchStrategy[Flags]:
+        row = st.tuples(*[st.booleans()] * size)
+        return st.builds(Flags, row, row, st.integers(1, 9))
+
+    return st.integers(1, 9).flatmap(of)
+
+
+@law("RMSNorm does not see the scale of what it normalises.", needs="rms_norm", domain=scaled, within=2e-4,
+     reason="epsilon, 3e-5 of squares of mean 1/64, at six standard deviations")  # fmt: skip
+def rms_norm_is_scale_invariant(system: System, example: Scaled) -> float:
+    x, scale = normal(example.seed, 3, 64), normal(example.seed + 1, 64)
+    x = x / x.square().mean(-1, keepdim=True).sqrt()
+    return apart(system.rms_norm(x * example.by, scale), system.rms_norm(x, scale))
+
+
+@law("After RMSNorm with a scale that does nothing the mean square is 1.", needs="rms_norm", domain=scaled,
+     within=1e-4, reason="epsilon, against squares of mean 1/64")  # fmt: skip
+def rms_norm_gives_unit_mean_square(system: System, example: Scaled) -> float:
+    x = normal(example.seed, 3, 64)
+    x = x / x.square().mean(-1, keepdim=True).sqrt() * example.by
+    return float((system.rms_norm(x, torch.zeros(64)).square().mean(-1) - 1).abs().max())
+
+
+@law("Products of rotated vectors depend on the difference of their positions alone.", needs="rotate",
+     domain=shifted, within=0.02, reason="float32 angles: at position 4,050 their last bit is 2**-12")  # fmt: skip
+def rope_depends_on_differences(system: System, example: Shifted) -> float:
+    q, k = (normal(example.seed + i, 1, 1, 1, 16) for i in range(2))
+
+    def product(by: int) -> Tensor:
+        pairs = ((q, example.one + by), (k, example.other + by))
+        turned = [system.rotate(x, torch.tensor([[place]])).double() for x, place in pairs]
+        return (turned[0] * turned[1]).sum()
+
+    return float((product(example.by) - product(0)).abs() / (q.norm() * k.norm()))
+
+
+@law("Rotation by a position keeps lengths, and position 0 keeps the vector.", needs="rotate", domain=shifted,
+     within=1e-5, reason="float32, sums of 16 squares")  # fmt: skip
+def rope_keeps_lengths(system: System, example: Shifted) -> float:
+    x = normal(example.seed, 1, 1, 2, 16)
+    turned, still = (system.rotate(x, torch.tensor([[place]])) for place in (example.by, 0))
+    return max(float((turned.norm(dim=-1) / x.norm(dim=-1) - 1).abs().max()), float((still - x).abs().max()))
+
+
+@law("A softcap is never beyond its cap, never falls, and is close to the identity near zero.", needs="softcap",
+     domain=scaled, within=4e-5, reason="x - x³ / 3c² at a hundredth of the cap")  # fmt: skip
+def softcap_is_bounded_and_monotone(system: System, example: Scaled) -> float:
+    cap = example.by
+    x = (normal(example.seed, 50) * 3 * cap).sort().values
+    y, small = system.softcap(x, cap), x / x.abs().max() * cap * 1e-2
+    beyond = (y.abs() - cap).clamp(min=0).max() / cap + (-y.diff()).clamp(min=0).max() / cap
+    return float(beyond) + float((system.softcap(small, cap) - small).abs().max() / (cap * 1e-2))
+
+
+@law("Heads that share keys and values equal heads with keys and values repeated.", needs="attend", domain=heads,
+     within=1e-4, reason="float32, other products")  # fmt: skip
+def grouped_queries_equal_repeated_keys(system: System, example: Heads) -> float:
+    q, k, v, mask = attention(example)
+    repeated = (x.repeat_interleave(example.groups, dim=2) for x in (k, v))
+    return apart(system.attend(q, k, v, mask), system.attend(q, *repeated, mask))
+
+
+@law("Attention is a mean of the values that a query sees: it stays the same where all of them are.", needs="attend",
+     domain=heads, within=1e-5, reason="float32 weights that sum to 1")  # fmt: skip
+def attention_is_a_mean(system: System, example: Heads) -> float:
+    q, k, v, mask = attention(example)
+    alike = v[:, :1].expand_as(v)
+    expected = alike[:, :1].repeat_interleave(example.groups, dim=2).expand_as(q)
+    return float((system.attend(q, k, alike, mask) - expected).abs().max())
+
+
+@law("What a query does not see does not matter.", needs="attend", domain=heads)
+def hidden_keys_are_not_read(system: System, example: Heads) -> float:
+    q, k, v, mask = attention(example)
+    hidden = ~mask.any(1)[..., None, None]
+    moved = (torch.where(hidden, normal(example.seed + 9, *x.shape), x) for x in (k, v))
+    return float((system.attend(q, *moved, mask) - system.attend(q, k, v, mask)).abs().max())
+
+
+def attention(example: Heads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and a mask that leaves each query a key; the last key is hidden from all where there are two."""
+    seed, kv = example.seed, (1, example.keys, example.kv_heads, 8)
+    q = normal(seed, 1, example.queries, example.kv_heads * example.groups, 8)
+    mask = normal(seed + 3, 1, example.queries, example.keys) > 0
+    mask[..., -1] = False
+    mask[..., 0] = True
+    return q, normal(seed + 1, *kv), normal(seed + 2, *kv), mask
+
+
+@law("A window that covers the sequence is none.", needs="mask", domain=flags)
+def a_window_that_covers_all_is_none(system: System, example: Flags) -> float:
+    valid, causal = (torch.tensor([side]) for side in example[:2])
+    return float((system.mask(valid, causal, len(example.valid)) != system.mask(valid, causal, 0)).any())
+
+
+@law("A mask is its rule: own block and earlier ones, valid tokens, and of others the last in the window.",
+     needs="mask", domain=flags)  # fmt: skip
+def masks_are_their_rule(system: System, example: Flags) -> float:
+    valid, causal, size = example
+    block = [sum(causal[: i + 1]) for i in range(len(valid))]
+    place = [max(sum(valid[: i + 1]) - 1, 0) for i in range(len(valid))]
+
+    def sees(q: int, k: int, window: int) -> bool:
+        near = not window or block[k] == block[q] or place[q] - place[k] < window
+        return block[k] <= block[q] and valid[k] and valid[q] and near
+
+    every = range(len(valid))
+    for window in (0, size):
+        found = system.mask(torch.tensor([valid]), torch.tensor([causal]), window)[0].tolist()
+        if found != [[sees(q, k, window) for k in every] for q in every]:
+            return 1.0
+    return 0.0
+
+
+PARTS = (
+    rms_norm_is_scale_invariant, rms_norm_gives_unit_mean_square, rope_depends_on_differences, rope_keeps_lengths,
+    softcap_is_bounded_and_monotone, grouped_queries_equal_repeated_keys, attention_is_a_mean,
+    hidden_keys_are_not_read, a_window_that_covers_all_is_none, masks_are_their_rule,
+)  # fmt: skip

@@ -1,0 +1,151 @@
+"""The laws of the choice of a token: what filters keep, what uniform numbers draw."""
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from pgfunc.laws.law import law
+from pgfunc.laws.strategies import Strategies
+from pgfunc.laws.system import System
+
+ALARM = 1e-9  # how often one example of the goodness of fit would be called wrong though it is right
+DRAWS = 2000
+
+
+class Filtered(NamedTuple):
+    logits: tuple[float, ...]
+    k: int
+    p: float
+    least: float
+
+
+class Drawn(NamedTuple):
+    logits: tuple[float, ...]
+    u: tuple[float, ...]
+
+
+class Sampled(NamedTuple):
+    logits: tuple[float, ...]
+    seed: int
+
+
+def filtered(system: System, strategies: Strategies) -> SearchStrategy[Filtered]:
+    least = st.integers(0, 30).map(lambda tenths: 10 ** (-tenths / 10))  # 1 to a thousandth
+    return st.builds(Filtered, strategies.logits, st.integers(1, 8), st.floats(0.01, 1), least)
+
+
+def drawn(system: System, strategies: Strategies) -> SearchStrategy[Drawn]:
+    return st.builds(Drawn, strategies.logits, st.lists(st.floats(0, 1), min_size=2, max_size=20).map(tuple))
+
+
+def sampled(system: System, strategies: Strategies) -> SearchStrategy[Sampled]:
+    return st.builds(Sampled, strategies.logits, strategies.seeds)
+
+
+def row(logits: tuple[float, ...]) -> Tensor:
+    return torch.tensor([logits])
+
+
+def shares(logits: Tensor) -> Tensor:
+    return logits.double().softmax(-1)
+
+
+def kept(logits: Tensor) -> Tensor:
+    return logits > float("-inf")
+
+
+def changes(found: Tensor, logits: Tensor) -> bool:
+    """Whether a filter has done anything but exclude."""
+    return not torch.equal(found[kept(found)], logits[kept(found)])
+
+
+@law("Top-k keeps the k largest logits and what ties with the last of them, as they are.", needs="top_k",
+     domain=filtered)  # fmt: skip
+def top_k_keeps_the_k_largest(system: System, example: Filtered) -> float:
+    logits = row(example.logits)
+    found, least = system.top_k(logits, example.k), sorted(example.logits)[-min(example.k, len(example.logits))]
+    return float(changes(found, logits) or not torch.equal(kept(found), kept(logits) & (logits >= least)))
+
+
+@law("Top-p keeps the fewest tokens of that probability, and what ties with the last of them.", needs="top_p",
+     domain=filtered)  # fmt: skip
+def top_p_keeps_the_fewest_of_that_probability(system: System, example: Filtered) -> float:
+    logits = row(example.logits)
+    found, each = system.top_p(logits, example.p), shares(logits)
+    inside = kept(found)
+    least = logits[inside].min()
+    without = float(each[logits > least].sum())  # less than p: else the last would not be needed
+    enough = float(each[inside].sum()) >= example.p - 1e-12
+    ties = torch.equal(inside, kept(logits) & (logits >= least))
+    return float(changes(found, logits) or not ties or not enough or without >= example.p + 1e-12)
+
+
+@law("Min-p keeps the tokens at least so many times as probable as the best.", needs="min_p", domain=filtered)
+def min_p_keeps_what_is_near_the_best(system: System, example: Filtered) -> float:
+    logits = row(example.logits)
+    found, ratio = system.min_p(logits, example.least), shares(logits) / shares(logits).max()
+    sure, never = ratio > example.least * (1 + 1e-6), ratio < example.least * (1 - 1e-6)
+    wrong = (sure & kept(logits) & ~kept(found)) | (never & kept(found))
+    return float(changes(found, logits) or bool(wrong.any()))
+
+
+@law("Top-k and min-p exclude the same in either order.", needs="top_k min_p", domain=filtered)
+def filters_commute(system: System, example: Filtered) -> float:
+    logits = row(example.logits)
+    one = system.min_p(system.top_k(logits, example.k), example.least)
+    return float(not torch.equal(one, system.top_k(system.min_p(logits, example.least), example.k)))
+
+
+@law("A larger number draws no earlier token.", needs="draw", domain=drawn)
+def drawing_is_monotone(system: System, example: Drawn) -> float:
+    u = torch.tensor(sorted(example.u), dtype=torch.float64)
+    tokens = system.draw(row(example.logits).expand(len(u), -1), u)
+    return float((tokens.diff() < 0).any())
+
+
+@law("A number draws the token where the cumulative probability first exceeds it, one that has probability.",
+     needs="draw", domain=drawn, within=1e-12, reason="two float64 sums of 12 terms")  # fmt: skip
+def drawing_inverts_the_distribution(system: System, example: Drawn) -> float:
+    u = torch.tensor(example.u, dtype=torch.float64)
+    tokens, each = system.draw(row(example.logits).expand(len(u), -1), u), shares(row(example.logits))[0]
+    ends = each.cumsum(0)
+    missed = torch.maximum(u - ends[tokens], ends[tokens] - each[tokens] - u).clamp(min=0)
+    return float(missed.max()) + float((each[tokens] == 0).any())
+
+
+@law("A temperature near 0 draws the most probable token.", needs="draw", domain=sampled)
+def cold_is_greedy(system: System, example: Sampled) -> float:
+    logits = row(example.logits).double()
+    u = torch.rand(1, generator=torch.Generator().manual_seed(example.seed), dtype=torch.float64)
+    token = system.draw((logits - logits.max()) / 1e-12, u)
+    return float(logits[0, token[0]] < logits.max())
+
+
+@law("Drawn by random numbers, tokens are as frequent as they are probable.", needs="draw", domain=sampled, within=1.0,
+     reason=f"Pearson's chi-square, above 1 in one of {1 / ALARM:.0e} right examples")  # fmt: skip
+def frequencies_fit_probabilities(system: System, example: Sampled) -> float:
+    generator = torch.Generator().manual_seed(example.seed)
+    logits, u = row(example.logits), torch.rand(DRAWS, generator=generator, dtype=torch.float64)
+    found = torch.bincount(system.draw(logits.expand(DRAWS, -1), u), minlength=logits.shape[-1]).double()
+    expected = shares(logits)[0] * DRAWS
+    large = expected >= 20  # where the tail of the statistic is close to its limit; what is smaller counts as one
+    rare = expected[~large].sum() >= 20
+    observed, mean = (
+        torch.cat([side[large], side[~large].sum()[None]])[: None if rare else -1] for side in (found, expected)
+    )
+    if len(mean) < 2:
+        return 0.0
+    mean = mean * observed.sum() / mean.sum()
+    statistic = ((observed - mean).square() / mean).sum()
+    tail = torch.special.gammaincc(torch.tensor((len(mean) - 1) / 2, dtype=torch.float64), statistic / 2)
+    return float(tail.clamp(min=1e-300).log() / torch.tensor(ALARM, dtype=torch.float64).log())
+
+
+SAMPLING = (
+    top_k_keeps_the_k_largest, top_p_keeps_the_fewest_of_that_probability, min_p_keeps_what_is_near_the_best,
+    filters_commute, drawing_is_monotone, drawing_inverts_the_distribution, cold_is_greedy,
+    frequencies_fit_probabilities,
+)  # fmt: skip

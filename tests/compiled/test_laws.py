@@ -1,0 +1,19 @@
+"""The laws of the cache hold where what appends to it is compiled, and the cache donated."""
+
+from cases import CONFIGS
+
+from pgfunc import laws
+
+CACHE = {
+    "decode-equals-longer-prefill", "prefill-equals-forward", "an-old-handle-stays-valid", "forks-are-apart",
+    "a-step-is-pure",
+}  # fmt: skip
+
+
+def test_the_laws_of_the_cache_hold_of_compiled_steps():
+    cfg = CONFIGS["gemma2"]
+    rows = laws.ragged(rows=2).filter(lambda rows: len(rows.prefix) == 2)  # code is compiled for a batch size
+    chosen = [law for law in laws.MODEL if law.name in CACHE]
+    results = laws.check(laws.compiled(laws.parameters(cfg), cfg), chosen, laws.Strategies(rows=rows), 20, True)
+    assert [(each.law.name, each.verdict, each.why) for each in results] == [(law.name, "holds", "") for law in chosen]
+    assert len(chosen) == len(CACHE)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from cases import CONFIGS
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
+from transformers import PaliGemmaForConditionalGeneration
 from typer.testing import CliRunner
 
 import pgfunc as pg
@@ -198,6 +200,43 @@ def test_each_law_finds_the_fault_that_it_is_meant_to_catch(law, monkeypatch):
     (result,) = laws.check(systems.map(FAULTS[law.name]), [law], examples=200, derandomize=True)
     assert result.verdict == "broken"
     assert result.counterexample.startswith("pgfunc: ")
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A pair of systems with the same weights: transformers', marked or not, beside pgfunc's."""
+    folder = tmp_path_factory.mktemp("theirs")
+    reference.save_random(folder, "gemma-1kv")
+    model = pg.load(folder, device="cpu")
+
+    def made(attention: str, marked: bool) -> System:
+        other = PaliGemmaForConditionalGeneration.from_pretrained(folder, attn_implementation=attention).eval()
+        system = laws.transformers(other, model.cfg, marked=marked)
+        return system._replace(reference=laws.eager(model.params, model.cfg).forward)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("attention", "marked", "expected"),
+    [
+        ("eager", True, set()),
+        ("sdpa", True, set()),
+        ("eager", False, {"a-prefix-sees-itself", "logits-are-those-of-the-reference"}),
+        ("sdpa", False, {"a-suffix-is-causal", "decode-equals-longer-prefill", "logits-are-those-of-the-reference"}),
+    ],
+)
+def test_transformers_keeps_the_laws_of_prompts_where_it_is_told_the_suffix(theirs, attention, marked, expected):
+    """One row without padding. What is said of its cache is another matter: it is overwritten."""
+    rows = laws.ragged(rows=1, padding=0).filter(lambda rows: rows.images > 0)
+    results = laws.check(theirs(attention, marked), laws.MODEL, laws.Strategies(rows=rows), 15, derandomize=True)
+    found = {each.law.name for each in results if each.verdict == "broken"}
+    overwritten = {"an-old-handle-stays-valid", "forks-are-apart", "a-step-is-pure"}
+    assert found - overwritten == expected, broken(results)
+    assert "forks-are-apart" in found
 
 
 # --- what a search says -----------------------------------------------------------------------------------------------

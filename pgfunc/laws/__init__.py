@@ -9,6 +9,7 @@ an example may be and why. Nothing here is imported by what it is about. `pgfunc
 from pgfunc.laws.adapters import compiled as compiled
 from pgfunc.laws.adapters import eager as eager
 from pgfunc.laws.adapters import quantized as quantized
+from pgfunc.laws.hf import transformers as transformers
 from pgfunc.laws.law import Law as Law
 from pgfunc.laws.law import Result as Result
 from pgfunc.laws.law import check as check

@@ -265,6 +265,18 @@ def test_an_example_that_raises_breaks_its_law_and_nan_does_too():
     assert result.verdict == "broken"
 
 
+def test_a_law_that_is_broken_now_and_then_is_broken():
+    calls: list[int] = []
+
+    def forward(prompt):
+        calls.append(1)
+        return eager().forward(prompt) + float(len(calls) == 6)
+
+    pure = [law for law in LAWS if law.name == "forward-is-pure"]
+    (result,) = laws.check(eager()._replace(forward=forward), pure, examples=10)
+    assert result.verdict == "broken"
+
+
 def test_laws_of_functions_that_a_system_does_not_have_are_absent():
     results = laws.check(System("nothing", 10, 28), examples=3)
     assert {each.verdict for each in results} == {"absent"}

@@ -19,7 +19,7 @@ from pgfunc.cli import options
 from pgfunc.cli.options import app, unset
 from pgfunc.errors import SettingError
 from pgfunc.laws import LAWS, Law, Result, System
-from pgfunc.laws.law import EXAMPLES
+from pgfunc.laws.check import EXAMPLES
 
 DEEP = 2000
 

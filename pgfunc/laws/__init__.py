@@ -9,11 +9,12 @@ an example may be and why. Nothing here is imported by what it is about. `pgfunc
 from pgfunc.laws.adapters import compiled as compiled
 from pgfunc.laws.adapters import eager as eager
 from pgfunc.laws.adapters import quantized as quantized
+from pgfunc.laws.check import LAWS as LAWS
+from pgfunc.laws.check import check as check
+from pgfunc.laws.check import checks as checks
 from pgfunc.laws.hf import transformers as transformers
 from pgfunc.laws.law import Law as Law
 from pgfunc.laws.law import Result as Result
-from pgfunc.laws.law import check as check
-from pgfunc.laws.law import checks as checks
 from pgfunc.laws.model import MODEL as MODEL
 from pgfunc.laws.parts import PARTS as PARTS
 from pgfunc.laws.sampling import SAMPLING as SAMPLING
@@ -24,5 +25,3 @@ from pgfunc.laws.strategies import parameters as parameters
 from pgfunc.laws.strategies import prompt as prompt
 from pgfunc.laws.strategies import ragged as ragged
 from pgfunc.laws.system import System as System
-
-LAWS = (*MODEL, *PARTS, *SAMPLING)

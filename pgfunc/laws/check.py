@@ -1,0 +1,46 @@
+"""All laws, and what they say of a system."""
+
+from collections.abc import Iterable, Iterator
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from pgfunc.laws.law import Law, Result, search
+from pgfunc.laws.model import MODEL
+from pgfunc.laws.parts import PARTS
+from pgfunc.laws.sampling import SAMPLING
+from pgfunc.laws.strategies import Strategies
+from pgfunc.laws.system import System
+
+LAWS: tuple[Law, ...] = (*MODEL, *PARTS, *SAMPLING)
+EXAMPLES = 50
+
+
+def check(
+    system: System | SearchStrategy[System],
+    laws: Iterable[Law] = LAWS,
+    strategies: Strategies | None = None,
+    examples: int = EXAMPLES,
+    derandomize: bool = False,
+) -> list[Result]:
+    """Look for examples that break the laws, of one system, or of all that a strategy draws.
+
+        broken = [result for result in pg.laws.check(system) if result.verdict == "broken"]
+
+    A law that needs a function which the system does not have is `absent`. With `derandomize` the examples are the
+    same at each call. An example that raises breaks its law.
+    """
+    return list(checks(system, laws, strategies, examples, derandomize))
+
+
+def checks(
+    system: System | SearchStrategy[System],
+    laws: Iterable[Law] = LAWS,
+    strategies: Strategies | None = None,
+    examples: int = EXAMPLES,
+    derandomize: bool = False,
+) -> Iterator[Result]:
+    """`check`, a result at a time."""
+    systems = st.just(system) if isinstance(system, System) else system
+    for law in laws:
+        yield search(law, systems, strategies or Strategies(), examples, derandomize)

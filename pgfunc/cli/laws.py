@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,17 +74,18 @@ def named(name: str) -> Law:
 def found(adapter: str) -> System | SearchStrategy[System]:
     """The object of that name: a System, a strategy of Systems, or a function that gives one."""
     module, _, name = adapter.partition(":")
-    if not name:
+    if not (module and name):
         raise SettingError(f"adapter is {adapter!r}, expected module:object")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        made = getattr(import_module(module), name)
+        loaded = import_module(module)
     except ImportError as error:
         raise SettingError(f"adapter {adapter}: {error}") from error
-    except AttributeError:
-        raise SettingError(f"adapter {adapter}: the module has no {name}") from None
     finally:
         sys.path.remove(str(Path.cwd()))
+    if not hasattr(loaded, name):
+        raise SettingError(f"adapter {adapter}: the module has no {name}")
+    made = getattr(loaded, name)
     made = made() if callable(made) and not isinstance(made, (System, SearchStrategy)) else made
     if not isinstance(made, (System, SearchStrategy)):
         raise SettingError(f"adapter {adapter} is a {type(made).__name__}, expected a pgfunc.laws.System")
@@ -94,7 +96,7 @@ def record(result: Result) -> dict[str, Any]:
     law = result.law
     return {
         "law": law.name, "statement": law.statement, "verdict": result.verdict, "examples": result.examples,
-        "worst_error": result.worst if result.worst == result.worst else None, "tolerance": result.tolerance,
+        "worst_error": result.worst if isfinite(result.worst) else None, "tolerance": result.tolerance,
         "reason": law.reason, "counterexample": result.counterexample, "why": result.why,
     }  # fmt: skip
 

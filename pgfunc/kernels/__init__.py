@@ -267,6 +267,7 @@ def attend_one(
     A cap or window of 0 is none. What lies in slots that are not seen is not read, and of a program that finds nothing
     else to do, the launch is the cost. Weights are rounded to v's dtype before they are divided by their sum; the twin
     rounds them after.
+    `arrivals` are `counters` that are 0, as `rotated_qkv` leaves them; without, they are made here.
     """
     q = q.contiguous()
     dense(k, v)
@@ -375,7 +376,7 @@ class Kept(NamedTuple):
 
     def sizes(self, cut: Tile) -> dict[str, int]:
         """What the kernels know of it before they run."""
-        apart = cut.apart or self.bits == 4  # where a tensor has a row and its groups as axes
+        apart = cut.apart or self.bits == 4  # where a tensor has a row, 32 weights a lane
         return {
             "D": self.inputs, "BITS": self.bits, "GROUP": self.group,
             "BLOCK": max(min(cut.block, power(self.inputs)), self.group),

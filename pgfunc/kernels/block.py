@@ -1,6 +1,6 @@
 """A transformer block and the head over one token of one row, by the kernels: what `gemma` does, in fewer of them.
 
-    norm, q, k, v, rotation, append | attention, in two | out, residual | norm, gate, up, GELU | down, residual
+    norm, q, k, v, rotation, append | attention | out, residual | norm, gate, up, GELU | down, residual
 
 Gemma 2 normalises what it adds, in a kernel of its own. Each is one operator for torch.compile, which has nothing to
 join or to trace in them. Knows the shapes of `gemma.Layer`, and no masks: a token that is appended sees all that stand

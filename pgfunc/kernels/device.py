@@ -8,7 +8,8 @@ kept: 8 and 4 as in `lowbit`, else as numbers. Knows nothing about PyTorch: `pgf
 
 With EARLY (Hopper's programmatic dependent launch) a kernel starts while the one before it still runs. Every program
 waits in `awaited` before it reads what a kernel made or writes anything, so that what a kernel after it finds is that
-all before are done. Above stands what was made long before: weights are asked for, and lengths read.
+all before are done. Above stands what was made long before: weights are asked for, lengths read, and keys and values
+that stood in a cache before the kernel that appends.
 """
 
 import os
@@ -23,12 +24,19 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 @no_type_check
-def awaited(EARLY: tl.constexpr):
-    """Below this the kernel before is done. What was asked for above stays above: no load moves over a barrier."""
+def awaited(EARLY: tl.constexpr, HOLD: tl.constexpr = False):
+    """Below this the kernel before is done. What was asked for above stays above: no load moves over a barrier.
+
+    HOLD: the kernel after starts when the one before is done too, for above its own `awaited` it reads what was made.
+    """
     tl.debug_barrier()
     if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+        if HOLD:
+            gdc_wait()
+            gdc_launch_dependents()
+        else:
+            gdc_launch_dependents()
+            gdc_wait()
 
 
 @triton.jit
@@ -88,14 +96,14 @@ def wide(part):
 def products(
     x, norm, rows, scales, eps,
     NORMED: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, HOLD: tl.constexpr = False,
 ):  # fmt: skip
     """The products of x, or of its norm, with the rows that begin at these places."""
     if BITS == 4:
-        found = products_of_levels(x, norm, rows, scales, eps, NORMED, COUNT, D, GROUP, BLOCK, EARLY)
+        found = products_of_levels(x, norm, rows, scales, eps, NORMED, COUNT, D, GROUP, BLOCK, EARLY, HOLD)
     else:
         ahead = tiles(rows, 0, COUNT, D, BLOCK)
-        awaited(EARLY)
+        awaited(EARLY, HOLD)
         squares = tl.zeros([1, BLOCK], tl.float32)
         totals = ()
         for _ in tl.static_range(COUNT):
@@ -176,14 +184,14 @@ def halves(places, start: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BL
 def products_of_levels(
     x, norm, rows, scales, eps,
     NORMED: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """`products` with rows in 4 bits: a lane adds up what it has of a group, and then takes the scale and the zero.
 
     What a level has too much is, with the zero, multiplied by the sum of x.
     """
     ahead = level_tiles(rows, scales, 0, COUNT, D, GROUP, BLOCK)
-    awaited(EARLY)
+    awaited(EARLY, HOLD)
     squares = tl.zeros([BLOCK // 32, 16], tl.float32)
     totals = ()
     for _ in tl.static_range(COUNT):
@@ -328,7 +336,7 @@ def rotated_qkv(
     rows = owned(w, stride, row, last, WIDE, COUNT) + owned(w, stride, row + HALF, last, WIDE, COUNT)
     scales = owned(w_scale, scale_stride, row, last, WIDE, COUNT)
     scales = scales + owned(w_scale, scale_stride, row + HALF, last, WIDE, COUNT)
-    found = products(x, scale, rows, scales, eps, True, WIDE, 2 * COUNT, D, BITS, GROUP, BLOCK, EARLY)
+    found = products(x, scale, rows, scales, eps, True, WIDE, 2 * COUNT, D, BITS, GROUP, BLOCK, EARLY, True)
     for r in tl.static_range(COUNT):
         one, two, planes = found[r], found[COUNT + r], numbers(plane, r, WIDE)
         angle = tl.where(head < HEADS + KV, tl.load(angles + planes), 0.0)

@@ -23,8 +23,9 @@ def attend_one(
 ):  # fmt: skip
     """The heads of one kv head over CHUNK keys, for COLUMNS columns of the values; who comes last joins the chunks.
 
-    A chunk of which nothing is seen does nothing, but for the first. The kernel before writes q and the slot `length`
-    of the buffers, nothing else: all that stands before is read while it runs.
+    A chunk of which nothing is seen does nothing, but for the first. The kernel before, `rotated_qkv`, writes q and the
+    slot `length` of the buffers, nothing else, and holds this one until all before it are done: so what stands before
+    that slot is read while it runs.
     """
     chunk, kv, slices = tl.program_id(0), tl.program_id(1), tl.num_programs(2)
     end = tl.minimum(tl.load(length) + 1, slots).to(tl.int32)

@@ -25,3 +25,4 @@ from pgfunc.laws.strategies import parameters as parameters
 from pgfunc.laws.strategies import prompt as prompt
 from pgfunc.laws.strategies import ragged as ragged
 from pgfunc.laws.system import System as System
+from pgfunc.laws.transforms import TRANSFORMS as TRANSFORMS

@@ -1,30 +1,44 @@
 """pgfunc's own implementations as systems: eager, compiled, in fewer bits."""
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from pgfunc import masks, ops, paligemma, quant, sample
+from pgfunc import masks, ops, paligemma, quant, sample, tree
+from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.jit import jit
 from pgfunc.laws.system import ROUNDING, System
 from pgfunc.paligemma import Params
+from pgfunc.prompt import Prompt
 from pgfunc.quant import dequantize
 
 
 def eager(params: Params, cfg: Config, name: str = "pgfunc") -> System:
-    """The functions as they are."""
+    """The functions as they are, on the device of the parameters."""
+    device = params.projector.device
+
+    def here(given: Any) -> Any:
+        return tree.map(lambda leaf: leaf.to(device), given)
+
+    def back(results: tuple[Tensor, Cache]) -> tuple[Tensor, Cache]:
+        return results[0].cpu(), results[1]
+
+    def apply(params: Params, prompt: Prompt) -> Tensor:
+        return paligemma.forward(params, here(prompt), cfg).cpu()
+
     return System(
         name,
         cfg.text.vocab,
         cfg.vision.image_size,
         ROUNDING[params.projector.dtype],
-        forward=lambda prompt: paligemma.forward(params, prompt, cfg),
-        prefill=lambda prompt, size: paligemma.prefill(params, prompt, cfg, size),
-        extend=lambda tokens, cache: paligemma.extend(params, tokens, cache, cfg),
-        decode=lambda token, cache: paligemma.decode(params, token, cache, cfg),
+        forward=partial(apply, params),
+        prefill=lambda prompt, size: back(paligemma.prefill(params, here(prompt), cfg, size)),
+        extend=lambda tokens, cache: back(paligemma.extend(params, here(tokens), cache, cfg)),
+        decode=lambda token, cache: back(paligemma.decode(params, here(token), cache, cfg)),
         params=params,
-        apply=lambda params, prompt: paligemma.forward(params, prompt, cfg),
+        apply=apply,
         rms_norm=partial(ops.rms_norm, eps=1e-6),
         rotate=lambda x, positions: ops.rotate(x, ops.angles(positions, x.shape[-1], cfg.text.theta)),
         softcap=ops.softcap,
@@ -38,9 +52,13 @@ def eager(params: Params, cfg: Config, name: str = "pgfunc") -> System:
 
 
 def compiled(params: Params, cfg: Config) -> System:
-    """What appends to a cache is compiled, and the cache donated; prompts are not."""
-    plain = eager(params, cfg)
-    step, more = jit(paligemma.decode, donate="cache"), jit(paligemma.extend, donate="cache")
+    """The step is compiled, and its cache donated; prompts are not."""
+    plain, step = eager(params, cfg), jit(paligemma.decode, donate="cache")
+
+    def decode(token: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        logits, cache = step(params, token.to(params.projector.device), cache, cfg)
+        return logits.cpu(), cache
+
     return System(
         "pgfunc, compiled",
         plain.vocab,
@@ -48,8 +66,7 @@ def compiled(params: Params, cfg: Config) -> System:
         plain.rounding,
         forward=plain.forward,
         prefill=plain.prefill,
-        extend=lambda tokens, cache: more(params, tokens, cache, cfg),
-        decode=lambda token, cache: step(params, token, cache, cfg),
+        decode=decode,
     )
 
 

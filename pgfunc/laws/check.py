@@ -11,8 +11,9 @@ from pgfunc.laws.parts import PARTS
 from pgfunc.laws.sampling import SAMPLING
 from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import System
+from pgfunc.laws.transforms import TRANSFORMS
 
-LAWS: tuple[Law, ...] = (*MODEL, *PARTS, *SAMPLING)
+LAWS: tuple[Law, ...] = (*MODEL, *TRANSFORMS, *PARTS, *SAMPLING)
 EXAMPLES = 50
 
 
@@ -27,8 +28,8 @@ def check(
 
         broken = [result for result in pg.laws.check(system) if result.verdict == "broken"]
 
-    A law that needs a function which the system does not have is `absent`. With `derandomize` the examples are the
-    same at each call. An example that raises breaks its law.
+    A law that needs a function which the system does not have, or examples that the strategies do not draw, is
+    `absent`. With `derandomize` the examples are the same at each call. An example that raises breaks its law.
     """
     return list(checks(system, laws, strategies, examples, derandomize))
 

@@ -11,12 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
-from hypothesis.errors import Flaky
+from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.strategies import DataObject, SearchStrategy
 
 from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import System
 
+SMALLER = 200  # examples that are tried to find a smaller one than the first that breaks a law
 QUIET = settings(
     database=None, deadline=None, verbosity=Verbosity.quiet, print_blob=False, report_multiple_bugs=False,
     suppress_health_check=list[Any](HealthCheck), phases=[Phase.explicit, Phase.generate, Phase.shrink],
@@ -76,16 +77,24 @@ class Broken(Exception):
     """An example breaks the law."""
 
 
+class Enough(KeyboardInterrupt):
+    """The search for a smaller example has taken long enough: Hypothesis lets this one pass, as that of a keyboard."""
+
+
 def search(
     law: Law, systems: SearchStrategy[System], strategies: Strategies, examples: int, derandomize: bool
 ) -> Result:
     """What examples of a law give; with `derandomize` they are the same at each call. One that raises breaks it."""
-    found = Result(law, "absent")
+    found, after = Result(law, "absent"), 0
 
     @settings(QUIET, max_examples=examples, derandomize=derandomize)
     @given(st.data())
     def example(data: DataObject) -> None:
-        nonlocal found
+        nonlocal found, after
+        if found.verdict == "broken":
+            after += 1
+            if after > SMALLER:
+                raise Enough
         system = data.draw(systems)
         if missing := system.missing(law.needs):
             found = found._replace(why=", ".join(missing)) if found.verdict == "absent" else found
@@ -107,6 +116,9 @@ def search(
         if broken:
             raise Broken
 
-    with suppress(Broken, Flaky):  # an example may break a law at one time, and not at another
-        example()
+    try:
+        with suppress(Broken, Flaky, Enough):  # an example may break a law at one time, and not at another
+            example()
+    except Unsatisfiable:
+        return found._replace(why="such examples")
     return found

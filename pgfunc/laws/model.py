@@ -1,4 +1,4 @@
-"""The laws of the model: prompts, caches, rows, pictures; and of the model as a function of its parameters."""
+"""The laws of the model: prompts, caches, rows, pictures."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,6 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
 from pgfunc.laws.law import law
@@ -39,7 +38,7 @@ class Place(NamedTuple):
     share: float
 
     def among(self, first: int, last: int) -> int:
-        return first + int(self.share * (last - first))
+        return min(last, first + int(self.share * (last - first + 1)))
 
 
 def made(system: System, rows: Rows) -> Prompt:
@@ -69,7 +68,12 @@ def rows_of(system: System, strategies: Strategies) -> SearchStrategy[Rows]:
 
 def with_suffix(system: System, strategies: Strategies) -> SearchStrategy[Rows]:
     """Prompts with a token of suffix at least in each row."""
-    return strategies.rows.map(lambda rows: rows._replace(suffix=tuple(max(1, s) for s in rows.suffix)))
+    return strategies.rows.filter(lambda rows: min(rows.suffix) > 0)
+
+
+def with_pictures(system: System, strategies: Strategies) -> SearchStrategy[Rows]:
+    """Prompts with two pictures or more."""
+    return strategies.rows.filter(lambda rows: rows.images > 1)
 
 
 def splits(system: System, strategies: Strategies) -> SearchStrategy[Split]:
@@ -89,7 +93,7 @@ def places(system: System, strategies: Strategies) -> SearchStrategy[Place]:
 
 
 def drawn(system: System, rows: Rows, count: int) -> Tensor:
-    """So many random tokens a row, others than those of the prompt."""
+    """So many random tokens a row, drawn apart from those of the prompt."""
     generator = torch.Generator().manual_seed(rows.seed + 1)
     return torch.randint(0, system.vocab, (len(rows.prefix), count), generator=generator)
 
@@ -165,12 +169,12 @@ def forks_are_apart(system: System, rows: Rows) -> float:
     tokens, given = drawn(system, rows, 4), made(system, rows)
 
     def alone(first: int, second: int) -> Tensor:
-        _, cache = system.prefill(given, 2)
+        _, cache = system.prefill(given, 4)
         _, cache = system.decode(tokens[:, first], cache)
         return system.decode(tokens[:, second], cache)[0]
 
     expected = alone(0, 2), alone(1, 3)
-    _, cache = system.prefill(given, 2)
+    _, cache = system.prefill(given, 4)
     _, one = system.decode(tokens[:, 0], cache)
     _, other = system.decode(tokens[:, 1], cache)
     found = system.decode(tokens[:, 2], one)[0], system.decode(tokens[:, 3], other)[0]
@@ -222,11 +226,11 @@ def the_order_of_rows_does_not_matter(system: System, rows: Rows) -> float:
     return apart(system.forward(permuted)[permuted.valid], system.forward(given)[order][permuted.valid])
 
 
-@law("Two pictures in the other order give other logits.", needs="forward", domain=rows_of)
+@law("Pictures in another order give other logits.", needs="forward", domain=with_pictures)
 def the_order_of_pictures_matters(system: System, rows: Rows) -> float:
-    given = made(system, rows._replace(images=2))
-    one, two = (system.forward(each) for each in (given, given._replace(pixels=given.pixels.flip(1))))
-    return float(not (one != two)[given.valid].any())
+    given = made(system, rows)
+    one, two = (system.forward(each)[given.valid] for each in (given, given._replace(pixels=given.pixels.flip(1))))
+    return float(apart(two, one) <= 10 * system.rounding)  # else a sum in another order would do
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -255,68 +259,9 @@ def logits_are_those_of_the_reference(system: System, rows: Rows) -> float:
     return apart(system.forward(given)[given.valid], system.reference(given)[given.valid])
 
 
-# --- a function of its parameters -------------------------------------------------------------------------------------
-
-
-def loss(system: System, params: Any, given: Prompt) -> Tensor:
-    return system.apply(params, given).log_softmax(-1)[..., 0][given.valid].mean()
-
-
-def other(params: Any, seed: int) -> Any:
-    """Random numbers of the shapes of parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    return pytree.tree_map(lambda leaf: torch.randn(leaf.shape, generator=generator).to(leaf) * 0.1, params)
-
-
-@law("vmap over several trees of parameters equals a loop.",
-     needs="params apply", domain=rows_of, roundings=1.0, reason=AGAIN)  # fmt: skip
-def vmap_equals_a_loop(system: System, rows: Rows) -> float:
-    given, trees = made(system, rows), [other(system.params, rows.seed + i) for i in range(2)]
-    stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
-    together = vmap(lambda tree: system.apply(tree, given))(stacked)
-    return max(
-        apart(row[given.valid], system.apply(tree, given)[given.valid])
-        for tree, row in zip(trees, together, strict=True)
-    )
-
-
-@law("The derivative along a direction is the product of the gradient with it (jvp and vjp agree).",
-     needs="params apply", domain=rows_of, within=1e-8, reason="float64, relative to the derivative")  # fmt: skip
-def jvp_equals_the_gradient_along_it(system: System, rows: Rows) -> float:
-    params, tangent, given = doubled(system, rows)
-    slope = jvp(lambda tree: loss(system, tree, given), (params,), (tangent,))[1]
-    return relative(slope, along(grad(lambda tree: loss(system, tree, given))(params), tangent))
-
-
-@law("The gradient is the limit of finite differences.",
-     needs="params apply", domain=rows_of, within=1e-4, reason="float64, an error of order step²")  # fmt: skip
-def the_gradient_equals_finite_differences(system: System, rows: Rows) -> float:
-    params, tangent, given = doubled(system, rows)
-    slope, step = along(grad(lambda tree: loss(system, tree, given))(params), tangent), 1e-5
-    ends = (pytree.tree_map(lambda p, t: p + side * t, params, tangent) for side in (step, -step))  # noqa: B023
-    above, below = (loss(system, end, given) for end in ends)
-    return relative(slope, (above - below) / (2 * step))
-
-
-def doubled(system: System, rows: Rows) -> tuple[Any, Any, Prompt]:
-    """Parameters, a direction and a prompt in float64."""
-    given, params = made(system, rows), pytree.tree_map(torch.Tensor.double, system.params)
-    return params, other(params, rows.seed), given._replace(pixels=given.pixels.double())
-
-
-def along(gradient: Any, tangent: Any) -> Tensor:
-    pairs = zip(pytree.tree_leaves(gradient), pytree.tree_leaves(tangent), strict=True)
-    return torch.stack([(one * two).sum() for one, two in pairs]).sum()
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs() / expected.abs().clamp(min=1e-3))
-
-
 MODEL = (
     decode_equals_longer_prefill, prefill_equals_forward, chunks_equal_whole, an_old_handle_stays_valid,
     forks_are_apart, a_suffix_is_causal, a_prefix_sees_itself, padding_is_not_read, a_row_is_alone,
     the_order_of_rows_does_not_matter, the_order_of_pictures_matters, forward_is_pure, a_step_is_pure,
-    logits_are_those_of_the_reference, vmap_equals_a_loop, jvp_equals_the_gradient_along_it,
-    the_gradient_equals_finite_differences,
+    logits_are_those_of_the_reference,
 )  # fmt: skip

@@ -70,12 +70,13 @@ def flags(system: System, strategies: Strategies) -> SearchStrategy[Flags]:
     return st.integers(1, 9).flatmap(of)
 
 
-@law("RMSNorm does not see the scale of what it normalises.", needs="rms_norm", domain=scaled, within=2e-4,
-     reason="epsilon, 3e-5 of squares of mean 1/64, at six standard deviations")  # fmt: skip
+@law("RMSNorm does not see the scale of what it normalises.", needs="rms_norm", domain=scaled, within=1e-4,
+     reason="epsilon, 3e-5 of squares of mean 1/64")  # fmt: skip
 def rms_norm_is_scale_invariant(system: System, example: Scaled) -> float:
     x, scale = normal(example.seed, 3, 64), normal(example.seed + 1, 64)
     x = x / x.square().mean(-1, keepdim=True).sqrt()
-    return apart(system.rms_norm(x * example.by, scale), system.rms_norm(x, scale))
+    one, two = (system.rms_norm(each, scale) for each in (x, x * example.by))
+    return float(((two - one).abs() / one.abs().clamp(min=1e-2)).max())
 
 
 @law("After RMSNorm with a scale that does nothing the mean square is 1.", needs="rms_norm", domain=scaled,
@@ -87,7 +88,7 @@ def rms_norm_gives_unit_mean_square(system: System, example: Scaled) -> float:
 
 
 @law("Products of rotated vectors depend on the difference of their positions alone.", needs="rotate",
-     domain=shifted, within=0.02, reason="float32 angles: at position 4,050 their last bit is 2**-12")  # fmt: skip
+     domain=shifted, within=1e-3, reason="float32 angles: at position 4,050 their last bit is 2**-12")  # fmt: skip
 def rope_depends_on_differences(system: System, example: Shifted) -> float:
     q, k = (normal(example.seed + i, 1, 1, 1, 16) for i in range(2))
 
@@ -137,9 +138,9 @@ def attention_is_a_mean(system: System, example: Heads) -> float:
 @law("What a query does not see does not matter.", needs="attend", domain=heads)
 def hidden_keys_are_not_read(system: System, example: Heads) -> float:
     q, k, v, mask = attention(example)
-    hidden = ~mask.any(1)[..., None, None]
+    hidden = ~mask[:, 0, :, None, None]  # from the first query; others may see them
     moved = (torch.where(hidden, normal(example.seed + 9, *x.shape), x) for x in (k, v))
-    return float((system.attend(q, *moved, mask) - system.attend(q, k, v, mask)).abs().max())
+    return float((system.attend(q, *moved, mask) - system.attend(q, k, v, mask))[:, 0].abs().max())
 
 
 def attention(example: Heads) -> tuple[Tensor, Tensor, Tensor, Tensor]:

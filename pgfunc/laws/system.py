@@ -26,7 +26,8 @@ def absent(*unused: Any) -> Any:
 class System(NamedTuple):
     """An implementation. Shapes are those of pgfunc's functions: b rows, t tokens of text, v vocabulary.
 
-    Of a prompt the tokens that `valid` marks count; `causal` marks those of the suffix. `rounding` is how far two ways
+    Of a prompt the tokens that `valid` marks count; `causal` marks those of the suffix. Tensors go in and come out on
+    the CPU. `rounding` is how far two ways
     to compute the same logits may be apart, as a share of their standard deviation.
     """
 
@@ -49,7 +50,7 @@ class System(NamedTuple):
     softcap: Callable[[Tensor, float], Tensor] = absent  # x, cap
     attend: Callable[..., Tensor] = absent  # q [b t n h], k, v [b s k h], mask [b t s]
     mask: Callable[..., Tensor] = absent  # valid, causal, window (0: none) -> [b t t]
-    # from logits [b v] to tokens, by uniform numbers [b]
+    # from logits [b v] to tokens, by uniform numbers [b] in [0, 1); probabilities and numbers are float64
     draw: Callable[[Float[Tensor, "b v"], Float[Tensor, "b"]], Int[Tensor, "b"]] = absent
     top_k: Callable[[Tensor, int], Tensor] = absent
     top_p: Callable[[Tensor, float], Tensor] = absent

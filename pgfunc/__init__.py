@@ -36,7 +36,7 @@ from pgfunc.prompt import prepare as prepare
 
 
 def __getattr__(name: str):
-    """`pg.laws`, imported when it is first asked for: Hypothesis takes longer to import than the rest."""
+    """`pg.laws`, imported when it is first asked for: nothing else in Python needs Hypothesis."""
     if name == "laws":
         from importlib import import_module
 

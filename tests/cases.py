@@ -11,8 +11,10 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 import pgfunc as pg
-from pgfunc import paligemma, tokenizer
+from pgfunc import laws, tokenizer
 from pgfunc.config import Config, TextConfig, VisionConfig
+from pgfunc.laws import Rows
+from pgfunc.laws import parameters as params
 
 VISION = VisionConfig(width=24, layers=2, heads=2, hidden=32, image_size=28, patch=14)
 GEMMA = TextConfig(
@@ -28,41 +30,19 @@ CONFIGS = {
 }
 
 configs = st.sampled_from(sorted(CONFIGS)).map(CONFIGS.__getitem__)
-seeds = st.integers(0, 2**31)
-
-
-def params(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> pg.Params:
-    """Random parameters whose vectors are not zero either, so that every leaf matters."""
-    generator = torch.Generator().manual_seed(seed)
-    return pg.tree.map(
-        lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=generator).to(dtype) if leaf.dim() == 1 else leaf,
-        paligemma.init(cfg, seed, dtype),
-    )
+seeds = laws.Strategies().seeds
 
 
 def prompt(
     cfg: Config, prefix: list[int], suffix: list[int], images: int = 1, seed: int = 0, padding: int = 0
 ) -> pg.Prompt:
     """A random prompt with the given lengths a row, padded with random tokens, which must not matter."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths, starts = torch.tensor([p + s for p, s in zip(prefix, suffix, strict=True)]), torch.tensor(prefix)
-    batch, width = len(prefix), int(lengths.max()) + padding
-    place = torch.arange(width)
-    side = cfg.vision.image_size
-    return pg.Prompt(
-        pixels=torch.rand(batch, images, 3, side, side, generator=generator) * 2 - 1,
-        tokens=torch.randint(0, cfg.text.vocab, (batch, width), generator=generator),
-        valid=place < lengths[:, None],
-        causal=(place >= starts[:, None]) & (place < lengths[:, None]),
-    )
+    return made(Rows(tuple(prefix), tuple(suffix), images, padding, seed), cfg)
 
 
-@st.composite
-def prompts(draw, cfg: Config, least_suffix: int = 0) -> pg.Prompt:
-    """Ragged batches of one to three rows, with zero to two pictures."""
-    rows = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(least_suffix, 5)), min_size=1, max_size=3))
-    prefix, suffix = [p for p, _ in rows], [s for _, s in rows]
-    return prompt(cfg, prefix, suffix, draw(st.integers(0, 2)), draw(seeds), draw(st.integers(0, 2)))
+def made(rows: Rows, cfg: Config) -> pg.Prompt:
+    """The rows of a batch, which a test draws by `laws.ragged`."""
+    return laws.prompt(rows, cfg.text.vocab, cfg.vision.image_size)
 
 
 def text_model(seed: int = 0) -> pg.Model:

@@ -9,7 +9,7 @@ from math import cos, pi
 import pytest
 import reference
 import torch
-from cases import CONFIGS, configs, params, prompt, prompts, seeds, text_model
+from cases import CONFIGS, configs, made, params, prompt, seeds, text_model
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +20,7 @@ from pgfunc import gemma, paligemma, siglip, tree
 from pgfunc.checkpoint import hf
 from pgfunc.checkpoint.files import arrange
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
+from pgfunc.laws import ragged
 from pgfunc.train import data, finetune, fit, run
 
 CFG = CONFIGS["gemma2"]
@@ -64,7 +65,7 @@ def test_loss_and_gradient_equal_transformers(variant, images, tmp_path, monkeyp
 @given(st.data())
 def test_loss_is_the_mean_negative_logprob_of_the_suffix(data):
     cfg = data.draw(configs)
-    given = data.draw(prompts(cfg, least_suffix=1))
+    given = made(data.draw(ragged().filter(lambda rows: min(rows.suffix) > 0)), cfg)
     values = params(cfg, data.draw(seeds))
     logprobs = pg.forward(values, given, cfg).log_softmax(-1)
     terms = [

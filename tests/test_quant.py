@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from cases import CONFIGS, configs, edit_arrays, params, prompt, prompts, seeds
+from cases import CONFIGS, configs, edit_arrays, made, params, prompt, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from pgfunc import lowbit, paligemma, quant
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
+from pgfunc.laws import ragged
 from pgfunc.lowbit import Int4, Int8
 from pgfunc.train import finetune, lora
 
@@ -145,7 +146,7 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_the_weight(number):
 @torch.no_grad()
 @given(wide_configs, methods, st.data())
 def test_logits_are_those_of_the_dequantized_tree(cfg, method, data):
-    found, asked = small(cfg, method, data.draw(seeds)), data.draw(prompts(cfg))
+    found, asked = small(cfg, method, data.draw(seeds)), made(data.draw(ragged()), cfg)
     plain = quant.dequantize(found)
     logits = pg.forward(found, asked, cfg)
     assert logits.shape[-1] == cfg.text.vocab, "without the padding of the table"
@@ -155,7 +156,7 @@ def test_logits_are_those_of_the_dequantized_tree(cfg, method, data):
 @torch.no_grad()
 @given(configs, st.data())
 def test_logits_of_int8_are_those_of_the_dequantized_tree_for_every_size(cfg, data):
-    found, asked = small(cfg, "int8", data.draw(seeds)), data.draw(prompts(cfg))
+    found, asked = small(cfg, "int8", data.draw(seeds)), made(data.draw(ragged()), cfg)
     torch.testing.assert_close(pg.forward(found, asked, cfg), pg.forward(quant.dequantize(found), asked, cfg), **CLOSE)
 
 

@@ -5,9 +5,11 @@ import sys
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.strategies import SearchStrategy
 from rich import box
 from rich.console import Console
@@ -52,8 +54,13 @@ def laws(
         system = system._replace(params=(), apply=()) if quantize else system
     else:
         system = found(adapter)
-    searches = pglaws.checks(system, chosen, examples=DEEP if deep else examples)
-    results = list(tqdm(searches, total=len(chosen), unit="law", leave=False, disable=None))
+    with TemporaryDirectory() as folder:
+        set_hypothesis_home_dir(folder)  # else it leaves files where the user is
+        try:
+            searches = pglaws.checks(system, chosen, examples=DEEP if deep else examples)
+            results = list(tqdm(searches, total=len(chosen), unit="law", leave=False, disable=None))
+        finally:
+            set_hypothesis_home_dir(None)
     if as_json:
         for result in results:
             print(json.dumps(record(result)))

@@ -238,6 +238,7 @@ def test_a_prompt_compiled_block_by_block_is_what_it_was(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block, "possible", lambda x: True)
         patch.setattr(block, "attend", attend)
+        patch.setattr(block, "rotated", kernels.rotated_prompt_eager)
         found = pg.prefill(weights, given, cfg, 2, wrap=wrap)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     vision, language = [siglip.block] * cfg.vision.layers, [gemma.block] * cfg.text.layers

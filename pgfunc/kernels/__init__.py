@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc import ops
+from pgfunc.cache import pad
 from pgfunc.errors import SettingError
 from pgfunc.kernels.launch import code, dense, early, shared_memory
 from pgfunc.lowbit import Int4, Quantized
@@ -104,9 +105,9 @@ def share(queries: int, row: int, room: float) -> Share:
     return next((each for each in fitting if (each.queries + 2 * each.stages * each.keys) * row <= room), SHARES[-1][1])
 
 
-def power(size: int) -> int:
-    """The smallest power of two that is not less, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+def power(size: int, least: int = 16) -> int:
+    """The smallest power of two that is not less; 16 is the least that a tensor core multiplies."""
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def warps(size: int) -> int:
@@ -318,13 +319,13 @@ def attend_spans(
 
     A query that sees none gives zeros. Weights are rounded to v's dtype before they are divided by their sum.
     """
-    q, begin, end = q.contiguous(), begin.contiguous(), end.contiguous()
-    dense(k, v)
+    begin, end = begin.contiguous(), end.contiguous()
+    dense(q, k, v)
     (rows, tokens, heads, h), (slots, kv_heads) = q.shape, k.shape[1:3]
-    out, group = torch.empty_like(q), heads // kv_heads
+    out, group = q.new_empty(q.shape), heads // kv_heads
     cut = share(rows * kv_heads * tokens * group, power(h) * q.element_size(), shared_memory(q))
     code("device_attention").attend_spans[(-(-tokens * group // cut.queries), rows * kv_heads)](
-        q, k, v, begin, end, out, *k.stride()[:3], *v.stride()[:3], tokens, slots, scale, cap,
+        q, k, v, begin, end, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], tokens, slots, scale, cap,
         HEADS=heads, KV=kv_heads, G=group, H=h, HEAD=power(h), CAP=cap > 0,
         QUERIES=cut.queries, KEYS=cut.keys, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
@@ -342,6 +343,37 @@ def attend_spans_eager(
 ) -> Float[Tensor, "b t n h"]:
     key = torch.arange(k.shape[1], device=k.device)
     return ops.attend(q, k, v, (key >= begin[..., None]) & (key < end[..., None]), scale, cap)
+
+
+def rotated_prompt(
+    q: Float[Tensor, "b t n h"],
+    k: Float[Tensor, "b t k h"],
+    v: Float[Tensor, "b t k h"],
+    angles: Float[Tensor, "b t half"],
+    room: int,
+) -> tuple[Float[Tensor, "b t n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
+    """q and k, each plane turned by its angle, and v; k and v with `room` for so many tokens more, which is 0."""
+    angles = angles.contiguous()
+    dense(q, k, v)
+    (rows, tokens, heads, h), kv_heads = q.shape, k.shape[2]
+    out, slots = q.new_empty(q.shape), tokens + room
+    buffers = [x.new_empty(rows, slots, kv_heads, h) for x in (k, v)]
+    code("device_attention").rotated_prompt[(slots, rows)](
+        q, k, v, angles, out, *buffers, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], tokens, slots,
+        HEADS=heads, KV=kv_heads, HALF=h // 2,
+        QS=power(heads, 1), KS=power(kv_heads, 1), PLANES=power(h // 2, 1), num_warps=warps(heads * h // 2),
+    )  # fmt: skip
+    return out, *buffers
+
+
+def rotated_prompt_eager(
+    q: Float[Tensor, "b t n h"],
+    k: Float[Tensor, "b t k h"],
+    v: Float[Tensor, "b t k h"],
+    angles: Float[Tensor, "b t half"],
+    room: int,
+) -> tuple[Float[Tensor, "b t n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
+    return ops.rotate(q, angles), pad(ops.rotate(k, angles), room), pad(v, room)
 
 
 # --- how they are launched --------------------------------------------------------------------------------------------

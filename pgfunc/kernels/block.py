@@ -88,6 +88,17 @@ def attend(
     return torch.ops.pgfunc.attend_spans(q, k, v, mask.begin, mask.end, scale, cap)
 
 
+def rotated(
+    q: Float[Tensor, "b t n h"],
+    k: Float[Tensor, "b t k h"],
+    v: Float[Tensor, "b t k h"],
+    angles: Float[Tensor, "b t half"],
+    room: int,
+) -> tuple[Float[Tensor, "b t n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
+    """`ops.rotate` of q and k, and the buffers of a cache that begins with these k and v, with `room` for more."""
+    return torch.ops.pgfunc.rotated_prompt(q, k, v, angles, room)
+
+
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
@@ -124,9 +135,20 @@ def _attend_spans(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, s
     return kernels.attend_spans(q, k, v, begin, end, scale, cap)
 
 
+@torch.library.custom_op("pgfunc::rotated_prompt", mutates_args=())
+def _rotated_prompt(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.rotated_prompt(q, k, v, angles, room)
+
+
+def _rotated_prompt_fake(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    size = k.shape[0], k.shape[1] + room, *k.shape[2:]
+    return q.new_empty(q.shape), k.new_empty(size), v.new_empty(size)
+
+
 _block.register_fake(lambda x, *rest: torch.empty_like(x))
 _head.register_fake(lambda x, norm, w, eps, made: x.new_empty(1, 1, len(w[0])))
 _attend_spans.register_fake(lambda q, *rest: q.new_empty(q.shape))
+_rotated_prompt.register_fake(_rotated_prompt_fake)
 _angles.register_fake(lambda positions, dim, theta: positions.new_empty(1, 1, dim // 2, dtype=torch.float32))
 
 

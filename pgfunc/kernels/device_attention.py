@@ -96,7 +96,8 @@ def attend_one(
 @triton.jit
 @no_type_check
 def attend_spans(
-    q, k, v, begin, end, out, k_row, k_slot, k_head, v_row, v_slot, v_head, tokens, slots, scale, cap,
+    q, k, v, begin, end, out, q_row, q_token, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head, tokens, slots,
+    scale, cap,
     HEADS: tl.constexpr, KV: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, CAP: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -107,8 +108,11 @@ def attend_spans(
     here = row.to(tl.int64) * tokens + token
     first = tl.load(begin + here, mask=token < tokens, other=slots)
     last = tl.load(end + here, mask=token < tokens, other=0)
-    places, inside = (here * HEADS + head)[:, None] * H + column[None, :], (token < tokens)[:, None] & real[None, :]
-    queries = tl.load(q + places, mask=inside, other=0.0)
+    inside = (token < tokens)[:, None] & real[None, :]
+    q += row.to(tl.int64) * q_row
+    queries = tl.load(
+        q + (token.to(tl.int64) * q_token + head * q_head)[:, None] + column[None, :], mask=inside, other=0.0
+    )
     k += row.to(tl.int64) * k_row + kv * k_head
     v += row.to(tl.int64) * v_row + kv * v_head
     peak = tl.full([QUERIES], LEAST, tl.float32)
@@ -136,4 +140,40 @@ def attend_spans(
         joined = tl.dot(weights.to(values.dtype), values, joined, input_precision="ieee")
         peak = higher
     joined *= tl.where(total > 0, 1 / total, 0.0)[:, None]  # 0 where no key is seen
+    places = (here * HEADS + head)[:, None] * H + column[None, :]
     tl.store(out + places, joined.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def rotated_prompt(
+    q, k, v, angles, q_out, k_out, v_out,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, tokens, slots,
+    HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
+    QS: tl.constexpr, KS: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """A token: its q and k, turned, and its v; k and v of a slot behind the last token are 0."""
+    slot, row, here = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(0) < tokens
+    plane = tl.arange(0, PLANES)
+    real = plane < HALF
+    angle = tl.load(angles + (row * tokens + slot) * HALF + plane, mask=real & here, other=0.0)
+    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    kv, heads = tl.arange(0, KS), tl.arange(0, QS)
+    inside, there = (kv < KV)[:, None] & real[None, :], (heads < HEADS)[:, None] & real[None, :] & here
+    places = q + row * q_row + slot * q_token + heads[:, None] * q_head + plane[None, :]
+    one = tl.load(places, mask=there, other=0.0).to(tl.float32)
+    two = tl.load(places + HALF, mask=there, other=0.0).to(tl.float32)
+    places = k + row * k_row + slot * k_token + kv[:, None] * k_head + plane[None, :]
+    key = tl.load(places, mask=inside & here, other=0.0).to(tl.float32)
+    key_too = tl.load(places + HALF, mask=inside & here, other=0.0).to(tl.float32)
+    places = v + row * v_row + slot * v_token + kv[:, None] * v_head + plane[None, :]
+    value = tl.load(places, mask=inside & here, other=0.0)
+    value_too = tl.load(places + HALF, mask=inside & here, other=0.0)
+    places = q_out + ((row * tokens + slot) * HEADS + heads)[:, None] * 2 * HALF + plane[None, :]
+    tl.store(places, (one * cos - two * sin).to(q_out.dtype.element_ty), mask=there)
+    tl.store(places + HALF, (two * cos + one * sin).to(q_out.dtype.element_ty), mask=there)
+    places = ((row * slots + slot) * KV + kv)[:, None] * 2 * HALF + plane[None, :]
+    tl.store(k_out + places, (key * cos - key_too * sin).to(k_out.dtype.element_ty), mask=inside)
+    tl.store(k_out + places + HALF, (key_too * cos + key * sin).to(k_out.dtype.element_ty), mask=inside)
+    tl.store(v_out + places, value, mask=inside)
+    tl.store(v_out + places + HALF, value_too, mask=inside)

@@ -119,4 +119,5 @@ def test_the_operators_say_what_they_do(quantized):
     check(ours.head.default, (x, *weights((16,)), weights((96, 16)), 1e-6, False))
     q, begin, end = torch.randn(1, 3, 4, 8, device=DEVICE), torch.zeros_like(positions), positions + 1
     check(ours.attend_spans.default, (q, k, v, begin.expand(1, 3), end.expand(1, 3), 0.3, 0.0))
+    check(ours.rotated_prompt.default, (q, q[:, :, :2], q[:, :, 2:], torch.randn(1, 3, 4, device=DEVICE), 2))
     check(ours.angles.default, (positions, 8, 1e4))

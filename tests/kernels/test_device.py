@@ -300,6 +300,23 @@ def test_attention_of_many_tokens_sees_what_their_spans_hold(seed, dtype, sizes,
             within(found[row, token], *attention(*parts, last, h**-0.5, cap, last - first))
 
 
+@cases
+@given(seeds, dtypes, st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([1, 2, 6, 8]), st.integers(0, 3))
+def test_a_prompt_is_turned_and_begins_a_cache(seed, dtype, heads, half, room):
+    (n, kv), rows, tokens = heads, 2, 3
+    q, k, v = (normal(seed + i, dtype, rows, tokens, count, 2 * half) for i, count in enumerate((n, kv, kv)))
+    angles = normal(seed + 3, torch.float32, rows, tokens, half) * 1000
+    turn, found = wide(angles)[:, :, None], kernels.rotated_prompt(q, k, v, angles, room)
+    for before, after in ((q, found[0]), (k, found[1][:, :tokens])):
+        one, two = wide(before)[..., :half], wide(before)[..., half:]
+        turned = [one * np.cos(turn) - two * np.sin(turn), two * np.cos(turn) + one * np.sin(turn)]
+        error = 4 * FLOAT32 * (np.abs(one) + np.abs(two))  # of the cosine, the sine and the sum
+        within(after, np.concatenate(turned, -1), np.concatenate([error, error], -1))
+    assert torch.equal(found[2][:, :tokens], v)
+    assert not any(buffer[:, tokens:].any() for buffer in found[1:])
+    assert found[1].shape == found[2].shape == (rows, tokens + room, kv, 2 * half)
+
+
 def test_counters_are_0_for_the_attention_that_follows():
     given = calls()["rotated_qkv"]
     counters = kernels.counters(given[6]).fill_(7)
@@ -329,6 +346,11 @@ def calls(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple
             torch.tensor([[30, 9]], device=DEVICE),
             0.3,
             5.0,
+        ),
+        "rotated_prompt": (
+            *(normal(12 + i, dtype, 2, 3, count, 12) for i, count in enumerate((3, 1, 1))),
+            normal(15, torch.float32, 2, 3, 6) * 1000,
+            2,
         ),
     }
 

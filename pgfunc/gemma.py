@@ -78,7 +78,7 @@ def unembed(
     Raises SettingError as `head_rows`.
     """
     rows = head_rows(allowed, cfg)
-    head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of an Int8
+    head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of a quantized one
     if kernel_block.serves(x, tap, head):
         logits = kernel_block.head(x, p.norm, head, cfg.eps, made=isinstance(rows, Tensor))
     else:

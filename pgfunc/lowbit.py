@@ -1,7 +1,8 @@
 """A matrix of weights in 8 or 4 bits: made, read back, multiplied. `ops.linear` alone has it meet activations.
 
-`Int8` has a scale for each output. `Int4` has a scale and a zero for each output and group of inputs, and keeps two
-levels in a byte. For CPUs, and in files, two outputs' in blocks of 64, as PyTorch's kernel for AVX-512 reads them:
+`Int8` and `Float8` have a scale for each output. `Int4` has a scale and a zero for each output and group of inputs, and
+keeps two levels in a byte. For CPUs, and in files, two outputs' in blocks of 64, as PyTorch's kernel for AVX-512 reads
+them:
 
     byte [n, i, d]  =  level of (output 64 n + d, input i)  |  level of (output 64 n + 32 + d, input i) << 4
 
@@ -20,11 +21,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, UInt
+from jaxtyping import Float, Int, Shaped, UInt
 from torch import Tensor
 from torch.autograd import forward_ad
 
-GROUPS = {"int8": 0, "int4": 128, "int4-64": 64, "int4-32": 32}  # inputs that share a scale; 0: all of a row
+GROUPS = {"int8": 0, "fp8": 0, "int4": 128, "int4-64": 64, "int4-32": 32}  # inputs that share a scale; 0: all of a row
 BLOCK = 64
 
 
@@ -32,6 +33,13 @@ class Int8(NamedTuple):
     """values · scale."""
 
     values: Int[Tensor, "o i"]  # int8, from -127 to 127
+    scale: Float[Tensor, "o"]
+
+
+class Float8(NamedTuple):
+    """values · scale: 3 bits of a mantissa, where an Int8 has even steps (Micikevicius et al. 2022)."""
+
+    values: Float[Tensor, "o i"]  # float8_e4m3fn, from -448 to 448
     scale: Float[Tensor, "o"]
 
 
@@ -56,13 +64,15 @@ class Int4(NamedTuple):
         return self.inputs // self.scale.shape[0 if self.blocked else 1]
 
 
-Quantized = Int8 | Int4
+Quantized = Int8 | Float8 | Int4
+TYPES: dict[str, type] = {"int8": Int8, "fp8": Float8} | {name: Int4 for name, size in GROUPS.items() if size}
+MOST = {Int8: 127, Float8: 448}
 
 
 def method(w: Quantized) -> str:
     """The name in `GROUPS` of how a matrix was quantized."""
-    group = 0 if isinstance(w, Int8) else w.group
-    return next(name for name, size in GROUPS.items() if size == group)
+    group = w.group if isinstance(w, Int4) else 0
+    return next(name for name, size in GROUPS.items() if size == group and TYPES[name] is type(w))
 
 
 def kind(w: Tensor | Quantized) -> str:
@@ -73,21 +83,26 @@ def kind(w: Tensor | Quantized) -> str:
 def quantize(w: Float[Tensor, "o i"], method: str) -> Quantized:
     """The nearest levels: no weight moves by more than half its scale, but for the last rounding to its own dtype.
 
-    int4 needs outputs in multiples of 64, and inputs in multiples of its group, and is arranged for the device. A row
-    or group of zeros stays so, and with int4 a group of any one number that bfloat16 holds. In float16 a scale is at
-    least 6e-5. What is not finite has a scale that is not.
+    For fp8 a step is that of the level, 1/8 to 1/16 of it. int4 needs outputs in multiples of 64, and inputs in
+    multiples of its group, and is arranged for the device. A row or group of zeros stays so, and with int4 a group of
+    any one number that bfloat16 holds. In float16 a scale is at least 6e-5. What is not finite has a scale that is not.
     """
-    group = GROUPS[method]
+    group, kind = GROUPS[method], TYPES[method]
     # in float64 the levels are exact, and a few rows at a time it costs little memory
     pieces = w.split(len(w) if w.is_meta else 1024)
-    parts = [_int4(rows.double(), group, w.dtype) if group else _int8(rows.double(), w.dtype) for rows in pieces]
+    parts = [_int4(rows.double(), group, w.dtype) if group else _eight(rows.double(), w.dtype, kind) for rows in pieces]
     values, scales = map(torch.cat, zip(*parts, strict=True))
-    return Int8(values, scales) if not group else in_rows(values, scales) if w.is_cuda else in_blocks(values, scales)
+    return kind(values, scales) if not group else in_rows(values, scales) if w.is_cuda else in_blocks(values, scales)
 
 
-def _int8(rows: Tensor, dtype: torch.dtype) -> tuple[Int[Tensor, "o i"], Float[Tensor, "o"]]:
-    scale = _scale(rows.abs().amax(-1) / 127, dtype)
-    return (rows / rearrange(scale, "o -> o 1")).round().to(torch.int8), scale
+def _eight(rows: Tensor, dtype: torch.dtype, kind: type) -> tuple[Shaped[Tensor, "o i"], Float[Tensor, "o"]]:
+    scale = _scale(rows.abs().amax(-1) / MOST[kind], dtype)
+    levels = rows / rearrange(scale, "o -> o 1")
+    if kind is Int8:
+        return levels.round().to(torch.int8), scale
+    # rounded here, so that the conversion is exact: PyTorch's goes by way of float32. Below 2^-6 the steps are even
+    step = torch.exp2((torch.frexp(levels).exponent.double() - 1).clamp(min=-6) - 3)
+    return ((levels / step).round() * step).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> tuple[UInt[Tensor, "o i"], Float[Tensor, "o g z"]]:
@@ -144,8 +159,8 @@ def _coarse(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize(w: Quantized) -> Float[Tensor, "*o i"]:
-    """The weights that a matrix stands for, in the dtype of its scales; of an `Int8` any rows, with any axes before."""
-    if isinstance(w, Int8):
+    """The weights that a matrix stands for, in the dtype of its scales; in 8 bits of any rows, with any axes before."""
+    if not isinstance(w, Int4):
         return w.values.to(w.scale.dtype) * rearrange(w.scale, "... -> ... 1")
     scale, zero = rearrange(w.scale, "g o z -> z o g 1" if w.blocked else "o g z -> z o g 1")
     groups = rearrange(levels(w).to(torch.int8) - 8, "o (g i) -> o g i", i=w.group).to(scale.dtype)
@@ -154,8 +169,8 @@ def dequantize(w: Quantized) -> Float[Tensor, "*o i"]:
 
 def finite(w: Quantized) -> bool:
     """Whether every weight that the scales allow is a number of their dtype."""
-    if isinstance(w, Int8):
-        return bool((w.scale * 127).isfinite().all())
+    if not isinstance(w, Int4):
+        return bool((w.scale * MOST[type(w)]).isfinite().all())
     scale, zero = w.scale.unbind(-1)
     return bool(((zero - 8 * scale).isfinite() & (zero + 7 * scale).isfinite()).all())
 
@@ -185,7 +200,7 @@ def one_row(x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"]) -> Float[Tensor, 
 def pieces(w: Quantized) -> Iterator[Quantized]:
     """A matrix cut along its outputs: the weights of a piece stay in the cache of a CPU, or spare a GPU's memory."""
     size = 2**21 if w.scale.device.type == "cpu" else 2**27
-    inputs = w.values.shape[-1] if isinstance(w, Int8) else w.inputs
+    inputs = w.inputs if isinstance(w, Int4) else w.values.shape[-1]
     blocks = max(1, size // (inputs * BLOCK))
     if isinstance(w, Int4) and w.blocked:
         for part in zip(w.values.split(blocks), w.scale.split(blocks * BLOCK, 1), strict=True):
@@ -214,6 +229,8 @@ def kernel_serves(x: Tensor, w: Quantized) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or w.scale.requires_grad):
         return False
     here = x.device.type == "cpu" and x.dtype == w.scale.dtype != torch.float64 and w.values.is_contiguous()
+    if isinstance(w, Float8):
+        return False
     # the int8 kernel reads 16 numbers at once, also beyond the end of a row (PyTorch 2.13, bf16: a segmentation fault)
     return here and (BLOCKED and w.blocked if isinstance(w, Int4) else x.shape[-1] % 16 == 0)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pgfunc import lowbit
-from pgfunc.lowbit import Int8, Quantized
+from pgfunc.lowbit import Float8, Int8, Quantized
 
 T = TypeVar("T")
 AMX = torch.cpu._is_amx_tile_supported()
@@ -116,11 +116,11 @@ def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
 _linears.register_fake(lambda x, weights, biases: x.new_empty(*x.shape[:-1], sum(len(w) for w in weights)))
 
 
-def look_up(ids: Int[Tensor, "*b"], table: Float[Tensor, "v d"] | Int8) -> Float[Tensor, "*b d"]:
+def look_up(ids: Int[Tensor, "*b"], table: Float[Tensor, "v d"] | Int8 | Float8) -> Float[Tensor, "*b d"]:
     """The rows of a table; of a quantized one only those are made."""
     if isinstance(table, Tensor):
         return F.embedding(ids, table)
-    return lowbit.dequantize(Int8(*(part[ids] for part in table)))
+    return lowbit.dequantize(type(table)(*(part[ids] for part in table)))
 
 
 def layer_norm(

@@ -3,9 +3,9 @@
     small = pg.quant.quantize(model.params, "int4")     # the language model in 4 bits, its embedding in 8
     pg.quant.errors(model.params, small)                # how far each weight moved
 
-A quantized matrix stands in the tree as an `Int8` or an `Int4` of `lowbit`, whose tensors are leaves; every function of
-the model takes such a tree. It is not for training: nothing moves through rounded weights. Owns which weights of a tree
-are quantized, and what is said when that cannot be.
+A quantized matrix stands in the tree as an `Int8`, a `Float8` or an `Int4` of `lowbit`, whose tensors are leaves; every
+function of the model takes such a tree. It is not for training: nothing moves through rounded weights. Owns which
+weights of a tree are quantized, and what is said when that cannot be.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,15 +28,16 @@ PLAIN = {"vision.position", "projector"}  # a sum, and what tells the dtype of t
 def quantize(params: T, method: str = "int8", patterns: Sequence[str] = ("language.*",)) -> T:
     """The tree with its matrices in 8 or 4 bits, on whatever device they are; the given one is not changed.
 
-    method: "int8", a scale for each output; "int4", "int4-64" or "int4-32", a scale and a zero for each output and 128,
-    64 or 32 inputs. patterns: which matrices, by fnmatch on whole paths, such as `language.layers.*.gate`; vectors that
-    match stay as they are. The embedding, which is also the head, never has fewer than 8 bits. What is quantized by
-    this method already stays. Raises SettingError for another method, a pattern that matches no matrix, a matrix that
-    is quantized otherwise, or has a size that int4 does not take; NumericalError for numbers that are not finite, or
-    so large that their levels would not be.
+    method: "int8" or "fp8", a scale for each output; "int4", "int4-64" or "int4-32", a scale and a zero for each output
+    and 128, 64 or 32 inputs. "fp8" is for GPUs that have it, from compute capability 8.9 on; elsewhere the weights are
+    made anew for each product. patterns: which matrices, by fnmatch on whole paths, such as
+    `language.layers.*.gate`; vectors that match stay as they are. The embedding, which is also the head, never has
+    fewer than 8 bits. What is quantized by this method already stays. Raises SettingError for another method, a pattern
+    that matches no matrix, a matrix that is quantized otherwise, or has a size that int4 does not take; NumericalError
+    for numbers that are not finite, or so large that their levels would not be.
     """
     chosen = {path for pattern in patterns for path in tree.matching(matrices(params), pattern)}
-    return apply(params, {path: "int8" if path == TABLE and method in GROUPS else method for path in chosen})
+    return apply(params, {path: "int8" if path == TABLE and GROUPS.get(method) else method for path in chosen})
 
 
 def apply(params: T, methods: Mapping[str, str]) -> T:

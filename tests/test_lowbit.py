@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from pgfunc import lowbit, ops
-from pgfunc.lowbit import BLOCK, GROUPS, Int4, Int8
+from pgfunc.lowbit import BLOCK, GROUPS, Float8, Int4, Int8
 
 ROWS = " in rows"  # 4 bits in the order for GPUs
 METHODS = [*sorted(GROUPS), *(f"{method}{ROWS}" for method in sorted(GROUPS) if GROUPS[method])]
@@ -52,7 +52,13 @@ def meaning(w) -> np.ndarray:
 
 def grid(w) -> tuple[np.ndarray, np.ndarray]:
     """The weights and, for each, the step between levels."""
-    values, scale = w.values.numpy(), w.scale.double().numpy()
+    scale = w.scale.double().numpy()
+    if isinstance(w, Float8):  # sign, 4 bits of an exponent, 3 of a mantissa; where the exponent is 0 as where it is 1
+        byte = w.values.view(torch.uint8).numpy().astype(np.int64)
+        exponent, mantissa = byte >> 3 & 15, byte & 7
+        step = 2.0 ** (np.maximum(exponent, 1) - 10) * scale[:, None]
+        return np.where(byte >> 7, -1, 1) * (mantissa + 8 * (exponent > 0)) * step, step
+    values = w.values.numpy()
     if isinstance(w, Int8):
         return values * scale[:, None], np.broadcast_to(scale[:, None], values.shape)
     blocked = values.ndim == 3
@@ -110,7 +116,7 @@ def test_what_was_quantized_once_does_not_move_again(seed, method, dtype):
     # in bf16 and f16 the weights between the two are rounded once more, and a scale may change by its last bit
     once = quantized(normal(seed, BLOCK, 256, dtype=dtype), method)
     again = quantized(lowbit.dequantize(once), method)
-    assert torch.equal(again.values, once.values)
+    assert torch.equal(again.values.view(torch.uint8), once.values.view(torch.uint8))
     assert torch.equal(again.scale, once.scale)
 
 
@@ -119,10 +125,11 @@ def test_quantization_halves_and_quarters_bytes_and_the_error_is_that_of_roundin
     w = normal(seed, BLOCK, 1024, dtype=torch.bfloat16)
     small = quantized(w, method)
     size = small.values.nbytes / w.nbytes
-    assert size == (0.5 if method == "int8" else 0.25)
+    assert size == (0.25 if GROUPS[method.removesuffix(ROWS)] else 0.5)
     error = (lowbit.dequantize(small) - w).float().norm() / w.float().norm()
-    # steps of about 2 · 3.3 / 254 and 2 · 2.6 / 15 standard deviations, which round by 1/sqrt(12) of them
-    assert error < (0.012 if method == "int8" else 0.12)
+    # steps of about 2 · 3.3 / 254 and 2 · 2.6 / 15 standard deviations, and a 12th of a number, which round by
+    # 1/sqrt(12) of them
+    assert error < {"int8": 0.012, "fp8": 0.03}.get(method, 0.12)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,7 +137,7 @@ def test_quantization_halves_and_quarters_bytes_and_the_error_is_that_of_roundin
 def test_zeros_and_constants_stay_what_they_are(method, dtype):
     w = torch.zeros(BLOCK, 256, dtype=dtype)
     assert torch.equal(lowbit.dequantize(quantized(w, method)), w)
-    if method != "int8":
+    if GROUPS[method.removesuffix(ROWS)]:
         for number in (1.0, -0.03125, 240.0):  # bfloat16 holds them
             assert torch.equal(lowbit.dequantize(quantized(w + number, method)), w + number)
 
@@ -172,11 +179,13 @@ def test_linear_multiplies_by_what_the_bytes_mean(method, dtype, batch):
     assert torch.equal(ops.linear(x, w, bias), ops.linear(x, w) + bias)
 
 
-@given(seeds, dtypes, st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 5, 20]))
-def test_int8_takes_any_size(seed, dtype, outputs, inputs, rows):
+@given(
+    seeds, st.sampled_from(["int8", "fp8"]), dtypes, st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 5, 20])
+)
+def test_8_bits_take_any_size(seed, method, dtype, outputs, inputs, rows):
     x, w = (
         normal(seed, rows, inputs, dtype=dtype),
-        lowbit.quantize(normal(seed + 1, outputs, inputs, dtype=dtype), "int8"),
+        lowbit.quantize(normal(seed + 1, outputs, inputs, dtype=dtype), method),
     )
     check_product(x, w, ops.linear(x, w))
 
@@ -232,9 +241,9 @@ def test_kernels_serve_where_they_can_and_nowhere_else():
     assert seen == [False]
 
 
-@given(seeds, dtypes)
-def test_looking_up_makes_the_rows_of_the_table(seed, dtype):
-    table = lowbit.quantize(normal(seed, 20, 12, dtype=dtype), "int8")
+@given(seeds, st.sampled_from(["int8", "fp8"]), dtypes)
+def test_looking_up_makes_the_rows_of_the_table(seed, method, dtype):
+    table = lowbit.quantize(normal(seed, 20, 12, dtype=dtype), method)
     ids = torch.randint(0, 20, (2, 3), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(ops.look_up(ids, table), lowbit.dequantize(table)[ids])
     assert prod(ops.look_up(ids[:0], table).shape) == 0

@@ -17,7 +17,7 @@ from pgfunc.checkpoint import bigvision, hf
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
 from pgfunc.laws import ragged
-from pgfunc.lowbit import Int4, Int8
+from pgfunc.lowbit import GROUPS, TYPES
 from pgfunc.train import finetune, lora
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # float32, three layers; kernels sum in another order
@@ -31,7 +31,7 @@ WIDE = {
 }  # sizes that int4 takes
 WIDE_CONFIGS = {name: replace(CONFIGS[name], text=replace(CONFIGS[name].text, **WIDE)) for name in ("gemma", "gemma2")}
 IMAGES = Path(__file__).parent.parent / "examples/images"
-METHODS = ["int8", "int4", "int4-64", "int4-32"]
+METHODS = ["int8", "fp8", "int4", "int4-64", "int4-32"]
 
 wide_configs = st.sampled_from(sorted(WIDE_CONFIGS)).map(WIDE_CONFIGS.__getitem__)
 methods = st.sampled_from(METHODS)
@@ -55,17 +55,18 @@ def test_the_matrices_of_the_language_model_are_quantized_and_nothing_else(cfg, 
     found = quant.quantize(plain, method)
     assert bits(plain) == before, "the given tree is not changed"
     chosen = {f"language.layers.{i}.{name}" for i in range(3) for name in ("q", "k", "v", "out", "gate", "up", "down")}
-    assert quant.methods(found) == dict.fromkeys(["language.embed"], "int8") | dict.fromkeys(chosen, method)
+    table = method if GROUPS[method] == 0 else "int8"
+    assert quant.methods(found) == dict.fromkeys(["language.embed"], table) | dict.fromkeys(chosen, method)
     leaves = pg.tree.flatten(plain)
     for path, w in quant.weights(found).items():
         assert w is leaves[path] or path in chosen | {"language.embed"}
-        assert isinstance(w, Int8 if path == "language.embed" or method == "int8" else Int4) or w is leaves[path]
+        assert isinstance(w, TYPES[table if path == "language.embed" else method]) or w is leaves[path]
     back = pg.tree.flatten(quant.dequantize(found))
     assert [(path, leaf.shape) for path, leaf in back.items()] == [(path, leaf.shape) for path, leaf in leaves.items()]
     errors = quant.errors(plain, found)
     assert errors.keys() == quant.methods(found).keys()
-    assert 0.001 < errors["language.embed"] < 0.01  # normal rows of 128: 0.0063
-    assert max(errors.values()) < (0.01 if method == "int8" else 0.11)  # groups of 128 normal numbers: 0.099
+    assert 0.001 < errors["language.embed"] < (0.03 if method == "fp8" else 0.01)  # normal rows of 128: 0.026, 0.0063
+    assert max(errors.values()) < {"int8": 0.01, "fp8": 0.03}.get(method, 0.11)  # groups of 128 normal numbers: 0.099
 
 
 def test_patterns_choose_and_what_is_quantized_so_already_stays():
@@ -81,7 +82,7 @@ def test_patterns_choose_and_what_is_quantized_so_already_stays():
 WRONG = {
     "method": (
         lambda p: quant.quantize(p, "int3"),
-        r"quantize is 'int3', expected one of int8, int4, int4-64, int4-32",
+        r"quantize is 'int3', expected one of int8, fp8, int4, int4-64, int4-32",
     ),
     "table": (lambda p: quant.quantize(p, "int3", ["language.embed"]), r"quantize is 'int3'"),
     "pattern": (lambda p: quant.quantize(p, "int8", ["language.gate"]), r"'language\.gate' matches none of 34 paths"),
@@ -112,7 +113,7 @@ def test_what_cannot_be_quantized_is_said_in_one_line(what):
 
 
 @pytest.mark.parametrize("name", pg.PUBLISHED)
-@pytest.mark.parametrize(("method", "share"), [("int8", 0.501), ("int4", 0.35)])
+@pytest.mark.parametrize(("method", "share"), [("int8", 0.501), ("fp8", 0.501), ("int4", 0.35)])
 def test_every_published_size_can_be_quantized(name, method, share):
     plain = paligemma.abstract(pg.PUBLISHED[name])
     plain = pg.tree.map(lambda leaf: leaf.bfloat16(), plain)
@@ -344,6 +345,7 @@ def predicting(weights: pg.Params, whole: pg.Prompt, cfg: Config) -> torch.Tenso
     # the change's root mean square over the logits' standard deviation, and equal tokens; measured on 129 tokens:
     [
         ("int8", 0.03, 0.97),  # 0.011, 0.99
+        ("fp8", 0.05, 0.9),  # MEASURE
         ("int4", 0.2, 0.75),  # 0.127, 0.90
         ("int4-32", 0.15, 0.8),  # 0.110, 0.95
     ],

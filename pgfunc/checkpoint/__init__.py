@@ -38,8 +38,8 @@ def load(
     hub id, `owner/name` or `owner/name@revision`, by huggingface_hub with its cache and its offline switch.
     dtype: None keeps what the files hold. device: None is CUDA where there is one, else the CPU; "meta" reads only
     headers. Weights in Hugging Face layout are memory-mapped, and not copied while dtype and device stay.
-    quantize: "int8", "int4", "int4-64" or "int4-32" makes the language model smaller once it is on the device, see
-    `quant.quantize`; one that was saved quantized is so without it.
+    quantize: "int8", "fp8", "int4", "int4-64" or "int4-32" makes the language model smaller once it is on the device,
+    see `quant.quantize`; one that was saved quantized is so without it.
     Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
     """
     where, kind = as_device(device), as_dtype(dtype)

@@ -96,7 +96,7 @@ def gather(
     for key, slots in users.items():
         entry = entries[key]
         array = torch.empty(entry.shape, dtype=entry.dtype, device="meta") if device.type == "meta" else entry.read()
-        kind = dtype if entry.dtype.is_floating_point else None  # the integers of quantized weights stay
+        kind = dtype if castable(entry.dtype) else None
         leaves |= {path: slot.read(array).to(device=device, dtype=kind) for path, slot in slots}
     return tree.replace(abstract, leaves)
 
@@ -116,14 +116,19 @@ def check(expected: Mapping[str, Tensor], entries: Mapping[str, Entry], where: s
         if tuple(entry.shape) != tuple(expected[key].shape):
             raise CheckpointError(f"{where}: {key}: expected {tuple(expected[key].shape)}, found {tuple(entry.shape)}")
         wanted = expected[key].dtype
-        if entry.dtype != wanted and not (entry.dtype.is_floating_point and wanted.is_floating_point):
-            kind = "floating point numbers" if wanted.is_floating_point else wanted
+        if entry.dtype != wanted and not (castable(entry.dtype) and castable(wanted)):
+            kind = "floating point numbers" if castable(wanted) else wanted
             raise CheckpointError(f"{where}: {key}: expected {kind}, found {entry.dtype}")
+
+
+def castable(dtype: torch.dtype) -> bool:
+    """Whether numbers of this kind may be loaded as another: the values of quantized weights may not."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def check_one_dtype(entries: Mapping[str, Entry], where: str) -> None:
     """Activations meet all weights, so all weights must have one dtype, and the scales of quantized ones."""
-    (key, entry), *others = ((key, entry) for key, entry in entries.items() if entry.dtype.is_floating_point)
+    (key, entry), *others = ((key, entry) for key, entry in entries.items() if castable(entry.dtype))
     for other, found in others:
         if found.dtype != entry.dtype:
             raise CheckpointError(f"{where}: {key} is {entry.dtype}, {other} is {found.dtype}; choose one with dtype=")

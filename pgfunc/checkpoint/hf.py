@@ -18,18 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pgfunc import gemma, paligemma, quant, siglip, tree
+from pgfunc import gemma, lowbit, paligemma, quant, siglip, tree
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather, read_json, write_json
 from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError
-from pgfunc.lowbit import Int4, Int8
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what a save replaces
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-          "I8": torch.int8, "U8": torch.uint8}  # fmt: skip
+          "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
 
 # each part of the model is found by this key of it: what stands before is the layout's prefix
 ANCHORS = {
@@ -41,7 +40,7 @@ ANCHORS = {
 HUB = {"vision": "vision_tower.vision_model.", "projector": "", "language": "language_model.model."}
 
 # what the parts of a quantized weight add to its key
-INT8, INT4 = Int8(values=".values", scale=".scale"), Int4(values=".values", scale=".scale")
+VALUES, SCALE = ".values", ".scale"
 
 SIGLIP_LAYER = siglip.Layer(
     norm1_scale="layer_norm1.weight", norm1_bias="layer_norm1.bias",
@@ -110,7 +109,7 @@ def with_parts(table: paligemma.Params, methods: Mapping[str, str]) -> paligemma
     def parts(path: str, slot: Slot) -> Any:
         if path not in methods:
             return slot
-        return tree.map(lambda name: Slot(slot.key + name), INT8 if methods[path] == "int8" else INT4)
+        return lowbit.TYPES[methods[path]](Slot(slot.key + VALUES), Slot(slot.key + SCALE))
 
     return tree.map_with_path(parts, table)
 
@@ -134,7 +133,7 @@ def layout(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
     """The prefix of each part of the model."""
     found = {}
     for part, anchor in ANCHORS.items():
-        matches = [key for key in (key.removesuffix(INT8.values) for key in entries) if key.endswith(anchor)]
+        matches = [key for key in (key.removesuffix(VALUES) for key in entries) if key.endswith(anchor)]
         if len(matches) != 1:
             said = f"{len(matches)} keys end in" if matches else "no key ends in"
             raise CheckpointError(f"{folder}: {said} {anchor}; expected one, as in a PaliGemma checkpoint")

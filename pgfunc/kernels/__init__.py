@@ -357,13 +357,13 @@ def rotated_prompt(
     dense(q, k, v)
     (rows, tokens, heads, h), kv_heads = q.shape, k.shape[2]
     out, slots = q.new_empty(q.shape), tokens + room
-    buffers = [x.new_empty(rows, slots, kv_heads, h) for x in (k, v)]
+    k_buffer, v_buffer = (x.new_empty(rows, slots, kv_heads, h) for x in (k, v))
     code("device_attention").rotated_prompt[(slots, rows)](
-        q, k, v, angles, out, *buffers, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], tokens, slots,
+        q, k, v, angles, out, k_buffer, v_buffer, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], tokens, slots,
         HEADS=heads, KV=kv_heads, HALF=h // 2,
         QS=power(heads, 1), KS=power(kv_heads, 1), PLANES=power(h // 2, 1), num_warps=warps(heads * h // 2),
     )  # fmt: skip
-    return out, *buffers
+    return out, k_buffer, v_buffer
 
 
 def rotated_prompt_eager(

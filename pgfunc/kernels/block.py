@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from pgfunc import kernels, lowbit, ops
 from pgfunc.config import TextConfig
 from pgfunc.kernels import Matrix
-from pgfunc.lowbit import Int4, Int8
+from pgfunc.lowbit import Float8, Int4, Int8
 from pgfunc.masks import Span
 
 TRITON = find_spec("triton") is not None
+QUANTIZED = {torch.int8: Int8, torch.float8_e4m3fn: Float8, torch.uint8: Int4}  # what the values tell
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,7 +37,7 @@ def possible(x: Tensor) -> bool:
 def serves(x: Float[Tensor, "*b d"], tap, weights: Any) -> bool:
     """Whether the kernels do it: for one token in compiled code on a GPU, without a tap or a gradient."""
     fits = x.shape[:-1] == (1, 1) and tap is ops.identity and torch.compiler.is_compiling() and possible(x)
-    return fits and all(w.dtype in (x.dtype, torch.int8, torch.uint8) for w in pytree.tree_leaves(weights))
+    return fits and all(w.dtype in (x.dtype, *QUANTIZED) for w in pytree.tree_leaves(weights))
 
 
 def serves_layers(x: Float[Tensor, "b t d"], tap, layers: Sequence[Any]) -> bool:
@@ -154,9 +155,9 @@ _angles.register_fake(lambda positions, dim, theta: positions.new_empty(1, 1, di
 
 def rebuilt(leaves: Sequence[Tensor]) -> Iterator[Any]:
     """The weights whose leaves these are, in their order: a quantized matrix is followed by its scales."""
-    rest, kinds = iter(leaves), {torch.int8: Int8, torch.uint8: Int4}
+    rest = iter(leaves)
     for leaf in rest:
-        yield kinds[leaf.dtype](leaf, next(rest)) if leaf.dtype in kinds else leaf
+        yield QUANTIZED[leaf.dtype](leaf, next(rest)) if leaf.dtype in QUANTIZED else leaf
 
 
 def added(row: Float[Tensor, "d"], x: Float[Tensor, "i"], w: Matrix, norm: Tensor | None, eps: float) -> Tensor:

@@ -34,7 +34,7 @@ def test_a_compiled_decode_of_a_quantized_tree_equals_the_pure_one(method, dtype
     assert step.compilations == 1
 
 
-@pytest.mark.parametrize("method", ["int8", "int4-64"])
+@pytest.mark.parametrize("method", ["int8", "fp8", "int4-64"])
 def test_a_compiled_product_equals_the_plain_one_where_no_kernel_serves(method, monkeypatch):
     monkeypatch.setattr(pg.quant.lowbit, "kernel_serves", lambda x, w: False)
     w = pg.quant.lowbit.quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), method)

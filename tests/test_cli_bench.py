@@ -84,19 +84,19 @@ def test_a_published_name_draws_its_weights(run, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("source", ["--config", "--model"])
-def test_quantized_weights_are_fewer_bytes_to_read(run, folder, monkeypatch, source):
+@pytest.mark.parametrize(("source", "method"), [("--config", "int8"), ("--model", "int8"), ("--model", "fp8")])
+def test_quantized_weights_are_fewer_bytes_to_read(run, folder, monkeypatch, source, method):
     monkeypatch.setitem(pg.PUBLISHED, "paligemma-3b-224", CONFIGS["gemma"])
     name = "paligemma-3b-224" if source == "--config" else str(folder)
     read = []
-    for more in ((), ("--quantize", "int8")):
+    for more in ((), ("--quantize", method)):
         status, out, _ = run(source, name, "--dtype", "bfloat16", "--json", *more, *FEW)
         assert status == 0
         read.append({stage["stage"]: stage["bytes"] for stage in json.loads(out)["stages"]})
     plain, small = read
     assert small["vision"] == plain["vision"]
     assert small["decode"] < plain["decode"]
-    assert ", int8 in bfloat16, batch 1" in run(source, name, "--dtype", "bfloat16", *more, *FEW)[1]
+    assert f", {method} in bfloat16, batch 1" in run(source, name, "--dtype", "bfloat16", *more, *FEW)[1]
 
 
 def test_threads_are_pytorchs(run, folder, monkeypatch):

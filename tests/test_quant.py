@@ -345,7 +345,7 @@ def predicting(weights: pg.Params, whole: pg.Prompt, cfg: Config) -> torch.Tenso
     # the change's root mean square over the logits' standard deviation, and equal tokens; measured on 129 tokens:
     [
         ("int8", 0.03, 0.97),  # 0.011, 0.99
-        ("fp8", 0.05, 0.9),  # MEASURE
+        ("fp8", 0.1, 0.95),  # 0.050, 0.98
         ("int4", 0.2, 0.75),  # 0.127, 0.90
         ("int4-32", 0.15, 0.8),  # 0.110, 0.95
     ],

@@ -9,6 +9,10 @@ from jaxtyping import install_import_hook
 
 collect_ignore = ["compiled", "kernels"]  # which `test_compiled.py` and `test_kernels.py` run
 
+# several processes, `-n 2`: their threads would wait for one another
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # every jaxtyping signature of the package is checked while the tests run
 assert "pgfunc" not in sys.modules, "the import hook must come first"
 install_import_hook("pgfunc", "beartype.beartype")

@@ -1,6 +1,7 @@
 """The shipped checkpoint: transformers reads it as it stands, and it does what its card says on scenes that it has not
 seen, which are committed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pgfunc.detect import Box
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "examples/images"
+ASKED = 100 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 60  # scenes whose every prompt is answered
 PICTURES = [str(IMAGES / f"{name}.png") for name in ("scene", "cars", "shapes")]
 
 
@@ -72,7 +74,7 @@ def test_greedy_text_equals_that_of_transformers_on_50_held_out_prompts(shipped,
 
 
 def test_new_scenes_are_captioned_counted_located_and_masked(shipped, scenes, vq):
-    examples = scenes["S0"]
+    examples = scenes["S0"][:ASKED]
     found = evaluate.figures(examples, evaluate.answers(shipped, examples), vq)
     assert found["objects named, F1"] > 0.88
     assert min(found[f"question: {kind}"] for kind in evaluate.QUESTIONS) > 0.9

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from pgfunc import image
+from pgfunc import tokenizer as tokenizers
 from pgfunc.config import SiglipConfig
 from pgfunc.dual import DualParams
 from pgfunc.errors import CheckpointError, PromptError
@@ -50,11 +51,7 @@ class SiglipModel(NamedTuple):
 
 def load_tokenizer(path: Path) -> TextTokenizer:
     """Read a `tokenizer.json`."""
-    try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception, and quotes the file, newlines included
-        raise CheckpointError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from error
-    return wrap(backend, str(path))
+    return wrap(tokenizers.read(path), str(path))
 
 
 def wrap(backend: Backend, where: str) -> TextTokenizer:
@@ -103,7 +100,7 @@ def text_ids(model: SiglipModel, texts: Sequence[str]) -> Int[Tensor, "b t"]:
     tokenizer, length = model.tokenizer, model.cfg.text.positions
     if tokenizer is None:
         raise PromptError("this model was loaded without a tokenizer.json, and cannot read text")
-    rows = [[*_encode(tokenizer, text), tokenizer.eos] for text in texts]
+    rows = [[*encode(tokenizer, text), tokenizer.eos] for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > length:
             raise PromptError(
@@ -117,11 +114,9 @@ def text_ids(model: SiglipModel, texts: Sequence[str]) -> Int[Tensor, "b t"]:
     return torch.tensor(padded, dtype=torch.int64, device=model.params.scale.device).reshape(-1, length)
 
 
-def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
-    try:
-        return tokenizer.backend.encode(canonical(text, tokenizer.bare), add_special_tokens=False).ids
-    except (UnicodeEncodeError, TypeError) as error:
-        raise PromptError(f"{text!r} is not text that can be encoded ({error})") from error
+def encode(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """The ids of a text, with nothing added."""
+    return tokenizers.ids_of(tokenizer.backend, canonical(text, tokenizer.bare))
 
 
 def pixels(model: SiglipModel, images: Sequence[image.Source]) -> Float[Tensor, "n 3 y x"]:

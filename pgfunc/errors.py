@@ -4,9 +4,20 @@
 turns an error into text.
 """
 
+LONGEST = 1000  # characters of a message; what a file says of itself may be a megabyte
+
 
 class PgfuncError(Exception):
-    """Anything that pgfunc reports about its input, its files or its machine."""
+    """Anything that pgfunc reports about its input, its files or its machine.
+
+    What a message quotes of a file or a name cannot break its line, command a terminal or fill it: characters that do
+    not print are escaped, and a long message loses its middle.
+    """
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        said = said if said.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
+        return said if len(said) <= LONGEST else f"{said[: LONGEST // 2]} ... {said[-LONGEST // 2 :]}"
 
 
 class CheckpointError(PgfuncError):

@@ -37,7 +37,6 @@ def open_image(source: Source) -> Image.Image:
     if isinstance(source, (np.ndarray, Tensor)):
         return from_array(_as_array(source))
     name = str(source) if isinstance(source, (str, PathLike)) else "the given picture"
-    name = name if name.isprintable() else repr(name)  # a file's name may hold a newline; a message is one line
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata: what counts is that the pixels decode
@@ -77,8 +76,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """16-bit levels -> 8-bit ones, rounded: 257 x level is level."""
-    return ((values.astype(np.int64).clip(0, 65_535) + 128) // 257).astype(np.uint8)
+    """16-bit levels -> 8-bit ones, rounded: 257 x level is level. Never wider than 16 bits: pictures are large."""
+    levels = values.clip(0, 65_535).astype(np.uint16)
+    return (levels // 257 + (levels % 257 > 128)).astype(np.uint8)
 
 
 def _as_array(source: np.ndarray | Tensor) -> np.ndarray:

@@ -18,6 +18,7 @@ from pgfunc.errors import CheckpointError, PromptError
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
 WORDS = ("<loc", "<seg")
+IDS, LARGE = 10**7, re.compile(r":\s*[0-9]{8}")  # more ids than any model has, and what a larger one looks like
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -34,12 +35,21 @@ def load(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`."""
     if not path.exists():
         raise CheckpointError(f"{path}: missing")
+    return wrap(read(path), str(path))
+
+
+def read(path: Path) -> Backend:
+    """The backend in a file."""
     try:
-        return wrap(Backend.from_file(str(path)), str(path))
-    except CheckpointError:
-        raise
+        text = path.read_text(encoding="utf-8")
+        backend = Backend.from_str(text)
     except Exception as error:  # the package raises bare Exception, and quotes the file, newlines included
         raise CheckpointError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from error
+    # to mark a tokenizer or to save it, the package counts up to the largest id; all ids are asked for only where one
+    # may be large: of Gemma's vocabulary that takes as long as to read it
+    if LARGE.search(text) and (last := max(backend.get_vocab().values(), default=0)) >= IDS:
+        raise CheckpointError(f"{path}: has a token of id {last}, expected less than {IDS}; download it again")
+    return backend
 
 
 def wrap(backend: Backend, where: str) -> Tokenizer:
@@ -48,7 +58,10 @@ def wrap(backend: Backend, where: str) -> Tokenizer:
     backend.encode_special_tokens = True
     backend.no_padding()
     backend.no_truncation()
-    newline = backend.encode("\n", add_special_tokens=False).ids
+    try:
+        newline = ids_of(backend, "\n")
+    except PromptError as error:
+        raise CheckpointError(f"{where}: {error}; download it again") from error
     if len(newline) != 1:
         raise CheckpointError(f"{where}: a newline is {len(newline)} tokens, expected one as in PaliGemma's tokenizer")
     control = (backend.token_to_id(name) for name in CONTROL)
@@ -72,9 +85,14 @@ def _marked(backend: Backend) -> Backend:
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text, with nothing added before or after."""
+    return ids_of(tokenizer.backend, text)
+
+
+def ids_of(backend: Backend, text: str) -> list[int]:
+    """The ids of a text, by a backend alone."""
     try:
-        return tokenizer.backend.encode(text, add_special_tokens=False).ids
-    except (UnicodeEncodeError, TypeError) as error:
+        return backend.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the package raises bare Exception where a file promises a token that it lacks
         raise PromptError(f"{text!r} is not text that can be encoded ({error})") from error
 
 

@@ -112,7 +112,7 @@ def padded(path: Path, cfg: Config) -> Config:
     """The config with the padding rows that a file converted from Hugging Face's keeps behind the vocabulary."""
     rows = open_file(path).get(EMBED)
     more = rows.shape[0] - cfg.text.vocab if rows and rows.shape else 0
-    return replace(cfg, text=replace(cfg.text, padding=max(more, 0)))
+    return replace(cfg, text=replace(cfg.text, padding=more if 0 < more < cfg.text.vocab else 0))
 
 
 def open_file(path: Path) -> dict[str, Entry]:
@@ -145,7 +145,7 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], torch
 def _read(path: Path, name: str) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            array = archive[name]
+            array = archive[f"{name}.npy"]  # without it, a member may be found that has no suffix
     except Exception as error:  # as in open_file
         raise CheckpointError(f"{path}: {name} cannot be read ({error}); download it again") from error
     if array.dtype.kind == "V":

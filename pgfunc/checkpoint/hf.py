@@ -150,11 +150,11 @@ def open_folder(folder: Path) -> dict[str, Entry]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: weight_map is not a table of file names")
-    entries = {}
+    entries, present = {}, {path.name for path in folder.iterdir()}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(f"{folder / INDEX}: {name} lies outside the folder; shards are plain file names")
-        if not (folder / name).exists():
+        if name not in present:  # not asked of the file system, which takes no name of a thousand characters
             raise CheckpointError(f"{folder / name}: missing, though {INDEX} names it; download it again")
         shard = open_file(folder / name)
         if absent := sorted({key for key, file in weight_map.items() if file == name} - shard.keys()):
@@ -174,9 +174,16 @@ def open_file(path: Path) -> dict[str, Entry]:
         if piece.get_dtype() not in DTYPES:
             raise CheckpointError(f"{path}: {key}: dtype {piece.get_dtype()} is not one of {', '.join(DTYPES)}")
     return {
-        key: Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()], lambda key=key: file.get_tensor(key))
+        key: Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()], lambda key=key: _read(file, path, key))
         for key, piece in slices.items()
     }
+
+
+def _read(file: Any, path: Path, key: str) -> Tensor:
+    try:
+        return file.get_tensor(key)
+    except (SafetensorError, RuntimeError, TypeError) as error:  # an empty array may have a size that no tensor has
+        raise CheckpointError(f"{path}: {key} cannot be read ({error}); download it again") from error
 
 
 def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) -> None:

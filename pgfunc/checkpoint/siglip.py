@@ -29,7 +29,17 @@ from pgfunc.checkpoint import (
     shipped,
 )
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather, write_json
-from pgfunc.checkpoint.hf_config import CONFIG, SIGLIP, parse_as, parse_vision, render_vision, require, whole
+from pgfunc.checkpoint.hf_config import (
+    CONFIG,
+    SIGLIP,
+    parse_as,
+    parse_vision,
+    positive,
+    render_vision,
+    require,
+    section,
+    whole,
+)
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.dual_prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
 from pgfunc.errors import CheckpointError
@@ -186,7 +196,7 @@ def parse(raw: Mapping[str, Any]) -> SiglipConfig:
     if raw["model_type"] != "siglip":
         raise ValueError(f"model_type is {raw['model_type']!r}, expected 'siglip'")
     vision, text = (
-        {key: value for key, value in (raw.get(part) or {}).items() if value is not None}
+        {key: value for key, value in (section(raw, part) if raw.get(part) else {}).items() if value is not None}
         for part in ("vision_config", "text_config")
     )
     if vision.pop("vision_use_head", True) is not True:
@@ -208,7 +218,7 @@ def parse_text(raw: Mapping[str, Any]) -> SiglipTextConfig:
         hidden=whole(raw, "intermediate_size"),
         out=whole(raw, "projection_size" if "projection_size" in raw else "hidden_size"),
         positions=whole(raw, "max_position_embeddings"),
-        eps=float(raw["layer_norm_eps"]),
+        eps=positive(raw, "layer_norm_eps"),
     )
     if cfg.width % cfg.heads:
         raise ValueError(f"text_config.hidden_size {cfg.width} is not a multiple of its {cfg.heads} heads")

@@ -85,11 +85,15 @@ def finish(job: Job, out: Path, state: State, base: str) -> None:
 
 def read_log(out: Path) -> list[dict[str, Any]]:
     """The lines of a run's log; one that was cut off while it was written is none."""
-    text = (out / LOG).read_text() if (out / LOG).exists() else ""
     try:
-        return [json.loads(line) for line in text.split("\n")[:-1]]
-    except ValueError as error:
+        text = (out / LOG).read_text() if (out / LOG).exists() else ""
+        found = [json.loads(line) for line in text.split("\n")[:-1]]
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{out / LOG}: not the log of a run ({error}); give another folder") from error
+    for number, entry in enumerate(found, 1):
+        if not isinstance(entry, dict) or {type(entry.get(key)) for key in ("step", "loss")} - {int, float}:
+            raise CheckpointError(f"{out / LOG}:{number}: has no step and loss; give another folder")
+    return found
 
 
 def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:

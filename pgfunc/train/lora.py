@@ -18,7 +18,7 @@ from torch import Tensor
 from pgfunc import paligemma, quant, tree
 from pgfunc.checkpoint import ADAPTER, HUB_ID, hf
 from pgfunc.checkpoint.files import check
-from pgfunc.checkpoint.hf_config import read_json, write_json
+from pgfunc.checkpoint.hf_config import MOST, read_json, write_json
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError, SettingError
 from pgfunc.ops import widen
@@ -151,7 +151,9 @@ def read_settings(path: Path) -> tuple[int, float]:
     beyond = [name for name in BEYOND if settings.get(name) not in (None, False, "none", {}, [])]
     if str(settings.get("init_lora_weights")).startswith(OWN_BASE):
         beyond.append("init_lora_weights")
-    if beyond or rank < 1:
+    if not -1e30 < alpha < 1e30:
+        beyond.append("lora_alpha")
+    if beyond or not 1 <= rank <= MOST:
         name = beyond[0] if beyond else "r"
         raise CheckpointError(f"{path}: {name} is {settings[name]!r}; only plain LoRA is read, merge it with PEFT")
     return rank, alpha / rank

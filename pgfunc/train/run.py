@@ -189,7 +189,9 @@ def resume(path: Path, job: Job) -> State:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("job", "{}"))
         arrays = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        if not isinstance(found, dict):
+            raise ValueError(f"its job is {found!r}")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the state of a run ({error}); remove it to start again") from error
     for name, value in identity(job).items():
         if found.get(name) != value:
@@ -198,6 +200,9 @@ def resume(path: Path, job: Job) -> State:
                 "continue it with its own settings, or give another folder"
             )
     fresh = start(job)
+    for name, leaf in tree.flatten(fresh).items():
+        if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(f"{path}: {name} is missing, or not as the run has it; remove it to start again")
     return tree.map_with_path(lambda name, leaf: arrays[name].to(leaf.device), fresh)
 
 

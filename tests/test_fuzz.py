@@ -1,0 +1,327 @@
+"""Whatever a file holds, it is read as promised or refused in one line that says where; quickly, and in little memory.
+
+The readers, and the law that `attempt` states, are in `readers.py`.
+"""
+
+import io
+import json
+import resource
+import signal
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from readers import READERS, attempt, lay
+from small import CODES, LINE, MODES, OBJECT, VALUES, joined, members, picture_file, replaced, split, within, zipped
+
+from pgfunc.checkpoint.bigvision import EMBED
+
+SECONDS = 5
+MEMORY = 128 * 2**20
+PIXELS = 2**21  # of the largest picture that is decoded here, for speed; Pillow's own bound is 85 times that
+
+
+class HangError(BaseException):
+    """Not an Exception: no reader may take it for a fault of the file."""
+
+
+def peak() -> int:
+    """The most memory that this process has had in use, in bytes, since it was last asked on Linux."""
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+    return found
+
+
+@contextmanager
+def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
+    """Fails where the block takes longer, or more memory."""
+
+    def stop(*_: object) -> None:
+        raise HangError(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    peak()
+    start = peak()
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    used = peak() - start
+    assert used < memory, f"{used / 2**20:.0f} MiB"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", PIXELS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A folder for each reader, with what stands beside its file."""
+    found = {name: tmp_path_factory.mktemp(name) for name in READERS}
+    for name, reader in READERS.items():
+        lay(reader, found[name])
+    return found
+
+
+def read(name: str, folders: dict[str, Path], content: bytes) -> str:
+    """What the reader says of the bytes, within the bounds."""
+    with bounded():
+        return attempt(READERS[name], content, folders[name])
+
+
+def is_json(content: bytes) -> bool:
+    try:
+        return isinstance(json.loads(content), dict)
+    except ValueError:
+        return False
+
+
+JSON = [name for name, reader in READERS.items() if is_json(reader.seeds[0])]
+MAPPED = [name for name, reader in READERS.items() if reader.file.endswith(".safetensors") and reader.pack is bytes]
+ZIPPED = ["npz", "npz-weights"]
+BROKEN = {"config": 1, "npz": 1, "npz-published": 0, "masks": 0}  # of which file nothing is read
+
+
+# --- damage
+
+
+class Edit(NamedTuple):
+    """Bytes in place of others."""
+
+    place: float  # an index, or a share of all
+    drop: int
+    put: bytes
+
+
+edits = st.lists(
+    st.builds(Edit, st.integers(0, 80) | st.floats(0, 1), st.sampled_from([0, 1, 2, 8, 10**6]), st.binary(max_size=9)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def edited(whole: bytes, edits: list[Edit]) -> bytes:
+    for edit in edits:
+        at = edit.place if isinstance(edit.place, int) else int(edit.place * len(whole))
+        whole = whole[:at] + edit.put + whole[at + edit.drop :]
+    return whole
+
+
+numbers = st.integers() | st.floats() | st.sampled_from([2**31, 2**63, 10**30])
+anything = st.recursive(
+    st.sampled_from(VALUES) | numbers | st.text(max_size=8),
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(max_size=5), parts, max_size=3),
+    max_leaves=5,
+)
+places = st.integers(0, 10**4)
+
+
+def changed(value: object, place: int, new: object) -> object:
+    """The JSON value with another in one of its places, counted round and round."""
+    found = within(value)
+    return replaced(value, found[place % len(found)], new)
+
+
+# --- claims
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_whole_files_are_read(name, folders):
+    said = [bool(read(name, folders, seed)) for seed in READERS[name].seeds]
+    if name == "picture":  # but for PostScript, which needs a program that may not be there
+        assert sum(said) <= sum(seed.startswith(b"%!PS") for seed in READERS[name].seeds)
+    else:
+        assert said == [i == BROKEN.get(name) for i in range(len(said))]
+
+
+@pytest.mark.parametrize("name", READERS)
+@given(which=places, edits=edits)
+def test_damaged_bytes(name, folders, which, edits):
+    seeds = READERS[name].seeds
+    read(name, folders, edited(seeds[which % len(seeds)], edits))
+
+
+@pytest.mark.parametrize("name", READERS)
+@given(content=st.binary(max_size=40))
+def test_any_bytes(name, folders, content):
+    read(name, folders, content)
+
+
+@pytest.mark.parametrize("name", JSON)
+@given(which=places, place=places, new=anything)
+def test_one_value_of_a_json_file_is_another(name, folders, which, place, new):
+    seeds = READERS[name].seeds
+    value = json.loads(seeds[which % len(seeds)])
+    read(name, folders, json.dumps(changed(value, place, new)).encode())
+
+
+@pytest.mark.parametrize("name", JSON)
+@given(value=anything, twice=st.booleans())
+def test_any_json_and_keys_that_stand_twice(name, folders, value, twice):
+    given = READERS[name].seeds[0]
+    first = next(iter(json.loads(given)))
+    doubled = b"{" + json.dumps({first: value}).encode()[1:-1] + b"," + given.lstrip()[1:]
+    read(name, folders, doubled if twice else json.dumps(value).encode())
+
+
+@pytest.mark.parametrize("name", MAPPED)
+@given(place=places, new=anything)
+def test_one_value_of_a_safetensors_header_is_another(name, folders, place, new):
+    header, data = split(READERS[name].seeds[0])
+    read(name, folders, joined(json.dumps(changed(json.loads(header), place, new)).encode(), data))
+
+
+sizes = st.integers(0, 3) | st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64 - 1])
+DTYPES = {"BOOL": 8, "F4": 4, "F8_E5M2": 8, "I8": 8, "U8": 8, "I16": 16, "F16": 16, "BF16": 16, "F32": 32, "C64": 64,
+          "F64": 64}  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(sizes, max_size=4)), max_size=3))
+def test_safetensors_of_every_dtype_and_shape(folders, arrays):
+    """The header covers the data exactly, as the format wants, wherever there can be so much of it."""
+    header, end = {}, 0
+    for i, (dtype, shape) in enumerate(arrays):
+        start, end = end, end + min(DTYPES[dtype] * int(np.prod(shape, dtype=object)) // 8, 10**4)
+        header[str(i)] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    read("safetensors", folders, joined(json.dumps(header).encode(), bytes(end)))
+
+
+literals = st.sampled_from(
+    ["'<f4'", "'|V2'", "'>f8'", "'<f2'", "'|O'", "'<U9999999'", "[('a', '<f4')]", "'|V2000000000'", "True", "None",
+     "()", "(1,)", "(2, 3)", "(-1,)", "(True,)", "(0, 4611686018427387904)", "(99999999999,)", "(10**9,)", "(3, -3)",
+     "'\\n'", "1e999", "((((((((1,),),),),),),),)", "[" * 300, "b'a'", "__import__('os')"]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["npy-header", *ZIPPED])
+@given(
+    which=places, descr=literals, order=literals, shape=literals, kept=st.sampled_from([(), (0,), (1,), (0, 1), (2,)])
+)
+def test_npy_headers(name, folders, which, descr, order, shape, kept):
+    parts = [part if i not in kept else whole for i, (part, whole) in enumerate(
+        zip((descr, order, shape), ("'<f4'", "False", "(2, 3)"), strict=True))]  # fmt: skip
+    header = "{{'descr': {}, 'fortran_order': {}, 'shape': {}}}".format(*parts).encode()
+    if name == "npy-header":
+        read(name, folders, header)
+    elif found := members(READERS[name].seeds[0]):
+        at = which % len(found)
+        array = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(24)
+        read(name, folders, zipped([*found[:at], (found[at][0], array), *found[at + 1 :]]))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+@pytest.mark.parametrize("name", ZIPPED)
+@given(which=places, other=st.sampled_from(["a.npy", "a", "../a.npy", "\n.npy", "params/x.npy", "x" * 5000 + ".npy"]),
+       keep=st.booleans(), bare=st.booleans())  # fmt: skip
+def test_members_of_an_npz(name, folders, which, other, keep, bare):
+    """One is under another name too, or under that alone; or without its suffix beside itself."""
+    found = members(READERS[name].seeds[0])
+    at = which % len(found)
+    other = found[at][0].removesuffix(".npy") if bare else other
+    added = (other, b"not an array" if bare else found[at][1])
+    read(name, folders, zipped([*(found if keep or bare else found[:at] + found[at + 1 :]), added]))
+
+
+@pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
+@given(st.sampled_from(sorted(Image.SAVE.keys() & Image.OPEN.keys())), st.sampled_from(MODES), st.integers(1, 90),
+       st.integers(1, 90), edits)  # fmt: skip
+def test_pictures_of_every_mode_and_size(folders, format, mode, width, height, edits):
+    whole = picture_file(format, mode, width, height)
+    said = read("picture", folders, whole) if whole else ""
+    assert not said or "Ghostscript" in said
+    read("picture", folders, edited(whole, edits))
+
+
+words = st.sampled_from(
+    [OBJECT, CODES, OBJECT + CODES, "<loc1024>", "<loc0001>", "<seg128>", ";", " ", "<loc", "\ud800"]
+)
+
+
+@pytest.mark.parametrize("name", ["places", "codes"])
+@given(parts=st.lists(words | st.text(max_size=4)))
+def test_any_text_with_places_and_codes(name, folders, parts):
+    assert not read(name, folders, "".join(parts).encode(errors="surrogatepass"))
+
+
+@given(st.lists(anything | st.fixed_dictionaries({key: anything | st.just(LINE[key]) for key in LINE}), max_size=3))
+def test_lines_of_any_json(folders, lines):
+    read("examples", folders, "\n".join(map(json.dumps, lines)).encode())
+
+
+# --- what fuzzing has found, and what it would take long to find
+
+
+def at(name: str, *place: str, new: object, seed: int = 0) -> bytes:
+    """A reader's whole file with another value in one place."""
+    return json.dumps(replaced(json.loads(READERS[name].seeds[seed]), place, new)).encode()
+
+
+def vocabulary(seed: int, **model: object) -> bytes:
+    return at("tokenizer", "model", new=json.loads(READERS["tokenizer"].seeds[seed])["model"] | model, seed=seed)
+
+
+NPZ_MEMBERS = members(READERS["npz-weights"].seeds[0])
+HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d, 2)}" % (10**30)
+FOUND = {
+    "a thousand million layers": ("config", at("config", "text_config", "num_hidden_layers", new=10**9),
+                                  "num_hidden_layers is 1000000000, expected a whole number from 1 to 1000"),
+    "a shape that no tensor has": ("config", at("config", "text_config", "head_dim", new=10**30), "head_dim is 10000"),
+    "a norm that divides by nan": ("config", at("config", "text_config", "rms_norm_eps", new=float("nan")),
+                                   "rms_norm_eps is nan, expected a number above 0"),
+    "an end that is no token": ("config", at("config", "eos_token_id", new=12), "expected to be below 12"),
+    "a text in place of a part": ("config", at("config", "text_config", new="a"), "text_config is 'a', expected an"),
+    "two lines": ("config", at("config", "text_config", "model_type", new="a\nb"), r"model_type is a\nb, expected"),
+    "a megabyte": ("config", at("config", "model_type", new="x" * 10**6), "x ... x"),
+    "a shard's name that is too long": ("index", at("index", "weight_map", new={"a": "x" * 300}), "missing, though"),
+    "an empty array of a size that no tensor has": (
+        "safetensors", joined(b'{"a":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[0,0]}}', b""),
+        "a cannot be read"),
+    "rows of a published model beyond number": ("npz-published", zipped([(
+        f"params/{EMBED}.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(HUGE)) + HUGE)]), "is missing"),
+    "a member without suffix beside its array": ("npz-weights", zipped([
+        *NPZ_MEMBERS, (NPZ_MEMBERS[0][0].removesuffix(".npy"), b"a")]), ""),
+    "ids up to which the package counts": ("tokenizer", vocabulary(0, vocab={"\n": 0, "<unk>": 2**31}),
+                                           "has a token of id 2147483648"),
+    "a token for the unknown that is not there": ("tokenizer", vocabulary(1, unk_token="x"), ""),
+    "a rank beyond number": ("adapter", at("adapter", "r", new=10**30), "r is 1000000"),
+    "a scale that is not finite": ("adapter", at("adapter", "lora_alpha", new=float("inf")), "lora_alpha is inf"),
+    "a state of other parameters": ("run-state", joined(b'{"__metadata__":%s}' % json.dumps(
+        json.loads(split(READERS["run-state"].seeds[0])[0])["__metadata__"]).encode(), b""), "is missing, or not as"),
+    "a state of a list": ("run-state", joined(b'{"__metadata__":{"job":"[]"}}', b""), "not the state of a run"),
+    "a log that is not text": ("run-log", b"\xff\n", "not the log of a run"),
+    "a log of numbers": ("run-log", b'{"step": 1, "loss": 1}\n7\n', ":2: has no step and loss"),
+    "a log of depth": ("run-log", b"[" * 10**5 + b"\n", "not the log of a run"),
+    "compiled for a number": ("made-for", b"7", "no code there"),
+    "compiled for a depth": ("made-for", b"[" * 10**5, "no code there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_was_found_is_named(case, folders):
+    name, content, said = FOUND[case]
+    found = read(name, folders, content)
+    assert said in found
+    assert said or not found
+
+
+@pytest.mark.parametrize("kind", ["GIF P", "PNG RGBA", "PNG I;16", "TIFF I", "TIFF F", "JPEG CMYK"])
+def test_a_picture_takes_at_most_20_bytes_a_pixel(kind, folders):
+    """Of the largest that Pillow opens, 89 million pixels, that is 1.8 GB: a small GIF may claim them."""
+    options = {"transparency": 0} if kind == "GIF P" else {}
+    file = io.BytesIO()
+    Image.new(kind.split()[1], (1400, 1400)).save(file, kind.split()[0], **options)
+    with bounded(memory=20 * 1400 * 1400):
+        assert not attempt(READERS["picture"], file.getvalue(), folders["picture"])

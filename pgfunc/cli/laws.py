@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 import pgfunc as pg
 from pgfunc import laws as pglaws
+from pgfunc import segment
 from pgfunc.cli import options
+from pgfunc.cli.locate import beside
 from pgfunc.cli.options import app, unset
 from pgfunc.errors import SettingError
 from pgfunc.laws import LAWS, Law, Result, System
@@ -50,7 +52,10 @@ def laws(
     chosen = [named(name) for name in law] if law else list(LAWS)
     if adapter is None:
         loaded = pg.load(model, dtype, "cpu", config, quantize=quantize)
-        system: Any = pglaws.eager(loaded.params, loaded.cfg, model or "the shipped checkpoint")
+        masks = beside(model)
+        vq = segment.load(masks) if masks.exists() else ()
+        name = model or "the shipped checkpoint"
+        system: Any = pglaws.eager(loaded.params, loaded.cfg, name, loaded.tokenizer, vq)
         system = system._replace(params=(), apply=()) if quantize else system
     else:
         system = found(adapter)

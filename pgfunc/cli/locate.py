@@ -126,11 +126,16 @@ def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
 
 def decoder_of(masks: Path | None, model: str | None) -> Path:
     """The file of the mask decoder."""
+    path = masks or beside(model)
+    if not masks and not path.exists():
+        raise CheckpointError(f"{path}: missing; give a mask decoder with --masks, such as Google's vae-oid.npz")
+    return path
+
+
+def beside(model: str | None) -> Path:
+    """Where the mask decoder of a model lies, if it has one."""
     folder = find(model)
-    beside = (folder if folder.is_dir() else folder.parent) / MASKS
-    if not masks and not beside.exists():
-        raise CheckpointError(f"{beside}: missing; give a mask decoder with --masks, such as Google's vae-oid.npz")
-    return masks or beside
+    return (folder if folder.is_dir() else folder.parent) / MASKS
 
 
 def read(

@@ -1,22 +1,36 @@
 """pgfunc's own implementations as systems: eager, compiled, in fewer bits."""
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pgfunc import masks, ops, paligemma, quant, sample, tree
+from pgfunc import detect, image, lowbit, masks, ops, paligemma, quant, sample, segment, tokenizer, tree, vqvae
 from pgfunc.cache import Cache
+from pgfunc.checkpoint import bigvision, hf
 from pgfunc.config import Config
+from pgfunc.detect import Box, Detection
 from pgfunc.jit import jit
-from pgfunc.laws.system import ROUNDING, System
+from pgfunc.laws.system import ROUNDING, Edges, System
 from pgfunc.paligemma import Params
 from pgfunc.prompt import Prompt
 from pgfunc.quant import dequantize
+from pgfunc.tokenizer import Tokenizer
+from pgfunc.train.contrastive import sigmoid_loss, softmax_loss
 
 
-def eager(params: Params, cfg: Config, name: str = "pgfunc") -> System:
-    """The functions as they are, on the device of the parameters."""
+def eager(
+    params: Params,
+    cfg: Config,
+    name: str = "pgfunc",
+    tokenizer: Tokenizer | None = None,
+    vq: vqvae.Params | tuple[()] = (),
+) -> System:
+    """The functions as they are, on the device of the parameters; those of a tokenizer and of masks where there are."""
     device = params.projector.device
 
     def here(given: Any) -> Any:
@@ -25,10 +39,13 @@ def eager(params: Params, cfg: Config, name: str = "pgfunc") -> System:
     def back(results: tuple[Tensor, Cache]) -> tuple[Tensor, Cache]:
         return results[0].cpu(), results[1]
 
-    def apply(params: Params, prompt: Prompt) -> Tensor:
+    def apply(params: Params, prompt: Prompt, cfg: Config = cfg) -> Tensor:
         return paligemma.forward(params, here(prompt), cfg).cpu()
 
-    return System(
+    def windowed(prompt: Prompt, size: int) -> Tensor:
+        return apply(params, prompt, replace(cfg, text=replace(cfg.text, window=size)))
+
+    system = System(
         name,
         cfg.text.vocab,
         cfg.vision.image_size,
@@ -37,17 +54,49 @@ def eager(params: Params, cfg: Config, name: str = "pgfunc") -> System:
         prefill=lambda prompt, size: back(paligemma.prefill(params, here(prompt), cfg, size)),
         extend=lambda tokens, cache: back(paligemma.extend(params, here(tokens), cache, cfg)),
         decode=lambda token, cache: back(paligemma.decode(params, here(token), cache, cfg)),
+        windowed=windowed,
+        image_tokens=cfg.vision.tokens,
         params=params,
         apply=apply,
+        reorder=reorder,
+        reload=partial(reload, cfg),
+        convert=partial(convert, cfg),
+        quantize=quantize,
         rms_norm=partial(ops.rms_norm, eps=1e-6),
         rotate=lambda x, positions: ops.rotate(x, ops.angles(positions, x.shape[-1], cfg.text.theta)),
         softcap=ops.softcap,
         attend=lambda q, k, v, mask: ops.attend(q, k, v, mask, q.shape[-1] ** -0.5),
         mask=mask,
         draw=sample.draw,
+        choose=lambda logits, u, temperature: sample.choose(logits, u, sample.Settings(temperature)),
         top_k=sample.top_k,
         top_p=sample.top_p,
         min_p=sample.min_p,
+        write_boxes=write_boxes,
+        read_boxes=lambda text, width, height: [(label, box) for label, box, _ in detect.parse(text, width, height)],
+        pixels=lambda picture: image.pixels(picture, cfg),
+        contrast=contrast,
+    )
+    system = with_tokenizer(system, tokenizer) if tokenizer else system
+    return with_masks(system, vq) if isinstance(vq, vqvae.Params) else system
+
+
+def with_tokenizer(system: System, given: Tokenizer) -> System:
+    return system._replace(to_ids=partial(tokenizer.encode, given), to_text=partial(tokenizer.decode, given))
+
+
+def with_masks(system: System, vq: vqvae.Params) -> System:
+    def write(objects: list[tuple[str, Tensor]]) -> str:
+        return segment.render([segment.from_mask(label, mask) for label, mask in objects], vq)
+
+    def read(text: str, width: int, height: int) -> list[tuple[str, Edges, Tensor]]:
+        return [(label, box, mask.cpu()) for label, box, mask, _ in segment.parse(text, width, height, vq)]
+
+    return system._replace(
+        write_masks=write,
+        read_masks=read,
+        features=partial(vqvae.lookup, vq.codebook),
+        codes=partial(vqvae.quantize, vq.codebook),
     )
 
 
@@ -83,3 +132,42 @@ def mask(valid: Tensor, causal: Tensor, window: int) -> Tensor:
     found = made.window if window else made.full
     assert isinstance(found, Tensor)
     return found
+
+
+def reorder(params: Params, order: Tensor) -> Params:
+    embed = params.language.embed
+    rows = torch.cat([embed[order.to(embed.device)], embed[len(order) :]])  # behind them is padding
+    return params._replace(language=params.language._replace(embed=rows))
+
+
+def reload(cfg: Config, params: Params) -> Params:
+    with TemporaryDirectory() as folder:
+        hf.save(Path(folder), cfg, params, 5 * 10**9)
+        return read(hf.load(Path(folder), cfg, None, params.projector.device, quant.methods(params)))
+
+
+def convert(cfg: Config, params: Params) -> Params:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "params.npz"
+        bigvision.save(path, cfg, reload(cfg, params))
+        return reload(cfg, bigvision.load(path, cfg, None, params.projector.device))
+
+
+def read(mapped: Params) -> Params:
+    """Parameters that no longer need their file."""
+    return tree.map(Tensor.clone, mapped)
+
+
+def quantize(w: Tensor, bits: int, group: int) -> Tensor:
+    method = {(8, 0): "int8", (4, 128): "int4", (4, 64): "int4-64", (4, 32): "int4-32"}[bits, group]
+    return lowbit.dequantize(lowbit.quantize(w, method))
+
+
+def write_boxes(objects: list[tuple[str, Edges]], width: int, height: int) -> str:
+    return detect.render([Detection(label, Box(*box)) for label, box in objects], width, height)
+
+
+def contrast(kind: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, chunk: int) -> Tensor:
+    if kind == "softmax":
+        return softmax_loss(images, texts, scale, chunk)
+    return sigmoid_loss(images, texts, scale, bias, chunk)

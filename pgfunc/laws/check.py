@@ -6,14 +6,17 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from pgfunc.laws.law import Law, Result, search
+from pgfunc.laws.losses import LOSSES
 from pgfunc.laws.model import MODEL
 from pgfunc.laws.parts import PARTS
+from pgfunc.laws.pictures import PICTURES
+from pgfunc.laws.roundtrips import ROUNDTRIPS
 from pgfunc.laws.sampling import SAMPLING
 from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import System
 from pgfunc.laws.transforms import TRANSFORMS
 
-LAWS: tuple[Law, ...] = (*MODEL, *TRANSFORMS, *PARTS, *SAMPLING)
+LAWS: tuple[Law, ...] = (*MODEL, *TRANSFORMS, *PARTS, *SAMPLING, *ROUNDTRIPS, *PICTURES, *LOSSES)
 EXAMPLES = 50
 
 

@@ -9,18 +9,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pgfunc.laws.law import law
-from pgfunc.laws.strategies import Rows, Strategies, prompt
+from pgfunc.laws.strategies import Rows, Split, Strategies, prompt, splits
 from pgfunc.laws.system import System
 from pgfunc.prompt import Prompt
 
 AGAIN = "the same numbers in another order"
-
-
-class Split(NamedTuple):
-    """Prompts that are prefilled up to so many tokens a row, and decoded from there."""
-
-    rows: Rows
-    at: tuple[int, ...]
 
 
 class Answer(NamedTuple):
@@ -76,12 +69,8 @@ def with_pictures(system: System, strategies: Strategies) -> SearchStrategy[Rows
     return strategies.rows.filter(lambda rows: rows.images > 1)
 
 
-def splits(system: System, strategies: Strategies) -> SearchStrategy[Split]:
-    def of(rows: Rows) -> SearchStrategy[Split]:
-        places = (st.integers(p, p + s - 1) for p, s in zip(rows.prefix, rows.suffix, strict=True))
-        return st.builds(Split, st.just(rows), st.tuples(*places))
-
-    return with_suffix(system, strategies).flatmap(of)
+def split(system: System, strategies: Strategies) -> SearchStrategy[Split]:
+    return splits(with_suffix(system, strategies))
 
 
 def answers(system: System, strategies: Strategies) -> SearchStrategy[Answer]:
@@ -117,7 +106,7 @@ def changed(system: System, given: Prompt, row: int, place: int) -> Tensor:
 
 
 @law("Decoding a token gives what prefilling one token more gives, at every split of the suffix.",
-     needs="forward prefill decode", domain=splits, roundings=1.0, reason=AGAIN)  # fmt: skip
+     needs="forward prefill decode", domain=split, roundings=1.0, reason=AGAIN)  # fmt: skip
 def decode_equals_longer_prefill(system: System, example: Split) -> float:
     whole = made(system, example.rows)
     expected, worst = system.forward(whole), 0.0
@@ -233,6 +222,15 @@ def the_order_of_pictures_matters(system: System, rows: Rows) -> float:
     return float(apart(two, one) <= 10 * system.rounding)  # else a sum in another order would do
 
 
+@law("A window that covers the sequence gives the logits of full attention.",
+     needs="windowed image_tokens", domain=rows_of, roundings=1.0, reason=AGAIN)  # fmt: skip
+def a_window_over_everything_is_none(system: System, rows: Rows) -> float:
+    given = made(system, rows)
+    length = rows.images * system.image_tokens + max(rows.lengths)
+    windowed, full = (system.windowed(given, size)[given.valid] for size in (length, 0))
+    return apart(windowed, full)
+
+
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -263,5 +261,5 @@ MODEL = (
     decode_equals_longer_prefill, prefill_equals_forward, chunks_equal_whole, an_old_handle_stays_valid,
     forks_are_apart, a_suffix_is_causal, a_prefix_sees_itself, padding_is_not_read, a_row_is_alone,
     the_order_of_rows_does_not_matter, the_order_of_pictures_matters, forward_is_pure, a_step_is_pure,
-    logits_are_those_of_the_reference,
+    logits_are_those_of_the_reference, a_window_over_everything_is_none,
 )  # fmt: skip

@@ -105,7 +105,7 @@ def rope_depends_on_differences(system: System, example: Shifted) -> float:
 def rope_keeps_lengths(system: System, example: Shifted) -> float:
     x = normal(example.seed, 1, 1, 2, 16)
     turned, still = (system.rotate(x, torch.tensor([[place]])) for place in (example.by, 0))
-    return max(float((turned.norm(dim=-1) / x.norm(dim=-1) - 1).abs().max()), float((still - x).abs().max()))
+    return float(torch.maximum((turned.norm(dim=-1) / x.norm(dim=-1) - 1).abs().max(), (still - x).abs().max()))
 
 
 @law("A softcap is never beyond its cap, never falls, and is close to the identity near zero.", needs="softcap",

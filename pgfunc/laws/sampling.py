@@ -118,13 +118,24 @@ def drawing_inverts_the_distribution(system: System, example: Drawn) -> float:
     return float(missed.max()) + float((each[tokens] == 0).any())
 
 
-@law("A temperature near 0 draws a most probable token.", needs="draw", domain=sampled, within=1e-10,
+@law("A temperature of 0, or near it, draws a most probable token.", needs="choose", domain=sampled, within=1e-10,
      reason="what is nearer than a hundred temperatures is drawn too")  # fmt: skip
 def cold_is_greedy(system: System, example: Sampled) -> float:
-    logits = row(example.logits).double()
+    logits = row(example.logits)
     u = torch.rand(1, generator=torch.Generator().manual_seed(example.seed), dtype=torch.float64)
-    token = system.draw((logits - logits.max()) / 1e-12, u)
-    return float(logits.max() - logits[0, token[0]])
+    tokens = [int(system.choose(logits, u, temperature)) for temperature in (0.0, 1e-300, 1e-12)]
+    return float((logits.double().max() - logits[0, tokens].double()).max())
+
+
+@law("A very high temperature draws all tokens alike, but those that are excluded.", needs="choose", domain=drawn,
+     within=1e-9, reason="logits that are 60 apart, over the temperature")  # fmt: skip
+def heat_is_uniform(system: System, example: Drawn) -> float:
+    logits, u = row(example.logits), torch.tensor(example.u, dtype=torch.float64)
+    tokens = system.choose(logits.expand(len(u), -1), u, 1e12)
+    possible = kept(logits)[0]
+    ends = possible.double().cumsum(0) / possible.sum()
+    missed = torch.maximum(u - ends[tokens], ends[tokens] - 1 / possible.sum() - u).clamp(min=0)
+    return float(missed.max()) + float((~possible[tokens]).any())
 
 
 @law("Drawn by random numbers, tokens are as frequent as they are probable.", needs="draw", domain=sampled, within=1.0,
@@ -149,6 +160,6 @@ def frequencies_fit_probabilities(system: System, example: Sampled) -> float:
 
 SAMPLING = (
     top_k_keeps_the_k_largest, top_p_keeps_the_fewest_of_that_probability, min_p_keeps_what_is_near_the_best,
-    filters_commute, drawing_is_monotone, drawing_inverts_the_distribution, cold_is_greedy,
+    filters_commute, drawing_is_monotone, drawing_inverts_the_distribution, cold_is_greedy, heat_is_uniform,
     frequencies_fit_probabilities,
 )  # fmt: skip

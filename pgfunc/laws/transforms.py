@@ -1,4 +1,4 @@
-"""The laws of the model as a function of its parameters, under the transforms of torch.func."""
+"""The laws of the model as a function of its parameters: the transforms of torch.func, the head that is tied."""
 
 from typing import Any
 
@@ -54,6 +54,16 @@ def the_gradient_equals_finite_differences(system: System, rows: Rows) -> float:
     return relative(slope, (above - below) / (2 * step))
 
 
+@law("The head is the embedding: with its rows in another order logits come in that order, for the same tokens.",
+     needs="params apply reorder", domain=rows_of, roundings=1.0, reason=AGAIN)  # fmt: skip
+def the_head_is_the_embedding(system: System, rows: Rows) -> float:
+    given = made(system, rows)
+    order = torch.randperm(system.vocab, generator=torch.Generator().manual_seed(rows.seed))
+    renamed = given._replace(tokens=order.argsort()[given.tokens])
+    found = system.apply(system.reorder(system.params, order), renamed)
+    return apart(found[given.valid], system.apply(system.params, given)[given.valid][:, order])
+
+
 def doubled(system: System, rows: Rows) -> tuple[Any, Any, Prompt]:
     """Parameters, a direction and a prompt in float64."""
     given, params = made(system, rows), pytree.tree_map(torch.Tensor.double, system.params)
@@ -69,4 +79,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs() / expected.abs().clamp(min=1e-3))
 
 
-TRANSFORMS = (vmap_equals_a_loop, jvp_equals_the_gradient_along_it, the_gradient_equals_finite_differences)
+TRANSFORMS = (
+    vmap_equals_a_loop, jvp_equals_the_gradient_along_it, the_gradient_equals_finite_differences,
+    the_head_is_the_embedding,
+)  # fmt: skip

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,12 +76,6 @@ def test_no_window_makes_no_windowed_mask():
     valid = torch.ones(1, 3, dtype=torch.bool)
     assert masks.prompt(valid, valid, 0).window == ()
     assert masks.cached(torch.tensor([1]), 1, 3, 0).window == ()
-
-
-@pytest.mark.parametrize("size", [5, 8])
-def test_a_window_that_covers_the_sequence_is_no_window(size):
-    valid = torch.ones(1, 5, dtype=torch.bool)
-    assert torch.equal(masks.window(valid, valid, size), masks.prefix_lm(valid, valid))
 
 
 def test_positions_count_valid_tokens_from_zero():

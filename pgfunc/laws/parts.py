@@ -156,7 +156,8 @@ def attention(example: Heads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @law("A window that covers the sequence is none.", needs="mask", domain=flags)
 def a_window_that_covers_all_is_none(system: System, example: Flags) -> float:
     valid, causal = (torch.tensor([side]) for side in example[:2])
-    return float((system.mask(valid, causal, len(example.valid)) != system.mask(valid, causal, 0)).any())
+    full, size = system.mask(valid, causal, 0), len(example.valid)
+    return float(any((system.mask(valid, causal, window) != full).any() for window in (size, size + example.window)))
 
 
 @law("A mask is its rule: own block and earlier ones, valid tokens, and of others the last in the window.",

@@ -123,7 +123,7 @@ def drawing_inverts_the_distribution(system: System, example: Drawn) -> float:
 def cold_is_greedy(system: System, example: Sampled) -> float:
     logits = row(example.logits)
     u = torch.rand(1, generator=torch.Generator().manual_seed(example.seed), dtype=torch.float64)
-    tokens = [int(system.choose(logits, u, temperature)) for temperature in (0.0, 1e-300, 1e-12)]
+    tokens = [int(system.choose(logits, u, temperature)) for temperature in (0.0, 5e-324, 1e-40, 1e-12)]
     return float((logits.double().max() - logits[0, tokens].double()).max())
 
 
@@ -131,7 +131,7 @@ def cold_is_greedy(system: System, example: Sampled) -> float:
      within=1e-9, reason="logits that are 60 apart, over the temperature")  # fmt: skip
 def heat_is_uniform(system: System, example: Drawn) -> float:
     logits, u = row(example.logits), torch.tensor(example.u, dtype=torch.float64)
-    tokens = system.choose(logits.expand(len(u), -1), u, 1e12)
+    tokens = torch.stack([system.choose(logits.expand(len(u), -1), u, temperature) for temperature in (1e12, 1e308)])
     possible = kept(logits)[0]
     ends = possible.double().cumsum(0) / possible.sum()
     missed = torch.maximum(u - ends[tokens], ends[tokens] - 1 / possible.sum() - u).clamp(min=0)

@@ -171,7 +171,7 @@ FAULTS: dict[str, Callable[[System], System]] = {
         reload=lambda s: lambda params: pytree.tree_map(lambda x: x.bfloat16().to(x.dtype), s.reload(params))
     ),
     "a-conversion-and-back-changes-nothing": change(convert=lambda s: lambda params: swapped(s.convert(params))),
-    "quantization-moves-no-weight-by-more-than-half-a-step": change(  # groups that are twice as large
+    "quantized-within-half-a-step": change(  # groups that are twice as large
         quantize=lambda s: lambda w, bits, group: s.quantize(w, bits, min(2 * group, 128))
     ),
     "text-comes-back": change(to_text=lambda s: lambda ids: s.to_text(ids).strip()),

@@ -19,8 +19,8 @@ from pgfunc.laws.losses import LOSSES as LOSSES
 from pgfunc.laws.model import MODEL as MODEL
 from pgfunc.laws.parts import PARTS as PARTS
 from pgfunc.laws.pictures import PICTURES as PICTURES
-from pgfunc.laws.roundtrips import ROUNDTRIPS as ROUNDTRIPS
 from pgfunc.laws.sampling import SAMPLING as SAMPLING
+from pgfunc.laws.stored import STORED as STORED
 from pgfunc.laws.strategies import Picture as Picture
 from pgfunc.laws.strategies import Rows as Rows
 from pgfunc.laws.strategies import Split as Split
@@ -35,4 +35,5 @@ from pgfunc.laws.strategies import prompt as prompt
 from pgfunc.laws.strategies import ragged as ragged
 from pgfunc.laws.strategies import splits as splits
 from pgfunc.laws.system import System as System
+from pgfunc.laws.texts import TEXTS as TEXTS
 from pgfunc.laws.transforms import TRANSFORMS as TRANSFORMS

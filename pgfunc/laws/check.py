@@ -10,13 +10,14 @@ from pgfunc.laws.losses import LOSSES
 from pgfunc.laws.model import MODEL
 from pgfunc.laws.parts import PARTS
 from pgfunc.laws.pictures import PICTURES
-from pgfunc.laws.roundtrips import ROUNDTRIPS
 from pgfunc.laws.sampling import SAMPLING
+from pgfunc.laws.stored import STORED
 from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import System
+from pgfunc.laws.texts import TEXTS
 from pgfunc.laws.transforms import TRANSFORMS
 
-LAWS: tuple[Law, ...] = (*MODEL, *TRANSFORMS, *PARTS, *SAMPLING, *ROUNDTRIPS, *PICTURES, *LOSSES)
+LAWS: tuple[Law, ...] = (*MODEL, *TRANSFORMS, *PARTS, *SAMPLING, *STORED, *TEXTS, *PICTURES, *LOSSES)
 EXAMPLES = 50
 
 

@@ -177,7 +177,8 @@ def attention(
     q = tap("q", rearrange(q, "b t (n h) -> b t n h", n=cfg.heads))
     k, v = (tap(name, rearrange(each, "b t (k h) -> b t k h", k=cfg.kv_heads)) for name, each in (("k", k), ("v", v)))
     if isinstance(mask, Span) and isinstance(at, tuple):
-        q, *kept = kernel_block.rotated(q, k, v, angles, room)
+        q, k, v = kernel_block.rotated(q, k, v, angles, room)
+        kept = k, v
     else:
         q, k = ops.rotate(q, turn), ops.rotate(k, angles)
         if past:
@@ -187,7 +188,7 @@ def attention(
     how = cfg.query_scale, cfg.attention_softcap
     # a span ends before the empty slots, and then only these buffers need to be made
     out = kernel_block.attend(q, *kept, mask, *how) if isinstance(mask, Span) else ops.attend(q, k, v, mask, *how)
-    return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), tuple(kept)
+    return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), kept
 
 
 def pick(x: Shaped[Tensor, "b t r"], at: Int[Tensor, "b q"]) -> Shaped[Tensor, "b q r"]:

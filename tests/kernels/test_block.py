@@ -19,7 +19,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device")
 profile = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 cases = settings(
-    max_examples=200 if profile == "deep" else 2 if profile == "ci" else 4, deadline=None, derandomize=profile == "ci"
+    max_examples=12 if profile == "deep" else 2 if profile == "ci" else 4, deadline=None, derandomize=profile == "ci"
 )
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(
 profile = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 # on a GPU every new size is compiled
 cases = settings(
-    max_examples=200 if profile == "deep" else 4 if profile == "ci" else 15, deadline=None, derandomize=profile == "ci"
+    max_examples=40 if profile == "deep" else 4 if profile == "ci" else 15, deadline=None, derandomize=profile == "ci"
 )
 
 if INTERPRETED:

@@ -44,7 +44,11 @@ def open_image(source: Source) -> Image.Image:
             if isinstance(source, Image.Image):
                 return _rgb(_upright(source))
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+                if image.format == "EPS":  # for which Pillow starts Ghostscript where there is one; it may never end
+                    raise ImageError(f"{name}: PostScript is a program, not a picture; convert it to PNG first")
                 return _rgb(_upright(image))
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

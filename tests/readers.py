@@ -181,7 +181,7 @@ def state(path: Path) -> None:
 
 def log(path: Path) -> None:
     for entry in fit.read_log(path.parent):
-        assert all(isinstance(entry[key], int | float) for key in ("step", "loss"))
+        assert all(isinstance(({"valid": 0.0} | entry)[key], int | float) for key in ("step", "loss", "valid"))
 
 
 def made_for(path: Path) -> None:

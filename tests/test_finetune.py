@@ -464,7 +464,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(examples, tmp_path):
         fit.fit(given, broken, fit.begin(given, broken), examples[:2], watch=stop)
     assert (broken / fit.STATE).exists()
     with (broken / fit.LOG).open("a") as log:
-        log.write('{"step": 6}\n')  # a line of a step that was not saved is done again
+        log.write('{"step": 6, "loss": 1.0}\n')  # a line of a step that was not saved is done again
     state = fit.begin(given, broken)
     assert int(state.optimizer.step) == 4  # the fifth was not done with when the interrupt came
     fit.fit(given, broken, state, examples[:2])

@@ -91,8 +91,9 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{out / LOG}: not the log of a run ({error}); give another folder") from error
     for number, entry in enumerate(found, 1):
-        if not isinstance(entry, dict) or {type(entry.get(key)) for key in ("step", "loss")} - {int, float}:
-            raise CheckpointError(f"{out / LOG}:{number}: has no step and loss; give another folder")
+        given = {"valid": 0.0} | entry if isinstance(entry, dict) else {}
+        if {type(given.get(key)) for key in ("step", "loss", "valid")} - {int, float}:
+            raise CheckpointError(f"{out / LOG}:{number}: step, loss or valid is no number; give another folder")
     return found
 
 

@@ -44,11 +44,7 @@ def open_image(source: Source) -> Image.Image:
             if isinstance(source, Image.Image):
                 return _rgb(_upright(source))
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
-                if image.format == "EPS":  # for which Pillow starts Ghostscript where there is one; it may never end
-                    raise ImageError(f"{name}: PostScript is a program, not a picture; convert it to PNG first")
                 return _rgb(_upright(image))
-    except ImageError:
-        raise
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -61,6 +57,8 @@ def open_image(source: Source) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says; as it lies where that cannot be read."""
+    if image.format == "EPS":  # for which Pillow starts Ghostscript, where there is one; it may never end
+        raise ValueError("PostScript is a program, convert it to PNG first")
     image.load()
     if 0 in image.size:
         raise ValueError(f"its size is {image.width} x {image.height}")

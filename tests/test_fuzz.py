@@ -330,6 +330,7 @@ FOUND = {
                                            "has a token of id 2147483648"),
     "a token for the unknown that is not there": ("tokenizer", vocabulary(1, unk_token="x"), ""),
     "a rank beyond number": ("adapter", at("adapter", "r", new=10**30), "r is 1000000"),
+    "a rank of true": ("adapter", at("adapter", "r", new=True), "not a LoRA adapter"),
     "a scale that is not finite": ("adapter", at("adapter", "lora_alpha", new=float("inf")), "lora_alpha is inf"),
     "a state of other parameters": ("run-state", joined(b'{"__metadata__":%s}' % json.dumps(
         json.loads(split(READERS["run-state"].seeds[0])[0])["__metadata__"]).encode(), b""), "is missing, or not as"),

@@ -146,7 +146,12 @@ def read_settings(path: Path) -> tuple[int, float]:
     """Rank and scale in an adapter_config.json, which must describe plain LoRA."""
     settings = read_json(path)
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if settings.get("peft_type") != "LORA" or not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+    if (
+        settings.get("peft_type") != "LORA"
+        or not isinstance(rank, int)
+        or not isinstance(alpha, (int, float))
+        or bool in (type(rank), type(alpha))
+    ):
         raise CheckpointError(f"{path}: not a LoRA adapter; expected peft_type LORA, r and lora_alpha")
     beyond = [name for name in BEYOND if settings.get(name) not in (None, False, "none", {}, [])]
     if str(settings.get("init_lora_weights")).startswith(OWN_BASE):

@@ -334,6 +334,9 @@ FOUND = {
     "a scale that is not finite": ("adapter", at("adapter", "lora_alpha", new=float("inf")), "lora_alpha is inf"),
     "a state of other parameters": ("run-state", joined(b'{"__metadata__":%s}' % json.dumps(
         json.loads(split(READERS["run-state"].seeds[0])[0])["__metadata__"]).encode(), b""), "is missing, or not as"),
+    "a state of a size that no tensor has": (
+        "run-state", joined(b'{"a":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[0,0]}}', b""),
+        "not the state of a run"),
     "a state of a list": ("run-state", joined(b'{"__metadata__":{"job":"[]"}}', b""), "not the state of a run"),
     "a log that is not text": ("run-log", b"\xff\n", "not the log of a run"),
     "a log of numbers": ("run-log", b'{"step": 1, "loss": 1}\n7\n', ":2: step, loss or valid is no number"),

@@ -191,7 +191,7 @@ def resume(path: Path, job: Job) -> State:
         arrays = load_file(path)
         if not isinstance(found, dict):
             raise ValueError(f"its job is {found!r}")
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:  # as in hf, or nested too deep
         raise CheckpointError(f"{path}: not the state of a run ({error}); remove it to start again") from error
     for name, value in identity(job).items():
         if found.get(name) != value:

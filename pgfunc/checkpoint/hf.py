@@ -21,7 +21,7 @@ from torch import Tensor
 from pgfunc import gemma, lowbit, paligemma, quant, siglip, tree
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather, read_json, write_json
 from pgfunc.config import Config, VisionConfig
-from pgfunc.errors import CheckpointError
+from pgfunc.errors import CheckpointError, first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -183,7 +183,7 @@ def _read(file: Any, path: Path, key: str) -> Tensor:
     try:
         return file.get_tensor(key)
     except (SafetensorError, RuntimeError, TypeError) as error:  # an empty array may have a size that no tensor has
-        raise CheckpointError(f"{path}: {key} cannot be read ({error}); download it again") from error
+        raise CheckpointError(f"{path}: {key} cannot be read ({first_line(error)}); download it again") from error
 
 
 def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) -> None:

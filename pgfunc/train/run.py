@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgfunc import tree
-from pgfunc.errors import CheckpointError, NumericalError, SettingError
+from pgfunc.errors import CheckpointError, NumericalError, SettingError, first_line
 from pgfunc.paligemma import Params
 from pgfunc.prompt import Model
 from pgfunc.train import data, finetune, lora, optim
@@ -192,7 +192,9 @@ def resume(path: Path, job: Job) -> State:
         if not isinstance(found, dict):
             raise ValueError(f"its job is {found!r}")
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:  # as in hf, or nested too deep
-        raise CheckpointError(f"{path}: not the state of a run ({error}); remove it to start again") from error
+        raise CheckpointError(
+            f"{path}: not the state of a run ({first_line(error)}); remove it to start again"
+        ) from error
     for name, value in identity(job).items():
         if found.get(name) != value:
             raise SettingError(

@@ -50,9 +50,25 @@ def test_text_of_boxes_is_read_back_as_it_was(data, width, height):
     )
 
 
+@given(sides, fractions, fractions)
+def test_a_box_thinner_than_a_step_is_the_step_that_its_middle_lies_in(side, place, thickness):
+    low = place * side
+    high = min(low + thickness * side / 1023, side)
+    top, left, bottom, right = detect.to_places(Box(low, 0, high, side), side, side)
+    assert (left, right) == (0, 1023)
+    assert bottom == top + 1
+    assert top - 1e-9 <= (low + high) / 2 / side * 1023 <= bottom + 1e-9
+
+
 def test_edges_outside_the_picture_are_moved_onto_its_border():
     assert detect.render([Detection("cat", Box(-5, -1, 99, 20))], 10, 50) == text(0, 0, 1023, 1023, label="cat")
     assert detect.render([Detection("cat", Box(70, 3, 80, 7))], 10, 50).startswith("<loc1022>")
+
+
+def test_an_object_without_a_label_ends_at_its_places():
+    assert detect.render([Detection("", Box(0, 0, 5, 5)), Detection("cat", Box(0, 0, 5, 5))], 5, 5) == (
+        f"{text(0, 0, 1023, 1023)} ; {text(0, 0, 1023, 1023, label='cat')}"
+    )
 
 
 MALFORMED = {
@@ -67,7 +83,8 @@ MALFORMED = {
     "above 1023": (text(1, 2, 1024, 4, label="dog"), "place 1024 is above 1023"),
     "upside down": (text(3, 2, 1, 4, label="dog"), "corners (3, 2) and (1, 4) are not top left and bottom right"),
     "mirrored": (text(1, 4, 3, 2, label="dog"), "corners (1, 4) and (3, 2) are not top left and bottom right"),
-    "empty": (text(1, 2, 1, 4, label="dog"), "corners (1, 2) and (1, 4) are not top left and bottom right"),
+    "no height": (text(1, 2, 1, 4, label="dog"), "corners (1, 2) and (1, 4) are not top left and bottom right"),
+    "no width": (text(1, 2, 3, 2, label="dog"), "corners (1, 2) and (3, 2) are not top left and bottom right"),
 }
 
 

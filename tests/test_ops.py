@@ -105,6 +105,19 @@ def test_one_product_for_several_matrices_is_their_products(beside, together, bi
     torch.library.opcheck(torch.ops.pgfunc.linears.default, (x, weights, added))
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_one_row_is_written_out_on_cpus_without_amx_alone(amx, monkeypatch):
+    monkeypatch.setattr(ops, "AMX", amx)
+    w = torch.randn(4, 3)
+    for one in (torch.randn(3), torch.randn(1, 3), torch.randn(1, 1, 3)):
+        assert ops.written_out(one, w) is not amx
+        assert not ops.written_out(one.double(), w)
+        assert not ops.written_out(one.double(), w.double())
+        assert not ops.written_out(one.to("meta"), w.to("meta"))
+    for several in (torch.randn(2, 3), torch.randn(1, 2, 3), torch.randn(2, 1, 3), torch.randn(0, 3)):
+        assert not ops.written_out(several, w)
+
+
 def test_tensors_beside_one_another_are_one_and_others_are_not():
     parts = [torch.randn(rows, 3) for rows in (2, 1, 4)]
     beside = ops.beside(parts, torch.device("cpu"))

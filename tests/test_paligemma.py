@@ -195,7 +195,10 @@ def test_a_tap_sees_every_layer_and_can_edit_it():
         return x
 
     logits = pg.forward(tree, given, cfg, record)
-    assert {f"vision.{i}.resid_post" for i in range(2)} | {f"language.{i}.resid_post" for i in range(3)} <= seen.keys()
+    block = ("q", "k", "v", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post")
+    blocks = [*(f"vision.{i}" for i in range(2)), *(f"language.{i}" for i in range(3))]
+    between = {"vision.embed", "vision.out", "projector", "language.embed", "language.out", "logits"}
+    assert seen.keys() == {f"{place}.{value}" for place in blocks for value in block} | between
     assert seen["logits"] is logits
     edited = pg.forward(tree, given, cfg, lambda name, x: x * 0 if name == "language.1.attn_out" else x)
     assert not torch.equal(edited, logits)
@@ -218,6 +221,28 @@ def test_packed_parameters_are_the_same_and_lie_beside_one_another(name):
     small = quant.quantize(given, "int8")
     again = paligemma.packed(small, torch.device("cpu"))
     assert quant.methods(again) == quant.methods(small)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_packed_on_the_device_that_is_named_with_room_for_those_without_weights(name):
+    given, room = params(CONFIGS[name]), paligemma.packed(paligemma.abstract(CONFIGS[name]), torch.device("cpu"))
+    sizes = {path: leaf.shape for path, leaf in pg.tree.flatten(given).items()}
+    for packed, device in ((room, "cpu"), (paligemma.packed(given, torch.device("meta")), "meta")):
+        assert {leaf.device.type for leaf in pg.tree.flatten(packed).values()} == {device}
+        assert {path: leaf.shape for path, leaf in pg.tree.flatten(packed).items()} == sizes
+    assert ops.together(room.language.layers[0][1:4]) is not None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whatever_is_made_is_made_where_the_parameters_are(name):
+    """On the meta device, whose tensors meet none of another device."""
+    cfg, tree = CONFIGS[name], paligemma.abstract(CONFIGS[name])
+    for images in (0, 2):
+        given = pg.tree.map(lambda leaf: leaf.to("meta"), prompt(cfg, [3, 1], [0, 2], images=images))
+        logits, cache = pg.prefill(tree, given, cfg, 3)
+        step = pg.decode(tree, logits.argmax(-1), cache, cfg)
+        made = pg.tree.flatten((pg.forward(tree, given, cfg), logits, cache, step))
+        assert {leaf.device.type for leaf in made.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -233,6 +233,29 @@ def test_top_p_of_a_large_vocabulary_counts_the_tail():
     assert abs(kept - (before < 0.5).sum()) <= 1  # two float64 sums of 257,152 terms
 
 
+# --- log-probabilities
+
+
+@given(rows, st.data())
+@example(torch.tensor([-INF, -INF, 2.0, 1.0, -INF, -INF]), None)  # of its three parts the first and last are excluded
+@example(torch.tensor([-1e30, 1e30, 3.0]), None)
+def test_a_logprob_is_that_of_the_softmax_of_the_row(logits, data):
+    for token in range(len(logits)) if data is None else [data.draw(st.integers(0, len(logits) - 1))]:
+        found = sample.logprob(logits, torch.tensor(token))
+        expected = logits.double().log_softmax(-1)[token]
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("vocab", [1, 30, 1024, 1536])
+def test_logprobs_of_a_batch_are_those_of_its_rows_in_float32(vocab):
+    logits = (3 * torch.randn(2, 3, vocab)).bfloat16()
+    token = torch.randint(0, vocab, (2, 3))
+    found = sample.logprob(logits, token)
+    expected = logits.float().log_softmax(-1).gather(-1, token[..., None])[..., 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
+    assert found.dtype == torch.float32
+
+
 # --- settings
 
 

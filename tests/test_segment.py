@@ -64,6 +64,21 @@ def test_the_pixels_of_a_box_lie_within_half_a_pixel_of_its_edges(data, side):
         assert abs(found.stop - high) <= 0.5
 
 
+EDGES = {(3.2, 3.4): (3, 4), (9, 9): (8, 9), (-5, 99): (0, 9), (-5, -2): (0, 1), (20, 30): (8, 9)}
+
+
+@pytest.mark.parametrize("edges", EDGES)
+def test_a_box_has_one_pixel_at_least_and_none_outside_the_picture(edges):
+    assert segment.pixels(*edges, side=9) == slice(*EDGES[edges])
+
+
+def test_a_map_is_resized_where_and_as_it_is_and_is_inside_above_zero():
+    map, box = torch.zeros(64, 64, dtype=torch.float64), Box(0, 0, 5, 5)
+    assert segment.resize(map, 3, 4).dtype == torch.float64
+    assert not segment.paste(map, box, 10, 8).any()
+    assert segment.paste(map.to("meta"), box, 10, 8).is_meta
+
+
 def test_maps_stand_upright():
     box = Box(10, 20, 30, 60)
     top, left = (segment.paste(half(along), box, 100, 50) for along in ("top", "left"))
@@ -176,6 +191,17 @@ def test_encode_crops_encodes_and_quantizes():
     assert segment.encode(masks, [item.box for item in found], VQ) == expected
     assert segment.encode([], [], VQ) == []
     assert segment.render([], VQ) == ""
+
+
+def test_several_masks_are_written_one_behind_another():
+    found = [segment.from_mask(label, blob(60, 70, seed)) for label, seed in (("cat", 1), ("", 2), ("bus", 3))]
+    assert segment.render(found, VQ) == " ; ".join(segment.render([each], VQ) for each in found)
+
+
+def test_the_crop_of_a_tall_picture_is_that_of_the_wide_one_turned():
+    mask, box = blob(20, 90, 3), Box(60, 5, 85, 15)
+    turned = segment.crop(mask.T, Box(box.xmin, box.ymin, box.xmax, box.ymax))
+    torch.testing.assert_close(segment.crop(mask, box), turned.T)
 
 
 def test_mistakes_of_a_caller():

@@ -66,7 +66,7 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     pixels = {key: image.pixels(source, cfg) for key, source in once.items()}
     alike = len({tuple(map(id, row.images)) for row in rows}) == 1
     shown = rows[0].images if alike else sources  # rows with the same pictures share them
-    stacked = torch.stack([pixels[id(source)] for source in shown]) if shown else torch.empty(0, 3, side, side)
+    stacked = torch.stack([pixels[id(source)] for source in shown]) if shown else torch.empty(0)
     stacked = stacked.to(device).reshape(1 if alike else len(rows), len(rows[0].images), 3, side, side)
 
     def padded(values: list[list[Any]], value: Any) -> Tensor:
@@ -85,7 +85,7 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     given = {
         "pictures": images if isinstance(images, (list, tuple)) else None,
         "prefixes": texts("prefixes", prefixes),
-        "suffixes": None if suffixes is None else texts("suffixes", suffixes, optional=True),
+        "suffixes": texts("suffixes", suffixes, optional=True),
     }
     lengths = {name: len(rows) for name, rows in given.items() if rows is not None}
     if len(set(lengths.values())) > 1:

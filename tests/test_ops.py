@@ -126,6 +126,7 @@ def test_tensors_beside_one_another_are_one_and_others_are_not():
     assert torch.equal(together, torch.cat(parts))
     assert together.data_ptr() == beside[0].data_ptr()
     assert all(torch.equal(*pair) for pair in zip(parts, beside, strict=True))
+    assert all(x.is_meta for x in ops.beside(parts, torch.device("meta")))
     whole = torch.randn(6, 3)
     assert torch.equal(ops.together([whole[::2][:1], whole[1:3]]), whole[:3])  # a row alone may have any stride
     others = [

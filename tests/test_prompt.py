@@ -226,7 +226,7 @@ def test_rows_with_different_numbers_of_pictures_are_refused(images):
 def test_ids_outside_the_vocabulary_are_refused(wrong):
     for arguments in ((RED, [BOS, wrong]), (RED, [[BOS], [wrong]]), (RED, "a", [wrong]), (RED, "a", [[5, wrong]])):
         assert f"token id {wrong} is outside 0..{VOCAB - 1}" in failing(*arguments)
-    pg.prepare(MODEL, RED, [BOS, VOCAB - 1])
+    assert pg.prepare(MODEL, RED, [0, VOCAB - 1]).tokens.tolist() == [[0, VOCAB - 1]]
 
 
 @pytest.mark.parametrize("arguments", [(RED, [[]]), (RED, [[BOS], []]), (RED, "a", [[]])])
@@ -243,6 +243,13 @@ def test_text_without_a_tokenizer_is_refused(arguments):
 def test_what_is_neither_text_nor_ids_is_refused(wrong):
     for arguments in ((RED, wrong), (RED, ["a", wrong])):
         assert "prefixes are text or lists of token ids" in failing(*arguments)
+    for arguments in ((RED, "a", wrong), (RED, "a", ["b", wrong])) if wrong is not None else ():  # None is no suffix
+        assert "suffixes are text or lists of token ids" in failing(*arguments)
+
+
+def test_a_model_without_weights_is_refused():
+    nowhere = MODEL._replace(params=pg.tree.map(lambda leaf: leaf.to("meta"), MODEL.params))
+    assert "is on the meta device" in failing(RED, "a", model=nowhere)
 
 
 def test_a_tokenizer_of_another_model_is_noticed():

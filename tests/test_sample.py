@@ -115,6 +115,11 @@ def test_a_batch_equals_a_loop(seed, shape, vocab):
         assert found.flatten().tolist() == [int(token) for token in expected]
 
 
+def test_logits_that_are_no_numbers_draw_a_token_of_the_vocabulary():
+    found = sample.draw(torch.full((2, 3), float("nan")), torch.tensor([0.0, 1.0]))
+    assert ((found >= 0) & (found < 3)).all()
+
+
 def test_memory_layout_does_not_matter():
     logits, u = torch.randn(4, 3, 5), torch.rand(4, 3)
     torch.set_warn_always(True)  # else a warning about layout appears once in a process, in whichever test is first
@@ -195,6 +200,12 @@ def test_filters_at_their_limits(logits):
     assert torch.equal(sample.min_p(logits, 0.0), logits)
     for only in (sample.top_k(logits, 1), sample.top_p(logits, 1e-12), sample.min_p(logits, 1.0)):
         assert torch.equal(only, best)
+
+
+def test_a_top_p_of_one_keeps_what_float64_cannot_tell_from_nothing():
+    logits = torch.tensor([100.0, 0.0, -1.0])  # e^-100 is 4e-44
+    assert torch.equal(sample.top_p(logits, 1.0), logits)
+    assert sample.top_p(logits, 1 - 1e-9).isfinite().tolist() == [True, False, False]
 
 
 FILTERS: dict[str, Filter] = {

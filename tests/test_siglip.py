@@ -420,8 +420,10 @@ def test_taps_see_and_replace():
 
     assert not dual.embed_images(params(), pixels, CFG, tap).any()
     assert not dual.embed_texts(params(), ids, CFG, tap).any()
-    assert {"vision.1.q", "vision.out", "vision.pool.attn_out", "vision.vector"} <= set(names)
-    assert {"text.embed", "text.2.mlp_hidden", "text.out", "text.vector"} <= set(names)
+    block = ("q", "k", "v", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post")
+    blocks = ["vision.0", "vision.1", "vision.pool", "text.0", "text.1", "text.2"]
+    between = {f"{tower}.{value}" for tower in ("vision", "text") for value in ("embed", "out", "vector")}
+    assert set(names) == {f"{place}.{value}" for place in blocks for value in block} | between
     assert len(names) == len(set(names))
 
 

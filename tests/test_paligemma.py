@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from cases import CONFIGS, configs, params, prompt, seeds
+from cases import CONFIGS, VISION, configs, params, prompt, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -185,6 +185,21 @@ def test_a_range_of_allowed_tokens_copies_nothing_of_the_head_and_must_be_of_tok
             gemma.unembed(tree.language, torch.ones(2, cfg.text.width), cfg.text, allowed=wrong)
 
 
+def test_a_cache_has_room_for_as_many_tokens_as_are_asked_for_and_not_for_fewer_than_none():
+    cfg, given = CONFIGS["gemma"], prompt(CONFIGS["gemma"], [3], [2])
+    length = VISION.tokens + 5
+    for size in (0, 1, 4):
+        assert pg.prefill(params(cfg), given, cfg, size)[1].slots == length + size
+    with pytest.raises(SettingError, match="size is -1, expected room for 0 or more tokens"):
+        pg.prefill(params(cfg), given, cfg, -1)
+
+
+def test_a_mistake_in_what_is_allowed_is_known_before_a_picture_is_read():
+    cfg, given = CONFIGS["gemma"], prompt(CONFIGS["gemma"], [3], [2])
+    with pytest.raises(SettingError, match="expected one or more of the tokens"):
+        pg.prefill(params(cfg), given._replace(pixels=None), cfg, 1, allowed=range(5, 5))
+
+
 def test_a_tap_sees_every_layer_and_can_edit_it():
     cfg, tree = CONFIGS["gemma2"], params(CONFIGS["gemma2"])
     given, seen = prompt(cfg, [3], [2]), {}
@@ -200,6 +215,12 @@ def test_a_tap_sees_every_layer_and_can_edit_it():
     between = {"vision.embed", "vision.out", "projector", "language.embed", "language.out", "logits"}
     assert seen.keys() == {f"{place}.{value}" for place in blocks for value in block} | between
     assert seen["logits"] is logits
+    whole, _ = set(seen), seen.clear()
+    _, cache = pg.prefill(tree, given, cfg, 1, record)
+    assert seen.keys() == whole
+    seen.clear()
+    pg.decode(tree, torch.tensor([1]), cache, cfg, record)
+    assert seen.keys() == {name for name in whole if name.startswith(("language.", "logits"))}
     edited = pg.forward(tree, given, cfg, lambda name, x: x * 0 if name == "language.1.attn_out" else x)
     assert not torch.equal(edited, logits)
 
@@ -250,13 +271,14 @@ def test_a_prompt_compiled_block_by_block_is_what_it_was(name):
     """By the code for GPUs where it can be had on a CPU: spans in place of masks, and the last layer at one token."""
     cfg = CONFIGS[name]
     weights, given = params(cfg), prompt(cfg, [3, 1], [0, 2])
-    wrapped = []
+    wrapped, spans = [], []
 
     def wrap(part):
         wrapped.append(part)
         return part
 
     def attend(q, k, v, mask, *how):
+        spans.append(mask)
         return kernels.attend_spans_eager(q, k, v, *mask, *how)
 
     expected = pg.prefill(weights, given, cfg, 2, tap=lambda name, x: x)
@@ -266,5 +288,6 @@ def test_a_prompt_compiled_block_by_block_is_what_it_was(name):
         patch.setattr(block, "rotated", kernels.rotated_prompt_eager)
         found = pg.prefill(weights, given, cfg, 2, wrap=wrap)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(spans) == cfg.text.layers
     vision, language = [siglip.block] * cfg.vision.layers, [gemma.block] * cfg.text.layers
     assert wrapped == [*vision, paligemma.embed_and_mask, *language, gemma.unembed]

@@ -10,7 +10,8 @@ from prose import Fence, fences
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "notes"
 NOTES = sorted(path for path in FOLDER.glob("*.md") if path.name != "README.md")
-ESSAYS = [path for path in NOTES if path.name != "performance.md"]  # which is a log, and has nothing to run
+LOGS = {"performance.md", "mutation.md"}  # which have nothing to run
+ESSAYS = [path for path in NOTES if path.name not in LOGS]
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]\d+)?")
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 import pgfunc as pg
-from pgfunc import dual, dual_prompt, siglip
+from pgfunc import dual, dual_prompt, ops, siglip
 from pgfunc.checkpoint import hf
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.dual_prompt import canonical
@@ -368,6 +368,18 @@ def test_vectors_have_length_one_and_rows_do_not_mix(seed):
         found = embed(params(), x, CFG)
         torch.testing.assert_close(found.norm(dim=-1), torch.ones(len(x)))
         torch.testing.assert_close(embed(params(), x[1:], CFG), found[1:], **CLOSE)
+
+
+def test_the_first_half_of_a_head_turns_with_the_row_of_its_patch_and_the_second_with_the_column():
+    cfg = replace(VISION, position="rope2d", image_size=42)  # 3 x 3 patches, heads of 12
+    x, turn = torch.randn(2, 9, 2, 12), siglip.grid_angles(cfg, torch.device("cpu"))
+    found = siglip.rotate_grid(x, turn)
+    for patch in range(9):
+        for half, place in ((slice(0, 6), patch // 3), (slice(6, 12), patch % 3)):
+            angle = ops.angles(torch.tensor([[place]]), 6, cfg.theta)
+            here = x[:, patch : patch + 1, :, half], found[:, patch : patch + 1, :, half]
+            torch.testing.assert_close(ops.rotate(here[0], angle), here[1])
+    assert siglip.grid_angles(cfg, torch.device("meta")).is_meta
 
 
 @given(st.permutations(range(VISION.tokens)), seeds)

@@ -157,7 +157,7 @@ def prefill(
 
 
 def embed_and_mask(
-    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity, spans: bool = False
+    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap, spans: bool
 ) -> tuple[Float[Tensor, "b t d"], Int[Tensor, "b t"], masks.Masks, Int[Tensor, "b"]]:
     """What the language model takes of a prompt: vectors, positions, masks, maybe as spans, and the rows' lengths."""
     x, valid, causal = left_aligned(join(params, image, prompt, cfg, tap))

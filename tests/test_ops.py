@@ -80,6 +80,15 @@ def test_attention_equals_a_loop_and_a_query_that_sees_nothing_gives_zeros(atten
     assert not out[0, 1].any()
 
 
+@pytest.mark.parametrize("attend", [ops.attend, ops.attend_explicit])
+@given(seeds)
+def test_grouped_queries_equal_repeated_keys(attend, seed):
+    q, k, v = normal(seed, 1, 3, 4, 8), normal(seed + 1, 1, 5, 2, 8), normal(seed + 2, 1, 5, 2, 8)
+    repeated = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    expected = ops.attend(q, *repeated, None, 0.3)
+    torch.testing.assert_close(attend(q, k, v, None, 0.3), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_a_query_that_sees_nothing_has_finite_gradients():
     q = normal(0, 1, 2, 1, 4).requires_grad_()
     mask = torch.tensor([[[False, False], [True, True]]])

@@ -1,6 +1,7 @@
 """The model: sizes, padding, transforms, taps, shared pictures, allowed tokens; what any must keep is in `laws`."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import pgfunc as pg
-from pgfunc import gemma, kernels, ops, paligemma, quant, siglip
+from pgfunc import gemma, kernels, masks, ops, paligemma, quant, siglip
 from pgfunc.errors import SettingError
 from pgfunc.kernels import block
 
@@ -189,7 +190,9 @@ def test_a_cache_has_room_for_as_many_tokens_as_are_asked_for_and_not_for_fewer_
     cfg, given = CONFIGS["gemma"], prompt(CONFIGS["gemma"], [3], [2])
     length = VISION.tokens + 5
     for size in (0, 1, 4):
-        assert pg.prefill(params(cfg), given, cfg, size)[1].slots == length + size
+        _, cache = pg.prefill(params(cfg), given, cfg, size)
+        assert cache.slots == length + size
+    assert pg.decode(params(cfg), torch.tensor([1]), cache, cfg)[1].slots == cache.slots
     with pytest.raises(SettingError, match="size is -1, expected room for 0 or more tokens"):
         pg.prefill(params(cfg), given, cfg, -1)
 
@@ -264,6 +267,36 @@ def test_whatever_is_made_is_made_where_the_parameters_are(name):
         step = pg.decode(tree, logits.argmax(-1), cache, cfg)
         made = pg.tree.flatten((pg.forward(tree, given, cfg), logits, cache, step))
         assert {leaf.device.type for leaf in made.values()} == {"meta"}
+
+
+def test_the_factor_of_text_is_rounded_to_the_dtype_of_the_weights_first():
+    cfg = replace(CONFIGS["gemma"].text, width=2048)
+    table = torch.randn(4, 2048).bfloat16()
+    found = gemma.embed(gemma.Params(table, (), table[0]), torch.tensor([[2, 1]]), cfg)
+    assert torch.equal(found[0], (table[[2, 1]].double() * 45.25).bfloat16())  # the root is 45.2548
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_by_the_kernels_is_asked_for_what_the_eager_one_computes(name):
+    """With the code for GPUs replaced by what it stands for, where neither a tap looks nor a prompt is read."""
+    cfg, tree, token = CONFIGS[name], params(CONFIGS[name]), torch.tensor([1, 2])
+    given, steps = prompt(cfg, [3, 1], [0, 2]), []
+
+    def step(layer, x, angles, past, window, cfg):
+        steps.append(layer)
+        seen = masks.cached(past[2], 1, past[0].shape[1], window)
+        return gemma.block(layer, x, angles["by the kernels"], seen.window if window else seen.full, cfg, past)
+
+    expected = pg.decode(tree, token, pg.prefill(tree, given, cfg, 2)[1], cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "serves_layers", lambda x, tap, layers: tap is ops.identity and layers)
+        patch.setattr(block, "rotation", lambda *given: {"by the kernels": ops.angles(*given)})
+        patch.setattr(block, "block", step)
+        _, cache = pg.prefill(tree, given, cfg, 2)
+        torch.testing.assert_close(pg.decode(tree, token, cache, cfg), expected)
+        assert steps == list(tree.language.layers)
+        torch.testing.assert_close(pg.decode(tree, token, cache, cfg, lambda name, x: x), expected)
+    assert len(steps) == cfg.text.layers
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -135,6 +135,18 @@ def test_a_picture_that_all_rows_share_is_encoded_once_and_means_the_same(cfg, s
     torch.testing.assert_close(found[given.valid], pg.forward(tree, apart, cfg)[given.valid], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_blocks_that_read_a_shared_picture_are_wrapped_too(rows):
+    cfg, read = CONFIGS["gemma"], []
+
+    def wrap(part):
+        return lambda p, x, *rest: read.append(len(x)) or part(p, x, *rest)
+
+    pixels = torch.rand(1, 1, 3, 28, 28).expand(rows, -1, -1, -1, -1)
+    assert paligemma.encode_images(params(cfg), pixels, cfg, wrap=wrap).shape == (rows, 4, cfg.text.width)
+    assert read == [1] * cfg.vision.layers
+
+
 @given(configs, seeds)
 def test_each_row_has_its_own_gradient_of_a_picture_that_all_rows_share(cfg, seed):
     tree, given = params(cfg, seed), prompt(cfg, [2, 4, 3], [1, 0, 2], seed=seed)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import seeds
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from pgfunc import image
-from pgfunc import tokenizer as tokenizers
 from pgfunc.config import SiglipConfig
 from pgfunc.dual import DualParams
 from pgfunc.errors import CheckpointError, PromptError
+from pgfunc.tokenizer import ids_of, read
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -51,7 +51,7 @@ class SiglipModel(NamedTuple):
 
 def load_tokenizer(path: Path) -> TextTokenizer:
     """Read a `tokenizer.json`."""
-    return wrap(tokenizers.read(path), str(path))
+    return wrap(read(path), str(path))
 
 
 def wrap(backend: Backend, where: str) -> TextTokenizer:
@@ -116,7 +116,7 @@ def text_ids(model: SiglipModel, texts: Sequence[str]) -> Int[Tensor, "b t"]:
 
 def encode(tokenizer: TextTokenizer, text: str) -> list[int]:
     """The ids of a text, with nothing added."""
-    return tokenizers.ids_of(tokenizer.backend, canonical(text, tokenizer.bare))
+    return ids_of(tokenizer.backend, canonical(text, tokenizer.bare))
 
 
 def pixels(model: SiglipModel, images: Sequence[image.Source]) -> Float[Tensor, "n 3 y x"]:

@@ -17,7 +17,8 @@ class PgfuncError(Exception):
     def __str__(self) -> str:
         said = super().__str__()
         said = said if said.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
-        return said if len(said) <= LONGEST else f"{said[: LONGEST // 2]} ... {said[-LONGEST // 2 :]}"
+        half = (LONGEST - len(" ... ")) // 2
+        return said if len(said) <= LONGEST else f"{said[:half]} ... {said[-half:]}"
 
 
 class CheckpointError(PgfuncError):

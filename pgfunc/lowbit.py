@@ -81,11 +81,12 @@ def kind(w: Tensor | Quantized) -> str:
 
 
 def quantize(w: Float[Tensor, "o i"], method: str) -> Quantized:
-    """The nearest levels: no weight moves by more than half its scale, but for the last rounding to its own dtype.
+    """The nearest levels: no weight moves by more than half a step, but for the last rounding to its own dtype.
 
-    For fp8 a step is that of the level, 1/8 to 1/16 of it. int4 needs outputs in multiples of 64, and inputs in
-    multiples of its group, and is arranged for the device. A row or group of zeros stays so, and with int4 a group of
-    any one number that bfloat16 holds. In float16 a scale is at least 6e-5. What is not finite has a scale that is not.
+    A step is the scale, or for fp8 1/8 to 1/16 of the level, and at least 2^-9 of the scale. int4 needs outputs in
+    multiples of 64, and inputs in multiples of its group, and is arranged for the device. A row or group of zeros stays
+    so, and with int4 a group of any one number that bfloat16 holds. In float16 a scale is at least 6e-5. What is not
+    finite has a scale that is not.
     """
     group, kind = GROUPS[method], TYPES[method]
     # in float64 the levels are exact, and a few rows at a time it costs little memory
@@ -102,7 +103,7 @@ def _eight(rows: Tensor, dtype: torch.dtype, kind: type) -> tuple[Shaped[Tensor,
         return levels.round().to(torch.int8), scale
     # rounded here, so that the conversion is exact: PyTorch's goes by way of float32. Below 2^-6 the steps are even
     step = torch.exp2((torch.frexp(levels).exponent.double() - 1).clamp(min=-6) - 3)
-    return ((levels / step).round() * step).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    return ((levels / step).round() * step).clamp(-MOST[kind], MOST[kind]).to(torch.float8_e4m3fn), scale
 
 
 def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> tuple[UInt[Tensor, "o i"], Float[Tensor, "o g z"]]:
@@ -224,13 +225,13 @@ def kernel(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
 
 def kernel_serves(x: Tensor, w: Quantized) -> bool:
     """Whether `kernel` may be used: where it exists, for these dtypes and sizes, and when nothing is differentiated."""
+    if isinstance(w, Float8):  # PyTorch has no such kernel for CPUs
+        return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or w.scale.requires_grad):
         return False
     here = x.device.type == "cpu" and x.dtype == w.scale.dtype != torch.float64 and w.values.is_contiguous()
-    if isinstance(w, Float8):
-        return False
     # the int8 kernel reads 16 numbers at once, also beyond the end of a row (PyTorch 2.13, bf16: a segmentation fault)
     return here and (BLOCKED and w.blocked if isinstance(w, Int4) else x.shape[-1] % 16 == 0)
 

@@ -22,6 +22,7 @@ from pgfunc.lowbit import BLOCK, GROUPS, Int4, Quantized
 T = TypeVar("T")
 
 TABLE = "language.embed"  # rows of it are looked up: 8 bits at least
+FP8 = 8, 9  # the first compute capability that has it
 PLAIN = {"vision.position", "projector"}  # a sum, and what tells the dtype of the activations
 
 
@@ -29,12 +30,12 @@ def quantize(params: T, method: str = "int8", patterns: Sequence[str] = ("langua
     """The tree with its matrices in 8 or 4 bits, on whatever device they are; the given one is not changed.
 
     method: "int8" or "fp8", a scale for each output; "int4", "int4-64" or "int4-32", a scale and a zero for each output
-    and 128, 64 or 32 inputs. "fp8" is for GPUs that have it, from compute capability 8.9 on; elsewhere the weights are
-    made anew for each product. patterns: which matrices, by fnmatch on whole paths, such as
-    `language.layers.*.gate`; vectors that match stay as they are. The embedding, which is also the head, never has
-    fewer than 8 bits. What is quantized by this method already stays. Raises SettingError for another method, a pattern
-    that matches no matrix, a matrix that is quantized otherwise, or has a size that int4 does not take; NumericalError
-    for numbers that are not finite, or so large that their levels would not be.
+    and 128, 64 or 32 inputs. "fp8" is for GPUs that have it; on a CPU the weights are made anew for each product.
+    patterns: which matrices, by fnmatch on whole paths, such as `language.layers.*.gate`; vectors that match stay as
+    they are. The embedding, which is also the head, never has fewer than 8 bits. What is quantized by this method
+    already stays. Raises SettingError for another method, fp8 on a GPU without it, a pattern that matches no matrix, a
+    matrix that is quantized otherwise, or has a size that int4 does not take; NumericalError for numbers that are not
+    finite, or so large that their levels would not be.
     """
     chosen = {path for pattern in patterns for path in tree.matching(matrices(params), pattern)}
     return apply(params, {path: "int8" if path == TABLE and GROUPS.get(method) else method for path in chosen})
@@ -58,6 +59,7 @@ def quantized(path: str, w: Tensor | Quantized, method: str) -> Quantized:
         if (found := lowbit.method(w)) != method:
             raise SettingError(f"{path} is {found} already, expected plain weights or {method}; dequantize it first")
         return w
+    check_device(method, w.device)
     outputs, inputs = w.shape
     if (group := GROUPS[method]) and (outputs % BLOCK or inputs % group):
         raise SettingError(
@@ -79,9 +81,20 @@ def arranged(params: T, device: torch.device) -> T:
     """The tree with its matrices in 4 bits on a device, and in the order in which that device reads them fast.
 
     `quantize` and `load` do so for where the weights are; a tree that is moved by hand keeps the order, and is right,
-    but slow.
+    but slow. Raises SettingError where it has weights in fp8 and the device does not.
     """
+    for found in set(methods(params).values()):
+        check_device(found, device)
     return _map(lambda path, w: lowbit.arranged(w, device) if isinstance(w, Int4) else w, params)
+
+
+def check_device(method: str, device: torch.device) -> None:
+    """Raise SettingError for a GPU that has no fp8: what is compiled for it could not read it."""
+    if method != "fp8" or device.type != "cuda" or torch.version.hip is not None:
+        return
+    if (found := torch.cuda.get_device_capability(device)) < FP8:
+        have, need = (".".join(map(str, each)) for each in (found, FP8))
+        raise SettingError(f"fp8 needs a GPU of compute capability {need} or more, {device} has {have}; take int8")
 
 
 def methods(params: Any) -> dict[str, str]:

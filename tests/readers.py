@@ -22,10 +22,9 @@ from pgfunc.checkpoint import ADAPTER, bigvision, hf, processor
 from pgfunc.checkpoint.files import Entry
 from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.cli import compiled
-from pgfunc.errors import PgfuncError, PromptError
+from pgfunc.errors import LONGEST, PgfuncError, PromptError
 from pgfunc.train import data, fit, lora, run
 
-LONGEST = 1010  # characters of a message
 HOSTILE = ("", "\n", "a en\n<loc0001> é<eos>", "\0▁☃🐈\u202e", "\ud800")
 
 

@@ -50,7 +50,13 @@ def files(write: Callable[[Path], object]) -> dict[str, bytes]:
 MODEL = pg.Model(CFG, parameters(CFG), None)
 HF = files(lambda folder: pg.save(MODEL, folder))
 QUANTIZED = json.dumps(
-    json.loads(HF[CONFIG]) | {"quantization_config": {"format": "pgfunc", "weights": {"language.layers.0.q": "int8"}}}
+    json.loads(HF[CONFIG])
+    | {
+        "quantization_config": {
+            "format": "pgfunc",
+            "weights": {"language.layers.0.q": "int8", "language.layers.1.q": "fp8"},
+        }
+    }
 ).encode()
 SHARDS = files(lambda folder: pg.save(MODEL, folder, shard_bytes=4000))
 BIG_VISION = files(lambda folder: bigvision.save(folder / NPZ, CFG, MODEL.params)) | {

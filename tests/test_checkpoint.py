@@ -175,7 +175,9 @@ def test_layers_that_are_one_are_saved_as_two(tmp_path):
     assert bits(pg.load(tmp_path, device="cpu").params) == bits(tied)
 
 
-@pytest.mark.parametrize("change", [{"final_softcap": 3.0}, {"query_scale": 1.0}, {"window": 4}])
+@pytest.mark.parametrize(
+    "change", [{"final_softcap": 3.0}, {"query_scale": 1.0}, {"window": 4}, {"eps": 0.0}, {"positions": 2**21}]
+)
 def test_a_config_that_the_format_cannot_hold_is_refused_before_anything_is_written(tmp_path, change):
     cfg = replace(CONFIGS["gemma"], text=replace(CONFIGS["gemma"].text, **change))
     with pytest.raises(CheckpointError, match=r"config\.json cannot hold"):

@@ -132,6 +132,17 @@ def test_int4_takes_whole_groups_and_whole_blocks(method, inputs):
     assert quant.methods(quant.quantize({"w": torch.ones(64, 2 * inputs)}, "int4-32", ["w"])) == {"w": "int4-32"}
 
 
+def test_a_gpu_without_fp8_says_so(monkeypatch):
+    small, cuda = quant.quantize(params(WIDE_CONFIGS["gemma"]), "fp8", ["*.gate"]), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for refused in (lambda: quant.check_device("fp8", cuda), lambda: quant.arranged(small, cuda)):
+        with pytest.raises(SettingError, match=r"fp8 needs .* 8\.9 or more, cuda:0 has 8\.0; take int8"):
+            refused()
+    quant.check_device("int8", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    quant.check_device("fp8", cuda)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_an_error_that_names_the_weight(number):
     plain = params(WIDE_CONFIGS["gemma"])

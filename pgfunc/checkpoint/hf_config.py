@@ -256,6 +256,10 @@ def render(cfg: Config, dtype: str) -> dict[str, Any]:
         "image_token_index": cfg.image, "projection_dim": text.width, "hidden_size": text.width,
         "tie_word_embeddings": True, "text_config": text_config, "vision_config": vision_config,
     }  # fmt: skip
-    if (read := parse(rendered)) != replace(cfg, resample=read.resample):
+    try:
+        read = parse(rendered)
+    except ValueError as error:
+        raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: {error}") from error
+    if read != replace(cfg, resample=read.resample):
         raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: read back it is {read}")
     return rendered

@@ -57,10 +57,10 @@ def kind_of(device: torch.device) -> dict[str, Any]:
 def check_made_for(folder: Path, kind: dict[str, Any]) -> None:
     try:
         made = json.loads((folder / MADE_FOR).read_text())
-        if not isinstance(made, dict):
-            raise ValueError(f"a list of names and values, found {made!r}")
     except (OSError, ValueError, RecursionError):
-        raise SettingError(f"--compiled {folder}: no code there; `pgfunc compile {folder}` makes it") from None
+        made = None
+    if not isinstance(made, dict):
+        raise SettingError(f"--compiled {folder}: no code there; `pgfunc compile {folder}` makes it")
     if made != kind:
         mine, its = (", ".join(f"{name} {each.get(name)}" for name in sorted({*made, *kind})) for each in (kind, made))
         raise SettingError(f"--compiled {folder}: was made for {its}, and here is {mine}; compile it here")

@@ -25,8 +25,10 @@ from pgfunc.cli.options import app, unset
 from pgfunc.errors import SettingError
 from pgfunc.laws import LAWS, Law, Result, System
 from pgfunc.laws.check import EXAMPLES
+from pgfunc.laws.system import absent
 
 DEEP = 2000
+STORED = 2**30  # bytes; larger parameters are not written to files and read again for each example
 
 
 @app.command()
@@ -57,6 +59,8 @@ def laws(
         name = model or "the shipped checkpoint"
         system: Any = pglaws.eager(loaded.params, loaded.cfg, name, loaded.tokenizer, vq)
         system = system._replace(params=(), apply=()) if quantize else system
+        if pg.tree.nbytes(loaded.params) > STORED:
+            system = system._replace(reload=absent, convert=absent)
     else:
         system = found(adapter)
     with TemporaryDirectory() as folder:

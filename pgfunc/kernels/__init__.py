@@ -31,8 +31,8 @@ class Tile(NamedTuple):
 
     Rows are an axis of one tensor, which the warps share out, or `apart`, in tensors of their own: then what is made of
     x serves all, which pays off where weights take arithmetic. A warp reads 16 bytes a lane, 256 columns of bf16, 512
-    of int8, 1024 of int4: at least so many columns a warp, or its lanes read less. Nothing is staged: the walk over the
-    columns is unrolled, and loads of several blocks are under way together.
+    of int8 and fp8, which share a tile, 1024 of int4: at least so many columns a warp, or its lanes read less. Nothing
+    is staged: the walk over the columns is unrolled, and loads of several blocks are under way together.
     """
 
     rows: int
@@ -352,7 +352,7 @@ def rotated_prompt(
     angles: Float[Tensor, "b t half"],
     room: int,
 ) -> tuple[Float[Tensor, "b t n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
-    """q and k, each plane turned by its angle, and v; k and v with `room` for so many tokens more, which is 0."""
+    """q and k, each plane turned by its angle, and v; k and v with `room` empty slots behind them, filled with 0."""
     angles = angles.contiguous()
     dense(q, k, v)
     (rows, tokens, heads, h), kv_heads = q.shape, k.shape[2]

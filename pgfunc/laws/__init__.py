@@ -30,7 +30,6 @@ from pgfunc.laws.strategies import dtypes as dtypes
 from pgfunc.laws.strategies import hostile as hostile
 from pgfunc.laws.strategies import parameters as parameters
 from pgfunc.laws.strategies import picture as picture
-from pgfunc.laws.strategies import pictures as pictures
 from pgfunc.laws.strategies import prompt as prompt
 from pgfunc.laws.strategies import ragged as ragged
 from pgfunc.laws.strategies import splits as splits

@@ -18,7 +18,7 @@ from pgfunc.laws.texts import TEXTS
 from pgfunc.laws.transforms import TRANSFORMS
 
 LAWS: tuple[Law, ...] = (*MODEL, *TRANSFORMS, *PARTS, *SAMPLING, *STORED, *TEXTS, *PICTURES, *LOSSES)
-EXAMPLES = 50
+EXAMPLES = 20
 
 
 def check(

@@ -108,6 +108,7 @@ def the_gradient_of_a_loss_equals_finite_differences(system: System, example: Pa
     given, step = made(example), 1e-5
     generator = torch.Generator().manual_seed(example.seed + 1)
     along = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for leaf in given]
+    along = [way / way.norm() for way in along]
     _, *gradients = value_and_gradients(system, example, given, example.chunk)
     slope = torch.stack([(one * other).sum() for one, other in zip(gradients, along, strict=True)]).sum()
     above, below = (

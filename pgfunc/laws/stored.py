@@ -78,7 +78,7 @@ def a_conversion_and_back_changes_nothing(system: System, example: Stored) -> fl
     return changed(system.convert(given), given)
 
 
-@law("Quantized, no weight moves by more than half a step of its group: of its largest weight over 127, or over 7.",
+@law("Quantized to even steps, no weight moves by more than half of one: its group's largest over 127, or over 7.",
      needs="quantize", domain=matrices, within=1.0 + 1e-6,
      reason="computed: half a step, of 8 bits itself, and the rounding of what is left of the weights")  # fmt: skip
 def quantized_within_half_a_step(system: System, example: Matrix) -> float:

@@ -32,4 +32,5 @@ def test_pad_adds_empty_slots_behind():
     assert torch.equal(wider[:, :3], buffer)
     assert wider.shape == (2, 5, 1, 4)
     assert not wider[:, 3:].any()
+    assert pad(buffer, 0) is buffer, "nothing is copied"
     assert Cache((wider,), (wider,), torch.tensor([3, 3])).slots == 5

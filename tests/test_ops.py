@@ -40,7 +40,11 @@ def test_rope_is_a_rotation_of_each_half_split_plane(seed, position):
         expected = torch.complex(x[..., plane], x[..., plane + 4]) * turn
         # float32 angles up to 8191 are right to 2**-11
         torch.testing.assert_close(torch.complex(out[..., plane], out[..., plane + 4]), expected, atol=5e-3, rtol=0)
-    assert torch.equal(ops.rotate(x, ops.angles(torch.tensor([[0]]), 8, 10_000.0)), x)
+    still = ops.angles(torch.tensor([[0]]), 8, 10_000.0)
+    for same in (x, x.bfloat16(), x.double()):
+        turned = ops.rotate(same, still)
+        assert torch.equal(turned, same)
+        assert turned.dtype == same.dtype
 
 
 @given(seeds, st.floats(0.5, 100))
@@ -112,6 +116,11 @@ def test_one_product_for_several_matrices_is_their_products(beside, together, bi
     found = torch.ops.pgfunc.linears(x, given, added).split([3, 1, 4], -1)
     torch.testing.assert_close(found, ops.linears(x, weights, biases if biased else ()))
     torch.library.opcheck(torch.ops.pgfunc.linears.default, (x, weights, added))
+
+
+def test_a_tap_of_a_part_has_the_names_of_its_place_and_the_default_stays_what_it_is():
+    assert ops.within("a", ops.identity) is ops.identity
+    assert ops.within("a", ops.within("b", lambda name, value: (name, value)))("c", 5) == ("b.a.c", 5)
 
 
 @pytest.mark.parametrize("amx", [False, True])

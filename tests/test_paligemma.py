@@ -193,6 +193,7 @@ def test_a_range_of_allowed_tokens_copies_nothing_of_the_head_and_must_be_of_tok
         gemma.unembed(tree.language, torch.ones(2, cfg.text.width), cfg.text, allowed=range(7, 9))
     assert seen[0].shape[0] == 2
     assert seen[0].data_ptr() == tree.language.embed[7].data_ptr()
+    assert gemma.head_rows(range(64), cfg.text) == slice(0, 64)
     for wrong in (range(5, 5), range(0, 9, 2), range(60, 65), range(-2, 3)):
         with pytest.raises(SettingError, match="expected one or more of the tokens 0 to 63, in a row"):
             gemma.unembed(tree.language, torch.ones(2, cfg.text.width), cfg.text, allowed=wrong)
@@ -309,6 +310,24 @@ def test_a_step_by_the_kernels_is_asked_for_what_the_eager_one_computes(name):
         assert steps == list(tree.language.layers)
         torch.testing.assert_close(pg.decode(tree, token, cache, cfg, lambda name, x: x), expected)
     assert len(steps) == cfg.text.layers
+
+
+@pytest.mark.parametrize("allowed", [None, range(3, 9), torch.tensor([5, 2])], ids=["all", "range", "ids"])
+def test_logits_by_the_kernels_are_asked_for_as_the_eager_ones_are_computed(allowed):
+    cfg, tree, asked = CONFIGS["gemma2"].text, params(CONFIGS["gemma2"]).language, []
+
+    def head(x, scale, table, eps, made):
+        asked.append(made)
+        return ops.linear(ops.rms_norm(x, scale, eps), table)
+
+    x = torch.randn(2, cfg.width)
+    expected = gemma.unembed(tree, x, cfg, allowed=allowed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "serves", lambda x, tap, table: tap is ops.identity and len(table) > 0)
+        patch.setattr(block, "head", head)
+        torch.testing.assert_close(gemma.unembed(tree, x, cfg, allowed=allowed), expected)
+        torch.testing.assert_close(gemma.unembed(tree, x, cfg, lambda name, x: x, allowed), expected)
+    assert asked == [isinstance(allowed, torch.Tensor)], "a copy was made of these rows of the head"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgfunc import ops
+from pgfunc import lowbit, ops
 
 seeds = st.integers(0, 2**31)
 
@@ -134,6 +134,31 @@ def test_one_row_is_written_out_on_cpus_without_amx_alone(amx, monkeypatch):
         assert not ops.written_out(one.to("meta"), w.to("meta"))
     for several in (torch.randn(2, 3), torch.randn(1, 2, 3), torch.randn(2, 1, 3), torch.randn(0, 3)):
         assert not ops.written_out(several, w)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_loop_of_one_row_is_for_compiled_code_alone_and_changes_no_product(compiling, rows, biased, monkeypatch):
+    monkeypatch.setattr(ops, "AMX", False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    asked, loop = [], lowbit.one_row
+    monkeypatch.setattr(lowbit, "one_row", lambda x, w: asked.append(len(x)) or loop(x, w))
+    x, w, bias = torch.randn(rows, 5), torch.randn(4, 5), torch.randn(4) if biased else None
+    torch.testing.assert_close(ops.linear(x, w, bias), torch.nn.functional.linear(x, w, bias))
+    assert asked == ([1] if compiling and rows == 1 else [])
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_on_a_cpu_fused_attention_serves_whatever_has_no_softcap(compiling, queries, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    written, explicit = [], ops.attend_explicit
+    monkeypatch.setattr(ops, "attend_explicit", lambda *given: written.append(given[-1]) or explicit(*given))
+    q, k = torch.randn(1, queries, 1, 8), torch.randn(1, 5, 1, 8)
+    for cap in (0.0, 50.0):
+        ops.attend(q, k, k, None, 0.3, cap)
+    assert written == [50.0]
 
 
 def test_tensors_beside_one_another_are_one_and_others_are_not():

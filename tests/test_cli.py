@@ -167,7 +167,7 @@ MISTAKES = {
     "top-p": (["caption", "red.png", "--top-p", "1.5"], "top-p is 1.5, expected"),
     "too long": (["caption", "red.png", "--max-new-tokens", "5000"], "do not fit 120 positions"),
     "dtype": (["caption", "red.png", "--dtype", "int3"], "dtype is int3, expected"),
-    "bits": (["caption", "red.png", "--quantize", "int3"], "quantize is 'int3', expected one of int8, int4,"),
+    "bits": (["caption", "red.png", "--quantize", "int3"], "quantize is 'int3', expected one of int8, fp8, int4,"),
     "bits of detect": (["detect", "red.png", "car", "--quantize", "int3"], "quantize is 'int3', expected"),
     "sizes of int4": (["caption", "red.png", "--quantize", "int4"], "language.layers.0.q: int4 takes outputs in"),
     "decompression bomb": (["caption", "bomb.png"], "bomb.png: too many pixels"),

@@ -234,6 +234,7 @@ def test_a_tap_sees_every_layer_and_can_edit_it():
     whole, _ = set(seen), seen.clear()
     _, cache = pg.prefill(tree, given, cfg, 1, record)
     assert seen.keys() == whole
+    assert {seen[f"language.{i}.resid_post"].shape[1] for i in range(3)} == {VISION.tokens + 5}, "of every token"
     seen.clear()
     pg.decode(tree, torch.tensor([1]), cache, cfg, record)
     assert seen.keys() == {name for name in whole if name.startswith(("language.", "logits"))}

@@ -5,7 +5,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
@@ -112,12 +112,19 @@ def test_dequantized_weights_are_what_the_bytes_mean_rounded_once(seed, method, 
 
 
 @given(seeds, methods, st.sampled_from([torch.float32, torch.float64]))
+@example(140, "int4", torch.float32)  # a zero of 3e-5, whose neighbour is nearer than the weights' last bits
 def test_what_was_quantized_once_does_not_move_again(seed, method, dtype):
     # in bf16 and f16 the weights between the two are rounded once more, and a scale may change by its last bit
     once = quantized(normal(seed, BLOCK, 256, dtype=dtype), method)
     again = quantized(lowbit.dequantize(once), method)
     assert torch.equal(again.values.view(torch.uint8), once.values.view(torch.uint8))
-    assert torch.equal(again.scale, once.scale)
+    if isinstance(once, Int4):
+        largest = lowbit.dequantize(once).abs().max().item()
+        steps, zeros = ([w.scale[..., part] for w in (again, once)] for part in (0, 1))
+        assert torch.equal(*steps)
+        torch.testing.assert_close(*zeros, rtol=0, atol=largest * torch.finfo(dtype).eps)  # the weights' own rounding
+    else:
+        assert torch.equal(again.scale, once.scale)
 
 
 @given(seeds, methods)
@@ -162,10 +169,12 @@ def test_both_ends_of_a_grid_must_be_finite():
 
 
 def check_product(x: torch.Tensor, w, found: torch.Tensor) -> None:
-    """Within the rounding of weights and sums to the dtype: a part of the sum of magnitudes, not of the sum."""
+    """Within the rounding of weights and results to the dtype, and of a float32 sum in any order: parts of the sum of
+    magnitudes, not of the sum."""
     assert found.dtype == x.dtype
     wide, weights = x.double().numpy(), meaning(w)
-    limit = 2 * max(torch.finfo(x.dtype).eps, 2.0**-23) * (np.abs(wide) @ np.abs(weights).T)
+    part = 2 * torch.finfo(x.dtype).eps + (x.shape[-1] + 1) * 2.0**-24
+    limit = part * (np.abs(wide) @ np.abs(weights).T)
     assert (np.abs(found.double().numpy() - wide @ weights.T) <= limit).all()
 
 

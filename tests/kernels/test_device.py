@@ -282,6 +282,7 @@ def test_attention_of_many_tokens_sees_what_their_spans_hold(seed, dtype, sizes,
     n, kv, h, slots, _, cap, _ = sizes
     shapes = [(rows, tokens, n, h), (rows, slots, kv, h), (rows, slots, kv, h)]
     q, k, v = (normal(seed + i, dtype, *shape) for i, shape in enumerate(shapes))
+    q = torch.cat([q, q], 2)[:, :, :n]  # a part of a product
     numbers = st.lists(st.integers(0, slots), min_size=rows * tokens, max_size=rows * tokens)
     begin, end = (torch.tensor(data.draw(numbers), device=DEVICE).view(rows, tokens) for _ in range(2))
     for row in range(rows):  # what nobody sees must not matter
@@ -304,7 +305,8 @@ def test_attention_of_many_tokens_sees_what_their_spans_hold(seed, dtype, sizes,
 @given(seeds, dtypes, st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([1, 2, 6, 8]), st.integers(0, 3))
 def test_a_prompt_is_turned_and_begins_a_cache(seed, dtype, heads, half, room):
     (n, kv), rows, tokens = heads, 2, 3
-    q, k, v = (normal(seed + i, dtype, rows, tokens, count, 2 * half) for i, count in enumerate((n, kv, kv)))
+    joint = normal(seed, dtype, rows, tokens, n + 2 * kv, 2 * half)  # one product made them, as in the model
+    q, k, v = joint.split([n, kv, kv], 2)
     angles = normal(seed + 3, torch.float32, rows, tokens, half) * 1000
     turn, found = wide(angles)[:, :, None], kernels.rotated_prompt(q, k, v, angles, room)
     for before, after in ((q, found[0]), (k, found[1][:, :tokens])):

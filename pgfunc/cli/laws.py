@@ -28,7 +28,7 @@ from pgfunc.laws.check import EXAMPLES
 from pgfunc.laws.system import absent
 
 DEEP = 2000
-STORED = 2**30  # bytes; larger parameters are not written to files and read again for each example
+MOST_STORED = 2**30  # bytes; to write larger parameters and read them again for each example takes too long
 
 
 @app.command()
@@ -47,7 +47,8 @@ def laws(
 ) -> None:  # fmt: skip
     """Look for examples that break the laws of a PaliGemma, of a checkpoint on the CPU or of another implementation.
 
-    The exit status is 1 where there is one.
+    The exit status is 1 where there is one. Parameters of more than 1 GiB are not written to files: what would be asked
+    of these is left out.
     """
     if examples < 1:
         raise SettingError(f"examples is {examples}, expected 1 or more")
@@ -59,7 +60,7 @@ def laws(
         name = model or "the shipped checkpoint"
         system: Any = pglaws.eager(loaded.params, loaded.cfg, name, loaded.tokenizer, vq)
         system = system._replace(params=(), apply=()) if quantize else system
-        if pg.tree.nbytes(loaded.params) > STORED:
+        if pg.tree.nbytes(loaded.params) > MOST_STORED:
             system = system._replace(reload=absent, convert=absent)
     else:
         system = found(adapter)

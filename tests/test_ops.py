@@ -1,9 +1,13 @@
 """The arithmetic, against formulas written out in float64."""
 
+import itertools
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from watched import Watched
 
 from pgfunc import lowbit, ops
 
@@ -149,16 +153,55 @@ def test_the_loop_of_one_row_is_for_compiled_code_alone_and_changes_no_product(c
     assert asked == ([1] if compiling and rows == 1 else [])
 
 
-@pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("queries", [1, 3])
-def test_on_a_cpu_fused_attention_serves_whatever_has_no_softcap(compiling, queries, monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+@contextmanager
+def compiled_for_gpus(compiling: bool = True, cuda: bool = True):
+    """Code that is told so, with tensors of the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "AMX", True)  # or one row is written out
+        patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        patch.setattr(torch.Tensor, "is_cuda", cuda, raising=False)
+        yield
+
+
+@given(st.booleans(), st.booleans(), st.sampled_from([(5,), (1, 5), (2, 3, 5)]))
+def test_in_compiled_code_for_gpus_several_matrices_are_one_product(together, biased, shape):
+    weights, biases, x = [torch.randn(rows, 5) for rows in (3, 1, 4)], [], torch.randn(shape)
+    biases = [torch.randn(rows) for rows in (3, 1, 4)] if biased else []
+    weights = ops.beside(weights, x.device) if together else weights
+    expected = ops.linears(x, weights, biases)
+    for compiling, cuda, grad in itertools.product((False, True), repeat=3):
+        with compiled_for_gpus(compiling, cuda), torch.set_grad_enabled(grad), Watched() as watched:
+            torch.testing.assert_close(ops.linears(x, weights, biases), expected)
+        assert watched.names.count("pgfunc::linears") == (compiling and cuda and not grad)
+    small = [lowbit.quantize(w, "int8") for w in weights]
+    quantized = ops.linears(x, small, biases)
+    with compiled_for_gpus(), torch.no_grad():
+        torch.testing.assert_close(ops.linears(x, small, biases), quantized)
+        mapped = torch.vmap(lambda x: ops.linears(x, weights, biases))(x[None])
+        torch.testing.assert_close(mapped, tuple(each[None] for each in expected))
+
+
+@given(st.booleans(), st.booleans())
+def test_in_compiled_code_for_gpus_a_bias_is_added_to_the_product(compiling, cuda):
+    x, w, bias = torch.randn(2, 5), torch.randn(4, 5), torch.randn(4)
+    expected = torch.nn.functional.linear(x, w, bias)
+    with compiled_for_gpus(compiling, cuda), Watched() as watched:
+        torch.testing.assert_close(ops.linear(x, w, bias), expected)
+        torch.testing.assert_close(ops.linear(x, w), expected - bias)
+    assert ("aten::addmm" in watched.names) is not (compiling and cuda)
+
+
+@given(st.booleans(), st.booleans(), st.sampled_from([1, 3]), st.sampled_from([0.0, 50.0]))
+def test_attention_is_written_out_for_softcaps_and_for_one_query_in_compiled_code_for_gpus(
+    compiling, cuda, queries, cap
+):
     written, explicit = [], ops.attend_explicit
-    monkeypatch.setattr(ops, "attend_explicit", lambda *given: written.append(given[-1]) or explicit(*given))
     q, k = torch.randn(1, queries, 1, 8), torch.randn(1, 5, 1, 8)
-    for cap in (0.0, 50.0):
-        ops.attend(q, k, k, None, 0.3, cap)
-    assert written == [50.0]
+    expected = explicit(q, k, k, None, 0.3, cap)
+    with compiled_for_gpus(compiling, cuda), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "attend_explicit", lambda *given: written.append(given[-1]) or explicit(*given))
+        torch.testing.assert_close(ops.attend(q, k, k, None, 0.3, cap), expected)
+    assert bool(written) == (cap > 0 or (compiling and cuda and queries == 1))
 
 
 def test_tensors_beside_one_another_are_one_and_others_are_not():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from watched import Watched
 
 import pgfunc as pg
 from pgfunc import gemma, kernels, masks, ops, paligemma, quant, siglip
@@ -273,14 +274,30 @@ def test_parameters_are_packed_on_the_device_that_is_named_with_room_for_those_w
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_whatever_is_made_is_made_where_the_parameters_are(name):
-    """On the meta device, whose tensors meet none of another device."""
     cfg, tree = CONFIGS[name], paligemma.abstract(CONFIGS[name])
     for images in (0, 2):
         given = pg.tree.map(lambda leaf: leaf.to("meta"), prompt(cfg, [3, 1], [0, 2], images=images))
-        logits, cache = pg.prefill(tree, given, cfg, 3)
-        step = pg.decode(tree, logits.argmax(-1), cache, cfg)
-        made = pg.tree.flatten((pg.forward(tree, given, cfg), logits, cache, step))
-        assert {leaf.device.type for leaf in made.values()} == {"meta"}
+        with Watched() as watched:
+            pg.forward(tree, given, cfg)
+            logits, cache = pg.prefill(tree, given, cfg, 3)
+            logits, _ = pg.decode(tree, pg.sample.greedy(logits), cache, cfg)
+            pg.sample.draw(logits, logits[:, 0])
+        assert watched.devices == {"meta"}
+
+
+def test_a_seed_decides_the_parameters_to_train_from_and_it_is_0_where_none_is_given():
+    cfg = CONFIGS["gemma"]
+    first, same, other = (pg.tree.flatten(paligemma.init(cfg, *seed)) for seed in ((), (0,), (1,)))
+    assert all(torch.equal(first[path], same[path]) for path in first)
+    assert not torch.equal(first["projector"], other["projector"])
+
+
+def test_no_pictures_are_no_tokens_in_the_dtype_of_the_weights():
+    cfg = CONFIGS["gemma"]
+    tree = pg.tree.map(torch.Tensor.bfloat16, params(cfg))
+    found = paligemma.encode_images(tree, torch.zeros(2, 0, 3, 28, 28), cfg)
+    assert found.shape == (2, 0, cfg.text.width)
+    assert found.dtype == torch.bfloat16
 
 
 def test_the_factor_of_text_is_rounded_to_the_dtype_of_the_weights_first():

@@ -105,6 +105,22 @@ def test_a_query_that_sees_nothing_has_finite_gradients():
         assert slope.isfinite().all()
 
 
+def test_fused_attention_is_given_no_query_without_keys(monkeypatch):
+    """cuDNN's gradient of one is nan."""
+    given, fused = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, mask, **options):
+        given.append(mask)
+        return fused(q, k, v, mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    q, mask = torch.randn(2, 2, 1, 4), torch.tensor([[[False, False], [True, False]], [[True, True], [False, True]]])
+    out = ops.attend(q, q, q, mask, 1.0)
+    assert given[0].squeeze(1).tolist() == [[[True, True], [True, False]], [[True, True], [False, True]]]
+    assert not out[0, 0].any()
+    assert out.ne(0).sum() == 12
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_widen_never_narrows(dtype):
     assert ops.widen(torch.zeros(1, dtype=dtype)).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -196,7 +212,7 @@ def test_attention_is_written_out_for_softcaps_and_for_one_query_in_compiled_cod
     compiling, cuda, queries, cap
 ):
     written, explicit = [], ops.attend_explicit
-    q, k = torch.randn(1, queries, 1, 8), torch.randn(1, 5, 1, 8)
+    q, k = torch.randn(1, queries, 2, 8), torch.randn(1, 5, 1, 8)
     expected = explicit(q, k, k, None, 0.3, cap)
     with compiled_for_gpus(compiling, cuda), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "attend_explicit", lambda *given: written.append(given[-1]) or explicit(*given))

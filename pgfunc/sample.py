@@ -5,6 +5,7 @@ A filter sets what it excludes to -inf and leaves the rest alone, so filters com
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,10 @@ def choose(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"], settings: Sett
     """The next token under the settings; greedy choice ignores u."""
     if settings.temperature == 0:
         return greedy(logits)
-    # the largest becomes 0, and in float64: a tiny temperature must make the others -inf, and nothing nan
-    logits = (logits - logits.amax(-1, keepdim=True)).double() / settings.temperature
+    # the largest becomes 0, and in float64: a tiny temperature must make the others -inf, and nothing nan; CUDA
+    # multiplies by its reciprocal, which must be finite
+    temperature = max(settings.temperature, sys.float_info.min)
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
     logits = logits if settings.top_k is None else top_k(logits, settings.top_k)
     logits = logits if settings.top_p is None else top_p(logits, settings.top_p)
     logits = logits if settings.min_p is None else min_p(logits, settings.min_p)

@@ -8,7 +8,7 @@ import torch
 from cases import CONFIGS, params, prompt, text_model
 
 import pgfunc as pg
-from pgfunc import bench, ops, paligemma
+from pgfunc import bench, laws, ops, paligemma
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -44,6 +44,14 @@ def test_gradients_of_padded_rows_are_numbers(dtype, heads):
     expected = torch.autograd.grad(ops.attend_explicit(*wide, mask, 0.125).sum(), wide)
     for found, exact in zip(grads, expected, strict=True):
         torch.testing.assert_close(found.float(), exact, atol=0.1 if dtype is torch.bfloat16 else 1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_laws_hold_on_a_gpu(name):
+    cfg = CONFIGS[name]
+    results = laws.check(laws.eager(to(params(cfg), "cuda"), cfg), examples=5, derandomize=True)
+    assert [(each.law.name, each.counterexample, each.why) for each in results if each.verdict == "broken"] == []
+    assert sum(each.verdict == "holds" for each in results) > 40
 
 
 def test_a_seed_draws_the_same_tokens_on_both_devices(tmp_path):
@@ -101,6 +109,18 @@ def test_at_full_size_decode_equals_longer_prefill(name):
             assert error < 0.03  # bf16, up to 26 layers
             if step < 5:
                 logits, cache = pg.decode(tree, whole.tokens[rows, here + 1], cache, cfg)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_at_full_size_the_laws_of_the_model_hold(name):
+    cfg = pg.PUBLISHED[name]
+    tree = pg.tree.map(torch.Tensor.float, random(cfg))
+    system = laws.eager(tree, cfg)._replace(rounding=5e-3)  # the largest of 257,152 errors of 44 layers and more
+    results = laws.check(system, laws.MODEL, examples=5, derandomize=True)
+    for result in results:
+        print(f"{name} {result.law.name} {result.verdict} {result.examples} {result.worst:.1e} {result.why}")
+    assert [(each.law.name, each.counterexample, each.why) for each in results if each.verdict == "broken"] == []
+    assert [each.law.name for each in results if each.verdict == "absent"] == ["logits-are-those-of-the-reference"]
 
 
 def test_a_benchmark_at_full_size_takes_the_weights_own_memory_and_stays_above_the_floor():

@@ -20,15 +20,16 @@ import pgfunc as pg
 from pgfunc import laws as pglaws
 from pgfunc import segment
 from pgfunc.cli import options
+from pgfunc.cli.compiled import compiles
 from pgfunc.cli.locate import beside
 from pgfunc.cli.options import app, unset
-from pgfunc.errors import SettingError
+from pgfunc.errors import DeviceError, SettingError
 from pgfunc.laws import LAWS, Law, Result, System
 from pgfunc.laws.check import EXAMPLES
-from pgfunc.laws.system import absent
 
 DEEP = 2000
-MOST_STORED = 2**30  # bytes; to write larger parameters and read them again for each example takes too long
+MOST = 2**30  # bytes; of larger parameters neither files nor copies in float64 are made for each example
+OF_A_CHECKPOINT = ("model", "device", "dtype", "quantize", "compile", "config")
 
 
 @app.command()
@@ -40,29 +41,27 @@ def laws(
     law: Annotated[list[str] | None, unset("--law", help="Only this one; may be repeated.", metavar="LAW")] = None,
     examples: Annotated[int, typer.Option("--examples", help="Of each law.")] = EXAMPLES,
     deep: Annotated[bool, typer.Option("--deep", help=f"{DEEP:,} examples of each law.")] = False,
-    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    dtype: Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it float32.")] = None,
     quantize: options.Quantize = None,
+    compile: Annotated[bool, typer.Option("--compile", help="The decode step is compiled, its cache donated.")] = False,
     config: options.Config = None,
     as_json: options.Json = False,
 ) -> None:  # fmt: skip
-    """Look for examples that break the laws of a PaliGemma, of a checkpoint on the CPU or of another implementation.
+    """Look for examples that break the laws of a PaliGemma, of a checkpoint or of another implementation.
 
-    The exit status is 1 where there is one. Parameters of more than 1 GiB are not written to files: what would be asked
-    of these is left out.
+    The exit status is 1 where there is one. What needs copies of the parameters, in files or in float64, is not asked
+    where they have more than 1 GiB.
     """
     if examples < 1:
         raise SettingError(f"examples is {examples}, expected 1 or more")
     chosen = [named(name) for name in law] if law else list(LAWS)
     if adapter is None:
-        loaded = pg.load(model, dtype, "cpu", config, quantize=quantize)
-        masks = beside(model)
-        vq = segment.load(masks) if masks.exists() else ()
-        name = model or "the shipped checkpoint"
-        system: Any = pglaws.eager(loaded.params, loaded.cfg, name, loaded.tokenizer, vq)
-        system = system._replace(params=(), apply=()) if quantize else system
-        if pg.tree.nbytes(loaded.params) > MOST_STORED:
-            system = system._replace(reload=absent, convert=absent)
+        system: Any = of_checkpoint(model, device, dtype or "float32", quantize, compile, config)
     else:
+        given = (model, device, dtype, quantize, compile, config)
+        if more := [name for name, value in zip(OF_A_CHECKPOINT, given, strict=True) if value]:
+            raise SettingError(f"--{more[0]} is for a checkpoint, and --adapter names another implementation")
         system = found(adapter)
     with TemporaryDirectory() as folder:
         set_hypothesis_home_dir(folder)  # else it leaves files where the user is
@@ -78,6 +77,23 @@ def laws(
         show(results)
     if any(result.verdict == "broken" for result in results):
         raise typer.Exit(1)
+
+
+def of_checkpoint(
+    model: str | None, device: str | None, dtype: str, quantize: str | None, compile: bool, config: str | None
+) -> System:
+    loaded = pg.load(model, dtype, device, config, quantize=quantize)
+    here, masks = loaded.params.projector.device, beside(model)
+    if here.type == "meta":
+        raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to check; name another")
+    vq = segment.load(masks, here) if masks.exists() else ()
+    adapt = pglaws.compiled if compile else pglaws.eager
+    system = adapt(loaded.params, loaded.cfg, model or "the shipped checkpoint", loaded.tokenizer, vq)
+    if compile:  # a step, so that a compiler that is missing breaks no law
+        with compiles("it runs without --compile"):
+            one = pglaws.prompt(pglaws.Rows((1,), (0,), images=0), system.vocab, system.image_size)
+            system.decode(one.tokens[:, 0], system.prefill(one, 1)[1])
+    return system._replace(params=()) if quantize or pg.tree.nbytes(loaded.params) > MOST else system
 
 
 def named(name: str) -> Law:

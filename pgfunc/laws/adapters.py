@@ -1,5 +1,6 @@
 """pgfunc's own implementations as systems: eager, compiled, in fewer bits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ def eager(
     device = params.projector.device
 
     def here(given: Any) -> Any:
-        return tree.map(lambda leaf: leaf.to(device), given)
+        return to(device, given)
 
     def back(results: tuple[Tensor, Cache]) -> tuple[Tensor, Cache]:
         return results[0].cpu(), results[1]
@@ -61,21 +62,21 @@ def eager(
         reorder=reorder,
         reload=partial(reload, cfg),
         convert=partial(convert, cfg),
-        quantize=quantize,
-        rms_norm=partial(ops.rms_norm, eps=1e-6),
-        rotate=lambda x, positions: ops.rotate(x, ops.angles(positions, x.shape[-1], cfg.text.theta)),
-        softcap=ops.softcap,
-        attend=lambda q, k, v, mask: ops.attend(q, k, v, mask, q.shape[-1] ** -0.5),
-        mask=mask,
-        draw=sample.draw,
-        choose=lambda logits, u, temperature: sample.choose(logits, u, sample.Settings(temperature)),
-        top_k=sample.top_k,
-        top_p=sample.top_p,
-        min_p=sample.min_p,
+        quantize=on(device, quantize),
+        rms_norm=on(device, partial(ops.rms_norm, eps=1e-6)),
+        rotate=on(device, lambda x, positions: ops.rotate(x, ops.angles(positions, x.shape[-1], cfg.text.theta))),
+        softcap=on(device, ops.softcap),
+        attend=on(device, lambda q, k, v, mask: ops.attend(q, k, v, mask, q.shape[-1] ** -0.5)),
+        mask=on(device, mask),
+        draw=on(device, sample.draw),
+        choose=on(device, lambda logits, u, heat: sample.choose(logits, u, sample.Settings(heat))),
+        top_k=on(device, sample.top_k),
+        top_p=on(device, sample.top_p),
+        min_p=on(device, sample.min_p),
         write_boxes=write_boxes,
         read_boxes=lambda text, width, height: [(label, box) for label, box, _ in detect.parse(text, width, height)],
         pixels=lambda picture: image.pixels(picture, cfg),
-        contrast=contrast,
+        contrast=on(device, contrast),
     )
     system = with_tokenizer(system, tokenizer) if tokenizer else system
     return with_masks(system, vq) if isinstance(vq, vqvae.Params) else system
@@ -95,28 +96,26 @@ def with_masks(system: System, vq: vqvae.Params) -> System:
     return system._replace(
         write_masks=write,
         read_masks=read,
-        features=partial(vqvae.lookup, vq.codebook),
-        codes=partial(vqvae.quantize, vq.codebook),
+        features=on(vq.codebook.device, partial(vqvae.lookup, vq.codebook)),
+        codes=on(vq.codebook.device, partial(vqvae.quantize, vq.codebook)),
     )
 
 
-def compiled(params: Params, cfg: Config) -> System:
-    """The step is compiled, and its cache donated; prompts are not."""
-    plain, step = eager(params, cfg), jit(paligemma.decode, donate="cache")
+def compiled(
+    params: Params,
+    cfg: Config,
+    name: str = "pgfunc, compiled",
+    tokenizer: Tokenizer | None = None,
+    vq: vqvae.Params | tuple[()] = (),
+) -> System:
+    """The step is compiled, and its cache donated; the rest is as it is."""
+    plain, step = eager(params, cfg, name, tokenizer, vq), jit(paligemma.decode, donate="cache")
 
     def decode(token: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         logits, cache = step(params, token.to(params.projector.device), cache, cfg)
         return logits.cpu(), cache
 
-    return System(
-        "pgfunc, compiled",
-        plain.vocab,
-        plain.image_size,
-        plain.rounding,
-        forward=plain.forward,
-        prefill=plain.prefill,
-        decode=decode,
-    )
+    return plain._replace(decode=decode)
 
 
 def quantized(params: Params, cfg: Config, method: str = "int8") -> System:
@@ -125,6 +124,15 @@ def quantized(params: Params, cfg: Config, method: str = "int8") -> System:
     return eager(fewer, cfg, f"pgfunc, {method}")._replace(
         params=(), apply=(), reference=eager(dequantize(fewer), cfg).forward
     )
+
+
+def to(device: torch.device, given: Any) -> Any:
+    return tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, given)
+
+
+def on(device: torch.device, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on a device, for tensors of the CPU."""
+    return lambda *given: to(torch.device("cpu"), fn(*to(device, given)))
 
 
 def mask(valid: Tensor, causal: Tensor, window: int) -> Tensor:

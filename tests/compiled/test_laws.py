@@ -1,8 +1,13 @@
 """The laws of the cache hold where what appends to it is compiled, and the cache donated."""
 
-from cases import CONFIGS
+import re
 
+from cases import CONFIGS, text_model
+from typer.testing import CliRunner
+
+import pgfunc as pg
 from pgfunc import laws
+from pgfunc.cli import app
 
 CACHE = {
     "decode-equals-longer-prefill", "prefill-equals-forward", "an-old-handle-stays-valid", "forks-are-apart",
@@ -17,3 +22,11 @@ def test_the_laws_of_the_cache_hold_of_compiled_steps():
     results = laws.check(laws.compiled(laws.parameters(cfg), cfg), chosen, laws.Strategies(rows=rows), 20, True)
     assert [(each.law.name, each.verdict, each.why) for each in results] == [(law.name, "holds", "") for law in chosen]
     assert len(chosen) == len(CACHE)
+
+
+def test_the_command_compiles_the_step(tmp_path):
+    pg.save(text_model(), tmp_path)
+    words = ["--examples", "1", "--law", "an-old-handle-stays-valid", "--device", "cpu", "--compile"]
+    result = CliRunner().invoke(app, ["laws", "--model", str(tmp_path), *words])
+    assert result.exit_code == 0, result.output
+    assert re.search("an-old-handle-stays-valid +holds +1 ", result.output)

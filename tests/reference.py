@@ -67,10 +67,13 @@ def relayout(folder: Path, layout: str) -> None:
     save_file(arrays, path, metadata={"format": "pt"})
 
 
-def load(folder: Path) -> PaliGemmaForConditionalGeneration:
-    """The checkpoint as transformers reads it, with the attention that knows Gemma 2's softcap."""
+def load(folder: Path, dtype: str = "auto") -> PaliGemmaForConditionalGeneration:
+    """The checkpoint as transformers reads it, with the attention that knows Gemma 2's softcap.
+
+    The dtype is named here, for the factor of embeddings is rounded to that in which the model is made.
+    """
     model, report = PaliGemmaForConditionalGeneration.from_pretrained(
-        folder, dtype="auto", attn_implementation="eager", output_loading_info=True
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
     return model.eval()

@@ -66,14 +66,15 @@ FULL_SIZE = ["paligemma-3b-224", "paligemma2-3b-224"]
 
 
 def random(cfg: pg.Config) -> pg.Params:
-    """Full-size parameters in bf16, drawn on the device."""
+    """Full-size parameters in bf16, drawn on the device; vectors are not zero either, so that every leaf matters."""
     generator = torch.Generator("cuda").manual_seed(0)
 
-    def draw(leaf: torch.Tensor) -> torch.Tensor:
+    def draw(path: str, leaf: torch.Tensor) -> torch.Tensor:
         out = torch.empty(leaf.shape, dtype=torch.bfloat16, device="cuda")
-        return out.zero_() if leaf.dim() == 1 else out.normal_(std=leaf[0].numel() ** -0.5, generator=generator)
+        out.normal_(std=0.2 if leaf.dim() == 1 else leaf[0].numel() ** -0.5, generator=generator)
+        return out + 1 if path.endswith("_scale") else out
 
-    return pg.tree.map(draw, paligemma.abstract(cfg))
+    return pg.tree.map_with_path(draw, paligemma.abstract(cfg))
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -84,12 +85,12 @@ def test_at_full_size_logits_equal_transformers(name, tmp_path):
     pg.save(pg.Model(cfg, random(cfg), None), tmp_path)
     model = pg.load(tmp_path, "float32", "cuda")
     assert model.cfg == cfg
-    other = reference.load(tmp_path).float().cuda()
+    other = reference.load(tmp_path, "float32").cuda()
     given = to(prompt(cfg, [6, 9], [7, 5]), "cuda")
     ours = pg.forward(model.params, given, cfg)[given.valid]
     error = ours - reference.logits(other, given, cfg)[given.valid]
     print(f"{name}: relative error {error.norm() / ours.norm():.1e}, worst {error.abs().max():.1e} of {ours.std():.2f}")
-    assert error.norm() < 1e-4 * ours.norm()  # float32, up to 26 layers
+    assert error.norm() < 1e-5 * ours.norm()  # float32, up to 53 layers
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -115,8 +116,7 @@ def test_at_full_size_decode_equals_longer_prefill(name):
 def test_at_full_size_the_laws_of_the_model_hold(name):
     cfg = pg.PUBLISHED[name]
     tree = pg.tree.map(torch.Tensor.float, random(cfg))
-    system = laws.eager(tree, cfg)._replace(rounding=5e-3)  # the largest of 257,152 errors of 44 layers and more
-    results = laws.check(system, laws.MODEL, examples=5, derandomize=True)
+    results = laws.check(laws.eager(tree, cfg), laws.MODEL, examples=5, derandomize=True)
     for result in results:
         print(f"{name} {result.law.name} {result.verdict} {result.examples} {result.worst:.1e} {result.why}")
     assert [(each.law.name, each.counterexample, each.why) for each in results if each.verdict == "broken"] == []

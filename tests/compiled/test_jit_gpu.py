@@ -83,7 +83,7 @@ def test_the_laws_of_the_cache_hold_of_compiled_steps(name, rows, dtype):
 def test_at_full_size_the_laws_of_the_cache_hold_of_compiled_steps(name):
     cfg = pg.PUBLISHED[name]
     tree = bench.random_params(cfg, torch.bfloat16, torch.device("cuda"))
-    system = laws.compiled(tree, cfg)._replace(rounding=0.3)  # the largest of 257,152 errors of 44 layers and more
+    system = laws.compiled(tree, cfg)._replace(rounding=0.2)  # the largest of 257,152 errors, after 45 layers and more
     chosen = [law for law in laws.MODEL if "decode" in law.needs]
     results = laws.check(system, chosen, laws.Strategies(rows=laws.ragged(rows=1)), 5, derandomize=True)
     for result in results:

@@ -9,6 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def read(path: Path) -> Backend:
     """The backend in a file."""
     try:
         text = path.read_text(encoding="utf-8")
-        backend = Backend.from_str(text)
+        with panics_are_errors():
+            backend = Backend.from_str(text)
     except Exception as error:  # the package raises bare Exception, and quotes the file, newlines included
         raise CheckpointError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from error
     # to mark a tokenizer or to save it, the package counts up to the largest id; all ids are asked for only where one
@@ -91,9 +93,21 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def ids_of(backend: Backend, text: str) -> list[int]:
     """The ids of a text, by a backend alone."""
     try:
-        return backend.encode(text, add_special_tokens=False).ids
+        with panics_are_errors():
+            return backend.encode(text, add_special_tokens=False).ids
     except Exception as error:  # the package raises bare Exception where a file promises a token that it lacks
         raise PromptError(f"{text!r} is not text that can be encoded ({error})") from error
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Of the package: where a pattern of the file takes too long its Rust panics, and a panic is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which cannot be imported
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
@@ -117,4 +131,8 @@ def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
         return b""
     if byte := BYTE.fullmatch(tokenizer.backend.id_to_token(id) or ""):
         return bytes.fromhex(byte[1])
-    return tokenizer.backend.decode([id], skip_special_tokens=False).encode()
+    try:
+        with panics_are_errors():
+            return tokenizer.backend.decode([id], skip_special_tokens=False).encode()
+    except Exception as error:  # as above
+        raise CheckpointError(f"the tokenizer cannot write token {id} ({error}); download it again") from error

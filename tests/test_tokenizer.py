@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from pgfunc import tokenizer
@@ -231,3 +231,23 @@ def test_control_tokens_that_a_file_lacks_are_not_needed():
     vocab = {"a": 0, "\n": 1, "<eos>": 2}
     loaded: Tokenizer = tokenizer.wrap(Backend(models.BPE(vocab, [])), "three tokens")
     assert (loaded.newline, loaded.control) == (1, {2})
+
+
+def test_a_pattern_that_takes_exponential_time_is_an_error(tmp_path):
+    """The package's Rust panics, which is no Exception."""
+    slow, text = Regex("(a+)+$"), "a" * 40 + "b"
+    backend = google()
+    backend.normalizer = normalizers.Replace(slow, " ")
+    with pytest.raises(PromptError, match=r"not text that can be encoded .*retry-limit"):
+        tokenizer.encode(tokenizer.wrap(backend, "a test's tokenizer"), text)
+    raw = json.loads(backend.to_str())
+    token = raw["added_tokens"][0] | {"id": backend.get_vocab_size(), "content": text, "normalized": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw | {"added_tokens": [*raw["added_tokens"], token]}))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: not a tokenizer .*retry-limit"):
+        tokenizer.load(tmp_path / "tokenizer.json")
+    backend = google()
+    backend.add_tokens([text])
+    backend.decoder = decoders.Replace(slow, " ")
+    reads = tokenizer.wrap(backend, "a test's tokenizer")
+    with pytest.raises(CheckpointError, match=r"cannot write token [0-9]+ .*retry-limit"):
+        tokenizer.decode(reads, tokenizer.encode(reads, text))

@@ -44,8 +44,8 @@ def choose(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"], settings: Sett
     """The next token under the settings; greedy choice ignores u."""
     if settings.temperature == 0:
         return greedy(logits)
-    # the largest becomes 0, and in float64: a tiny temperature must make the others -inf, and nothing nan; CUDA
-    # multiplies by its reciprocal, which must be finite
+    # the largest becomes 0, and in float64: a tiny temperature must make the others -inf, and nothing nan; on CUDA
+    # PyTorch divides by a number by multiplying with its reciprocal, so that this must be finite
     temperature = max(settings.temperature, sys.float_info.min)
     logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
     logits = logits if settings.top_k is None else top_k(logits, settings.top_k)

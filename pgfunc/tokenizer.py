@@ -101,7 +101,7 @@ def ids_of(backend: Backend, text: str) -> list[int]:
 
 @contextmanager
 def panics_are_errors() -> Iterator[None]:
-    """Of the package: where a pattern of the file takes too long its Rust panics, and a panic is no Exception."""
+    """Where a pattern of a file takes too long the package panics: that is no Exception, and it is said on stderr."""
     try:
         yield
     except BaseException as error:
@@ -134,5 +134,5 @@ def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
     try:
         with panics_are_errors():
             return tokenizer.backend.decode([id], skip_special_tokens=False).encode()
-    except Exception as error:  # as above
+    except Exception as error:  # a bare one where the file's decoder cannot do its work
         raise CheckpointError(f"the tokenizer cannot write token {id} ({error}); download it again") from error

@@ -8,7 +8,8 @@ import torch
 from cases import CONFIGS, params, prompt, text_model
 
 import pgfunc as pg
-from pgfunc import bench, laws, ops, paligemma
+from pgfunc import bench, laws, ops, paligemma, tokenizer, vqvae
+from pgfunc.checkpoint import shipped
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -48,10 +49,11 @@ def test_gradients_of_padded_rows_are_numbers(dtype, heads):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_laws_hold_on_a_gpu(name):
-    cfg = CONFIGS[name]
-    results = laws.check(laws.eager(to(params(cfg), "cuda"), cfg), examples=5, derandomize=True)
+    cfg, words = CONFIGS[name], tokenizer.load(shipped() / "tokenizer.json")
+    system = laws.eager(to(params(cfg), "cuda"), cfg, "pgfunc", words, to(vqvae.init(3), "cuda"))
+    results = laws.check(system, examples=5, derandomize=True)
     assert [(each.law.name, each.counterexample, each.why) for each in results if each.verdict == "broken"] == []
-    assert sum(each.verdict == "holds" for each in results) > 40
+    assert [each.law.name for each in results if each.verdict == "absent"] == ["logits-are-those-of-the-reference"]
 
 
 def test_a_seed_draws_the_same_tokens_on_both_devices(tmp_path):
@@ -107,7 +109,7 @@ def test_at_full_size_decode_equals_longer_prefill(name):
         for step in range(6):
             here = length - 6 + step
             error = (logits - expected[rows, here]).norm() / expected[rows, here].norm()
-            assert error < 0.03  # bf16, up to 26 layers
+            assert error < 0.03  # bf16, up to 53 layers
             if step < 5:
                 logits, cache = pg.decode(tree, whole.tokens[rows, here + 1], cache, cfg)
 

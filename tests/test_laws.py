@@ -13,15 +13,17 @@ from cases import CONFIGS
 from faults import FAULTS
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
+from torch._dynamo.exc import TorchDynamoException
 from transformers import PaliGemmaForConditionalGeneration
 from typer.testing import CliRunner
 
 import pgfunc as pg
 from pgfunc import laws, tokenizer, vqvae
 from pgfunc.checkpoint import shipped
+from pgfunc.cli import laws as command
 from pgfunc.cli.options import app
 from pgfunc.config import Config
-from pgfunc.laws import LAWS, System
+from pgfunc.laws import LAWS, System, adapters
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TOKENIZER, VQ = tokenizer.load(shipped() / "tokenizer.json"), vqvae.init(3)
@@ -224,6 +226,43 @@ def test_the_command_ends_with_1_where_a_law_is_broken(tmp_path, monkeypatch):
     assert "broken" in result.output
     assert "A softcap is never beyond its cap" in result.output
     assert "mine: Scaled(seed=0, by=" in result.output
+
+
+@pytest.mark.parametrize("words", [["--quantize", "int8"], []])
+def test_laws_of_parameters_that_are_quantized_or_large_are_not_asked(words, monkeypatch):
+    monkeypatch.setattr(command, "MOST_COPIED", 2**30 if words else 2**20)
+    asked = [law for law in LAWS if "params" in law.needs or law.name == "forward-is-pure"]
+    chosen = [word for law in asked for word in ("--law", law.name)]
+    result = run(app, ["laws", "--examples", "1", "--json", *words, *chosen])
+    assert result.exit_code == 0
+    found = [json.loads(line) for line in result.output.splitlines()]
+    assert {each["law"]: each["verdict"] for each in found} == {
+        law.name: "absent" if "params" in law.needs else "holds" for law in asked
+    }
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (torch.OutOfMemoryError("2 GB"), "not enough memory on the device: give --dtype bfloat16 or --device cpu"),
+        (TorchDynamoException("no g++"), "torch.compile fails here (no g++): is there a C++ compiler? It runs without"),
+    ],
+)
+def test_what_a_machine_lacks_breaks_no_law(problem, message, monkeypatch):
+    def fails(*given, **options):
+        raise problem
+
+    monkeypatch.setattr(adapters, "jit", lambda *given, **options: fails)
+    result = run(app, ["laws", "--examples", "1", "--law", "forks-are-apart", "--compile"])
+    assert str(result.exception).startswith(message)
+
+
+def test_memory_that_does_not_suffice_for_an_example_breaks_no_law():
+    def fails(prompt):
+        raise torch.OutOfMemoryError("2 GB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        laws.check(eager()._replace(forward=fails), examples=1)
 
 
 @pytest.mark.parametrize(

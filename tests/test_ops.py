@@ -1,6 +1,5 @@
 """The arithmetic, against formulas written out in float64."""
 
-import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -170,38 +169,47 @@ def test_the_loop_of_one_row_is_for_compiled_code_alone_and_changes_no_product(c
 
 
 @contextmanager
-def compiled_for_gpus(compiling: bool = True, cuda: bool = True):
-    """Code that is told so, with tensors of the CPU."""
+def told(compiling: bool = True, cuda: bool = True):
+    """What runs in here is told that it is being compiled, and that its tensors are a GPU's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "AMX", True)  # or one row is written out
         patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-        patch.setattr(torch.Tensor, "is_cuda", cuda, raising=False)
+        patch.setattr(torch.Tensor, "is_cuda", cuda)
         yield
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
 @given(st.booleans(), st.booleans(), st.sampled_from([(5,), (1, 5), (2, 3, 5)]))
-def test_in_compiled_code_for_gpus_several_matrices_are_one_product(together, biased, shape):
-    weights, biases, x = [torch.randn(rows, 5) for rows in (3, 1, 4)], [], torch.randn(shape)
+def test_in_compiled_code_for_gpus_matrices_that_lie_together_are_one_product(
+    compiling, cuda, grad, together, biased, shape
+):
+    weights, x = [torch.randn(rows, 5) for rows in (3, 1, 4)], torch.randn(shape)
     biases = [torch.randn(rows) for rows in (3, 1, 4)] if biased else []
     weights = ops.beside(weights, x.device) if together else weights
-    expected = ops.linears(x, weights, biases)
-    for compiling, cuda, grad in itertools.product((False, True), repeat=3):
-        with compiled_for_gpus(compiling, cuda), torch.set_grad_enabled(grad), Watched() as watched:
-            torch.testing.assert_close(ops.linears(x, weights, biases), expected)
-        assert watched.names.count("pgfunc::linears") == (compiling and cuda and not grad)
+    expected, product, products = ops.linears(x, weights, biases), torch.nn.functional.linear, []
+    with told(compiling, cuda), torch.set_grad_enabled(grad), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", lambda *parts: products.append(parts) or product(*parts))
+        torch.testing.assert_close(ops.linears(x, weights, biases), expected)
+    assert len(products) == (1 if together and compiling and cuda and not grad else 3)
+
+
+def test_in_compiled_code_for_gpus_quantized_and_transformed_products_stay_apart():
+    weights, x = ops.beside([torch.randn(rows, 5) for rows in (3, 1, 4)], torch.device("cpu")), torch.randn(2, 5)
     small = [lowbit.quantize(w, "int8") for w in weights]
-    quantized = ops.linears(x, small, biases)
-    with compiled_for_gpus(), torch.no_grad():
-        torch.testing.assert_close(ops.linears(x, small, biases), quantized)
-        mapped = torch.vmap(lambda x: ops.linears(x, weights, biases))(x[None])
-        torch.testing.assert_close(mapped, tuple(each[None] for each in expected))
+    expected, quantized = ops.linears(x, weights), ops.linears(x, small)
+    with told(), torch.no_grad(), Watched() as watched:
+        torch.testing.assert_close(ops.linears(x, small), quantized)
+        torch.testing.assert_close(torch.vmap(lambda row: ops.linears(row, weights))(x), expected)
+    assert "pgfunc::linears" not in watched.names
 
 
 @given(st.booleans(), st.booleans())
 def test_in_compiled_code_for_gpus_a_bias_is_added_to_the_product(compiling, cuda):
     x, w, bias = torch.randn(2, 5), torch.randn(4, 5), torch.randn(4)
     expected = torch.nn.functional.linear(x, w, bias)
-    with compiled_for_gpus(compiling, cuda), Watched() as watched:
+    with told(compiling, cuda), Watched() as watched:
         torch.testing.assert_close(ops.linear(x, w, bias), expected)
         torch.testing.assert_close(ops.linear(x, w), expected - bias)
     assert ("aten::addmm" in watched.names) is not (compiling and cuda)
@@ -214,10 +222,10 @@ def test_attention_is_written_out_for_softcaps_and_for_one_query_in_compiled_cod
     written, explicit = [], ops.attend_explicit
     q, k = torch.randn(1, queries, 2, 8), torch.randn(1, 5, 1, 8)
     expected = explicit(q, k, k, None, 0.3, cap)
-    with compiled_for_gpus(compiling, cuda), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "attend_explicit", lambda *given: written.append(given[-1]) or explicit(*given))
+    with told(compiling, cuda), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "attend_explicit", lambda *parts: written.append(parts[-1]) or explicit(*parts))
         torch.testing.assert_close(ops.attend(q, k, k, None, 0.3, cap), expected)
-    assert bool(written) == (cap > 0 or (compiling and cuda and queries == 1))
+    assert written == ([cap] if cap or (compiling and cuda and queries == 1) else [])
 
 
 def test_tensors_beside_one_another_are_one_and_others_are_not():

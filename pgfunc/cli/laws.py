@@ -19,17 +19,17 @@ from tqdm import tqdm
 import pgfunc as pg
 from pgfunc import laws as pglaws
 from pgfunc import segment
+from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiles
 from pgfunc.cli.locate import beside
-from pgfunc.cli.options import app, unset
+from pgfunc.cli.options import app, enough_memory, unset
 from pgfunc.errors import DeviceError, SettingError
 from pgfunc.laws import LAWS, Law, Result, System
 from pgfunc.laws.check import EXAMPLES
 
 DEEP = 2000
-MOST = 2**30  # bytes; of larger parameters neither files nor copies in float64 are made for each example
-OF_A_CHECKPOINT = ("model", "device", "dtype", "quantize", "compile", "config")
+MOST_COPIED = 2**30  # bytes; the laws of parameters copy them for each example, in float64 or into files
 
 
 @app.command()
@@ -44,26 +44,33 @@ def laws(
     device: options.Device = None,
     dtype: Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it float32.")] = None,
     quantize: options.Quantize = None,
-    compile: Annotated[bool, typer.Option("--compile", help="The decode step is compiled, its cache donated.")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the decode step, for each number of rows and of slots: minutes.")
+    ] = False,
     config: options.Config = None,
     as_json: options.Json = False,
 ) -> None:  # fmt: skip
     """Look for examples that break the laws of a PaliGemma, of a checkpoint or of another implementation.
 
-    The exit status is 1 where there is one. What needs copies of the parameters, in files or in float64, is not asked
-    where they have more than 1 GiB.
+    The exit status is 1 where there is one. The laws of parameters (gradients, vmap, files) are not asked of those that
+    are quantized, or have more than 1 GiB.
     """
     if examples < 1:
         raise SettingError(f"examples is {examples}, expected 1 or more")
     chosen = [named(name) for name in law] if law else list(LAWS)
-    if adapter is None:
-        system: Any = of_checkpoint(model, device, dtype or "float32", quantize, compile, config)
-    else:
-        given = (model, device, dtype, quantize, compile, config)
-        if more := [name for name, value in zip(OF_A_CHECKPOINT, given, strict=True) if value]:
-            raise SettingError(f"--{more[0]} is for a checkpoint, and --adapter names another implementation")
-        system = found(adapter)
-    with TemporaryDirectory() as folder:
+    given = {
+        "model": model,
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+        "compile": compile,
+        "config": config,
+    }
+    if adapter is not None and any(given.values()):
+        more = next(name for name, value in given.items() if value)
+        raise SettingError(f"--{more} is for a checkpoint, and --adapter names another implementation")
+    with enough_memory("give --dtype bfloat16 or --device cpu"), TemporaryDirectory() as folder:
+        system = of_checkpoint(**given) if adapter is None else found(adapter)
         set_hypothesis_home_dir(folder)  # else it leaves files where the user is
         try:
             searches = pglaws.checks(system, chosen, examples=DEEP if deep else examples)
@@ -80,20 +87,20 @@ def laws(
 
 
 def of_checkpoint(
-    model: str | None, device: str | None, dtype: str, quantize: str | None, compile: bool, config: str | None
+    model: str | None, device: str | None, dtype: str | None, quantize: str | None, compile: bool, config: str | None
 ) -> System:
-    loaded = pg.load(model, dtype, device, config, quantize=quantize)
-    here, masks = loaded.params.projector.device, beside(model)
-    if here.type == "meta":
+    where, masks = as_device(device), beside(model)
+    if where.type == "meta":
         raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to check; name another")
-    vq = segment.load(masks, here) if masks.exists() else ()
+    loaded = pg.load(model, dtype or "float32", where, config, quantize=quantize)
+    vq = segment.load(masks, where) if masks.exists() else ()
     adapt = pglaws.compiled if compile else pglaws.eager
     system = adapt(loaded.params, loaded.cfg, model or "the shipped checkpoint", loaded.tokenizer, vq)
     if compile:  # a step, so that a compiler that is missing breaks no law
-        with compiles("it runs without --compile"):
+        with compiles("is there a C++ compiler? It runs without --compile"):
             one = pglaws.prompt(pglaws.Rows((1,), (0,), images=0), system.vocab, system.image_size)
             system.decode(one.tokens[:, 0], system.prefill(one, 1)[1])
-    return system._replace(params=()) if quantize or pg.tree.nbytes(loaded.params) > MOST else system
+    return system._replace(params=()) if quantize or pg.tree.nbytes(loaded.params) > MOST_COPIED else system
 
 
 def named(name: str) -> Law:

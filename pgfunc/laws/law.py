@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky, Unsatisfiable
 from hypothesis.strategies import DataObject, SearchStrategy
+from torch import OutOfMemoryError
 
 from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import System
@@ -84,7 +85,10 @@ class Enough(KeyboardInterrupt):
 def search(
     law: Law, systems: SearchStrategy[System], strategies: Strategies, examples: int, derandomize: bool
 ) -> Result:
-    """What examples of a law give; with `derandomize` they are the same at each call. One that raises breaks it."""
+    """What examples of a law give; with `derandomize` they are the same at each call.
+
+    One that raises breaks it, but where a device has not enough memory: this goes on to the caller.
+    """
     found, after = Result(law, "absent"), 0
 
     @settings(QUIET, max_examples=examples, derandomize=derandomize)
@@ -102,6 +106,8 @@ def search(
         drawn, tolerance, why = data.draw(law.domain(system, strategies)), law.tolerance(system), ""
         try:
             error = float(law.error(system, drawn))
+        except OutOfMemoryError:
+            raise
         except Exception as problem:
             error, why = nan, ": ".join([type(problem).__name__, *str(problem).splitlines()[:1]])
         broken = not error <= tolerance

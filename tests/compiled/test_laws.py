@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 import pgfunc as pg
 from pgfunc import laws
 from pgfunc.cli import app
+from pgfunc.laws import adapters
 
 CACHE = {
     "decode-equals-longer-prefill", "prefill-equals-forward", "an-old-handle-stays-valid", "forks-are-apart",
@@ -24,9 +25,12 @@ def test_the_laws_of_the_cache_hold_of_compiled_steps():
     assert len(chosen) == len(CACHE)
 
 
-def test_the_command_compiles_the_step(tmp_path):
+def test_the_command_compiles_the_step(tmp_path, monkeypatch):
     pg.save(text_model(), tmp_path)
+    steps = []
+    monkeypatch.setattr(adapters, "jit", lambda fn, **options: steps.append(pg.jit(fn, **options)) or steps[0])
     words = ["--examples", "1", "--law", "an-old-handle-stays-valid", "--device", "cpu", "--compile"]
     result = CliRunner().invoke(app, ["laws", "--model", str(tmp_path), *words])
     assert result.exit_code == 0, result.output
     assert re.search("an-old-handle-stays-valid +holds +1 ", result.output)
+    assert [step.compilations for step in steps] == [1]

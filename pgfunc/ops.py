@@ -151,9 +151,12 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 
 
 def angles(positions: Int[Tensor, "*b t"], dim: int, theta: float) -> Float[Tensor, "*b t half"]:
-    """The angle of each of the dim / 2 planes at each position, in float32 (Su et al. 2021)."""
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    return rearrange(positions.float(), "... -> ... 1") * theta**-exponents
+    """The angle of each of the dim / 2 planes at each position, in float32 (Su et al. 2021).
+
+    In float64 until it is cast: devices differ in the last bit of a power, and the position multiplies that.
+    """
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+    return (rearrange(positions.double(), "... -> ... 1") * theta**-exponents).float()
 
 
 def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*#b t half"]) -> Float[Tensor, "*b t n h"]:

@@ -50,6 +50,16 @@ def test_rope_is_a_rotation_of_each_half_split_plane(seed, position):
         assert turned.dtype == same.dtype
 
 
+@given(st.integers(0, 8191), st.sampled_from([8, 36, 256]), st.sampled_from([100.0, 10_000.0]))
+def test_an_angle_is_rounded_once(position, dim, theta):
+    exact = [position * theta ** (-2 * plane / dim) for plane in range(dim // 2)]
+    found = ops.angles(torch.tensor([position]), dim, theta)[0]
+    assert found.dtype == torch.float32
+    rounded = torch.tensor(exact)  # but for a power that lies in the middle of two numbers
+    assert (found == rounded).sum() >= len(exact) - 1
+    torch.testing.assert_close(found, rounded, atol=0, rtol=2**-23)
+
+
 @given(seeds, st.floats(0.5, 100))
 def test_softcap_is_bounded_monotone_and_close_to_the_identity_near_zero(seed, cap):
     x = (normal(seed, 50) * 3 * cap).sort().values

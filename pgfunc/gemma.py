@@ -119,7 +119,8 @@ def run(
     no other.
     """
     fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers)
-    angles = (kernel_block.rotation if fast else ops.angles)(positions, cfg.head_dim, cfg.theta)
+    once = fast or kernel_block.compiled(x)
+    angles = (kernel_block.rotation if once else ops.angles)(positions, cfg.head_dim, cfg.theta)
     seen = []
     for i, layer in enumerate(p.layers):
         mask = masks.window if cfg.windowed(i) else masks.full

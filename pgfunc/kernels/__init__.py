@@ -168,17 +168,18 @@ def add_normed_eager(
     return residual + ops.rms_norm(x, scale, eps)
 
 
-def angles(position: Int[Tensor, "1"], dim: int, theta: float) -> Float[Tensor, "half"]:
-    """The angle of each plane at a position, rounded once to float32."""
-    out = torch.empty(dim // 2, dtype=torch.float32, device=position.device)
-    code("device").angles[(1,)](
-        position, out, LOG_THETA=math.log2(theta), HALF=dim // 2, BLOCK=power(dim // 2), num_warps=1, **early(position)
+def angles(positions: Int[Tensor, "p"], dim: int, theta: float) -> Float[Tensor, "p half"]:
+    """The angle of each plane at each position, rounded once to float32."""
+    places, half = positions.contiguous(), dim // 2
+    out = torch.empty(len(places), half, dtype=torch.float32, device=places.device)
+    code("device").angles[(len(places),)](
+        places, out, LOG_THETA=math.log2(theta), HALF=half, BLOCK=power(half), num_warps=1, **early(places)
     )
     return out
 
 
-def angles_eager(position: Int[Tensor, "1"], dim: int, theta: float) -> Float[Tensor, "half"]:
-    return ops.angles(position, dim, theta)[0]
+def angles_eager(positions: Int[Tensor, "p"], dim: int, theta: float) -> Float[Tensor, "p half"]:
+    return ops.angles(positions, dim, theta)
 
 
 def rotated_qkv(

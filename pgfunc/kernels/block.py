@@ -34,9 +34,14 @@ def possible(x: Tensor) -> bool:
     return here and not torch.is_grad_enabled() and not ops.transformed()
 
 
+def compiled(x: Tensor) -> bool:
+    """Whether this is code that is compiled for a GPU, without a gradient."""
+    return torch.compiler.is_compiling() and possible(x)
+
+
 def serves(x: Float[Tensor, "*b d"], tap, weights: Any) -> bool:
     """Whether the kernels do it: for one token in compiled code on a GPU, without a tap or a gradient."""
-    fits = x.shape[:-1] == (1, 1) and tap is ops.identity and torch.compiler.is_compiling() and possible(x)
+    fits = x.shape[:-1] == (1, 1) and tap is ops.identity and compiled(x)
     return fits and all(w.dtype in (x.dtype, *QUANTIZED) for w in pytree.tree_leaves(weights))
 
 
@@ -72,7 +77,7 @@ def head(
     return torch.ops.pgfunc.head(x, norm, pytree.tree_leaves(w), eps, made)
 
 
-def rotation(positions: Int[Tensor, "1 1"], dim: int, theta: float) -> Float[Tensor, "1 1 half"]:
+def rotation(positions: Int[Tensor, "b t"], dim: int, theta: float) -> Float[Tensor, "b t half"]:
     """`ops.angles`, made once: inductor would make them anew for each operator that takes them."""
     return torch.ops.pgfunc.angles(positions, dim, theta)
 
@@ -128,7 +133,7 @@ def _head(x: Tensor, norm: Tensor, w: Sequence[Tensor], eps: float, made: bool) 
 
 @torch.library.custom_op("pgfunc::angles", mutates_args=())
 def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    return rearrange(kernels.angles(positions[0], dim, theta), "half -> 1 1 half")
+    return kernels.angles(positions.flatten(), dim, theta).view(*positions.shape, dim // 2)
 
 
 @torch.library.custom_op("pgfunc::attend_spans", mutates_args=())
@@ -150,7 +155,9 @@ _block.register_fake(lambda x, *rest: torch.empty_like(x))
 _head.register_fake(lambda x, norm, w, eps, made: x.new_empty(1, 1, len(w[0])))
 _attend_spans.register_fake(lambda q, *rest: q.new_empty(q.shape))
 _rotated_prompt.register_fake(_rotated_prompt_fake)
-_angles.register_fake(lambda positions, dim, theta: positions.new_empty(1, 1, dim // 2, dtype=torch.float32))
+_angles.register_fake(
+    lambda positions, dim, theta: positions.new_empty(*positions.shape, dim // 2, dtype=torch.float32)
+)
 
 
 def rebuilt(leaves: Sequence[Tensor]) -> Iterator[Any]:

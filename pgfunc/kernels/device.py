@@ -297,14 +297,15 @@ def add_normed(
 @triton.jit
 @no_type_check
 def angles(
-    position, out,
+    positions, out,
     LOG_THETA: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program, in float64 until the angle is cast: what is lost in a frequency is multiplied by the position."""
+    """A position each, in float64 until it is cast: what is lost in a frequency is multiplied by the position."""
+    place = tl.program_id(0)
     plane = tl.arange(0, BLOCK)
     frequency = tl.exp2(plane.to(tl.float64) * (-LOG_THETA / HALF))
     awaited(EARLY)
-    tl.store(out + plane, (tl.load(position) * frequency).to(tl.float32), mask=plane < HALF)
+    tl.store(out + place * HALF + plane, (tl.load(positions + place) * frequency).to(tl.float32), mask=plane < HALF)
 
 
 @triton.jit

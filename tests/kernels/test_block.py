@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils import _pytree as pytree
 
 import pgfunc as pg
-from pgfunc import bench, kernels, lowbit
+from pgfunc import bench, kernels, lowbit, ops
 from pgfunc.config import TextConfig, VisionConfig
 from pgfunc.kernels import block
 
@@ -127,4 +127,6 @@ def test_the_operators_say_what_they_do(quantized):
     q, begin, end = torch.randn(1, 3, 4, 8, device=DEVICE), torch.zeros_like(positions), positions + 1
     check(ours.attend_spans.default, (q, k, v, begin.expand(1, 3), end.expand(1, 3), 0.3, 0.0))
     check(ours.rotated_prompt.default, (q, q[:, :, :2], q[:, :, 2:], torch.randn(1, 3, 4, device=DEVICE), 2))
-    check(ours.angles.default, (positions, 8, 1e4))
+    for where in (positions, torch.tensor([[4, 5, 6], [0, 1, 2]], device=DEVICE)):
+        check(ours.angles.default, (where, 8, 1e4))
+        torch.testing.assert_close(block.rotation(where, 8, 1e4), ops.angles(where, 8, 1e4))

@@ -264,10 +264,13 @@ def test_attention_sees_the_first_length_slots_or_a_window_of_them(seed, dtype, 
 
 
 @cases
-@given(st.integers(0, 100_000), st.integers(1, 140), st.sampled_from([100.0, 10_000.0, 1e6]))
-def test_angles_are_rounded_once(position, half, theta):
-    found = kernels.angles(torch.tensor([position], device=DEVICE), 2 * half, theta)
-    exact = position * theta ** (-np.arange(half) / half)
+@given(
+    st.lists(st.integers(0, 100_000), min_size=1, max_size=4), st.integers(1, 140),
+    st.sampled_from([100.0, 10_000.0, 1e6]),
+)  # fmt: skip
+def test_angles_are_rounded_once(positions, half, theta):
+    found = kernels.angles(torch.tensor(positions, device=DEVICE), 2 * half, theta)
+    exact = np.array(positions)[:, None] * theta ** (-np.arange(half) / half)
     assert (np.abs(wide(found) - exact) <= exact * 2.0**-24 * (1 + 1e-6)).all()
 
 
@@ -338,7 +341,7 @@ def calls(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple
         "normed_matvec": (x, scale, w, EPS),
         "add_normed": (x, scale + 1, scale, EPS),
         "geglu_matvec": (x, scale, w, up, EPS),
-        "angles": (length, 20, 10_000.0),
+        "angles": (torch.tensor([22, 7, 300], device=DEVICE), 20, 10_000.0),
         "rotated_qkv": (x, scale, q, k, v, normal(11, torch.float32, 1, 1, 2), *small, length, EPS),
         "attend_one": (query, *buffers, length, 0.3, 5.0, 12),
         "attend_spans": (

@@ -219,7 +219,8 @@ def the_order_of_rows_does_not_matter(system: System, rows: Rows) -> float:
 def the_order_of_pictures_matters(system: System, rows: Rows) -> float:
     given = made(system, rows)
     one, two = (system.forward(each)[given.valid] for each in (given, given._replace(pixels=given.pixels.flip(1))))
-    return float(apart(two, one) <= 10 * system.rounding)  # else a sum in another order would do
+    # else a sum in another order would do; in half precision it may, for what pictures say to a few tokens is not more
+    return float(apart(two, one) <= min(10 * system.rounding, 1e-2))
 
 
 @law("A window that covers the sequence gives the logits of full attention.",

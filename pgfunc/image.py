@@ -57,9 +57,8 @@ def open_image(source: Source) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says; as it lies where that cannot be read."""
-    if image.format == "EPS" and getattr(
-        image, "tile", None
-    ):  # to decode it Pillow starts Ghostscript, if there is one
+    # to decode PostScript Pillow starts Ghostscript, where there is one, and it may never end
+    if image.format == "EPS" and getattr(image, "tile", None):
         raise ValueError("PostScript is a program, convert it to PNG first")
     image.load()
     if 0 in image.size:

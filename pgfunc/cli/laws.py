@@ -59,13 +59,8 @@ def laws(
         raise SettingError(f"examples is {examples}, expected 1 or more")
     chosen = [named(name) for name in law] if law else list(LAWS)
     given = {
-        "model": model,
-        "device": device,
-        "dtype": dtype,
-        "quantize": quantize,
-        "compile": compile,
-        "config": config,
-    }
+        "model": model, "device": device, "dtype": dtype, "quantize": quantize, "compile": compile, "config": config,
+    }  # fmt: skip
     if adapter is not None and any(given.values()):
         more = next(name for name, value in given.items() if value)
         raise SettingError(f"--{more} is for a checkpoint, and --adapter names another implementation")
@@ -89,6 +84,7 @@ def laws(
 def of_checkpoint(
     model: str | None, device: str | None, dtype: str | None, quantize: str | None, compile: bool, config: str | None
 ) -> System:
+    """The checkpoint as the options say it runs, with its tokenizer, and its mask decoder where it has one."""
     where, masks = as_device(device), beside(model)
     if where.type == "meta":
         raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to check; name another")

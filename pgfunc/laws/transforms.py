@@ -25,7 +25,7 @@ def other(params: Any, seed: int) -> Any:
 
 
 def near(params: Any, seed: int) -> Any:
-    """Parameters each of which is a tenth larger or smaller: a network that rounds about as the given one does."""
+    """Parameters moved by about a tenth of themselves: a network that rounds about as the given one does."""
     return pytree.tree_map(lambda leaf, share: leaf * (1 + share), params, other(params, seed))
 
 

@@ -16,7 +16,7 @@ from pgfunc.errors import SettingError
 from pgfunc.lowbit import GROUPS
 
 app = typer.Typer(
-    help="PaliGemma on pictures: caption, ask, read, detect, segment, train. SigLIP: embed, classify. "
+    help="PaliGemma on pictures: caption, ask, ocr, detect, segment, train. SigLIP: embed, classify. "
     "And their checkpoints: inspect, convert, compile, bench, laws.",
     no_args_is_help=True,
     add_completion=False,

@@ -22,6 +22,7 @@ from pgfunc.generate import Completion as Completion
 from pgfunc.generate import generate as generate
 from pgfunc.generate import score as score
 from pgfunc.generate import stream as stream
+from pgfunc.handles import reorder as reorder
 from pgfunc.handles import rewind as rewind
 from pgfunc.jit import compiled_in as compiled_in
 from pgfunc.jit import jit as jit

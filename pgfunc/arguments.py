@@ -10,12 +10,12 @@ from itertools import combinations, compress
 from typing import Any, NamedTuple
 from weakref import ref
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pgfunc.errors import SettingError
 
+LITTLE = 2**20  # bytes
 LEAF = pytree.tree_structure(0)
 
 
@@ -121,9 +121,26 @@ def repeated(groups: Sequence[tuple[list[Tensor], Set[int]]]) -> tuple[int, ...]
 
 
 def as_input(x: Tensor) -> Tensor:
-    """A tensor without a gradient; a slice of one axis is made dense: where it was cut from must not matter."""
+    """A tensor without a gradient, whose strides follow from its shape: where it was cut from must not matter.
+
+    A little one with gaps is made dense: a slice of what grows would be another kind at each call. A large one keeps
+    its strides, as one does that has a single copy of many rows.
+    """
     x = x.detach() if x.requires_grad or type(x) is not Tensor else x
-    return x.clone(memory_format=torch.contiguous_format) if x.dim() == 1 and x.stride() != (1,) else x
+    if x.is_contiguous():  # but axes of size 1 may have any stride
+        dense = strides(x.shape)
+        return x if x.stride() == dense else x.as_strided(x.shape, dense)
+    without_gaps = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
+    return x if x.nbytes > LITTLE or 0 in x.stride() or without_gaps else x.contiguous()
+
+
+def strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Those of a dense tensor, the last axis first."""
+    found, step = [], 1
+    for size in reversed(sizes):
+        found.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(found))
 
 
 def shape(x: Tensor) -> tuple[Any, ...]:

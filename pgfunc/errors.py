@@ -33,6 +33,14 @@ class PromptError(PgfuncError, ValueError):
     """A prompt that cannot be made from the given images and text, or does not fit the model."""
 
 
+class TokenError(PgfuncError, IndexError):
+    """A token id that no row of the vocabulary has."""
+
+
+class CacheFullError(PgfuncError, IndexError):
+    """More tokens than a row of a cache has room for."""
+
+
 class DataError(PgfuncError, ValueError):
     """A line of a data set that cannot be used."""
 

@@ -20,14 +20,15 @@ from pgfunc import paligemma, tokenizer
 from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
-from pgfunc.handles import bucket
+from pgfunc.handles import bucket, reorder
 from pgfunc.jit import jit
-from pgfunc.ops import plain
+from pgfunc.ops import plain, widen
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
 from pgfunc.sample import Settings, choose, logprob
 
 POLL = 8  # tokens
+AT_ONCE = 2**28  # bytes of logits of the answers that are scored together
 
 
 class Completion(NamedTuple):
@@ -176,7 +177,7 @@ compiled_begin, compiled_advance = jit(begin), jit(advance, donate="cache")
 def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Tensor, "b c"]:
     """The log-probability of each candidate, a text or token ids, as the whole answer, its end of sequence included.
 
-    A row is prefilled once, and every candidate continues the same handle of its cache.
+    A row is prefilled once, and all candidates extend it at once, as many as have room: see `AT_ONCE`.
     """
     if not texts("candidates", candidates):
         raise SettingError("candidates must be a list of one or more answers")
@@ -185,17 +186,30 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Te
 
     def run(places: list[int], prompt: Prompt) -> list[Tensor]:
         logits, cache = paligemma.prefill(model.params, prompt, model.cfg, size)
-        columns: list[Tensor] = []
-        for answer in answers:
-            tokens = torch.tensor(answer, device=logits.device).expand(len(logits), -1)
-            rest, _ = paligemma.extend(model.params, tokens[:, :-1], cache, model.cfg)
-            every = torch.cat([rearrange(logits, "b v -> b 1 v"), rest], dim=1)
-            columns.append(logprob(every, tokens).sum(-1))
-        scores = torch.stack(columns, 1).cpu()
+        many = max(1, AT_ONCE // (4 * logits.numel() * size))
+        parts = [answers[i : i + many] for i in range(0, len(answers), many)]
+        scores = torch.cat([answer_scores(model, logits, cache, part) for part in parts], 1).cpu()
         check_numbers(scores)
         return list(scores)
 
     return torch.stack(grouped(model, as_rows(images, prefixes), size, run))
+
+
+def answer_scores(
+    model: Model, logits: Float[Tensor, "b v"], cache: Cache, answers: Sequence[Sequence[int]]
+) -> Float[Tensor, "b c"]:
+    """The log-probability of each answer after each row of a cache, whose last logits these are: in one extension."""
+    count, width, device = len(answers), max(map(len, answers)), logits.device
+    tokens = torch.tensor([[*answer, *[model.cfg.pad] * (width - len(answer))] for answer in answers], device=device)
+    real = torch.tensor([[i < len(answer) for i in range(width)] for answer in answers], device=device)
+    scores = widen(logits).log_softmax(-1)[:, tokens[:, 0]]
+    if width == 1:
+        return scores
+    rows = torch.arange(len(logits), device=device).repeat_interleave(count)  # answers of a row beside one another
+    tokens, real = tokens.repeat(len(logits), 1), real.repeat(len(logits), 1)
+    after, _ = paligemma.extend(model.params, tokens[:, :-1], reorder(cache, rows), model.cfg)
+    rest = torch.where(real[:, 1:], logprob(after, tokens[:, 1:]), 0.0).sum(-1)
+    return scores + rearrange(rest, "(b c) -> b c", c=count)
 
 
 def uniform(seed: int, rows: Sequence[int], tokens: int) -> Float[Tensor, "rows tokens"]:

@@ -17,35 +17,34 @@ last.
 
 import inspect
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from threading import RLock
-from types import FunctionType
 from typing import Any, Generic, ParamSpec, TypeVar
+from warnings import warn
 
-import einops
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pgfunc import replay
+from pgfunc import reasons, replay
 from pgfunc.arguments import Argument, Arguments, Kind, as_input, repeated, shape
 from pgfunc.cache import Cache
-from pgfunc.errors import SettingError
-from pgfunc.handles import buffers, continued, lineage_of, writable
-from pgfunc.ops import transformed
+from pgfunc.compilation import CACHE, Code, check_appends, compiled, continuation, explained, regional
+from pgfunc.errors import CacheFullError, SettingError
+from pgfunc.handles import Arena, buffers, continued, copied, is_newest, known, lineage_of
+from pgfunc.ops import on_host, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
-for operation in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
-    torch.compiler.allow_in_graph(operation)  # whole: to trace how a pattern is parsed took most of a compilation
+MANY = 8  # compilations of one function, from which on each is worth a warning
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # which PyTorch and Triton read when they compile
-CACHE = "the continuation"  # stands for it among the results of compiled code
 
+
+_within: ContextVar[bool] = ContextVar("within", default=False)  # whether a function runs as it is, to be checked
 
 # by the length of a continuation: who made it of which arguments, for they are likely to come again
 _origins: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
@@ -54,22 +53,28 @@ _origins: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     """`fn`, compiled: the same arguments, the same results, without gradients.
 
-    `fn` is a pure function of trees of tensors. What else is among its arguments (a config, a number) is fixed in the
-    code, which is compiled once for each combination of those with the tensors' shapes, strides and dtypes and with
-    PyTorch's own settings; what it closes over is fixed when that is done. Tensors are values: between the steps of a
-    loop their memory must not be exchanged (`x.data = ...`).
+    `fn` is a pure function of trees of tensors. It is compiled once for each combination of the tensors' shapes,
+    strides and dtypes with everything else among its arguments (a config, a number), with PyTorch's own settings, and
+    with the numbers and functions that it closes over. Tensors that it closes over are read at each call, as arguments
+    are. `why` says in what a call differed from those before; a function that is compiled again and again warns.
+    Tensors are values: between the steps of a loop their memory must not be exchanged (`x.data = ...`). A compiled
+    function that another one calls is compiled with it.
 
     Where `fn` has an argument `wrap`, and donates nothing, it is compiled a block at a time: it is given a `wrap` to
     apply to the functions that it calls for each layer, which compiles them, and runs as it is around them.
 
     `donate` names an argument that is a `Cache`, of which `fn` returns the continuation as one of its results: it
-    appends behind the length of each row and leaves the rest alone, so rows are reordered outside. Caches have
-    `bucket(slots)` slots in compiled code, so that prompts of many lengths share it; one that was not made by compiled
-    code is copied whenever it is continued. A row must have room: beyond it, what happens is up to the device.
+    appends behind the length of each row and leaves the rest alone; rows are reordered outside, by `pg.reorder`. Caches
+    have `bucket(slots)` slots in compiled code, so that prompts of many lengths share it; one that was not made by
+    compiled code is copied whenever it is continued. Buffers are written in place: a detached view of a handle
+    (`cache.k[0].detach()`, `.numpy()`, `.data`) is not seen to be a part of it, and may be overwritten; clone it.
 
-    Raises SettingError where `fn` has no such argument, or does not return a continuation, or is seen to change what
-    stands before its length: it runs once as it is before it is compiled, on the first arguments. So does a call within
-    a transform of torch.func, or one that gives `wrap`.
+    A token without a slot, or outside the vocabulary, is written nowhere and has nan for its logits; on a CPU a row
+    without room is a CacheFullError, and `Cache.overflowed` tells such rows on a GPU.
+
+    Raises SettingError where `fn` has no such argument, or does not return a continuation, or does more than append, by
+    the graph of its operations and by what it gives for the first arguments, on which it runs once as it is; for what
+    PyTorch cannot compile; within a transform of torch.func; and where `wrap` is given.
     """
     return Jitted(fn, donate)
 
@@ -94,33 +99,48 @@ def compiled_in(folder: str | Path) -> Iterator[None]:
 
 
 class Jitted(Generic[P, R]):
-    """A compiled function. `compilations` says how often it was compiled."""
+    """A compiled function.
+
+    `compilations` says how often it was compiled, and `why` in what the last call that had no code differed from the
+    nearest that had. `copies` says how often the buffers of a cache were copied: it was not made here, or forked.
+    """
 
     def __init__(self, fn: Callable[P, R], donate: str | None = None):
         self.fn: Callable[..., R] = fn
         self.donate, self.signature = donate, inspect.signature(fn)
+        self.why, self.copies = "", 0
         self._arguments = Arguments()
-        self._compiled: dict[Any, replay.Replayed | replay.Direct] = {}
-        self._arena: deque[Cache] = deque(maxlen=replay.KEPT)  # buffers that graphs write, to be used again
-        self._lock = RLock()  # from the choice of buffers until a handle on them is known
-        named = [
-            p.name for p in self.signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        ]
-        if len(named) < len(self.signature.parameters):
+        self._compiled: dict[Any, list[tuple[Code, replay.Replayed | replay.Direct]]] = {}
+        self._met: list[reasons.Description] = []
+        self._arena = Arena()  # buffers that graphs write, to be used again
+        self._lock = RLock()  # one call at a time
+        parameters = self.signature.parameters.values()
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if len(named) < len(parameters):
             raise SettingError("the function has arguments without a name of their own (*args, **kwargs or before a /)")
-        kinds = {p.kind for p in self.signature.parameters.values()}
-        self._positional = named if kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else []
-        required = sum(p.default is p.empty for p in self.signature.parameters.values())
+        if inspect.isgeneratorfunction(fn) or inspect.iscoroutinefunction(fn):
+            raise SettingError(f"{self.name} is a generator or a coroutine: compile the step that it repeats")
+        by_place = all(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters)
+        self._positional = named if by_place else []
+        defaults = [p.default for p in parameters]
+        self._defaults = defaults if by_place and parameters else []
+        required = sum(each is inspect.Parameter.empty for each in defaults)
         self._enough = range(max(1, required), len(self._positional) + 1)  # how many may be given by place alone
         self.blocks = donate is None and "wrap" in named
         if donate is not None and donate not in named:
             raise SettingError(f"donate is {donate!r}, expected one of {', '.join(named)}")
 
     @property
+    def name(self) -> str:
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
+
+    @property
     def compilations(self) -> int:
-        return len(self._compiled)
+        return len(self._met)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or _within.get():  # a part of another function, with which it is compiled
+            return self.fn(*args, **kwargs)
         with self._lock, torch.no_grad():
             return self._call(*args, **kwargs)
 
@@ -130,20 +150,29 @@ class Jitted(Generic[P, R]):
                 "compiled code cannot be transformed by vmap, grad or jvp; transform what goes into pg.jit"
             )
         given = self._named(args, kwargs)
-        if self.blocks and "wrap" in given:
+        if self.blocks and given.pop("wrap") is not self.signature.parameters["wrap"].default:
             raise SettingError("wrap is given by pg.jit, to compile a block at a time; leave it out")
         if self.donate is None:
             results, _ = pytree.tree_unflatten(*self._run(given, self._read(given, {}), None))
             return results
-        cache = given.pop(self.donate, ())
+        cache = given.pop(self.donate)
         if not isinstance(cache, Cache):
             raise SettingError(f"{self.donate} is a {type(cache).__name__}, expected a Cache")
         maker, made = _origins.get(cache.length) or (None, {})
         read = self._read(given, made if maker is self else {})
-        cache = writable(cache, self._arena)
+        lineage = known(cache)
+        with lineage.lock if lineage else nullcontext():  # another function may continue the same handle
+            if not is_newest(cache):
+                cache, self.copies = copied(cache, self._arena), self.copies + 1
+            return self._continued(given, read, cache)
+
+    def _continued(self, given: dict[str, Any], read: dict[str, Argument], cache: Cache) -> R:
+        """The results for a cache that may be written behind its length."""
         leaves, structure = self._run(given, read, cache)
-        lineage = lineage_of(cache)
-        new = continued(cache, leaves[-1], lineage)
+        lineage, length = lineage_of(cache), leaves[-1]
+        if on_host(length) and (length > cache.slots).any():  # nothing was written that a handle sees
+            raise CacheFullError(f"a row has no room in {cache.slots} slots; prefill with a larger size")
+        new = continued(cache, length, lineage)
         _origins[new.length] = self, {name: (given[name], each) for name, each in read.items() if each.known}
 
         def own(leaf: Any) -> Any:
@@ -164,12 +193,12 @@ class Jitted(Generic[P, R]):
 
     def _run(self, given: dict[str, Any], read: dict[str, Argument], cache: Cache | None) -> replay.Flat:
         """The results of the code for these arguments, which is compiled where there is none."""
-        tensors, places, fresh, known = [], [], [], []
+        tensors, places, fresh, again = [], [], [], []
         for each in read.values():
-            (known if each.known else fresh).append(range(len(tensors), len(tensors) + len(each.tensors)))
+            (again if each.known else fresh).append(range(len(tensors), len(tensors) + len(each.tensors)))
             tensors += each.tensors
             places += each.places
-        count, donated, shapes = len(tensors), [], ()
+        donated, shapes = [], ()
         if cache is not None:
             donated, lineage = [*buffers(cache), as_input(cache.length)], lineage_of(cache)
             tensors += donated
@@ -181,71 +210,55 @@ class Jitted(Generic[P, R]):
             repeated([*((each.tensors, each.ids) for each in read.values()), (donated, {*map(id, donated)})]),
             surroundings(),
         )  # fmt: skip
-        run = self._compiled.get(key)
-        if run is None:
-            if cache is not None:
-                check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
-            kinds = {name: self._arguments.kinds[each.kind] for name, each in read.items()}
-            code = regional(self.fn, kinds) if self.blocks else compiled(self.fn, self.donate, kinds)
-            graphs = replay.possible(tensors)
-            run = replay.Replayed(code, range(count, len(tensors) - 1)) if graphs else replay.Direct(code)
-        found = run.flat(tensors, places, fresh, known)
-        self._compiled[key] = run
-        return found
+        for code, run in self._compiled.get(key, ()):
+            if (extra := code.extra()) is not None:
+                return run.flat(tensors + extra, [*places, *map(Tensor.data_ptr, extra)], fresh, again)
+        if cache is not None:
+            self._check(given, cache)
+        kinds = {name: self._arguments.kinds[each.kind] for name, each in read.items()}
+        self._describe(kinds, lineage_of(cache).shapes if cache is not None else ())
+        count = len(tensors)
+        code = regional(self.fn, kinds, count) if self.blocks else compiled(self.fn, self.donate, kinds, count)
+        written = range(count - len(donated), count - 1)
+        run = replay.Replayed(code, written) if replay.possible(tensors) else replay.Direct(code)
+        try:
+            results = run.flat(tensors, places, fresh, again)
+        except Exception as error:
+            if said := explained(error, self.name):
+                raise said from None
+            raise
+        run.written |= {*range(count, count + len(code.extra() or ()))}
+        self._compiled.setdefault(key, []).append((code, run))
+        return results
+
+    def _check(self, given: dict[str, Any], cache: Cache) -> None:
+        """Raise SettingError where the function, run as it is, does not append to this cache."""
+        token = _within.set(True)
+        try:
+            check_appends(cache, continuation(self.fn(**given, **{str(self.donate): cache})))
+        finally:
+            _within.reset(token)
+
+    def _describe(self, kinds: dict[str, Kind], buffers: tuple[Any, ...]) -> None:
+        """Note what is compiled for, and warn of what makes it slow."""
+        new = reasons.described(kinds, self.donate, buffers, surroundings())
+        self.why = reasons.difference(new, self._met)
+        self._met.append(new)
+        if self.compilations >= MANY:
+            warn(f"{self.name} is compiled, time {self.compilations}: {self.why}", RuntimeWarning, stacklevel=5)
+        devices = {name: {each[-1].type for each in kind.shapes} for name, kind in kinds.items()}
+        slow = [name for name, found in devices.items() if "cpu" in found]
+        if slow and any("cuda" in found for found in devices.values()):
+            said = f"{self.name} runs without CUDA graphs, and slowly: on the CPU is {', '.join(slow)}; move it"
+            warn(said, RuntimeWarning, stacklevel=5)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments by their names."""
+        """The arguments by their names, those left out by their defaults."""
         if not kwargs and len(args) in self._enough:  # quicker
-            return dict(zip(self._positional, args, strict=False))
-        return dict(self.signature.bind(*args, **kwargs).arguments)
-
-
-def compiled(fn, donate: str | None, kinds: dict[str, Kind]) -> Callable:
-    """A function of the tensors alone, those of each argument and then of the donated cache: the results of `fn`, and
-    the length of the continuation, whose buffers are those that went in."""
-
-    def body(tensors: list[Tensor]):
-        given, at = {}, 0
-        for name, kind in kinds.items():
-            given[name] = kind.rebuilt(tensors[at : at + len(kind.shapes)])
-            at += len(kind.shapes)
-        if donate is None:
-            return fn(**given), ()
-        layers = (len(tensors) - at) // 2
-        cache = Cache(tuple(tensors[at : at + layers]), tuple(tensors[at + layers : -1]), tensors[-1])
-        results = fn(**given, **{donate: cache})
-        new = continuation(results)
-        for old, after in zip(buffers(cache), buffers(new), strict=True):
-            old.copy_(after)  # inductor leaves nothing of it but the writing of the new slots
-        return pytree.tree_map(lambda x: CACHE if x is new else x, results, is_leaf=lambda x: x is new), new.length
-
-    # torch.compile would compare all inputs before each call, which takes longer than a layer: they are in the key
-    return whole(body, {"guard_filter_fn": lambda guards: [False] * len(guards)})
-
-
-def regional(fn, kinds: dict[str, Kind]) -> Callable:
-    """`compiled`, of a function that takes `wrap`: what it wraps is compiled, once for each of its shapes."""
-    made: dict[Callable, Callable] = {}
-
-    def wrap(part: Callable) -> Callable:
-        if part not in made:
-            made[part] = whole(part)
-        return made[part]
-
-    def body(tensors: list[Tensor]):
-        rest = iter(tensors)
-        given = {name: kind.rebuilt([next(rest) for _ in kind.shapes]) for name, kind in kinds.items()}
-        with torch._dynamo.config.patch(recompile_limit=1000):  # a tap has code of its own in each layer
-            return fn(**given, wrap=wrap), ()
-
-    return body
-
-
-def whole(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
-    """The function, compiled without a break. Torch keeps a few versions of a code object, so it has one of its own."""
-    copy = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    copy.__kwdefaults__ = fn.__kwdefaults__
-    return torch.compile(copy, dynamic=False, fullgraph=True, options=options)
+            return dict(zip(self._positional, (*args, *self._defaults[len(args) :]), strict=True))
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
 
 
 def surroundings() -> tuple[Any, ...]:
@@ -253,21 +266,3 @@ def surroundings() -> tuple[Any, ...]:
     autocast = (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
     exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     return *autocast, *exact, torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
-
-
-def continuation(results: Any) -> Cache:
-    """The one cache among the results."""
-    found = [x for x in pytree.tree_leaves(results, is_leaf=lambda x: isinstance(x, Cache)) if isinstance(x, Cache)]
-    if len(found) != 1:
-        raise SettingError(f"the function returns {len(found)} caches, expected one: the donated one, continued")
-    return found[0]
-
-
-def check_appends(cache: Cache, new: Cache) -> None:
-    """Raise SettingError where a continuation differs from the cache in what a handle on it sees."""
-    seen = torch.arange(cache.slots, device=cache.length.device) < rearrange(cache.length, "b -> b 1")
-    for old, after in zip(buffers(cache), buffers(new), strict=True):
-        if old.shape != after.shape or not torch.allclose(old[seen], after[seen], rtol=0, atol=0, equal_nan=True):
-            raise SettingError("the function changes a donated cache before its length: it may append to it alone")
-    if (new.length < cache.length).any():
-        raise SettingError("the function makes a donated cache shorter: it may append to it alone")

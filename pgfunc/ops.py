@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pgfunc import lowbit
+from pgfunc.errors import TokenError
 from pgfunc.lowbit import Float8, Int8, Quantized
 
 T = TypeVar("T")
@@ -117,10 +118,21 @@ _linears.register_fake(lambda x, weights, biases: x.new_empty(*x.shape[:-1], sum
 
 
 def look_up(ids: Int[Tensor, "*b"], table: Float[Tensor, "v d"] | Int8 | Float8) -> Float[Tensor, "*b d"]:
-    """The rows of a table; of a quantized one only those are made."""
-    if isinstance(table, Tensor):
-        return F.embedding(ids, table)
-    return lowbit.dequantize(type(table)(*(part[ids] for part in table)))
+    """The rows of a table; of a quantized one only those are made.
+
+    An id that is no row gives nan, as `jax.numpy.take` does; where it is known on the host it is a TokenError.
+    """
+    size = len(table if isinstance(table, Tensor) else table.scale)
+    inside = ids.clamp(0, size - 1)
+    known = inside == ids
+    if on_host(ids) and not known.all():
+        raise TokenError(f"token id {int(ids[~known][0])} is outside 0..{size - 1}; is it another model's?")
+    rows = (
+        F.embedding(inside, table)
+        if isinstance(table, Tensor)
+        else lowbit.dequantize(type(table)(*(part[inside] for part in table)))
+    )
+    return torch.where(rearrange(known, "... -> ... 1"), rows, torch.nan)
 
 
 def layer_norm(
@@ -169,6 +181,11 @@ def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*#b t half"]) ->
 def transformed() -> bool:
     """Whether torch.func transforms or forward-mode AD are at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the numbers of a tensor can be looked at, and nothing waits for it: on a CPU, eager, not transformed."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def attend(

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pgfunc import gemma, masks, ops, siglip, tree
-from pgfunc.cache import Cache
+from pgfunc.cache import Cache, check_room
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.kernels import block as kernel_block
@@ -175,11 +175,17 @@ def left_aligned(embedded: Embedded) -> Embedded:
 def extend(
     params: Params, tokens: Int[Tensor, "b t"], cache: Cache, cfg: Config, tap=identity, allowed: gemma.Allowed = None
 ) -> tuple[Float[Tensor, "b t v"], Cache]:
-    """Append t suffix tokens to each row: their logits, and a new cache. The given cache stays what it was."""
+    """Append t suffix tokens to each row: their logits, and a new cache. The given cache stays what it was.
+
+    Raises CacheFullError where a row has no room for them, and TokenError for an id outside the vocabulary, if that is
+    known on the host. Else such a token has nan for its logits, and so have those after it; see `Cache.overflowed`.
+    """
     count = tokens.shape[1]
+    check_room(cache.length, count, cache.slots)
     seen = masks.cached(cache.length, count, cache.slots, cfg.text.window)
     positions = rearrange(cache.length, "b -> b 1") + torch.arange(count, device=tokens.device)
-    x = tap("language.embed", gemma.embed(params.language, tokens, cfg.text))
+    x = gemma.embed(params.language, tokens, cfg.text)
+    x = tap("language.embed", torch.where(rearrange(positions < cache.slots, "b t -> b t 1"), x, torch.nan))
     x, kv = gemma.run(params.language, x, positions, seen, cfg.text, cache, tap)
     cache = Cache(tuple(k for k, _ in kv), tuple(v for _, v in kv), cache.length + count)
     return gemma.unembed(params.language, x, cfg.text, tap, allowed), cache

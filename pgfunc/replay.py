@@ -53,6 +53,7 @@ class Direct:
 
     def __init__(self, fn: Fn):
         self.fn = fn
+        self.written: frozenset[int] = frozenset()
 
     def flat(self, tensors: list[Tensor], *unused: Any) -> Flat:
         return pytree.tree_flatten(self.fn(tensors))

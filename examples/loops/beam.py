@@ -15,7 +15,7 @@ def beam(model: pg.Model, image, prefix: str, width: int = 4, tokens: int = 64) 
     with torch.no_grad():
         logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, tokens)
     total, ids = logits.log_softmax(-1)[0].topk(width)
-    cache = pg.tree.map(lambda x: x.repeat_interleave(width, 0), cache)
+    cache = pg.reorder(cache, torch.zeros_like(ids))  # a row for each beam
     said, done = ids[:, None], []
     for length in range(1, tokens):
         ended = said[:, -1] == eos
@@ -28,7 +28,7 @@ def beam(model: pg.Model, image, prefix: str, width: int = 4, tokens: int = 64) 
         scores = total[:, None] + logits.log_softmax(-1)
         total, flat = scores.flatten().topk(width)
         rows, ids = flat // logits.shape[-1], flat % logits.shape[-1]
-        cache = pg.tree.map(lambda x, rows=rows: x[rows], cache)
+        cache = pg.reorder(cache, rows)
         said = torch.cat([said[rows], ids[:, None]], 1)
     done += [(score / said.shape[1], row) for score, row in zip(total.tolist(), said.tolist(), strict=True)]
     return pg.tokenizer.decode(tokenizer_of(model), [id for id in max(done)[1] if id != eos])

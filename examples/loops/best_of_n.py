@@ -22,7 +22,8 @@ step = pg.jit(advance, donate="cache")
 def best_of_n(model: pg.Model, image, prefix: str, n: int = 8, tokens: int = 64, temperature: float = 0.7) -> str:
     with torch.no_grad():
         logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, tokens)
-    logits, cache = pg.tree.map(lambda x: x.repeat_interleave(n, 0), (logits, cache))  # n rows of one prefix
+    rows = torch.zeros(n, dtype=torch.int64, device=logits.device)
+    logits, cache = logits[rows], pg.reorder(cache, rows)  # n rows of one prefix
     u = uniform(0, range(tokens), n).to(logits.device)
     token = draw(logits / temperature, u[0])
     said, total, open_ = [token], logprob(logits, token), token != model.cfg.eos

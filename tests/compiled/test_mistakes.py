@@ -1,0 +1,260 @@
+"""What goes wrong in loops: full caches, foreign tokens, reordered rows, code that is compiled at each call."""
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from cases import CONFIGS, params, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pgfunc as pg
+from pgfunc.errors import CacheFullError, SettingError, TokenError
+
+CFG = CONFIGS["gemma"]
+WEIGHTS = params(CFG)
+STEP = pg.jit(pg.decode, donate="cache")
+
+
+def filled(lengths: list[int], size: int = 20) -> pg.Cache:
+    with torch.no_grad():
+        return pg.prefill(WEIGHTS, prompt(CFG, lengths, [0] * len(lengths)), CFG, size)[1]
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_functions_may_continue_one_handle_from_two_threads():
+    steps = STEP, pg.jit(pg.decode, donate="cache")
+    tokens = torch.tensor([3, 5]), torch.tensor([40, 41])
+    wrong = 0
+    for _ in range(60):
+        _, start = STEP(WEIGHTS, torch.tensor([1, 2]), filled([3, 2]), CFG)
+        together = Barrier(2)
+
+        def go(i, start=start, together=together):
+            together.wait()
+            return steps[i](WEIGHTS, tokens[i], start, CFG)[1]
+
+        with ThreadPoolExecutor(2) as pool:
+            made = list(pool.map(go, range(2)))
+        for token, handle in zip(tokens, made, strict=True):
+            _, pure = pg.decode(WEIGHTS, token, start, CFG)
+            seen = torch.arange(start.slots) < pure.length[:, None]
+            wrong += not torch.allclose(handle.k[1][seen], pure.k[1][seen], atol=1e-5)
+    assert not wrong
+
+
+# --- a full cache, and tokens that are none ---------------------------------------------------------------------------
+
+
+def test_a_full_cache_is_an_error_and_every_handle_stays_what_it_was():
+    cache = pg.reorder(filled([56, 3], 4), torch.tensor([0, 1]))
+    for _ in range(cache.slots - 60):
+        _, cache = STEP(WEIGHTS, torch.tensor([1, 2]), cache, CFG)
+    assert cache.length.tolist() == [64, 11]
+    seen = torch.arange(64) < cache.length[:, None]
+    before = [x[seen] for x in (*cache.k, *cache.v)]
+    for continued in (lambda: STEP(WEIGHTS, torch.tensor([3, 4]), cache, CFG),
+                      lambda: pg.decode(WEIGHTS, torch.tensor([3, 4]), cache, CFG)):  # fmt: skip
+        with pytest.raises(CacheFullError, match="no room"):
+            continued()
+        after = [x[seen] for x in (*cache.k, *cache.v)]
+        assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
+
+
+def test_where_nothing_is_asked_of_lengths_a_token_without_a_slot_gives_nan_and_its_neighbours_numbers():
+    """As on a GPU, where the host does not know the lengths: by torch.compile alone."""
+    cache = filled([4, 2], size=1)  # rows of 9, 7 in 9 slots
+    cache = cache._replace(length=torch.tensor([9, 7]))
+    logits, after = torch.compile(pg.decode, fullgraph=True)(WEIGHTS, torch.tensor([1, 2]), cache, CFG)
+    assert after.overflowed.tolist() == [True, False]
+    assert logits[0].isnan().all()
+    torch.testing.assert_close(logits[1], pg.decode(WEIGHTS, torch.tensor([1, 2]), filled([4, 2], 5)._replace(
+        length=torch.tensor([8, 7])), CFG)[0][1], atol=1e-5, rtol=1e-4)  # fmt: skip
+    assert torch.equal(after.k[0][0], cache.k[0][0]), "nothing was written"
+
+
+@pytest.mark.parametrize("wrong", [CFG.text.vocab + CFG.text.padding, -1, 2**40])
+def test_a_token_outside_the_vocabulary_is_an_error_or_nan(wrong):
+    token, cache = torch.tensor([wrong, 2]), filled([3, 2])
+    with pytest.raises(TokenError, match=f"token id {wrong} is outside 0..66"):
+        pg.decode(WEIGHTS, token, cache, CFG)
+    logits, after = torch.compile(pg.decode, fullgraph=True)(WEIGHTS, token, cache, CFG)
+    assert logits[0].isnan().all()
+    assert logits[1].isfinite().all()
+    assert after.length.tolist() == (cache.length + 1).tolist()
+
+
+# --- rows that are reordered ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reordered", [
+    lambda cache, rows: pg.tree.map(lambda x: x[rows], cache),
+    lambda cache, rows: pg.tree.map(lambda x: x.index_select(0, rows), cache),
+    lambda cache, rows: pg.tree.map(lambda x: x.flip(0), cache),
+    lambda cache, rows: pg.reorder(cache, rows),
+    lambda cache, rows: cache._replace(k=tuple(x.copy_(x[rows]) for x in map(torch.clone, cache.k))),
+    lambda cache, rows: cache._replace(k=cache.v, v=cache.k),
+])  # fmt: skip
+def test_a_step_that_reorders_rows_is_refused_though_all_rows_are_alike(reordered):
+    def step(token, cache, rows):
+        logits, cache = pg.decode(WEIGHTS, token, cache, CFG)
+        return logits, reordered(cache, rows)
+
+    one = filled([3])
+    alike = pg.tree.map(lambda x: x.repeat_interleave(2, 0), one)._replace(length=one.length.repeat(2))
+    if reordered(alike, torch.tensor([1, 0])).k is alike.v:
+        alike = alike._replace(v=alike.k)
+    with pytest.raises(SettingError, match=r"changes a donated cache by .*pg\.reorder"):
+        pg.jit(step, donate="cache")(torch.tensor([1, 1]), alike, torch.tensor([1, 0]))
+
+
+def test_a_step_may_leave_rows_that_have_ended_as_they_are():
+    def step(token, cache, ended):
+        logits, new = pg.decode(WEIGHTS, token, cache, CFG)
+        kept = [torch.where(ended[:, None, None, None], old, x) for old, x in zip(cache.k, new.k, strict=True)]
+        return logits, new._replace(k=tuple(kept), length=torch.where(ended, cache.length, new.length))
+
+    given = torch.tensor([1, 2]), filled([3, 2]), torch.tensor([True, False])
+    logits, cache = pg.jit(step, donate="cache")(*given)
+    expected, pure = step(*given)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(cache.length, pure.length)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.booleans())
+def test_reorder_gives_these_rows_and_is_appended_to_in_place(rows, made_here):
+    start, rows = filled([3, 2, 1]), torch.tensor(rows)
+    if made_here:
+        _, start = STEP(WEIGHTS, torch.tensor([1, 2, 3]), start, CFG)
+    found = pg.reorder(start, rows)
+    assert torch.equal(found.length, start.length[rows])
+    for one, other in zip((*found.k, *found.v), (*start.k, *start.v), strict=True):
+        assert torch.equal(one[:, : start.slots], other[rows])
+
+
+def test_a_beam_is_copied_once_a_step():
+    step = pg.jit(pg.decode, donate="cache")
+    cache = pg.reorder(filled([3]), torch.zeros(3, dtype=torch.int64))
+    for i in range(4):
+        _, cache = step(WEIGHTS, torch.tensor([i, i, i]), cache, CFG)
+        cache = pg.reorder(cache, torch.tensor([2, 0, 0]))
+    assert step.copies == 0, "what pg.reorder copied is appended to in place"
+
+
+def test_reorder_and_rewind_name_what_they_are_not_given():
+    cache = filled([3, 2])
+    for rows in (torch.tensor([0, 2]), torch.tensor([-1, 0]), [0, 1], torch.tensor(1), torch.tensor([0.0])):
+        with pytest.raises(SettingError, match="rows are"):
+            pg.reorder(cache, rows)
+    for length in (cache.length + 1, cache.length - 100, 3, cache.length[:1], cache.length.float(), None):
+        with pytest.raises(SettingError, match="length is"):
+            pg.rewind(cache, length)
+    assert torch.equal(pg.rewind(cache, (cache.length - 1).int()).length, cache.length - 1)
+
+
+# --- compiled again and again -----------------------------------------------------------------------------------------
+
+
+def test_slices_of_what_grows_defaults_and_keywords_share_the_code():
+    double = pg.jit(lambda x, by=2.0, more=(): x * by)
+    for size in range(3, 7):
+        said = torch.arange(2.0 * size).reshape(2, size)
+        assert torch.equal(double(said[:, -2:]), said[:, -2:] * 2)
+        assert torch.equal(double(said[:1, -2:].expand(2, 2).contiguous(), 2.0), said[:1, -2:].expand(2, 2) * 2)
+        assert torch.equal(double(x=said[:, :2], by=2.0), said[:, :2] * 2)
+        assert torch.equal(double(said.T[-2:].T, more=()), said[:, -2:] * 2)
+    assert double.compilations == 1
+    row = pg.jit(lambda x: x + 1)
+    for size in range(3, 7):
+        row(torch.arange(float(size))[None, -2:])
+    assert row.compilations == 1, "the stride of an axis of size 1 means nothing"
+
+
+def test_why_says_what_differed_and_a_function_that_is_compiled_again_and_again_warns():
+    scaled = pg.jit(lambda x, temperature, cfg: x / temperature)
+    scaled(torch.ones(2), 0.5, CFG)
+    assert scaled.why == ""
+    scaled(torch.ones(2), 0.75, CFG)
+    assert scaled.why == "temperature is 0.75, was 0.5"
+    scaled(torch.ones(2, dtype=torch.int32), 0.75, CFG)
+    assert scaled.why == "x is int32[2] on cpu, was float32[2] on cpu"
+    other = CFG.__class__(CFG.vision, CFG.text, eos=7, image=CFG.image)
+    scaled(torch.ones(2), 0.75, other)
+    assert scaled.why == "cfg.eos is 7, was 1"
+    with torch.autocast("cpu", torch.bfloat16):
+        scaled(torch.ones(2), 0.75, other)
+    assert scaled.why == "autocast on CPUs is torch.bfloat16, was False"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(2, 4):
+            scaled(torch.ones(2), float(i), CFG)
+    with pytest.warns(RuntimeWarning, match=r"is compiled, time 8: temperature is 9\.0, was"):
+        scaled(torch.ones(2), 9.0, CFG)
+
+
+def test_copies_are_counted():
+    step = pg.jit(pg.decode, donate="cache")
+    token, cache = torch.tensor([1]), filled([3])
+    _, cache = step(WEIGHTS, token, cache, CFG)
+    assert step.copies == 1, "it was not made here"
+    _, newer = step(WEIGHTS, token, cache, CFG)
+    assert step.copies == 1
+    step(WEIGHTS, token, cache, CFG)
+    assert step.copies == 2, "a fork"
+    assert newer.length.tolist() == [9]
+
+
+# --- what cannot be compiled ------------------------------------------------------------------------------------------
+
+inner = pg.jit(lambda x: x * 2)
+
+
+def test_a_compiled_function_within_another_is_compiled_with_it():
+    assert pg.jit(lambda x: inner(x) + 1)(torch.ones(2)).tolist() == [3.0, 3.0]
+    within = pg.jit(lambda token, cache: STEP(WEIGHTS, token, cache, CFG), donate="cache")
+    logits, _ = within(torch.tensor([1]), filled([3]))
+    torch.testing.assert_close(logits, pg.decode(WEIGHTS, torch.tensor([1]), filled([3]), CFG)[0], atol=1e-5, rtol=1e-4)
+    assert within.copies == 1
+
+
+def branching(x):
+    return x + 1 if x.sum().item() > 0 else x - 1
+
+
+def conditional(x):
+    return x + 1 if x.sum() > 0 else x - 1
+
+
+def printing(x):
+    print(x.shape)
+    return x
+
+
+@pytest.mark.parametrize(("fn", "said"), [
+    (branching, r"branching cannot be compiled \(test_mistakes.py, line \d+\): it branches on a number in a tensor"),
+    (conditional, r"it branches on a number in a tensor; take torch\.where"),
+    (printing, r"printing cannot be compiled .*`print`"),
+    (lambda x: x @ torch.ones(7, 7), r"cannot be compiled .*must have same reduction dim"),
+])  # fmt: skip
+def test_what_cannot_be_compiled_is_one_line(fn, said):
+    with pytest.raises(SettingError, match=said) as found:
+        pg.jit(fn)(torch.ones(3))
+    assert "\n" not in str(found.value)
+    assert found.value.__suppress_context__
+
+
+def test_generators_are_refused_at_once():
+    def generator(x):
+        yield x
+
+    async def coroutine(x):
+        return x
+
+    for fn in (generator, coroutine):
+        with pytest.raises(SettingError, match="compile the step that it repeats"):
+            pg.jit(fn)

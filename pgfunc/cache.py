@@ -46,20 +46,30 @@ def check_room(length: Int[Tensor, "b"], tokens: int, slots: int) -> None:
         )
 
 
-def append(
-    buffer: Float[Tensor, "b s k h"], new: Float[Tensor, "b t k h"], length: Int[Tensor, "b"]
-) -> Float[Tensor, "b s k h"]:
-    """The buffer with `new` at slots length .. length + t of each row; earlier slots are unchanged.
+class Slots(NamedTuple):
+    """Where t tokens of each row go, for all layers; a token without a slot is left out."""
 
-    What would stand behind the last slot is left out.
+    rows: Int[Tensor, "b one"]
+    slots: Int[Tensor, "b t"]  # length, length + 1, ..., but at most the last
+    tokens: Int[Tensor, "b t"]  # which of the t stands there
+    full: Bool[Tensor, "b one one one"]  # rows without any slot, whose last one keeps what it holds
+
+
+def slots_behind(length: Int[Tensor, "b"], tokens: int, slots: int) -> Slots:
+    """The slots length .. length + t of each row, of a cache that has so many.
+
+    length 2, tokens 3, slots 4  slots 2 3 3  tokens 0 1 1: the last is written twice, with the same token
     """
-    rows = rearrange(torch.arange(new.shape[0], device=new.device), "b -> b 1")
     begin = rearrange(length, "b -> b 1")
-    slots = (begin + torch.arange(new.shape[1], device=new.device)).clamp(max=buffer.shape[1] - 1)
-    # a token without a slot writes again what the last slot is given here, or holds already
-    written = torch.take_along_dim(new, rearrange((slots - begin).clamp(min=0), "b t -> b t 1 1"), dim=1)
-    full = rearrange(begin >= buffer.shape[1], "b t -> b t 1 1")
-    return torch.index_put(buffer, (rows, slots), torch.where(full, buffer[rows, slots], written))
+    inside = (begin + torch.arange(tokens, device=length.device)).clamp(max=slots - 1)
+    rows = torch.arange(len(length), device=length.device)
+    return Slots(rearrange(rows, "b -> b 1"), inside, (inside - begin).clamp(min=0), begin[:, :, None, None] >= slots)
+
+
+def append(buffer: Float[Tensor, "b s k h"], new: Float[Tensor, "b t k h"], where: Slots) -> Float[Tensor, "b s k h"]:
+    """The buffer with `new` in these slots; all others are unchanged."""
+    written = torch.where(where.full, buffer[where.rows, where.slots], new[where.rows, where.tokens])
+    return torch.index_put(buffer, (where.rows, where.slots), written)
 
 
 def pad(buffer: Float[Tensor, "b t k h"], size: int) -> Float[Tensor, "b s k h"]:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from pgfunc import ops, tree
-from pgfunc.cache import Cache, append, pad
+from pgfunc.cache import Cache, append, pad, slots_behind
 from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
 from pgfunc.kernels import block as kernel_block
@@ -121,11 +121,13 @@ def run(
     fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers)
     once = fast or kernel_block.compiled(x)
     angles = (kernel_block.rotation if once else ops.angles)(positions, cfg.head_dim, cfg.theta)
+    where = slots_behind(cache.length, x.shape[1], cache.slots) if cache else ()
     seen = []
     for i, layer in enumerate(p.layers):
         mask = masks.window if cfg.windowed(i) else masks.full
-        past = (cache.k[i], cache.v[i], cache.length) if cache else ()
-        if fast and past:
+        past = (cache.k[i], cache.v[i], where) if cache else ()
+        if fast and cache:
+            past = cache.k[i], cache.v[i], cache.length
             x, kv = kernel_block.block(layer, x, angles, past, cfg.window if cfg.windowed(i) else 0, cfg)
         else:
             wanted = at if i == len(p.layers) - 1 else ()
@@ -183,8 +185,8 @@ def attention(
     else:
         q, k = ops.rotate(q, turn), ops.rotate(k, angles)
         if past:
-            k_buffer, v_buffer, length = past
-            k, v = append(k_buffer, k, length), append(v_buffer, v, length)
+            k_buffer, v_buffer, where = past
+            k, v = append(k_buffer, k, where), append(v_buffer, v, where)
         kept = pad(k, room), pad(v, room)
     how = cfg.query_scale, cfg.attention_softcap
     # a span ends before the empty slots, and then only these buffers need to be made

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgfunc.cache import Cache, append, check_room, pad
+from pgfunc.cache import Cache, append, check_room, pad, slots_behind
 from pgfunc.errors import CacheFullError
 
 
@@ -14,7 +14,7 @@ def test_append_writes_at_each_rows_length_and_changes_nothing_else(lengths, tok
     batch, slots = len(lengths), 7
     buffer, new = torch.randn(batch, slots, 2, 3), torch.randn(batch, tokens, 2, 3)
     before = buffer.clone()
-    out = append(buffer, new, torch.tensor(lengths))
+    out = append(buffer, new, slots_behind(torch.tensor(lengths), tokens, 7))
     expected = before.clone()
     for row, length in enumerate(lengths):
         expected[row, length : length + tokens] = new[row]
@@ -25,7 +25,7 @@ def test_append_writes_at_each_rows_length_and_changes_nothing_else(lengths, tok
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 4))
 def test_a_token_without_a_slot_is_written_nowhere(lengths, tokens):
     buffer, new = torch.randn(len(lengths), 7, 2, 3), torch.randn(len(lengths), tokens, 2, 3)
-    out, expected = append(buffer, new, torch.tensor(lengths)), buffer.clone()
+    out, expected = append(buffer, new, slots_behind(torch.tensor(lengths), tokens, 7)), buffer.clone()
     for row, length in enumerate(lengths):
         for i in range(tokens):
             if length + i < 7:

@@ -14,6 +14,7 @@ from watched import Watched
 
 import pgfunc as pg
 from pgfunc import gemma, kernels, masks, ops, paligemma, quant, siglip
+from pgfunc.cache import slots_behind
 from pgfunc.errors import SettingError
 from pgfunc.kernels import block
 
@@ -315,8 +316,10 @@ def test_a_step_by_the_kernels_is_asked_for_what_the_eager_one_computes(name):
 
     def step(layer, x, angles, past, window, cfg):
         steps.append(layer)
-        seen = masks.cached(past[2], 1, past[0].shape[1], window)
-        return gemma.block(layer, x, angles["by the kernels"], seen.window if window else seen.full, cfg, past)
+        k, v, length = past
+        seen, where = masks.cached(length, 1, k.shape[1], window), slots_behind(length, 1, k.shape[1])
+        mask = seen.window if window else seen.full
+        return gemma.block(layer, x, angles["by the kernels"], mask, cfg, (k, v, where))
 
     expected = pg.decode(tree, token, pg.prefill(tree, given, cfg, 2)[1], cfg)
     with pytest.MonkeyPatch.context() as patch:

@@ -37,9 +37,90 @@ def test_loops_forks_rewinds_and_other_weights(name):
             torch.testing.assert_close(logits, pg.decode(weights, tokens, other, cfg)[0], **LIMIT)
         del cache, kept, mine
     assert step.compilations == 1
-    (run,) = step._compiled.values()
+    (((_, run),),) = step._compiled.values()
     assert isinstance(run, replay.Replayed)
     assert len(run.graphs) > 1  # one for each tree of weights
+
+
+@pytest.mark.parametrize("count", [1, 2])  # one row is decoded by kernels of our own
+@pytest.mark.parametrize("name", ["gemma", "gemma2"])
+def test_a_full_row_and_a_foreign_token_give_nan_and_harm_nobody(name, count):
+    cfg, step = CONFIGS[name], pg.jit(pg.decode, donate="cache")
+    weights, given = on_gpu(params(cfg)), on_gpu(prompt(cfg, [56, 50][:count], [0] * count))
+    with torch.no_grad():
+        _, cache = pg.prefill(weights, given, cfg, 4)
+    token, handles = torch.tensor([1, 2][:count], device="cuda"), []
+    for _ in range(cache.slots - 60 + 6):
+        logits, cache = step(weights, token, cache, cfg)
+        handles.append((cache, [x.clone() for x in (*cache.k, *cache.v)]))
+    assert cache.slots == 64
+    assert cache.overflowed.tolist() == [True, False][:count]
+    assert logits[0].isnan().all()
+    assert logits[1:].isfinite().all()
+    for handle, then in handles[:4]:  # those that are not full
+        seen = torch.arange(64, device="cuda") < handle.length[:, None]
+        for one, other in zip((*handle.k, *handle.v), then, strict=True):
+            assert torch.equal(one[seen], other[seen])
+    eager, _ = pg.decode(weights, token, handles[-1][0], cfg)
+    assert eager[0].isnan().all()
+    logits, _ = step(weights, token + 10**6, handles[0][0], cfg)
+    assert logits.isnan().all()
+    logits, _ = step(weights, token, handles[0][0], cfg)
+    torch.testing.assert_close(logits, pg.decode(weights, token, handles[0][0], cfg)[0], **LIMIT)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_closed_over_tensors_are_read_where_they_are_now(count):
+    cfg = CONFIGS["gemma"]
+    given = on_gpu(prompt(cfg, [3, 2][:count], [0] * count))
+    weights, vector = on_gpu(params(cfg)), torch.zeros(cfg.text.width, device="cuda")
+
+    def tap(name, x):
+        return x + vector if name == "language.1.resid_post" else x
+
+    def start(params, prompt, cfg, wrap=lambda part: part):
+        return pg.prefill(params, prompt, cfg, 20, tap=tap, wrap=wrap)
+
+    def advance(token, cache):
+        return pg.decode(weights, token, cache, cfg)
+
+    begin, step = pg.jit(start), pg.jit(advance, donate="cache")
+    for seed in range(3):
+        for _ in range(3):
+            (logits, cache), (expected, pure) = begin(weights, given, cfg), start(weights, given, cfg)
+            torch.testing.assert_close(logits, expected, **LIMIT)
+            for i in range(4):
+                token = torch.tensor([i, 9][:count], device="cuda")
+                (logits, cache), (expected, pure) = step(token, cache), advance(token, pure)
+                torch.testing.assert_close(logits, expected, **LIMIT)
+        weights, vector = on_gpu(params(cfg, seed + 1)), torch.randn(cfg.text.width, device="cuda")
+    assert step.compilations == begin.compilations == 1
+
+
+def test_reordered_rows_use_the_buffers_that_graphs_read():
+    cfg, step = CONFIGS["gemma"], pg.jit(pg.decode, donate="cache")
+    weights, given = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3], [0]))
+    with torch.no_grad():
+        _, cache = pg.prefill(weights, given, cfg, 30)
+    cache = pure = pg.reorder(cache, torch.zeros(3, dtype=torch.int64))
+    places = set()
+    for i in range(12):
+        tokens, rows = torch.tensor([i, i + 1, i + 2], device="cuda"), torch.tensor([2, 0, i % 3], device="cuda")
+        logits, cache = step(weights, tokens, cache, cfg)
+        expected, pure = pg.decode(weights, tokens, pure, cfg)
+        torch.testing.assert_close(logits, expected, **LIMIT)
+        cache, pure = pg.reorder(cache, rows), pg.tree.map(lambda x, rows=rows: x[rows], pure)
+        places.add(cache.k[0].data_ptr())
+    assert step.copies == 0
+    assert len(places) <= 2, "two sets of buffers in turn"
+    (((_, run),),) = step._compiled.values()
+    assert len(run.graphs) <= 2
+
+
+def test_an_argument_on_the_cpu_is_said_to_be_slow():
+    step = pg.jit(lambda x, u: x + u)
+    with pytest.warns(RuntimeWarning, match="runs without CUDA graphs, and slowly: on the CPU is u"):
+        step(torch.ones(3, device="cuda"), torch.ones(()))
 
 
 @pytest.mark.parametrize("rows", [[3], [3, 4, 2]])  # one row is decoded by kernels of our own

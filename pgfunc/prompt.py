@@ -136,7 +136,8 @@ def unmarked(prefix: str, pictures: int) -> str:
     count = markers[0].count(tokenizer.IMAGE)
     if count != pictures:
         raise PromptError(
-            f"{prefix!r:.60} begins with {count} <image> for {pictures} pictures; leave <image> out, it is implied"
+            f"{prefix!r:.60} begins with {count} <image> for {pictures} picture{'s' * (pictures != 1)}; "
+            "leave <image> out, it is implied"
         )
     return prefix[markers.end() :]
 

@@ -1,6 +1,9 @@
 """The vocabulary is what tokenizer and embedding hold: fine-tunes with tokens of their own, saved by transformers."""
 
+import copy
+import io
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +208,20 @@ def test_without_a_tokenizer_the_rows_from_image_on_are_padding(folder, tmp_path
         pg.prepare(found, PICTURE, [2, IMAGE + 1])
     told = pg.load(tmp_path, device="cpu", tokenizer=folder / "tokenizer.json")
     assert told.cfg == model.cfg
+
+
+def test_a_copy_of_a_model_is_the_model(folder):
+    """Whichever way it is made: the same ids, the same answer."""
+    model = pg.load(folder, device="cpu")
+    text = "<task>what<eos> grüße<image>"
+    (expected,) = pg.generate(model, PICTURE, text, max_new_tokens=6)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=False)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), stored):
+        assert pg.generate(copied, PICTURE, text, max_new_tokens=6) == [expected]
+        assert copied.cfg == model.cfg
 
 
 def test_image_as_an_id_is_refused_and_told_to_be_implied(folder):

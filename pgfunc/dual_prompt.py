@@ -26,7 +26,7 @@ from pgfunc import image
 from pgfunc.config import SiglipConfig
 from pgfunc.dual import DualParams
 from pgfunc.errors import CheckpointError, PromptError
-from pgfunc.tokenizer import Reader, control_of, read
+from pgfunc.tokenizer import Reader, control_of, fix, read
 from pgfunc.tokenizer import encode as plain_ids
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -61,8 +61,7 @@ def wrap(backend: Backend, where: str) -> TextTokenizer:
 
 def made(backend: Backend, where: str) -> TextTokenizer:
     """A tokenizer from a backend of its own."""
-    backend.no_padding()
-    backend.no_truncation()
+    fix(backend)
     eos, pad, end = (backend.token_to_id(name) for name in ("<eos>", "<pad>", "</s>"))
     control = control_of(backend)
     if eos is not None and pad is not None:  # first: Gemma's vocabulary also has </s>, which closes struck-out text

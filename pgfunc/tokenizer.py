@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
 from pgfunc.declared import declared
 from pgfunc.errors import CheckpointError, PromptError
 
+FILE = "tokenizer.json"
 IMAGE = "<image>"
 KNOWN = ("<pad>", "<eos>", "<bos>", "<unk>")  # to every model from the start: where one is missing, none is made up
 CONTROL = (*KNOWN, IMAGE)
@@ -73,7 +75,7 @@ def read(path: Path) -> Backend:
             # where one may be large: of Gemma's vocabulary that takes as long as to read it
             if LARGE.search(text) and (last := max(backend.get_vocab().values(), default=0)) >= IDS:
                 raise ValueError(f"has a token of id {last}, expected less than {IDS}")
-            more = declared(path.parent, backend.get_added_tokens_decoder())
+            more = declared(path.parent, backend.get_added_tokens_decoder()) if path.name == FILE else []
             backend.add_tokens([token for token in more if token.content not in KNOWN])
     except CheckpointError:
         raise
@@ -89,8 +91,7 @@ def wrap(backend: Backend, where: str) -> Tokenizer:
 
 def made(backend: Backend, where: str, control: Iterable[int] = ()) -> Tokenizer:
     """A tokenizer from a backend of its own."""
-    backend.no_padding()
-    backend.no_truncation()
+    fix(backend)
     try:
         newline = ids_of(backend, "\n")
     except PromptError as error:
@@ -98,6 +99,14 @@ def made(backend: Backend, where: str, control: Iterable[int] = ()) -> Tokenizer
     if len(newline) != 1:
         raise CheckpointError(f"{where}: a newline is {len(newline)} tokens, expected one as in PaliGemma's tokenizer")
     return Tokenizer(backend, control_of(backend) | frozenset(control), newline[0])
+
+
+def fix(backend: Backend) -> None:
+    """Let a backend read a text alone, whole, and always the same way."""
+    backend.no_padding()
+    backend.no_truncation()
+    if isinstance(backend.model, BPE):
+        backend.model.dropout = None  # else merges are left out at random
 
 
 def control_of(backend: Backend) -> frozenset[int]:

@@ -352,17 +352,16 @@ def test_tokens_that_a_tokenizer_defines_are_one_id_here_and_in_transformers(tmp
 
 
 @pytest.mark.parametrize("control", [("<pad>", "<eos>"), ("</s>",)])
-@given(st.lists(st.sampled_from(["A", "red", " star", "<eos>", "</s>", "<pad>", "<unk>"]), max_size=2).map("".join))
-def test_a_copy_reads_as_the_original(control, text):
-    before = model(control=control)
-    expected = dual_prompt.text_ids(before, [text])
-    file = io.BytesIO()
+def test_a_copy_reads_as_the_original(control):
+    before, file = model(control=control), io.BytesIO()
+    said = ["a red star", "<eos>", "a<pad></s>", "<unk> it's"]
+    expected = [dual_prompt.text_ids(before, [text]) for text in said]
     torch.save(before, file)
     file.seek(0)
     stored = torch.load(file, weights_only=False)
     for copied in (copy.deepcopy(before), pickle.loads(pickle.dumps(before)), stored):
-        assert torch.equal(dual_prompt.text_ids(copied, [text]), expected)
         assert copied.cfg == before.cfg
+        assert all(map(torch.equal, [dual_prompt.text_ids(copied, [text]) for text in said], expected))
 
 
 def test_a_backend_is_not_shared():

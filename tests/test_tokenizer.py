@@ -266,6 +266,21 @@ def test_a_backend_that_somebody_else_has_is_not_shared():
     assert tokenizer.encode(tokens, "abc<eos>") == tokenizer.encode(PLAIN, "abc<eos>")
 
 
+def test_merges_are_never_left_out_at_random():
+    backend = google()
+    backend.model.dropout = 0.9
+    tokens = tokenizer.wrap(backend, "a test's tokenizer")
+    for _ in range(20):
+        assert tokenizer.encode(tokens, "a en\n\n<eos>00") == tokenizer.encode(PLAIN, "a en\n\n<eos>00")
+
+
+def test_files_beside_a_tokenizer_of_another_name_are_of_others(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text(WHOLE)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert tokenizer.load(path).backend.get_vocab() == IDS
+
+
 def test_threads_read_the_same_ids():
     tokens = tokenizer.wrap(google(), "a test's tokenizer")
     with ThreadPoolExecutor(8) as pool:

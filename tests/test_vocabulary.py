@@ -12,6 +12,8 @@ import pytest
 import reference
 import torch
 import transformers
+from cases import CONFIGS
+from cases import params as parameters
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
@@ -20,7 +22,7 @@ from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor, PreTrainedTokenizerFast
 
 import pgfunc as pg
-from pgfunc import config
+from pgfunc import config, laws
 from pgfunc.errors import CheckpointError, PromptError
 from pgfunc.train import finetune
 
@@ -87,7 +89,6 @@ def tuned(folder: Path, rows: int = IMAGE + 20, resize: dict | None = None, spec
 KINDS = {
     "resized": {"resize": {}},
     "resized to a multiple": {"resize": {"pad_to_multiple_of": 64}},
-    "resized without means": {"resize": {"mean_resizing": False}},
     "within the padding": {"resize": None},
     "special": {"resize": {}, "special": True},
 }
@@ -309,6 +310,14 @@ def test_an_end_that_was_added_ends(tmp_path):
     edit(tmp_path / "config.json", lambda raw: raw.update(eos_token_id=IMAGE))
     with pytest.raises(CheckpointError, match="pad, eos, bos are"):
         pg.load(tmp_path, device="cpu")
+
+
+def test_the_laws_hold_for_a_vocabulary_with_image_in_the_middle():
+    cfg = config.with_vocabulary(replace(CONFIGS["gemma2"], image=50), range(67))
+    assert cfg.text.masked == ((50, 51),)
+    system = laws.eager(parameters(cfg), cfg)
+    results = laws.check(system, laws.MODEL[:4], examples=2, derandomize=True)
+    assert [result.law.name for result in results if result.verdict == "broken"] == []
 
 
 def test_a_tokenizer_of_many_gaps_is_another_models(tmp_path):

@@ -4,7 +4,9 @@ A config holds facts that never flow through a function: sizes, scales, token id
 nothing about files (`checkpoint.hf` reads and writes `config.json`) and nothing about tensors.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 
@@ -41,7 +43,7 @@ class VisionConfig:
 class TextConfig:
     """The Gemma language model. Gemma 2 is Gemma 1 with softcaps, a sliding window and post-norms."""
 
-    vocab: int  # tokens that can be read and written; logits have this many columns
+    vocab: int  # ids of the vocabulary, counted from 0; logits have this many columns
     width: int
     layers: int
     heads: int
@@ -50,6 +52,7 @@ class TextConfig:
     hidden: int
     query_scale: float  # multiplies q·k
     padding: int = 0  # rows that a file carries after the vocabulary: random numbers, never read or written
+    masked: tuple[tuple[int, int], ...] = ()  # ids below `vocab` that are no tokens: first, end; their logits are -inf
     attention_softcap: float = 0.0  # 0: none
     final_softcap: float = 0.0  # 0: none
     window: int = 0  # of the even layers, in positions; 0: none
@@ -57,6 +60,10 @@ class TextConfig:
     theta: float = 10_000.0
     eps: float = 1e-6
     positions: int = 8192
+
+    def has(self, id: int) -> bool:
+        """Whether this is the id of a token that can be read and written."""
+        return 0 <= id < self.vocab and not any(first <= id < end for first, end in self.masked)
 
     def windowed(self, layer: int) -> bool:
         """Gemma 2 alternates: the even layers slide, the odd ones see everything."""
@@ -74,6 +81,18 @@ class Config:
     bos: int = 2
     image: int = 257_152  # `<image>`: marks places in Hugging Face's prompts; never embedded, never sampled
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"  # the resize filter of the processor
+
+
+def with_vocabulary(cfg: Config, ids: Iterable[int]) -> Config:
+    """The config whose vocabulary is these ids, and pad, eos and bos, as far as the embedding has rows for them.
+
+    `<image>` is left out. Ids below the largest that are left out are masked.
+    """
+    rows = cfg.text.vocab + cfg.text.padding
+    kept = sorted({id for id in (*ids, cfg.pad, cfg.eos, cfg.bos) if 0 <= id < rows} - {cfg.image})
+    vocab = kept[-1] + 1
+    masked = tuple((before + 1, id) for before, id in pairwise([-1, *kept]) if id > before + 1)
+    return replace(cfg, text=replace(cfg.text, vocab=vocab, padding=rows - vocab, masked=masked))
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,16 @@ from pgfunc import image
 from pgfunc.config import SiglipConfig
 from pgfunc.dual import DualParams
 from pgfunc.errors import CheckpointError, PromptError
-from pgfunc.tokenizer import ids_of, read
+from pgfunc.tokenizer import Reader, control_of, fix, read
+from pgfunc.tokenizer import encode as plain_ids
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True)
-class TextTokenizer:
+class TextTokenizer(Reader):
     """A loaded `tokenizer.json`, the ids that end and fill a text, and whether punctuation is dropped before."""
 
-    backend: Backend
     eos: int
     pad: int
     bare: bool
@@ -51,19 +51,23 @@ class SiglipModel(NamedTuple):
 
 def load_tokenizer(path: Path) -> TextTokenizer:
     """Read a `tokenizer.json`."""
-    return wrap(read(path), str(path))
+    return made(read(path), str(path))
 
 
 def wrap(backend: Backend, where: str) -> TextTokenizer:
-    """A tokenizer from a backend, whose control tokens text cannot reach."""
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.no_truncation()
+    """A tokenizer from a copy of a backend."""
+    return made(Backend.from_str(backend.to_str()), where)
+
+
+def made(backend: Backend, where: str) -> TextTokenizer:
+    """A tokenizer from a backend of its own."""
+    fix(backend)
     eos, pad, end = (backend.token_to_id(name) for name in ("<eos>", "<pad>", "</s>"))
+    control = control_of(backend)
     if eos is not None and pad is not None:  # first: Gemma's vocabulary also has </s>, which closes struck-out text
-        return TextTokenizer(backend, eos, pad, bare=False)
+        return TextTokenizer(backend, control, eos, pad, bare=False)
     if end is not None:
-        return TextTokenizer(backend, end, end, bare=True)
+        return TextTokenizer(backend, control | {end}, end, end, bare=True)
     raise CheckpointError(f"{where}: has neither </s>, as SigLIP's tokenizer, nor <eos> and <pad>, as SigLIP 2's")
 
 
@@ -80,6 +84,8 @@ def self_contained(tokenizer: TextTokenizer) -> Backend:
         rules += [normalizers.Replace("▁", " "), normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
                   normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]  # fmt: skip
     raw = json.loads(tokenizer.backend.to_str())
+    for token in raw["added_tokens"]:  # those readers spell special tokens out
+        token["special"] = token["id"] in tokenizer.control
     own = raw["normalizer"] or {"type": "Sequence", "normalizers": []}
     own = own["normalizers"] if own["type"] == "Sequence" else [own]
     first = [json.loads(rule.__getstate__()) for rule in rules]
@@ -116,7 +122,7 @@ def text_ids(model: SiglipModel, texts: Sequence[str]) -> Int[Tensor, "b t"]:
 
 def encode(tokenizer: TextTokenizer, text: str) -> list[int]:
     """The ids of a text, with nothing added."""
-    return ids_of(tokenizer.backend, canonical(text, tokenizer.bare))
+    return plain_ids(tokenizer, canonical(text, tokenizer.bare))
 
 
 def pixels(model: SiglipModel, images: Sequence[image.Source]) -> Float[Tensor, "n 3 y x"]:

@@ -5,6 +5,7 @@ the number of tokens. It knows nothing about pictures. Axes: b batch, t query, s
 `nh` and `kh` are heads, or kv heads, and head dim fused.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -73,9 +74,9 @@ def unembed(
 ) -> Float[Tensor, "*b v"]:
     """The final norm, the tied head and the final softcap: the only place that makes logits.
 
-    The product with the head has the parameters' precision; what follows is float32, or wider. With `allowed` only the
-    logits of those tokens are made, in their order, and only their rows of the head are read: a range is a view of it.
-    Raises SettingError as `head_rows`.
+    The product with the head has the parameters' precision; what follows is float32, or wider. Ids that are no tokens,
+    such as `<image>`, have -inf. With `allowed` only the logits of those tokens are made, in their order, and only
+    their rows of the head are read: a range is a view of it. Raises SettingError as `head_rows`.
     """
     rows = head_rows(allowed, cfg)
     head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of a quantized one
@@ -84,7 +85,8 @@ def unembed(
     else:
         logits = linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), head)
     logits = widen(logits)
-    return tap("logits", ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits)
+    logits = ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits
+    return tap("logits", without_masked(logits, rows, cfg) if cfg.masked else logits)
 
 
 def head_rows(allowed: Allowed, cfg: TextConfig) -> slice | Int[Tensor, "r"]:
@@ -97,6 +99,16 @@ def head_rows(allowed: Allowed, cfg: TextConfig) -> slice | Int[Tensor, "r"]:
     if allowed.step != 1 or not 0 <= allowed.start < allowed.stop <= cfg.vocab:
         raise SettingError(f"allowed is {allowed}, expected one or more of the tokens 0 to {cfg.vocab - 1}, in a row")
     return slice(allowed.start, allowed.stop)
+
+
+def without_masked(
+    logits: Float[Tensor, "*b r"], rows: slice | Int[Tensor, "r"], cfg: TextConfig
+) -> Float[Tensor, "*b r"]:
+    """The logits of these rows of the head, with -inf for ids that are no tokens."""
+    here = logits.device
+    ids = torch.arange(cfg.vocab, device=here)[rows] if isinstance(rows, slice) else rows.to(here)
+    masked = ((ids >= first) & (ids < end) for first, end in cfg.masked)
+    return logits.masked_fill(reduce(torch.logical_or, masked), float("-inf"))
 
 
 def run(

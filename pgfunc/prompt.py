@@ -5,8 +5,11 @@
 The newline is tokenised by itself, as big_vision does: in one string a prefix that ends in a newline would merge with
 it. What stands left of the bar is the bidirectional prefix; what stands right of it is causal. `TASKS` are the
 prefixes of the tasks that have a command, as the mix checkpoints were trained on them.
+
+A prefix may begin with an `<image>` for each picture, as transformers' processor takes it: they are implied.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +23,8 @@ from pgfunc.paligemma import Params, Prompt
 from pgfunc.tokenizer import Tokenizer
 
 TASKS = {"caption": "caption en", "ask": "answer en {}", "ocr": "ocr", "detect": "detect {}", "segment": "segment {}"}
+
+MARKERS = re.compile(f"(\\s*{tokenizer.IMAGE})+(<bos>)?")
 
 Text = str | Sequence[int]  # text, or the ids that stand for it
 
@@ -47,8 +52,9 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     they are encoded once: clone it to edit it, or for forward-mode AD.
 
     images: a row each, which is one picture or a list of 0..n; or a single picture for all rows.
-    prefixes, suffixes: a row each, or one text for all rows. In place of text a row may have token ids: a prefix's ids
-    then stand for everything from bos to newline.
+    prefixes, suffixes: a row each, or one text for all rows. `<image>` markers at the start of a prefix are left out,
+    see `unmarked`. In place of text a row may have token ids: a prefix's ids then stand for everything from bos to
+    newline.
     Raises PromptError when rows have different numbers of pictures, or do not fit the model's positions.
     """
     rows = as_rows(images, prefixes, suffixes)
@@ -57,7 +63,7 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     cfg, device = model.cfg, model.params.projector.device
     if device.type == "meta":
         raise PromptError("this model is on the meta device, where it has shapes and no weights; load it elsewhere")
-    tokens = [(_prefix(model, row.prefix), _suffix(model, row.suffix)) for row in rows]
+    tokens = [(_prefix(model, row.prefix, len(row.images)), _suffix(model, row.suffix)) for row in rows]
     width = max(len(prefix) + len(suffix) for prefix, suffix in tokens)
     fits(cfg, len(rows[0].images), width)
     side = cfg.vision.image_size
@@ -113,9 +119,27 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or ids
 
 
-def _prefix(model: Model, prefix: Text) -> list[int]:
-    ids = text_ids(model, prefix)
-    return [model.cfg.bos, *ids, tokenizer_of(model).newline] if isinstance(prefix, str) else ids
+def _prefix(model: Model, prefix: Text, pictures: int) -> list[int]:
+    if not isinstance(prefix, str):
+        return text_ids(model, prefix)
+    return [model.cfg.bos, *text_ids(model, unmarked(prefix, pictures)), tokenizer_of(model).newline]
+
+
+def unmarked(prefix: str, pictures: int) -> str:
+    """The prefix without the markers that it begins with: an `<image>` for each picture, and a `<bos>` behind them.
+
+    Raises PromptError for another number of them. Elsewhere `<image>` and `<bos>` are text.
+    """
+    markers = MARKERS.match(prefix)
+    if not markers:
+        return prefix
+    count = markers[0].count(tokenizer.IMAGE)
+    if count != pictures:
+        raise PromptError(
+            f"{prefix!r:.60} begins with {count} <image> for {pictures} picture{'s' * (pictures != 1)}; "
+            "leave <image> out, it is implied"
+        )
+    return prefix[markers.end() :]
 
 
 def _suffix(model: Model, suffix: Text | None) -> list[int]:
@@ -125,9 +149,21 @@ def _suffix(model: Model, suffix: Text | None) -> list[int]:
 def text_ids(model: Model, text: Text) -> list[int]:
     """The ids of a text, or the ids that were given in its place."""
     ids = tokenizer.encode(tokenizer_of(model), text) if isinstance(text, str) else list(text)
-    if wrong := [id for id in ids if not 0 <= id < model.cfg.text.vocab]:
-        raise PromptError(f"token id {wrong[0]} is outside 0..{model.cfg.text.vocab - 1}; is it another model's?")
+    if wrong := [id for id in ids if not model.cfg.text.has(id)]:
+        raise PromptError(refusal(model.cfg, wrong[0], isinstance(text, str)))
     return ids
+
+
+def refusal(cfg: Config, id: int, read: bool) -> str:
+    """Why an id cannot be part of the text, which was read or given as ids."""
+    if id == cfg.image:
+        remedy = "it is <image>: leave it out, pictures come first by themselves"
+    elif read:
+        remedy = "the tokenizer has tokens that the embedding has no rows for; is it another model's?"
+    else:
+        remedy = "is it another model's?"
+    inside = 0 <= id < cfg.text.vocab
+    return f"token id {id} is {'no token' if inside else f'outside 0..{cfg.text.vocab - 1}'}; {remedy}"
 
 
 def tokenizer_of(model: Model) -> Tokenizer:

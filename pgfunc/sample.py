@@ -9,12 +9,15 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc.errors import SettingError
 from pgfunc.ops import widen
+
+PART = 512  # logits
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,11 @@ def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Te
 
 def split(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b n s"]:
     """Logits in parts, each reduced before all are: compiled, a reduction of one row is the work of one program of a
-    GPU, or takes a kernel for each of its numbers."""
-    return rearrange(logits, "... (n s) -> ... n s", s=math.gcd(logits.shape[-1], 512))
+    GPU, or takes a kernel for each of its numbers. A vocabulary that has no even parts is filled with -inf."""
+    count = logits.shape[-1]
+    if count > PART and math.gcd(count, PART) < PART / 8:
+        logits = F.pad(logits, (0, -count % PART), value=-math.inf)
+    return rearrange(logits, "... (n s) -> ... n s", s=math.gcd(logits.shape[-1], PART))
 
 
 def draw(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"]) -> Int[Tensor, "*b"]:

@@ -1,8 +1,8 @@
 """Text <-> token ids, by the `tokenizers` package and a checkpoint's `tokenizer.json`.
 
-Ordinary text never becomes a control token: `<bos>`, `<eos>`, `<pad>`, `<unk>` and `<image>` written by a user are
-spelled out. `<loc0000>`..`<loc1023>` (places in a picture) and `<seg000>`..`<seg127>` (mask codes) are words of the
-prompt language and stay tokens.
+A user's text never becomes a control token: `<bos>`, `<eos>`, `<pad>`, `<unk>` and `<image>` are spelled out. All other
+tokens that a tokenizer defines are one id, as transformers reads them, and are written in answers, special or not:
+`<loc0000>`..`<loc1023>` (places in a picture), `<seg000>`..`<seg127>` (mask codes), and what a fine-tune has added.
 """
 
 import codecs
@@ -10,84 +10,120 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
+from pgfunc.declared import declared
 from pgfunc.errors import CheckpointError, PromptError
 
-CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
-WORDS = ("<loc", "<seg")
+FILE = "tokenizer.json"
+IMAGE = "<image>"
+KNOWN = ("<pad>", "<eos>", "<bos>", "<unk>")  # to every model from the start: where one is missing, none is made up
+CONTROL = (*KNOWN, IMAGE)
 IDS, LARGE = 10**7, re.compile(r":\s*[0-9]{8}")  # more ids than any model has, and what a larger one looks like
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
-class Tokenizer:
-    """A loaded `tokenizer.json` and the ids that it never writes out."""
+class Reader:
+    """A backend as its file describes it, and the ids that text never becomes. A copy reads as the original does."""
 
     backend: Backend
-    newline: int
     control: frozenset[int]
 
+    @cached_property
+    def spelling(self) -> Backend:
+        """The backend that spells control tokens out, made for the first text that has one."""
+        raw = json.loads(self.backend.to_str())
+        for token in raw["added_tokens"]:
+            token["special"] = token["id"] in self.control
+        backend = Backend.from_str(json.dumps(raw))
+        backend.encode_special_tokens = True  # special tokens are text then
+        return backend
 
-def load(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`."""
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not `spelling`, for a copy of a backend loses `encode_special_tokens`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Tokenizer(Reader):
+    """A loaded `tokenizer.json`: reads text, and writes all ids but the control tokens."""
+
+    newline: int
+
+
+def load(path: Path, control: Iterable[int] = ()) -> Tokenizer:
+    """Read a `tokenizer.json`. `control` are ids that are control tokens whatever their names."""
     if not path.exists():
         raise CheckpointError(f"{path}: missing")
-    return wrap(read(path), str(path))
+    return made(read(path), str(path), control)
 
 
 def read(path: Path) -> Backend:
-    """The backend in a file."""
+    """The backend in a file, and in it the tokens that the files beside it define."""
     try:
         text = path.read_text(encoding="utf-8")
         with panics_are_errors():
             backend = Backend.from_str(text)
+            # to copy a tokenizer or to save it, the package counts up to the largest id; all ids are asked for only
+            # where one may be large: of Gemma's vocabulary that takes as long as to read it
+            if LARGE.search(text) and (last := max(backend.get_vocab().values(), default=0)) >= IDS:
+                raise ValueError(f"has a token of id {last}, expected less than {IDS}")
+            more = declared(path.parent, backend.get_added_tokens_decoder()) if path.name == FILE else []
+            backend.add_tokens([token for token in more if token.content not in KNOWN])
+    except CheckpointError:
+        raise
     except Exception as error:  # the package raises bare Exception, and quotes the file, newlines included
         raise CheckpointError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from error
-    # to mark a tokenizer or to save it, the package counts up to the largest id; all ids are asked for only where one
-    # may be large: of Gemma's vocabulary that takes as long as to read it
-    if LARGE.search(text) and (last := max(backend.get_vocab().values(), default=0)) >= IDS:
-        raise CheckpointError(f"{path}: has a token of id {last}, expected less than {IDS}; download it again")
     return backend
 
 
 def wrap(backend: Backend, where: str) -> Tokenizer:
-    """A tokenizer from a backend, with the control tokens made unreachable from text."""
-    backend = _marked(backend)
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.no_truncation()
+    """A tokenizer from a copy of a backend."""
+    return made(Backend.from_str(backend.to_str()), where)
+
+
+def made(backend: Backend, where: str, control: Iterable[int] = ()) -> Tokenizer:
+    """A tokenizer from a backend of its own."""
+    fix(backend)
     try:
         newline = ids_of(backend, "\n")
     except PromptError as error:
         raise CheckpointError(f"{where}: {error}; download it again") from error
     if len(newline) != 1:
         raise CheckpointError(f"{where}: a newline is {len(newline)} tokens, expected one as in PaliGemma's tokenizer")
-    control = (backend.token_to_id(name) for name in CONTROL)
-    return Tokenizer(backend, newline[0], frozenset(id for id in control if id is not None))
+    return Tokenizer(backend, control_of(backend) | frozenset(control), newline[0])
 
 
-def _marked(backend: Backend) -> Backend:
-    """The backend with control tokens marked special, and places and mask codes not; files differ in it."""
-
-    def special(token: str, said: bool) -> bool:
-        return token in CONTROL or (said and not token.startswith(WORDS))
-
-    added = backend.get_added_tokens_decoder().values()
-    if all(token.special == special(token.content, token.special) for token in added):
-        return backend
-    raw = json.loads(backend.to_str())  # a mark cannot be taken back on a loaded tokenizer
-    for token in raw["added_tokens"]:
-        token["special"] = special(token["content"], token["special"])
-    return Backend.from_str(json.dumps(raw))
+def fix(backend: Backend) -> None:
+    """Let a backend read a text alone, whole, and always the same way."""
+    backend.no_padding()
+    backend.no_truncation()
+    if isinstance(backend.model, BPE):
+        backend.model.dropout = None  # else merges are left out at random
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def control_of(backend: Backend) -> frozenset[int]:
+    """The ids of the control tokens that a backend has."""
+    return frozenset(id for name in CONTROL if (id := backend.token_to_id(name)) is not None)
+
+
+def readable(tokenizer: Tokenizer, rows: int) -> list[int]:
+    """The ids below `rows` that are tokens other than `<image>`."""
+    token = tokenizer.backend.id_to_token
+    return [id for id in range(rows) if token(id) not in (None, IMAGE)]
+
+
+def encode(reader: Reader, text: str) -> list[int]:
     """The ids of a text, with nothing added before or after."""
-    return ids_of(tokenizer.backend, text)
+    ids = ids_of(reader.backend, text)
+    return ids if reader.control.isdisjoint(ids) else ids_of(reader.spelling, text)
 
 
 def ids_of(backend: Backend, text: str) -> list[int]:

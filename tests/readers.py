@@ -124,6 +124,10 @@ def words(path: Path) -> None:
         tokenizer.decode(loaded, ids).encode()
 
 
+def declared(path: Path) -> None:
+    words(path.parent / "tokenizer.json")
+
+
 def siglip_words(path: Path) -> None:
     loaded = dual_prompt.load_tokenizer(path)
     for text in HOSTILE:
@@ -213,6 +217,8 @@ READERS: dict[str, Reader] = {
     "masks": Reader("masks.safetensors", segment.load, (small.MASKS,)),
     "tokenizer": Reader("tokenizer.json", words, small.VOCABULARIES),
     "siglip-tokenizer": Reader("tokenizer.json", siglip_words, small.VOCABULARIES),
+    "tokenizer-config": one_of(small.DECLARED, "tokenizer_config.json", declared, *small.OLD_DECLARED),
+    "added-tokens": one_of(small.DECLARED | small.ADDED, "added_tokens.json", declared),
     "adapter": one_of(small.ADAPTER, ADAPTER, adapter),
     "adapter-weights": one_of(small.ADAPTER, lora.WEIGHTS, adapter),
     "picture": Reader("picture", picture, small.PICTURES),

@@ -181,6 +181,14 @@ def replaced(value: Any, place: Place, new: Any) -> Any:
 
 WORDS = ("<pad>", "<eos>", "<bos>", "<unk>", "\n", "a", "é", "▁", "<loc0001>", "<0x0A>", "##a", "</s>")
 VOCABULARIES = vocabularies(*WORDS)
+TOKEN = {"content": "<task>", "lstrip": True, "rstrip": False, "normalized": False, "special": True}
+DECLARED = {
+    "tokenizer.json": VOCABULARIES[0],
+    "tokenizer_config.json": json.dumps({"bos_token": "<bos>", "mask_token": TOKEN, "extra_special_tokens": ["<a>"],
+                                         "added_tokens_decoder": {"12": TOKEN}}).encode(),
+}  # fmt: skip
+OLD_DECLARED = (json.dumps({"eos_token": "<eos>", "additional_special_tokens": ["<a>", TOKEN]}).encode(), b"{}")
+ADDED = {"tokenizer_config.json": b"{}", "added_tokens.json": b'{"<task>": 12, "<a>": 13}'}
 PICTURES = pictures()
 NPZS = npz(a=np.ones((2, 3), "f4"), b=np.zeros(3, "V2")), npz(a=np.array([{}], object)), npz()
 MASKS = save({"_vq_vae._embedding": torch.ones(128, 1)})

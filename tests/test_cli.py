@@ -54,6 +54,9 @@ PREFIXES = {
     ("ocr",): "ocr",
     ("ask", "--prompt", "what is it?"): "answer en what is it?",
     ("generate", "--prompt", "Hello"): "Hello",
+    ("generate", "--prompt", "<image>Hello"): "Hello",
+    ("caption", "--prompt", "<image><bos>cap en"): "cap en",
+    ("ask", "--prompt", "<image>what is it?"): "answer en what is it?",
 }
 
 

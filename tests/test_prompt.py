@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import GEMMA, VISION, params
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from test_tokenizer import IDS, PLAIN, texts
@@ -23,7 +23,8 @@ MUTE = MODEL._replace(tokenizer=None)
 PAD, EOS, BOS, NEWLINE = 0, 1, 2, IDS["\n"]
 RED, GREEN, BLUE = (np.full((3, 5, 3), np.eye(3)[i] * 255, np.uint8) for i in range(3))
 
-short = texts.filter(lambda text: len(text.encode()) < 30)  # so that all fit 90 positions
+# so that all fit 90 positions, and markers of pictures have tests of their own
+short = texts.filter(lambda text: len(text.encode()) < 30 and not text.lstrip().startswith("<image>"))
 batches = st.lists(st.tuples(short, st.none() | short), min_size=1, max_size=4)
 
 
@@ -114,6 +115,56 @@ def test_places_are_tokens_of_prefix_and_suffix():
     prompt = pg.prepare(MODEL, RED, "a<loc0001>", "<loc1023><seg001>")
     words = [IDS[word] for word in ("<loc0001>", "<loc1023>", "<seg001>")]
     assert prompt.tokens.tolist() == [[BOS, IDS["a"], words[0], NEWLINE, *words[1:], EOS]]
+
+
+# --- prefixes that begin with `<image>`, as transformers' processor takes them
+
+
+@given(st.integers(1, 2), st.sampled_from(["", " ", "\n"]), st.sampled_from(["", " "]), short)
+def test_a_marker_for_each_picture_is_implied(pictures, before, between, prefix):
+    assume(not prefix.startswith("<bos>"))
+    images = [[RED, BLUE][:pictures]]
+    marked = before + between.join(["<image>"] * pictures) + prefix
+    assert same(pg.prepare(MODEL, images, marked, "b"), pg.prepare(MODEL, images, prefix, "b"))
+
+
+def test_a_bos_behind_the_markers_is_implied_too():
+    expected = pg.prepare(MODEL, RED, "a")
+    assert same(pg.prepare(MODEL, RED, "<image><bos>a"), expected)
+    assert same(pg.prepare(MODEL, RED, ["<image>a"]), expected)
+    assert not same(pg.prepare(MODEL, RED, "<bos>a"), expected), "without a marker it is text"
+
+
+@pytest.mark.parametrize(("images", "prefix", "count"), [
+    (RED, "<image><image>a", "2 <image> for 1 picture;"),
+    ([[RED, BLUE]], "<image> a", "1 <image> for 2 pictures;"),
+    ([[]], "<image>a", "1 <image> for 0 pictures;"),
+])  # fmt: skip
+def test_another_number_of_markers_is_refused(images, prefix, count):
+    assert count in failing(images, prefix)
+    assert "leave <image> out" in failing(images, prefix)
+
+
+@pytest.mark.parametrize("prefix", ["what is <image>?", "<image>a<image>", "a <image>", "<IMAGE>a", "<imag e>"])
+def test_image_elsewhere_is_text(prefix):
+    tokens = pg.prepare(MODEL, RED, prefix).tokens.tolist()
+    assert tokens == [[BOS, *encode(prefix.removeprefix("<image>")), NEWLINE]]
+    assert CFG.image not in tokens[0]
+
+
+def test_image_in_a_suffix_is_text():
+    tokens = pg.prepare(MODEL, RED, "a", "<image>b").tokens.tolist()
+    assert tokens == [[BOS, IDS["a"], NEWLINE, *encode("<image>b"), EOS]]
+
+
+def test_markers_are_implied_in_every_loop():
+    plain, marked = "caption en", "<image>caption en"
+    (expected,), (found,) = (pg.generate(MODEL, RED, prefix, max_new_tokens=5) for prefix in (plain, marked))
+    assert found == expected
+    assert "".join(pg.stream(MODEL, RED, marked, max_new_tokens=5)) == expected.text
+    assert torch.equal(pg.score(MODEL, RED, marked, ["a"]), pg.score(MODEL, RED, plain, ["a"]))
+    rows = pg.generate(MODEL, [RED, [RED, BLUE]], [marked, "<image>" + marked], max_new_tokens=5)
+    assert rows == pg.generate(MODEL, [RED, [RED, BLUE]], plain, max_new_tokens=5)
 
 
 # --- pictures

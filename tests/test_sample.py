@@ -257,7 +257,7 @@ def test_a_logprob_is_that_of_the_softmax_of_the_row(logits, data):
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)  # float32
 
 
-@pytest.mark.parametrize("vocab", [1, 30, 1024, 1536])
+@pytest.mark.parametrize("vocab", [1, 30, 1024, 1413, 1536])
 def test_logprobs_of_a_batch_are_those_of_its_rows_in_float32(vocab):
     logits = (3 * torch.randn(2, 3, vocab)).bfloat16()
     token = torch.randint(0, vocab, (2, 3))
@@ -265,6 +265,13 @@ def test_logprobs_of_a_batch_are_those_of_its_rows_in_float32(vocab):
     expected = logits.float().log_softmax(-1).gather(-1, token[..., None])[..., 0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
     assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("vocab", [1, 30, 513, 1024, 1413, 1536])
+def test_the_most_probable_of_any_number_of_tokens_is_chosen(vocab):
+    logits = torch.randn(20, vocab)
+    assert sample.greedy(logits).tolist() == logits.numpy().argmax(-1).tolist()
+    assert (sample.greedy(torch.full((2, vocab), -INF)) == 0).all()
 
 
 # --- settings

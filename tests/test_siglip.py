@@ -1,6 +1,9 @@
 """SigLIP: parity with transformers, both ways through files; text as it was trained to be read; pure functions."""
 
+import copy
+import io
 import json
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -13,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 
 import pgfunc as pg
 from pgfunc import dual, dual_prompt, ops, siglip
@@ -329,6 +332,44 @@ def test_a_tokenizer_saved_twice_is_the_same_file(saved, tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     again = pg.load_siglip(tmp_path, device="cpu")
     assert torch.equal(dual_prompt.text_ids(again, ["A star!"]), dual_prompt.text_ids(before, ["A star!"]))
+
+
+def test_tokens_that_a_tokenizer_defines_are_one_id_here_and_in_transformers(tmp_path):
+    """Special or not; a control token beside them is spelled out."""
+    backend = words("<pad>", "<eos>")
+    backend.add_tokens([AddedToken("<task>", special=True), AddedToken("<part>", normalized=False)])
+    before = model()._replace(tokenizer=dual_prompt.wrap(backend, "the tests' tokenizer"))
+    task, part = (backend.token_to_id(name) for name in ("<task>", "<part>"))
+    assert dual_prompt.encode(before.tokenizer, "a <task>star<part>") == [3, task, 5, part]
+    assert dual_prompt.encode(before.tokenizer, "<task><eos>") == [task, 11, 14, 12]
+    pg.save_siglip(before, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = pg.load_siglip(tmp_path, device="cpu")
+    for text in ("a <task>star<part>", "<task><eos>"):
+        ids = dual_prompt.text_ids(before, [text])[0].tolist()
+        assert theirs(text, padding="max_length").input_ids == ids
+        assert dual_prompt.text_ids(again, [text])[0].tolist() == ids
+
+
+@pytest.mark.parametrize("control", [("<pad>", "<eos>"), ("</s>",)])
+def test_a_copy_reads_as_the_original(control):
+    before, file = model(control=control), io.BytesIO()
+    said = ["a red star", "<eos>", "a<pad></s>", "<unk> it's"]
+    expected = [dual_prompt.text_ids(before, [text]) for text in said]
+    torch.save(before, file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=False)
+    for copied in (copy.deepcopy(before), pickle.loads(pickle.dumps(before)), stored):
+        assert copied.cfg == before.cfg
+        assert all(map(torch.equal, [dual_prompt.text_ids(copied, [text]) for text in said], expected))
+
+
+def test_a_backend_is_not_shared():
+    backend = words("<pad>", "<eos>")
+    found = dual_prompt.wrap(backend, "the tests' tokenizer")
+    backend.add_tokens(["<later>"])
+    backend.enable_padding(length=20)
+    assert dual_prompt.encode(found, "<later>") == dual_prompt.encode(model().tokenizer, "<later>")
 
 
 def test_control_tokens_cannot_be_written():

@@ -1,14 +1,19 @@
 """Text becomes ids and comes back; what a user writes is never a control token."""
 
+import copy
 import json
+import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pgfunc import tokenizer
 from pgfunc.errors import CheckpointError, PromptError
@@ -113,6 +118,174 @@ def test_half_a_surrogate_pair_is_no_text(left, surrogate, right):
     with pytest.raises(PromptError) as error:
         tokenizer.encode(PLAIN, left + surrogate + right)
     assert str(error.value).isprintable()
+
+
+# --- tokens that a tokenizer defines
+
+DEFINED = ["<unused0>", "<task>", " x", "Word", "é n", "</s>"]
+FLAGS = [
+    AddedToken("<unused0>", special=True, lstrip=True, rstrip=True),
+    AddedToken("<task>", normalized=True, lstrip=True),
+    AddedToken(" x", normalized=True),
+    AddedToken("Word", single_word=True),
+    AddedToken("é n", normalized=False, rstrip=True),
+]
+
+
+def defined(folder: Path, way: str) -> None:
+    """A folder of transformers with tokens of its own, defined in one of the ways that people have."""
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    found = PreTrainedTokenizerFast(tokenizer_object=google(), extra_special_tokens={"image_token": "<image>"}, **names)
+    if way == "special":
+        found.add_special_tokens({"additional_special_tokens": DEFINED})
+    elif way == "plain":
+        found.add_tokens(DEFINED)
+    elif way == "flags":
+        found.add_tokens(FLAGS)
+    elif way == "another end":
+        found.add_special_tokens({"eos_token": "</s>", "mask_token": "<task>"})
+    found.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if way == "extra in the config":
+        settings["extra_special_tokens"] = ["<image>", *DEFINED]
+    elif way == "additional in the config":
+        settings = {"additional_special_tokens": ["<image>", *DEFINED]}
+    elif way == "listed in the config":
+        listed = json.loads(google().to_str())["added_tokens"]
+        first = 1 + max(token["id"] for token in listed)
+        settings["added_tokens_decoder"] = {str(token.pop("id")): token for token in listed} | {
+            str(first + i): {"content": name, "special": i % 2 > 0, "normalized": i % 3 > 0, "lstrip": i % 2 > 0,
+                             "rstrip": False, "single_word": False} for i, name in enumerate(DEFINED)}  # fmt: skip
+    elif way == "old files":
+        settings = {}
+        mask = {"content": "<unused0>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+        (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<eos>", "mask_token": mask}))
+        ids = {name: len(IDS) + i for i, name in enumerate(DEFINED)}
+        (folder / "added_tokens.json").write_text(json.dumps(ids))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+WAYS = ["special", "plain", "flags", "another end", "extra in the config", "additional in the config",
+        "listed in the config", "old files"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def both(request, tmp_path_factory) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
+    """A folder's tokenizer, as pgfunc and as transformers have it."""
+    folder = tmp_path_factory.mktemp("defined")
+    defined(folder, request.param)
+    return tokenizer.load(folder / "tokenizer.json"), AutoTokenizer.from_pretrained(folder)
+
+
+words = st.sampled_from([*DEFINED, *WORDS, "<mask>", "<TASK>", "Words", " ", "  ", "\n", "a", "en", "é", "<unused1>"])
+
+
+@given(st.lists(words | st.text(max_size=3)).map("".join))
+def test_defined_tokens_are_read_as_transformers_reads_them(both, text):
+    ours, theirs = both
+    expected = theirs(text, add_special_tokens=False).input_ids
+    assume(ours.control.isdisjoint(expected))
+    assert tokenizer.encode(ours, text) == expected
+
+
+def test_each_defined_token_is_one_id_beside_a_control_token_that_is_spelled(both):
+    ours, theirs = both
+    for name in set(DEFINED) & theirs.get_vocab().keys():
+        (id,) = tokenizer.encode(ours, name)
+        assert id == theirs.convert_tokens_to_ids(name)
+        ids = tokenizer.encode(ours, f"<eos>{name}<image>{name}")
+        assert ids.count(id) == 2
+        assert ours.control.isdisjoint(ids)
+
+
+def test_defined_tokens_are_written_special_or_not(both):
+    ours, theirs = both
+    for name in set(DEFINED) & theirs.get_vocab().keys():
+        ids = [IDS["a"], theirs.convert_tokens_to_ids(name), IDS["b"]]
+        assert tokenizer.decode(ours, ids) == f"a{name}b"
+        assert list(tokenizer.pieces(ours, ids)) == ["a", name, "b"]
+
+
+def test_an_id_is_a_control_token_by_whatever_name(tmp_path):
+    defined(tmp_path, "another end")
+    ours = tokenizer.load(tmp_path / "tokenizer.json", control=[len(IDS)])
+    assert ours.backend.id_to_token(len(IDS)) == "</s>"
+    assert len(IDS) not in tokenizer.encode(ours, "a</s>")
+    assert tokenizer.decode(ours, [IDS["a"], len(IDS)]) == "a"
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", '{"added_tokens_decoder": []}', '{"added_tokens_decoder": {"x": {"content": "a"}}}',
+    '{"added_tokens_decoder": {"1": {"content": 7}}}', '{"bos_token": {"content": ["a"]}}',
+    '{"extra_special_tokens": 7}', '{"added_tokens_decoder": {"1": "a\\ud800"}}',
+])  # fmt: skip
+def test_a_broken_file_beside_a_tokenizer_is_named(tmp_path, content):
+    path = saved(tmp_path, WHOLE)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json") as error:
+        tokenizer.load(path)
+    assert str(error.value).isprintable()
+
+
+# --- copies
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda tokens: pickle.loads(pickle.dumps(tokens)),
+    "an old protocol": lambda tokens: pickle.loads(pickle.dumps(tokens, protocol=2)),
+    "replaced": lambda tokens: replace(tokens, newline=tokens.newline),
+    "another backend": lambda tokens: replace(tokens, backend=copy.deepcopy(tokens.backend)),
+    "twice": lambda tokens: copy.deepcopy(pickle.loads(pickle.dumps(tokens))),
+}
+
+
+@given(tokenizers, st.sampled_from(sorted(COPIES)), st.booleans(), texts)
+def test_a_copy_reads_and_writes_as_the_original(tokens, way, used, text):
+    """Whether the original has read a control token before or not."""
+    expected = tokenizer.encode(tokens, text)
+    if used:
+        tokenizer.encode(tokens, "<eos>")
+    copied = COPIES[way](tokens)
+    assert (copied.newline, copied.control) == (tokens.newline, tokens.control)
+    assert tokenizer.encode(copied, text) == expected
+    assert tokenizer.decode(copied, expected) == tokenizer.decode(tokens, expected)
+
+
+def test_a_backend_that_somebody_else_has_is_not_shared():
+    """transformers sets padding, truncation and how special tokens are read anew at each call."""
+    backend = google()
+    tokens = tokenizer.wrap(backend, "a test's tokenizer")
+    assert backend.truncation, "what is given is not changed"
+    backend.enable_padding(length=50, pad_id=0, pad_token="<pad>")
+    backend.add_tokens(["abc"])
+    backend.encode_special_tokens = False
+    assert tokenizer.encode(tokens, "abc<eos>") == tokenizer.encode(PLAIN, "abc<eos>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokens.backend, pad_token="<pad>")
+    fast(["abc", "<eos>"], padding="max_length", max_length=20, truncation=True)
+    assert tokenizer.encode(tokens, "abc<eos>") == tokenizer.encode(PLAIN, "abc<eos>")
+
+
+def test_merges_are_never_left_out_at_random():
+    backend = google()
+    backend.model.dropout = 0.9
+    tokens = tokenizer.wrap(backend, "a test's tokenizer")
+    for _ in range(20):
+        assert tokenizer.encode(tokens, "a en\n\n<eos>00") == tokenizer.encode(PLAIN, "a en\n\n<eos>00")
+
+
+def test_files_beside_a_tokenizer_of_another_name_are_of_others(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text(WHOLE)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert tokenizer.load(path).backend.get_vocab() == IDS
+
+
+def test_threads_read_the_same_ids():
+    tokens = tokenizer.wrap(google(), "a test's tokenizer")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: tokenizer.encode(tokens, text), ["a<eos>b<loc0001>", "a en"] * 100))
+    assert found == [tokenizer.encode(PLAIN, "a<eos>b<loc0001>"), tokenizer.encode(PLAIN, "a en")] * 100
 
 
 # --- ids to text

@@ -1,6 +1,9 @@
 """JSON Lines: what is read, the order of reading, and that every mistake is named with its file and line."""
 
+import copy
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pgfunc as pg
+from pgfunc import config
 from pgfunc.errors import DataError
 from pgfunc.train import data
 
@@ -97,6 +101,81 @@ def test_a_line_that_cannot_be_trained_on_is_named(row, said, folder):
     assert str(error.value).startswith(f"{path}:2: ")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+MISTAKES = [
+    "<loc1024>", "<loc-001>", "<loc475>", "<loc00475>", "<LOC0001>", "<Loc0001>", "<loc 0001>", "< loc0001>",
+    "<loc0001 >", "<loc_0001>", "<loc0475.5>", "<loc0001", "loc0001>", "</loc0001>", "<loc0001/>", "&lt;loc0001&gt;",
+    "<loc0004>", "<seg128>", "<seg4>", "<seg0001>", "<SEG001>", "<seg-1>", "<seg001", "seg001>", "<loc\u0661\u0662>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["prefix", "suffix"])
+@pytest.mark.parametrize("piece", MISTAKES)
+def test_what_looks_like_a_place_and_is_no_token_is_named(piece, key, folder):
+    path = write(folder, GOOD, GOOD | {key: f"<loc0001><loc0002>{piece}<loc0003> cat ; <seg001>"})
+    with pytest.raises(DataError) as error:
+        data.check(text_model(), data.read(path))
+    assert str(error.value).startswith(f"{path}:2: {key} has {piece!r}, which is no token; places are <loc0000> to")
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", [
+    "<loc0001><loc0003><loc0002><loc0000><seg001> cat ; <loc0001>", "a < b > c", "<b>bold</b> <br/>", "x<loc && y>seg",
+    "<location>", "<location 5>", "<locale=en>", "<segment 3>", "<segments>", "<loc>https://a.example/1</loc>", "<seg>",
+    "<loc id=4>", "block0001>", "the loc 0001", "seg 12 > seg 3", "<email@example.com>", "a <3", "<loc: 40.7, -74.0>",
+    "loc_0001", "a<eos>b", "the <bos> token", "what is <image>?", "<unk>", "",
+])  # fmt: skip
+def test_ordinary_text_is_no_mistake(text, folder):
+    path = write(folder, GOOD | {"prefix": text}, GOOD | {"suffix": text})
+    data.check(text_model(), data.read(path))
+
+
+@given(st.lists(st.sampled_from([*"<> a1", "loc", "seg", "0001", "12"]), max_size=8).map("".join))
+def test_a_bracketed_number_of_a_place_is_a_token_or_a_mistake(text):
+    model = text_model()
+    row = data.Example("data:1", (), "a", text)
+    bracketed = re.findall(r"<(?:loc|seg)[0-9]+>", text)
+    wrong = [piece for piece in bracketed if model.tokenizer.backend.token_to_id(piece) is None]
+    if wrong:
+        with pytest.raises(DataError, match="data:1: suffix has "):
+            data.check_tokens(model, row)
+
+
+def test_a_token_that_a_tokenizer_has_is_one_whatever_it_looks_like(folder):
+    model = text_model()
+    backend = copy.deepcopy(model.tokenizer.backend)
+    backend.add_tokens(["<loc-1>"])
+    more = config.with_vocabulary(
+        replace(model.cfg, text=replace(model.cfg.text, padding=9)), range(backend.get_vocab_size())
+    )
+    model = model._replace(cfg=more, tokenizer=pg.tokenizer.wrap(backend, "with a token more"))
+    data.check(model, data.read(write(folder, GOOD | {"suffix": "<loc-1>"})))
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"suffix": "a dog<eos>"}, "suffix begins or ends with <eos>; leave it out, training adds it"),
+    ({"suffix": "a dog<eos><pad><pad>"}, "suffix begins or ends with <"),
+    ({"suffix": "<bos>a dog"}, "suffix begins or ends with <bos>"),
+    ({"prefix": "<bos>caption en\n"}, "prefix begins or ends with <bos>"),
+    ({"prefix": "<image><image>caption en"}, "begins with 2 <image> for 1 picture; leave <image> out"),
+    ({"image": [], "prefix": "<image>caption en"}, "begins with 1 <image> for 0 pictures"),
+])  # fmt: skip
+def test_control_tokens_that_other_tools_write_are_named(row, said, folder):
+    path = write(folder, GOOD, GOOD | row)
+    with pytest.raises(DataError) as error:
+        data.check(text_model(), data.read(path))
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert said in str(error.value)
+
+
+def test_prefixes_with_markers_are_trained_on_as_those_without(folder):
+    model = text_model()
+    rows = data.read(write(folder, GOOD, GOOD | {"prefix": "<image>caption en"},
+                           GOOD | {"prefix": "<image><bos>caption en"}))  # fmt: skip
+    data.check(model, rows)
+    (prompt,) = data.prompts(model, rows)
+    assert (prompt.tokens == prompt.tokens[0]).all()
 
 
 def test_a_label_that_just_fits_is_taken(folder):

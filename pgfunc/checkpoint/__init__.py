@@ -11,12 +11,13 @@ from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.checkpoint.files import write_json
 from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, read_methods, render, write_config
-from pgfunc.config import PUBLISHED, Config
+from pgfunc.config import PUBLISHED, Config, with_vocabulary
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+GAPS = 100  # more than the ids of a tokenizer have; logits are masked gap by gap
 ADAPTER = "adapter_config.json"  # of PEFT
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
@@ -51,16 +52,28 @@ def load(
         if (path / ADAPTER).exists() and not (path / CONFIG).exists():
             raise CheckpointError(f"{path}: a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base")
         cfg = read_config(path)
-        params = hf.load(path, cfg, kind, first, read_methods(path, cfg))
         tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)
+        words, cfg = vocabulary(tokenizer, cfg)
+        params = hf.load(path, cfg, kind, first, read_methods(path, cfg))
     elif path.suffix == ".npz":
-        cfg = named_config(config, path)
+        words, cfg = vocabulary(tokenizer, named_config(config, path))
         params = bigvision.load(path, cfg, kind, first)
     else:
         raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a big_vision .npz")
     params = quant.arranged(paligemma.packed(params, where), where) if where.type == "cuda" else params
     params = params if quantize is None else quant.quantize(params, quantize)
-    return Model(cfg, params, tokenizers.load(Path(tokenizer)) if tokenizer else None)
+    return Model(cfg, params, words)
+
+
+def vocabulary(path: str | Path | None, cfg: Config) -> tuple[Tokenizer | None, Config]:
+    """The tokenizer in a file, and the config with its vocabulary, as far as the embedding has rows for it."""
+    if not path:
+        return None, cfg
+    words = tokenizers.load(Path(path), control=(cfg.pad, cfg.eos, cfg.bos, cfg.image))
+    cfg = with_vocabulary(cfg, tokenizers.readable(words, cfg.text.vocab + cfg.text.padding))
+    if len(cfg.text.masked) > GAPS:
+        raise CheckpointError(f"{path}: its ids have {len(cfg.text.masked)} gaps; expected the tokenizer of this model")
+    return words, cfg
 
 
 def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
@@ -81,16 +94,19 @@ def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None
         dtype = str(model.params.projector.dtype).removeprefix("torch.")
         write_config(folder, model.cfg, dtype, quant.methods(model.params))
         if model.tokenizer is not None:
-            save_tokenizer(model.tokenizer, folder)
+            save_tokenizer(model.tokenizer, model.cfg, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written ({error})") from error
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, cfg: Config, folder: Path) -> None:
     """Write `tokenizer.json`, and the `tokenizer_config.json` with which transformers reads it."""
-    tokenizer.backend.save(str(folder / TOKENIZER))
-    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "image")}
-    extra = {"image_token": "<image>"}
+    backend = tokenizer.backend
+    backend.save(str(folder / TOKENIZER))
+    ids = {"bos": cfg.bos, "eos": cfg.eos, "pad": cfg.pad, "unk": backend.token_to_id("<unk>"), "image": cfg.image}
+    named = {name: backend.id_to_token(id) for name, id in ids.items() if id is not None}
+    names = {f"{name}_token": token for name, token in named.items() if token is not None}
+    extra = {"image_token": names.get("image_token", tokenizers.IMAGE)}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "PaliGemmaProcessor",
                 "extra_special_tokens": extra, "clean_up_tokenization_spaces": False}  # fmt: skip
     write_json(folder / TOKENIZER_CONFIG, names | settings)

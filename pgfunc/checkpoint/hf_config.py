@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
 from pgfunc.checkpoint.files import read_json, write_json
-from pgfunc.config import Config, TextConfig, VisionConfig
+from pgfunc.config import Config, TextConfig, VisionConfig, with_vocabulary
 from pgfunc.errors import CheckpointError, SettingError
 
 T = TypeVar("T")
@@ -94,19 +94,25 @@ def parse(raw: Mapping[str, Any]) -> Config:
     image = whole(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
     cfg = Config(
         vision=parse_vision(vision),
-        text=_text(text, image),
+        text=_text(text),
         pad=_token(raw, text, "pad_token_id"),
         eos=_token(raw, text, "eos_token_id"),
         bos=_token(raw, text, "bos_token_id"),
         image=image,
     )
-    if max(cfg.pad, cfg.eos, cfg.bos) >= cfg.text.vocab:
-        raise ValueError(f"pad, eos, bos are {cfg.pad, cfg.eos, cfg.bos}, expected to be below {cfg.text.vocab}")
+    rows, ids = cfg.text.vocab, (cfg.pad, cfg.eos, cfg.bos)
+    if max(ids) >= rows or image in ids:
+        raise ValueError(f"pad, eos, bos are {ids}, expected to be below {min(rows, image)}, or behind it below {rows}")
     if raw.get("projection_dim", cfg.text.width) != cfg.text.width:
         raise ValueError(
             f"projection_dim is {raw['projection_dim']}, expected text_config.hidden_size {cfg.text.width}"
         )
-    return cfg
+    return without_tokenizer(cfg)
+
+
+def without_tokenizer(cfg: Config) -> Config:
+    """The config where no tokenizer names the tokens: the rows from `<image>` on are random in the published files."""
+    return with_vocabulary(cfg, range(cfg.image))
 
 
 def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
@@ -135,7 +141,7 @@ def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
     return cfg
 
 
-def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
+def _text(raw: Mapping[str, Any]) -> TextConfig:
     gemma2 = raw["model_type"] == "gemma2"
     require(raw, "attention_bias", False)
     require(raw, "tie_word_embeddings", True)
@@ -146,11 +152,9 @@ def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
     rope = section(raw, "rope_parameters") if raw.get("rope_parameters") else {"rope_theta": raw["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type is {rope['rope_type']}, expected default")
-    rows = whole(raw, "vocab_size")
     scale = whole(raw, "query_pre_attn_scalar") if gemma2 else whole(raw, "head_dim")
     cfg = TextConfig(
-        vocab=min(rows, image),  # the rows from `<image>` on are random numbers in the published files
-        padding=max(rows - image, 0),
+        vocab=whole(raw, "vocab_size"),
         width=whole(raw, "hidden_size"),
         layers=whole(raw, "num_hidden_layers"),
         heads=whole(raw, "num_attention_heads"),
@@ -260,6 +264,6 @@ def render(cfg: Config, dtype: str) -> dict[str, Any]:
         read = parse(rendered)
     except ValueError as error:
         raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: {error}") from error
-    if read != replace(cfg, resample=read.resample):
+    if read != without_tokenizer(replace(cfg, resample=read.resample)):
         raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: read back it is {read}")
     return rendered

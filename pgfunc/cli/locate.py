@@ -18,7 +18,7 @@ from pgfunc.cli.options import app, check_file, progress, say, unset, without
 from pgfunc.detect import Detection, Malformed
 from pgfunc.errors import CheckpointError, ImageError, PromptError, SettingError, first_line
 from pgfunc.image import open_image
-from pgfunc.prompt import TASKS, tokenizer_of
+from pgfunc.prompt import TASKS, tokenizer_of, unmarked
 from pgfunc.segment import Segment
 
 MASKS = "masks.safetensors"  # the mask decoder in a model's folder
@@ -65,7 +65,7 @@ def locating(name: str, about: str) -> None:
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
-        prefix = TASKS[name].format(wanted)
+        prefix = TASKS[name].format(unmarked(wanted, 1))
         pictures = []
         for image in progress(images):
             picture = open_image(image)

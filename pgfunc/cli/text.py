@@ -11,7 +11,7 @@ from pgfunc.cli.compiled import compiling
 from pgfunc.cli.options import app, progress, say, unset, without
 from pgfunc.errors import PromptError, SettingError
 from pgfunc.image import open_image
-from pgfunc.prompt import TASKS
+from pgfunc.prompt import TASKS, unmarked
 
 
 def completing(name: str, template: str | None, about: str) -> None:
@@ -67,11 +67,11 @@ def completing(name: str, template: str | None, about: str) -> None:
 def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
     """What the model is asked: the given text, in the command's form if that has a hole for it."""
     if template and "{}" not in template:
-        return template if prompt is None else prompt
+        return template if prompt is None else unmarked(prompt, 1)
     if not prompt:
         raise PromptError(f"{command} needs a question: --prompt 'what colour is the car?'" if template else
                           f"{command} needs a prefix: --prompt 'caption en'")  # fmt: skip
-    return template.format(prompt) if template else prompt
+    return (template or "{}").format(unmarked(prompt, 1))
 
 
 def region(box: str, image: str, task: str) -> str:

@@ -36,6 +36,7 @@ def eager(
 
     `step` decodes; `compiled` gives another.
     """
+    cfg = replace(cfg, text=replace(cfg.text, masked=()))  # laws are about all rows, and about finite logits
     device = params.projector.device
     here = partial(to, device)
 

@@ -8,6 +8,7 @@ batch holds is a function of (seed, step): there is no state to lose.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,14 @@ import numpy as np
 from pgfunc.errors import DataError, ImageError, PromptError
 from pgfunc.image import open_image
 from pgfunc.paligemma import Prompt
-from pgfunc.prompt import Model, prepare
+from pgfunc.prompt import Model, prepare, tokenizer_of
+
+# what people write who mean a place or a mask code: in brackets and with a number, or with one bracket and all digits
+MEANT = re.compile(
+    r"(?:<|&lt;)[\s/]*(?:loc|seg)[\s_:=#+.-]*\d[\d\s_+.-]*/?(?:>|&gt;)"
+    r"|<(?:loc\d{4}|seg\d{3})(?![\w>])|(?<![\w<])(?:loc\d{4}|seg\d{3})>",
+    re.IGNORECASE,
+)
 
 
 class Example(NamedTuple):
@@ -67,7 +75,8 @@ def parse(line: bytes, where: str, folder: Path) -> Example:
 def check(model: Model, examples: Iterable[Example]) -> None:
     """Decode every picture and fit every text into the model's positions, as training will.
 
-    Raises DataError, naming file and line, for a picture that is missing or unreadable, or a text that is too long.
+    Raises DataError, naming file and line, for a picture that is missing or unreadable, a text that is too long, and
+    what would be learned letter by letter though a token is meant, see `check_tokens`.
     """
     seen: set[Path] = set()
     blank = np.zeros((1, 1, 3), dtype=np.uint8)  # in place of pictures that were decoded already
@@ -77,8 +86,28 @@ def check(model: Model, examples: Iterable[Example]) -> None:
                 open_image(image)
             seen |= set(example.images)
             prepare(model, [[blank] * len(example.images)], [example.prefix], [example.suffix])
+            check_tokens(model, example)
         except (ImageError, PromptError) as error:
             raise DataError(f"{example.where}: {error}") from error
+
+
+def check_tokens(model: Model, example: Example) -> None:
+    """Raise DataError for a place or mask code that is no token, and for a bos, eos or pad around a text.
+
+    Training adds the latter itself, and spells out those in the text.
+    """
+    backend = tokenizer_of(model).backend
+    around = [backend.id_to_token(id) for id in (model.cfg.bos, model.cfg.eos, model.cfg.pad)]
+    for key, text in {"prefix": example.prefix, "suffix": example.suffix}.items():
+        for piece in (found[0] for found in MEANT.finditer(text)):
+            if backend.token_to_id(piece) is None:
+                raise DataError(
+                    f"{example.where}: {key} has {piece!r}, which is no token; "
+                    "places are <loc0000> to <loc1023>, mask codes <seg000> to <seg127>"
+                )
+        for token in filter(None, around):
+            if text.strip().startswith(token) or text.strip().endswith(token):
+                raise DataError(f"{example.where}: {key} begins or ends with {token}; leave it out, training adds it")
 
 
 def order(seed: int, epoch: int, count: int) -> list[int]:

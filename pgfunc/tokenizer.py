@@ -15,10 +15,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
+from pgfunc import growth
 from pgfunc.errors import CheckpointError, PromptError
 
+MISSING = (
+    "was loaded without a tokenizer.json; where there is a tokenizer.model or spiece.model, transformers' "
+    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) makes one of it"
+)
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
 WORDS = ("<loc", "<seg")
+MOST_BYTES = 2**28  # of a tokenizer.json; Gemma's has an eighth of it
 IDS, LARGE = 10**7, re.compile(r":\s*[0-9]{8}")  # more ids than any model has, and what a larger one looks like
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
@@ -42,7 +48,12 @@ def load(path: Path) -> Tokenizer:
 def read(path: Path) -> Backend:
     """The backend in a file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"expected a file of at most {MOST_BYTES:,} bytes")
+        content = path.read_bytes()
+        text = content.decode(json.detect_encoding(content))
+        if (factor := growth.of_file(text)) > growth.MOST:
+            raise ValueError(f"its rules make a text up to {factor:,} times as long")
         with panics_are_errors():
             backend = Backend.from_str(text)
     except Exception as error:  # the package raises bare Exception, and quotes the file, newlines included

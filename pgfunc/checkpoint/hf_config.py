@@ -8,7 +8,7 @@ transformers `configuration_{paligemma,gemma,gemma2,siglip}.py`.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
@@ -39,9 +39,17 @@ GEMMA2 = GEMMA | {
 
 # the most of a count, so that a file of a kilobyte cannot ask for gigabytes of layers, nor for a shape that no tensor
 # has; published checkpoints have 46 layers, 257,216 rows and pictures of 896 pixels
-MOST, MOST_OF = 2**20, {"num_hidden_layers": 1000, "image_size": 2**13}
+MOST, MOST_OF = 2**20, {"num_hidden_layers": 1000, "image_size": 2**12}
+MOST_TOKENS = 2**14  # of a picture: attention is quadratic in them, and a patch may be of one pixel
 
 NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null: without
+
+
+class Storage(NamedTuple):
+    """How a `config.json` says that weights are stored."""
+
+    methods: dict[str, str]  # of quantized ones, by their paths
+    tied: bool  # the embedding is the head
 
 
 def read_config(folder: Path) -> Config:
@@ -64,19 +72,32 @@ def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], kind: str) -> T:
         raise CheckpointError(f"{path}: {said}; expected the configuration of {kind}") from error
 
 
-def read_methods(folder: Path, cfg: Config) -> dict[str, str]:
+def read_storage(folder: Path, cfg: Config) -> Storage:
+    """How the weights of a folder are stored."""
+    raw = read_json(folder / CONFIG)
+    return Storage(
+        methods=_methods(raw.get("quantization_config"), cfg, folder / CONFIG),
+        tied=raw.get("tie_word_embeddings") is not False,
+    )
+
+
+def _methods(given: Any, cfg: Config, path: Path) -> dict[str, str]:
     """Path -> method of every quantized weight, as `write_config` writes them, and as the model can have them."""
-    raw = read_json(folder / CONFIG).get("quantization_config")
-    if raw is None:
+    if given is None:
         return {}
-    given = raw.get("weights") if isinstance(raw, dict) and raw.get("format") == "pgfunc" else None
-    if not isinstance(given, dict) or not all(isinstance(method, str) for method in given.values()):
-        raise CheckpointError(f"{folder / CONFIG}: quantization_config is not of pgfunc; load the original weights")
+    given = given if isinstance(given, dict) else {}
+    methods = given.get("weights") if given.get("format") == "pgfunc" else None
+    if not isinstance(methods, dict) or not all(isinstance(method, str) for method in methods.values()):
+        by = given.get("quant_method", "something else")
+        raise CheckpointError(
+            f"{path}: quantization_config is not of pgfunc; load the original weights, which {by} has quantized here, "
+            "and give quantize= if they should be smaller"
+        )
     try:
-        quant.apply(paligemma.abstract(cfg), given)
+        quant.apply(paligemma.abstract(cfg), methods)
     except SettingError as error:
-        raise CheckpointError(f"{folder / CONFIG}: quantization_config: {error}") from error
-    return given
+        raise CheckpointError(f"{path}: quantization_config: {error}") from error
+    return methods
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
@@ -89,8 +110,6 @@ def parse(raw: Mapping[str, Any]) -> Config:
         raise ValueError(f"text_config.model_type is {given.get('model_type')}, expected gemma or gemma2")
     text = text | {key: value for key, value in given.items() if value is not None or key in NULLABLE}
     vision = SIGLIP | section(raw, "vision_config")
-    require(vision, "vision_use_head", False)
-    require(raw, "tie_word_embeddings", True)
     image = whole(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
     cfg = Config(
         vision=parse_vision(vision),
@@ -130,24 +149,28 @@ def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
         raise ValueError(f"vision_config.hidden_size {cfg.width} is not a multiple of its {cfg.heads} heads")
     if cfg.position == "rope2d" and cfg.head_dim % 4:
         raise ValueError(f"rope2d needs heads of a multiple of 4, found {cfg.head_dim}")
-    if cfg.image_size % cfg.patch:
-        raise ValueError(f"image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch}")
+    if not 1 <= cfg.tokens <= MOST_TOKENS:
+        raise ValueError(
+            f"image_size {cfg.image_size} and patch_size {cfg.patch} make {cfg.tokens} patches, "
+            f"expected 1 to {MOST_TOKENS}"
+        )
     return cfg
 
 
 def _text(raw: Mapping[str, Any], image: int) -> TextConfig:
     gemma2 = raw["model_type"] == "gemma2"
     require(raw, "attention_bias", False)
-    require(raw, "tie_word_embeddings", True)
     require(raw, "hidden_activation", "gelu_pytorch_tanh")
-    require(raw, "rope_scaling", None)
+    scaling = section(raw, "rope_scaling") if raw.get("rope_scaling") else {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise ValueError(f"rope_scaling is {scaling}, expected none")
     if not str(raw.get("hidden_act") or "gelu").startswith("gelu"):  # old files say gelu, and meant the tanh form
         raise ValueError(f"hidden_act is {raw['hidden_act']!r}, expected gelu_pytorch_tanh")
     rope = section(raw, "rope_parameters") if raw.get("rope_parameters") else {"rope_theta": raw["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type is {rope['rope_type']}, expected default")
     rows = whole(raw, "vocab_size")
-    scale = whole(raw, "query_pre_attn_scalar") if gemma2 else whole(raw, "head_dim")
+    scale = positive(raw, "query_pre_attn_scalar") if gemma2 else whole(raw, "head_dim")
     cfg = TextConfig(
         vocab=min(rows, image),  # the rows from `<image>` on are random numbers in the published files
         padding=max(rows - image, 0),

@@ -15,18 +15,21 @@ from pgfunc.errors import CheckpointError
 
 C = TypeVar("C", Config, SiglipConfig)
 
-NAME, IN_PROCESSOR = "preprocessor_config.json", "processor_config.json"  # the latter holds the former in newer folders
+NAME, IN_PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+)  # newer folders have the former in the latter, which then counts
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def read(folder: Path, cfg: C) -> C:
     """The config with the resize filter that a folder asks for, if it asks for one."""
-    for path in (folder / NAME, folder / IN_PROCESSOR):
-        if path.exists():
-            raw = read_json(path)
-            nested = raw.get("image_processor")
-            return replace(cfg, resample=parse(nested if isinstance(nested, dict) else raw, cfg.vision, path))
+    for path in (folder / IN_PROCESSOR, folder / NAME):
+        raw = read_json(path) if path.exists() else {}
+        raw = raw.get("image_processor") if path.name == IN_PROCESSOR else raw
+        if isinstance(raw, dict) and raw:
+            return replace(cfg, resample=parse(raw, cfg.vision, path))
     return cfg
 
 

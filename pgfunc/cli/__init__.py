@@ -17,7 +17,7 @@ from pgfunc.cli import compile as compile  # isort: skip
 from pgfunc.cli import bench as bench  # isort: skip
 from pgfunc.cli import laws as laws  # isort: skip
 from pgfunc.cli.options import app
-from pgfunc.errors import PgfuncError
+from pgfunc.errors import PgfuncError, with_options
 
 
 def main() -> None:
@@ -27,5 +27,5 @@ def main() -> None:
     try:
         app()
     except PgfuncError as error:
-        print(f"pgfunc: {error}", file=sys.stderr)
+        print(f"pgfunc: {with_options(str(error))}", file=sys.stderr)
         sys.exit(2)

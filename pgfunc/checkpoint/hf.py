@@ -44,6 +44,8 @@ EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 # the layout of the published checkpoints, which every version of transformers reads; `save` writes it
 HUB = {"vision": "vision_tower.vision_model.", "projector": "", "language": "language_model.model."}
 
+REMEDY = "merge it with PEFT (merge_and_unload), and load what that saves"  # for more than plain weights or pairs
+
 # what the parts of a quantized weight add to its key
 VALUES, SCALE = ".values", ".scale"
 
@@ -124,6 +126,8 @@ def load(
 ) -> paligemma.Params:
     """The parameters in a folder, quantized where they were; on the meta device only their headers are read."""
     entries, stored = open_folder(folder), read_storage(folder, cfg)
+    if pair := next((key for key in entries if ".lora_" in key), None):
+        raise CheckpointError(f"{folder}: {pair} is LoRA's, beside the weights; {REMEDY}")
     prefixes = layout(entries, folder)
     entries = tied(entries, prefixes["language"] + EMBED, stored.tied, folder, compare=device.type != "meta")
     if not mmap:

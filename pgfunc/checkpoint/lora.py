@@ -36,7 +36,6 @@ BEYOND = ("bias", "use_dora", "use_rslora", "use_qalora", "use_bdlora", "fan_in_
           "target_parameters", "alora_invocation_tokens", "arrow_config", "monteclora_config",
           "velora_config")  # fmt: skip
 OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start that change the base weights too
-REMEDY = "merge it with PEFT (merge_and_unload), and load what it saves"
 
 
 class Pair(NamedTuple):
@@ -122,7 +121,7 @@ def check_whole(arrays: Mapping[str, Entry], cfg: Config, params: Params | None,
     place["lm_head.weight"] = "language.embed"
     for key, entry in arrays.items():
         if key not in place:
-            raise CheckpointError(f"{path}: {key} is no linear weight of this model; {REMEDY}")
+            raise CheckpointError(f"{path}: {key} is no linear weight of this model; {hf.REMEDY}")
         leaf = leaves.get(place[key])
         if (
             leaf is None
@@ -130,7 +129,7 @@ def check_whole(arrays: Mapping[str, Entry], cfg: Config, params: Params | None,
             or leaf.shape != entry.shape
             or not torch.equal(entry.read().to(leaf.dtype), leaf)
         ):
-            raise CheckpointError(f"{path}: {key} stands beside the pairs and is not the base's; {REMEDY}")
+            raise CheckpointError(f"{path}: {key} stands beside the pairs and is not the base's; {hf.REMEDY}")
 
 
 def read_settings(path: Path) -> tuple[int, float, Any]:
@@ -151,7 +150,7 @@ def read_settings(path: Path) -> tuple[int, float, Any]:
         beyond.append("lora_alpha")
     if beyond or not 1 <= rank <= MOST:
         name = beyond[0] if beyond else "r"
-        raise CheckpointError(f"{path}: {name} is {settings[name]!r}; only plain LoRA is read; {REMEDY}")
+        raise CheckpointError(f"{path}: {name} is {settings[name]!r}; only plain LoRA is read; {hf.REMEDY}")
     return rank, alpha / rank, settings.get("modules_to_save")
 
 

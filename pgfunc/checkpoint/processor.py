@@ -38,6 +38,10 @@ def parse(raw: Mapping[str, Any], vision: VisionConfig, path: Path) -> str:
     for key, value in scaling(vision).items():
         if raw.get(key) not in (None, value):
             raise CheckpointError(f"{path}: {key} is {raw[key]}, expected {value}")
+    if raw.get("do_center_crop") and raw.get("crop_size") != scaling(vision)["size"]:
+        raise CheckpointError(
+            f"{path}: do_center_crop is True, to {raw.get('crop_size')}; expected no part of a picture"
+        )
     resample = raw.get("resample", 3)
     if type(resample) is not int or resample not in RESAMPLE:
         raise CheckpointError(f"{path}: resample is {resample!r}, expected one of {RESAMPLE}")

@@ -26,7 +26,7 @@ PICKLED = (
     "from_pretrained(folder).save_pretrained(folder) writes them as safetensors"
 )
 KINDS = {
-    ADAPTER: "a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base, or give it beside that as adapter=",
+    ADAPTER: "a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base, and adapter= takes it",
     "snapshots": "a folder of the hub's cache; give the hub id, or one of the folders in snapshots",
     "checkpoint-*": "a training run; give one of its checkpoints",
     "model.*.safetensors*": "a variant of the weights; give it the names without the variant",

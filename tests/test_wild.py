@@ -12,6 +12,7 @@ import reference
 import torch
 import wild
 from cases import prompt
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor
@@ -77,3 +78,21 @@ def test_a_checkpoint_as_people_make_it(name, base, saved, tmp_path):
     expected = run(reference.load(Path(source), "float32"), Path(source)) if row.expected == wild.SAME else saved
     torch.testing.assert_close(logits, expected[0], atol=ATOL, rtol=0)
     assert text in (expected[1], "")
+
+
+@pytest.mark.parametrize("name", wild.ADAPTERS)
+def test_an_adapter_as_people_make_it(name, base, tmp_path):
+    row, (folder, model) = wild.ADAPTERS[name], base
+    wrapped = wild.tuned(copy.deepcopy(model))
+    wrapped.save_pretrained(tmp_path)
+    row.make(tmp_path, copy.deepcopy(wrapped))
+    if row.expected not in (wild.SAME, wild.OURS):
+        with pytest.raises(row.error, match=row.expected):
+            pg.load(folder, device="cpu", adapter=tmp_path)
+        return
+    if row.expected == wild.SAME:
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    logits, text = ours(pg.load(folder, device="cpu", adapter=tmp_path))
+    expected = run(wrapped.eval(), folder)
+    torch.testing.assert_close(logits, expected[0], atol=ATOL, rtol=0)
+    assert text == expected[1]

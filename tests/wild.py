@@ -26,6 +26,7 @@ import pgfunc as pg
 from pgfunc import tokenizer
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.errors import CheckpointError, PgfuncError, SettingError
+from pgfunc.train import lora
 
 SAME, OURS = "as transformers loads it", "as it was saved"
 
@@ -452,3 +453,83 @@ def nested(folder: Path, stale: bool = False) -> None:
     )
     if not stale:
         path.unlink()
+
+
+# --- adapters: a folder that PEFT saved, and the wrapped model that is in it ------------------------------------------
+
+
+def adapter(**options: Any) -> Make:
+    """Saved by PEFT, with other options of LoRA; or of save_pretrained, behind a `_`."""
+    how = {key.removeprefix("_"): options.pop(key) for key in [*options] if key.startswith("_")}
+
+    def make(folder: Path, wrapped: Any) -> None:
+        tuned(wrapped.unload(), **options).save_pretrained(folder, **how)
+
+    return make
+
+
+def pairs(change: Callable[[dict[str, Tensor]], object]) -> Make:
+    """Other arrays in the adapter's file."""
+    return lambda folder, wrapped: edit_arrays(folder / lora.WEIGHTS, change)
+
+
+def pairs_renamed(old: str, new: str) -> Make:
+    return pairs(lambda found: [found.update({key.replace(old, new): found.pop(key)}) for key in [*found]])
+
+
+def whole_state(folder: Path, wrapped: Any) -> None:
+    """The adapter's part of the state_dict, in which its arrays bear its name."""
+    save_file({key: x for key, x in wrapped.state_dict().items() if "lora_" in key}, folder / lora.WEIGHTS)
+
+
+def beside(name: str, factor: float = 1.0) -> Make:
+    """The embedding stands beside the pairs, equal to the base's or not."""
+
+    def make(folder: Path, wrapped: Any) -> None:
+        embed = factor * wrapped.get_input_embeddings().weight.detach()
+        edit_arrays(folder / lora.WEIGHTS, lambda found: found.update({name: embed}))
+
+    return make
+
+
+def pickled_pairs(folder: Path, wrapped: Any) -> None:
+    torch.save({}, folder / "adapter_model.bin")
+    (folder / lora.WEIGHTS).unlink()
+
+
+def half_narrow(found: dict[str, Tensor]) -> None:
+    found.update({key: x.bfloat16() for key, x in found.items() if "lora_A" in key})
+
+
+PEFT, PLAIN = "base_model.model.", {"target_modules": ["q_proj", "v_proj"]}
+EMBEDDING = PEFT + "model.language_model.embed_tokens.weight"
+OLD = both(pairs_renamed("model.language_model.", "language_model.model."),
+           pairs_renamed("model.vision_tower.", "vision_tower.vision_model."))  # fmt: skip
+
+ADAPTERS: dict[str, Row] = {
+    "PEFT": Row(untouched),
+    "attention alone": Row(adapter(**PLAIN)),
+    "attention, bfloat16": Row(pairs(lambda found: found.update({key: x.bfloat16() for key, x in found.items()}))),
+    "of two dtypes": Row(pairs(half_narrow)),
+    "of transformers 4": Row(OLD, OURS),
+    "state_dict": Row(whole_state, OURS),
+    "torch.compile": Row(pairs_renamed(PEFT, "_orig_mod." + PEFT), OURS),
+    "torch.compile inside": Row(pairs_renamed(PEFT, PEFT + "_orig_mod."), OURS),
+    "DDP": Row(pairs_renamed(PEFT, "module." + PEFT), OURS),
+    "bare names": Row(pairs_renamed(PEFT, ""), OURS),
+    "bare names of the inner model": Row(pairs_renamed(PEFT + "model.", ""), OURS),
+    "embeddings beside, the base's": Row(adapter(**PLAIN, _save_embedding_layers=True)),
+    "embeddings beside, trained": Row(beside(EMBEDDING, 2.0), "embed_tokens.weight stands beside.*merge_and_unload"),
+    "head beside, the base's": Row(beside(PEFT + "lm_head.weight"), OURS),
+    "head beside, trained": Row(beside(PEFT + "lm_head.weight", 2.0), "lm_head.weight stands beside.*merge_and_unload"),
+    "projector beside, the base's": Row(adapter(**PLAIN, modules_to_save=["multi_modal_projector"])),
+    "rslora": Row(adapter(**PLAIN, use_rslora=True), "use_rslora is True; only plain LoRA"),
+    "dora": Row(adapter(**PLAIN, use_dora=True), "use_dora is True; only plain LoRA"),
+    "ranks of a pattern": Row(adapter(**PLAIN, rank_pattern={"q_proj": 3}), "rank_pattern is .*; only plain LoRA"),
+    "LoRA of the embedding": Row(adapter(target_modules=["embed_tokens"], ensure_weight_tying=True), "lora_embedding_A is no linear weight"),
+    "two in one file": Row(both(whole_state, pairs(lambda found: found.update(
+        {key.replace(".default.", ".other."): x.clone() for key, x in found.items()}))), "holds several adapters"),
+    "pickled": Row(pickled_pairs, "adapter_model.bin: is pickled.*writes safetensors"),
+    "no pairs": Row(without(lora.WEIGHTS), "adapter_model.safetensors: missing"),
+    "no settings": Row(without("adapter_config.json"), "adapter_config.json: missing"),
+}  # fmt: skip

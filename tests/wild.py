@@ -526,7 +526,7 @@ ADAPTERS: dict[str, Row] = {
     "rslora": Row(adapter(**PLAIN, use_rslora=True), "use_rslora is True; only plain LoRA"),
     "dora": Row(adapter(**PLAIN, use_dora=True), "use_dora is True; only plain LoRA"),
     "ranks of a pattern": Row(adapter(**PLAIN, rank_pattern={"q_proj": 3}), "rank_pattern is .*; only plain LoRA"),
-    "LoRA of the embedding": Row(adapter(target_modules=["embed_tokens"], ensure_weight_tying=True), "lora_embedding_A is no linear weight"),
+    "LoRA of the embedding": Row(pairs_renamed("lora_", "lora_embedding_"), "lora_embedding_A.weight is no linear"),
     "two in one file": Row(both(whole_state, pairs(lambda found: found.update(
         {key.replace(".default.", ".other."): x.clone() for key, x in found.items()}))), "holds several adapters"),
     "pickled": Row(pickled_pairs, "adapter_model.bin: is pickled.*writes safetensors"),

@@ -27,14 +27,18 @@ def init(params: Params, targets: Sequence[str], rank: int, alpha: float, seed: 
     """Pairs for the weights whose paths match a target such as `language.*.q`; b is zero, so nothing changes at first.
 
     `params` may be abstract. Only matrices that multiply activations take part. a is uniform in ±1/sqrt(inputs),
-    as PEFT's default. Raises SettingError for a target that matches no such matrix, or a rank below 1.
+    as PEFT's default. Raises SettingError for a target that matches no such matrix, or a rank below 1, or beyond that
+    of every one of them.
     """
     quant.check_plain(params, "LoRA")
-    if rank < 1:
-        raise SettingError(f"lora-rank is {rank}, expected 1 or more")
     linear = linear_paths(params)
     weights = {path: leaf for path, leaf in tree.flatten(params).items() if path in linear}
     chosen = {path for target in targets for path in tree.matching(weights, target)}
+    most = max((min(leaf.shape) for path, leaf in weights.items() if path in chosen), default=1)
+    if not 1 <= rank <= most:
+        raise SettingError(
+            f"lora-rank is {rank}, expected 1 or more, and at most {most}, that of the matrices themselves"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def pair(weight: Tensor) -> Pair:

@@ -9,6 +9,7 @@ bfloat16 is stored as numpy void of two bytes, and nothing is ever unpickled. So
 import io
 import zipfile
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pgfunc import gemma, paligemma, quant, siglip
 from pgfunc.checkpoint import keys
-from pgfunc.checkpoint.files import Entry, Slot, arrange, check_size, gather
+from pgfunc.checkpoint.files import Entry, Slot, arrange, check_file, gather
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 
@@ -125,20 +126,20 @@ def open_file(path: Path) -> dict[str, Entry]:
 
     Where some have the prefix the others are no parameters, but the state of a training run.
     """
-    check_size(path, 2**63)
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
-            if sum(member.file_size for member in members) > MOST_BYTES + MOST_TIMES * path.stat().st_size:
-                raise ValueError(f"it expands to more than {MOST_TIMES} times its size, as weights do not")
-            names = {member.filename.removesuffix(".npy"): member for member in members}
-            inside = {name for name in names if name.startswith("params/")} or set(names)
-            headers = {name: _header(archive, names[name]) for name in names if name in inside}
+            arrays = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+            members = {member.filename.removesuffix(".npy"): member for member in arrays}
+            inside = {name for name in members if name.startswith("params/")} or set(members)
+            headers = {name: _header(archive, member) for name, member in members.items() if name in inside}
     except Exception as error:  # zipfile and numpy raise whatever a damaged file makes them raise
         raise CheckpointError(f"{path}: not a complete npz file ({error}); download it again") from error
-    keys.leave_out(names.keys() - inside, str(path))
+    if sum(member.file_size for member in arrays) > MOST_BYTES + MOST_TIMES * path.stat().st_size:
+        raise CheckpointError(f"{path}: expands to more than {MOST_TIMES} times its size, as weights do not")
+    keys.leave_out(members.keys() - inside, str(path))
     return {
-        name.removeprefix("params/"): Entry(shape, _dtype(dtype, name, path), lambda name=name: _read(path, name))
+        name.removeprefix("params/"): Entry(shape, _dtype(dtype, name, path), partial(_read, path, name, shape, dtype))
         for name, (shape, dtype) in headers.items()
     }
 
@@ -151,8 +152,6 @@ def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[tuple[in
     if read is None:
         raise ValueError(f"{member.filename} is an npy file of version {version}")
     shape, _, dtype = read(file)
-    if prod(shape) * dtype.itemsize > member.file_size - file.tell() and not dtype.hasobject:
-        raise ValueError(f"{member.filename} is shorter than its header says")
     return shape, dtype
 
 
@@ -163,18 +162,16 @@ def _dtype(dtype: np.dtype, name: str, path: Path) -> torch.dtype:
     return DTYPES.get(dtype.str[1:], torch.int64)
 
 
-def _read(path: Path, name: str) -> Tensor:
+def _read(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            array = archive[f"{name}.npy"]  # without it, a member may be found that has no suffix
+            member = f"{name}.npy"  # without it, a member may be found that has no suffix
+            if archive.zip.getinfo(member).file_size < prod(shape) * dtype.itemsize:
+                raise ValueError("it is shorter than its header says")
+            array = archive[member].astype(dtype.newbyteorder("="), order="C", copy=False)
     except Exception as error:  # as in open_file
         raise CheckpointError(f"{path}: {name} cannot be read ({error}); download it again") from error
-    array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(array.shape)
-    return (
-        torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-        if array.dtype.kind == "V"
-        else torch.from_numpy(array)
-    )
+    return torch.from_numpy(array.view("u2")).view(torch.bfloat16) if dtype.kind == "V" else torch.from_numpy(array)
 
 
 def save(path: Path, cfg: Config, params: paligemma.Params) -> None:

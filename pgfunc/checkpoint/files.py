@@ -143,7 +143,7 @@ def check_one_dtype(entries: Mapping[str, Entry], where: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, in UTF-8 or whatever else JSON may be written in."""
     try:
-        check_size(path, MOST_BYTES)
+        check_file(path, MOST_BYTES)
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
@@ -152,11 +152,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_size(path: Path, most: int) -> None:
+def check_file(path: Path, most: int | None = None) -> None:
     """Raise CheckpointError for what is no file, or a larger one than its kind has: before any of it is read."""
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file" if path.exists() else f"{path}: missing")
-    if (size := path.stat().st_size) > most:
+    if most is not None and (size := path.stat().st_size) > most:
         raise CheckpointError(f"{path}: has {size:,} bytes, expected at most {most:,}")
 
 

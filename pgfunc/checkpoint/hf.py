@@ -21,8 +21,7 @@ from torch import Tensor
 
 from pgfunc import gemma, lowbit, paligemma, quant, siglip, tree
 from pgfunc.checkpoint import keys
-from pgfunc.checkpoint.files import Entry, Slot, arrange, check_size, gather, read_json, write_json
-from pgfunc.checkpoint.hf_config import read_storage
+from pgfunc.checkpoint.files import Entry, Slot, arrange, check_file, gather, read_json, write_json
 from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError, first_line
 
@@ -122,26 +121,34 @@ def with_parts(table: paligemma.Params, methods: Mapping[str, str]) -> paligemma
 
 
 def load(
-    folder: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device, mmap: bool = True
+    folder: Path,
+    cfg: Config,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    methods: Mapping[str, str],
+    tie: bool = True,
+    mmap: bool = True,
 ) -> paligemma.Params:
-    """The parameters in a folder, quantized where they were; on the meta device only their headers are read."""
-    entries, stored = open_folder(folder), read_storage(folder, cfg)
+    """The parameters in a folder, quantized where `methods` say so; on the meta device only their headers are read.
+
+    tie: whether the folder's config says that the embedding is the head, so that a head need not be there.
+    """
+    entries = open_folder(folder)
     if pair := next((key for key in entries if ".lora_" in key), None):
         raise CheckpointError(f"{folder}: {pair} is LoRA's, beside the weights; {REMEDY}")
     prefixes = layout(entries, folder)
-    entries = tied(entries, prefixes["language"] + EMBED, stored.tied, folder, compare=device.type != "meta")
+    entries = tied(entries, prefixes["language"] + EMBED, tie, folder, compare=device.type != "meta")
     if not mmap:
         entries = copied(entries)
-    abstract = quant.apply(paligemma.abstract(cfg), stored.methods)
-    names = with_parts(table(cfg, prefixes), stored.methods)
-    return gather(names, abstract, entries, str(folder), dtype, device)
+    abstract = quant.apply(paligemma.abstract(cfg), methods)
+    return gather(with_parts(table(cfg, prefixes), methods), abstract, entries, str(folder), dtype, device)
 
 
-def tied(entries: Mapping[str, Entry], embed: str, tied: bool, folder: Path, compare: bool) -> dict[str, Entry]:
+def tied(entries: Mapping[str, Entry], embed: str, tie: bool, folder: Path, compare: bool) -> dict[str, Entry]:
     """The arrays without a head: it must equal the embedding, or stands for it where a writer kept one of the two."""
     heads = {key: entry for key, entry in entries.items() if key == HEAD or key.endswith("." + HEAD)}
     rest = {key: entry for key, entry in entries.items() if key not in heads}
-    if not tied and not heads:
+    if not tie and not heads:
         raise CheckpointError(f"{folder}: {HEAD} is missing, though tie_word_embeddings is False")
     for key, head in heads.items():
         other = rest.get(embed + VALUES) or rest.setdefault(embed, head)  # a quantized one is no head's equal
@@ -195,7 +202,7 @@ def _open_folder(folder: Path) -> dict[str, Entry]:
 
 def open_file(path: Path) -> dict[str, Entry]:
     """The arrays of one safetensors file, memory-mapped when read."""
-    check_size(path, 2**63)
+    check_file(path)
     try:
         with path.open("rb") as start:
             if (size := int.from_bytes(start.read(8), "little")) > min(MOST_HEADER, path.stat().st_size):

@@ -8,7 +8,7 @@ transformers `configuration_{paligemma,gemma,gemma2,siglip}.py`.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
@@ -45,13 +45,6 @@ MOST_TOKENS = 2**14  # of a picture: attention is quadratic in them, and a patch
 NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null: without
 
 
-class Storage(NamedTuple):
-    """How a `config.json` says that weights are stored."""
-
-    methods: dict[str, str]  # of quantized ones, by their paths
-    tied: bool  # the embedding is the head
-
-
 def read_config(folder: Path) -> Config:
     """The configuration of a checkpoint folder, its processor's resize filter included."""
     return processor.read(folder, parse_file(folder / CONFIG))
@@ -72,19 +65,15 @@ def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], kind: str) -> T:
         raise CheckpointError(f"{path}: {said}; expected the configuration of {kind}") from error
 
 
-def read_storage(folder: Path, cfg: Config) -> Storage:
-    """How the weights of a folder are stored."""
-    raw = read_json(folder / CONFIG)
-    return Storage(
-        methods=_methods(raw.get("quantization_config"), cfg, folder / CONFIG),
-        tied=raw.get("tie_word_embeddings") is not False,
-    )
+def read_storage(folder: Path, cfg: Config) -> tuple[dict[str, str], bool]:
+    """How a folder stores weights: path -> method of every quantized one, and whether the embedding is the head.
 
-
-def _methods(given: Any, cfg: Config, path: Path) -> dict[str, str]:
-    """Path -> method of every quantized weight, as `write_config` writes them, and as the model can have them."""
+    The methods are as `write_config` writes them, and as the model can have them.
+    """
+    path, raw = folder / CONFIG, read_json(folder / CONFIG)
+    given, tie = raw.get("quantization_config"), raw.get("tie_word_embeddings") is not False
     if given is None:
-        return {}
+        return {}, tie
     given = given if isinstance(given, dict) else {}
     methods = given.get("weights") if given.get("format") == "pgfunc" else None
     if not isinstance(methods, dict) or not all(isinstance(method, str) for method in methods.values()):
@@ -97,7 +86,7 @@ def _methods(given: Any, cfg: Config, path: Path) -> dict[str, str]:
         quant.apply(paligemma.abstract(cfg), methods)
     except SettingError as error:
         raise CheckpointError(f"{path}: quantization_config: {error}") from error
-    return methods
+    return methods, tie
 
 
 def parse(raw: Mapping[str, Any]) -> Config:

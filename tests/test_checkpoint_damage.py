@@ -1,6 +1,7 @@
 """What does not fit is named, in one line: damaged files, other models, sources that are not there."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,16 @@ def test_damaged_npz_is_named(tmp_path):
     np.savez(path, **{"params/img/head/bias": np.array([{}], dtype=object)})
     with pytest.raises(CheckpointError, match=r"dtype \|O"):
         pg.load(path, config=config)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", hf.SINGLE, "tokenizer.json", "x.npz"])
+def test_a_file_that_is_none_is_not_waited_for(tmp_path, name):
+    pg.save(model(), tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: not a "):
+        pg.load(tmp_path / name if name == "x.npz" else tmp_path, config=tmp_path if name == "x.npz" else None)
 
 
 def test_sources_that_are_not_there_are_named(tmp_path):

@@ -152,7 +152,7 @@ def test_defaults_that_a_published_config_leaves_out(tmp_path):
 
 @pytest.mark.parametrize(("side", "patch"), [(33, 14), (27, 14), (41, 14), (15, 4), (14, 14)])
 def test_pixels_beyond_the_last_whole_patch_are_not_read(tmp_path, side, patch):
-    """As of so400m-patch14-384: its side is 27 patches and 6 pixels."""
+    """The side of so400m-patch14-384 is 27 patches and 6 pixels."""
     expected = theirs(vision={"image_size": side, "patch_size": patch})
     expected.save_pretrained(tmp_path)
     found = pg.load_siglip(tmp_path, device="cpu")
@@ -165,7 +165,7 @@ def test_pixels_beyond_the_last_whole_patch_are_not_read(tmp_path, side, patch):
 
 
 def test_texts_of_another_width_than_pictures_are_projected(tmp_path):
-    """As of SigLIP 2's giant-opt: texts are 1152 wide and become vectors of 1536."""
+    """Texts of SigLIP 2 giant-opt are 1152 wide and become vectors of 1536."""
     expected = theirs(hidden_size=12, intermediate_size=28)
     expected.save_pretrained(tmp_path)
     assert_parity(pg.load_siglip(tmp_path, device="cpu"), expected)

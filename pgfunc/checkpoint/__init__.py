@@ -52,6 +52,8 @@ def load(
     first = torch.device("cpu") if where.type == "cuda" else where
     path = find(source)
     if npz := npz_in(path):
+        if config is None and path.is_dir() and (path / CONFIG).exists():
+            config = path
         cfg = named_config(config, npz, source)
         params = bigvision.load(npz, cfg, kind, first)
     else:

@@ -159,7 +159,7 @@ def _dtype(dtype: np.dtype, name: str, path: Path) -> torch.dtype:
     """PyTorch's name of a numpy dtype; the order of bytes is the reader's business."""
     if dtype.str[1:] not in DTYPES and not keys.UNREAD.fullmatch(name):
         raise CheckpointError(f"{path}: {name} has dtype {dtype.str}, expected that of weights: {', '.join(DTYPES)}")
-    return DTYPES.get(dtype.str[1:], torch.int64)
+    return DTYPES.get(dtype.str[1:], torch.int64)  # which stands for those of what is left out
 
 
 def _read(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:

@@ -10,6 +10,7 @@ Weights are memory-mapped and, where dtype and device stay, never copied. Source
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,9 @@ def open_file(path: Path) -> dict[str, Entry]:
     for key, piece in slices.items():
         if piece.get_dtype() not in DTYPES and not keys.UNREAD.fullmatch(key):
             raise CheckpointError(f"{path}: {key}: dtype {piece.get_dtype()} is not one of {', '.join(DTYPES)}")
+    other = torch.int64  # stands for the dtypes of what is left out
     return {
-        key: Entry(
-            tuple(piece.get_shape()), DTYPES.get(piece.get_dtype(), torch.int64), lambda key=key: _read(file, path, key)
-        )
+        key: Entry(tuple(piece.get_shape()), DTYPES.get(piece.get_dtype(), other), partial(_read, file, path, key))
         for key, piece in slices.items()
     }
 

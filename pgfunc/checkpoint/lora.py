@@ -64,7 +64,7 @@ def merge(params: Params, lora: Lora) -> Params:
 
 
 def load(folder: str | Path, cfg: Config, params: Params | None = None) -> Lora:
-    """Read an adapter onto the CPU, in float32, as PEFT does: a folder, or a hub id.
+    """Read an adapter, a folder or a hub id, onto the CPU, in float32 or wider, as PEFT does.
 
     params: those of its base. Weights that stand beside the pairs must equal them; without `params` they are an error.
     Raises CheckpointError for keys that are not this model's, half a pair, a wrong shape, or more than plain LoRA.
@@ -123,12 +123,8 @@ def check_whole(arrays: Mapping[str, Entry], cfg: Config, params: Params | None,
         if key not in place:
             raise CheckpointError(f"{path}: {key} is no linear weight of this model; {hf.REMEDY}")
         leaf = leaves.get(place[key])
-        if (
-            leaf is None
-            or leaf.is_meta
-            or leaf.shape != entry.shape
-            or not torch.equal(entry.read().to(leaf.dtype), leaf)
-        ):
+        alike = leaf is not None and leaf.shape == entry.shape
+        if not alike or not (leaf.is_meta or torch.equal(entry.read().to(leaf.dtype), leaf.cpu())):
             raise CheckpointError(f"{path}: {key} stands beside the pairs and is not the base's; {hf.REMEDY}")
 
 

@@ -15,10 +15,8 @@ from pgfunc.errors import CheckpointError
 
 C = TypeVar("C", Config, SiglipConfig)
 
-NAME, IN_PROCESSOR = (
-    "preprocessor_config.json",
-    "processor_config.json",
-)  # newer folders have the former in the latter, which then counts
+# newer folders have the settings of the first in the second, which then counts
+NAME, IN_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 

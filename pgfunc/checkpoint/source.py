@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: a file, a folder, the hub. And of what is no checkpoint, what it is.
+"""Where a checkpoint comes from: a file, a folder, the hub.
 
-People give what they have: a training run's folder, the hub's cache, one file of a folder, weights of another format.
-`KINDS` knows these by their files' names, and says what to do.
+People also give a training run's folder, the hub's cache, one file of a folder, or weights of another format. `KINDS`
+knows these by the names of their files, and says what to do.
 """
 
 import re
@@ -126,10 +126,8 @@ def kind_of(names: list[str]) -> str:
 def named_config(config: str | Path | None, path: Path, source: Source) -> Config:
     """The config of a `.npz`: a published one by name, that in a `config.json`, or that of a folder with one.
 
-    Where none is given it is that of the file's own folder, or the published one that the source's name says.
+    Where none is given it is the published one that the name of the source, or of the file, says.
     """
-    if config is None and Path(source or "").is_dir() and (path.parent / CONFIG).exists():
-        config = path.parent
     if config is None and (named := NAMED.findall(f"{source}/{path.name}".lower())):
         config = "-".join(named[-1])
     if config is None:

@@ -26,7 +26,7 @@ from pgfunc import image
 from pgfunc.config import SiglipConfig
 from pgfunc.dual import DualParams
 from pgfunc.errors import CheckpointError, PromptError
-from pgfunc.tokenizer import Reader, control_of, fix, read
+from pgfunc.tokenizer import MISSING, Reader, control_of, fix, read
 from pgfunc.tokenizer import encode as plain_ids
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -105,7 +105,7 @@ def text_ids(model: SiglipModel, texts: Sequence[str]) -> Int[Tensor, "b t"]:
         raise PromptError(f"texts are a list, found {texts!r:.60}")
     tokenizer, length = model.tokenizer, model.cfg.text.positions
     if tokenizer is None:
-        raise PromptError("this model was loaded without a tokenizer.json, and cannot read text")
+        raise PromptError(f"this model {MISSING}, and cannot read text")
     rows = [[*encode(tokenizer, text), tokenizer.eos] for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > length:

@@ -1,8 +1,11 @@
 """The exceptions a caller can catch. Each message is one line: what is wrong, where, and what to do.
 
 `PgfuncError` is the root. The command line prints the message and exits with status 2; nothing else in the package
-turns an error into text.
+turns an error into text. What a message says to give is an argument of Python, as in `dtype=`; `with_options` names it
+as the command line does.
 """
+
+import re
 
 LONGEST = 1000  # characters of a message; what a file says of itself may be a megabyte
 
@@ -15,10 +18,7 @@ class PgfuncError(Exception):
     """
 
     def __str__(self) -> str:
-        said = super().__str__()
-        said = said if said.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
-        half = (LONGEST - len(" ... ")) // 2
-        return said if len(said) <= LONGEST else f"{said[:half]} ... {said[-half:]}"
+        return printable(super().__str__())
 
 
 class CheckpointError(PgfuncError):
@@ -55,6 +55,18 @@ class NumericalError(PgfuncError, ArithmeticError):
 
 class DeviceError(PgfuncError, RuntimeError):
     """A device that is not there."""
+
+
+def printable(said: str) -> str:
+    """A message as one line of bounded length, without characters that command a terminal."""
+    said = said if said.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
+    half = (LONGEST - len(" ... ")) // 2
+    return said if len(said) <= LONGEST else f"{said[:half]} ... {said[-half:]}"
+
+
+def with_options(message: str) -> str:
+    """A message in which arguments of Python, `max_new_tokens=`, are options of the command line, --max-new-tokens."""
+    return re.sub(r"(?<![\w.=-])([a-z]\w*)=(?=[\s,;.)]|$)", lambda said: "--" + said[1].replace("_", "-"), message)
 
 
 def first_line(error: Exception) -> str:

@@ -169,7 +169,7 @@ def refusal(cfg: Config, id: int, read: bool) -> str:
 def tokenizer_of(model: Model) -> Tokenizer:
     """The model's tokenizer; a PromptError where it has none."""
     if model.tokenizer is None:
-        raise PromptError("this model was loaded without a tokenizer; give token ids, or load it with tokenizer=")
+        raise PromptError(f"this model {tokenizer.MISSING}; give token ids, or load it with tokenizer=")
     return model.tokenizer
 
 

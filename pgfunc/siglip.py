@@ -80,8 +80,12 @@ def abstract(cfg: VisionConfig) -> Params:
 
 
 def patchify(pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig) -> Float[Tensor, "n p cyx"]:
-    """Cut pictures into non-overlapping squares, row by row; a square is flattened channel first, as the weight is."""
-    return rearrange(pixels, "n c (gy y) (gx x) -> n (gy gx) (c y x)", y=cfg.patch, x=cfg.patch)
+    """Cut pictures into non-overlapping squares, row by row; a square is flattened channel first, as the weight is.
+
+    Rows and columns that fill no square, the last ones, are not read: the convolution is 'valid' (big_vision vit.py).
+    """
+    side = cfg.grid * cfg.patch
+    return rearrange(pixels[..., :side, :side], "n c (gy y) (gx x) -> n (gy gx) (c y x)", y=cfg.patch, x=cfg.patch)
 
 
 def encode_image(

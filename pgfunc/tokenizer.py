@@ -18,13 +18,19 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from pgfunc import growth
 from pgfunc.declared import declared
 from pgfunc.errors import CheckpointError, PromptError
 
 FILE = "tokenizer.json"
+MISSING = (
+    "was loaded without a tokenizer.json; where there is a tokenizer.model or spiece.model, transformers' "
+    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) makes one of it"
+)
 IMAGE = "<image>"
 KNOWN = ("<pad>", "<eos>", "<bos>", "<unk>")  # to every model from the start: where one is missing, none is made up
 CONTROL = (*KNOWN, IMAGE)
+MOST_BYTES = 2**28  # of a tokenizer.json; Gemma's has an eighth of it
 IDS, LARGE = 10**7, re.compile(r":\s*[0-9]{8}")  # more ids than any model has, and what a larger one looks like
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
@@ -68,7 +74,12 @@ def load(path: Path, control: Iterable[int] = ()) -> Tokenizer:
 def read(path: Path) -> Backend:
     """The backend in a file, and in it the tokens that the files beside it define."""
     try:
-        text = path.read_text(encoding="utf-8")
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"expected a file of at most {MOST_BYTES:,} bytes")
+        content = path.read_bytes()
+        text = content.decode(json.detect_encoding(content))
+        if (factor := growth.of_file(text)) > growth.MOST:
+            raise ValueError(f"its rules make a text up to {factor:,} times as long")
         with panics_are_errors():
             backend = Backend.from_str(text)
             # to copy a tokenizer or to save it, the package counts up to the largest id; all ids are asked for only

@@ -2,22 +2,25 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from cases import CONFIGS, configs, params, seeds
+from cases import CONFIGS, configs, edit_arrays, params, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_leaves
 
 import pgfunc as pg
 from pgfunc import paligemma
-from pgfunc.checkpoint import bigvision, hf, hf_config
+from pgfunc.checkpoint import bigvision, hf, hf_config, source
 from pgfunc.errors import CheckpointError
 
 
@@ -276,6 +279,86 @@ def test_a_hub_id_comes_from_the_local_cache_when_the_hub_is_off(tmp_path):
     assert int(run("someone/tiny").stdout) == pg.tree.count(model().params)
     assert int(run("someone/tiny@main").stdout) == pg.tree.count(model().params)
     assert "someone/other: no such folder, not in the hub's local cache" in run("someone/other").stderr
+
+
+NAMES = {
+    "google/paligemma-3b-pt-224-jax": "paligemma-3b-224",
+    "google/paligemma-3b-mix-448-jax": "paligemma-3b-448",
+    "google/paligemma-3b-ft-refcoco-seg-896-jax": "paligemma-3b-896",
+    "google/paligemma2-10b-ft-docci-448-jax@bfloat16": "paligemma2-10b-448",
+    "paligemma2-28b-pt-896.b16.npz": "paligemma2-28b-896",
+    "/data/paligemma-3b-448/PaliGemma2-3b-pt-224.npz": "paligemma2-3b-224",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_of_an_npz_is_that_of_its_name(name, tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez(path, **{"params/img/head/bias": np.zeros(2, "f4")})
+    assert source.named_config(None, path, name) == pg.PUBLISHED[NAMES[name]]
+
+
+def test_a_hub_repository_of_one_npz_comes_from_the_local_cache_with_the_config_of_its_name(tmp_path, monkeypatch):
+    cfg = CONFIGS["gemma2"]
+    revision, repository = "a" * 40, tmp_path / "models--google--paligemma2-3b-pt-224-jax"
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    bigvision.save(repository / "snapshots" / revision / "weights.npz", cfg, params(cfg))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    asked = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return huggingface_hub.hf_api.HfApi().snapshot_download(
+            name, revision=revision, allow_patterns=allow_patterns, cache_dir=tmp_path, local_files_only=True
+        )
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setitem(pg.PUBLISHED, "paligemma2-3b-224", cfg)
+    found = pg.load("google/paligemma2-3b-pt-224-jax", device="cpu")
+    assert found.cfg == cfg
+    assert bits(found.params) == bits(params(cfg))
+    assert asked == ["*.json", "*.safetensors", "*.npz"]
+    pg.save(model(), repository / "snapshots" / revision)
+    asked.clear()
+    assert pg.load("google/paligemma2-3b-pt-224-jax", device="cpu").cfg == model().cfg
+    assert asked == ["*.json", "*.safetensors"], "no .npz is fetched beside safetensors"
+
+
+def test_arrays_that_no_model_reads_are_named_once(tmp_path, caplog):
+    pg.save(model(), tmp_path)
+    more = {
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None],
+        "rotary_emb.inv_freq": torch.ones(2),
+    }
+    edit_arrays(tmp_path / hf.SINGLE, lambda arrays: arrays.update(more))
+    for _ in range(2):
+        pg.load(tmp_path, device="cpu")
+    (record,) = caplog.records
+    said = f"{tmp_path}: rotary_emb.inv_freq (and 1 more) is left out: no model reads it"
+    assert (record.name, record.levelname, record.getMessage()) == ("pgfunc", "WARNING", said)
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "siglip"])
+def test_a_copied_model_stays_when_its_file_is_overwritten_in_place(tmp_path, kind):
+    """And a mapped one does not: that is what `load` says."""
+    if kind == "siglip":
+        shutil.copytree(pg.checkpoint.shipped() / "siglip", tmp_path / "siglip")
+        shutil.copy(pg.checkpoint.shipped() / hf.SINGLE, tmp_path)
+        shutil.copy(pg.checkpoint.shipped() / "config.json", tmp_path)
+        folder, load = tmp_path / "siglip", pg.load_siglip
+    else:
+        pg.save(model(), tmp_path)
+        folder, load = tmp_path, pg.load
+    mapped, copied = (load(folder, device="cpu", mmap=each).params for each in (True, False))
+    before = pg.tree.map(torch.clone, copied)
+    for path in tmp_path.rglob(hf.SINGLE):
+        with path.open("r+b") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(start)
+            file.write(bytes(path.stat().st_size - start))
+    assert all(torch.equal(*leaves) for leaves in zip(*map(tree_leaves, (copied, before)), strict=True))
+    assert not any(leaf.any() for leaf in pg.tree.flatten(mapped).values())
 
 
 def test_the_abstract_tree_of_a_file_is_read_without_its_weights(tmp_path):

@@ -1,6 +1,7 @@
 """What does not fit is named, in one line: damaged files, other models, sources that are not there."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,6 @@ DAMAGE = {
     "scaled rope": (lambda d: edit_text(d, rope_scaling={"type": "linear", "factor": 4}), "rope_scaling is"),
     "another rope": (lambda d: edit_text(d, rope_parameters={"rope_type": "yarn"}), "rope_type is yarn"),
     "another activation": (lambda d: edit_text(d, hidden_act="relu"), "hidden_act is 'relu'"),
-    "pooling head": (
-        lambda d: edit_json(d / "config.json", vision_config={"vision_use_head": True}),
-        "vision_use_head is True",
-    ),
     "biases": (lambda d: edit_text(d, attention_bias=True), "attention_bias is True"),
     "no image token": (lambda d: edit_json(d / "config.json", image_token_index=None), "image_token_index is None"),
     "no resizing": (lambda d: edit_json(d / "preprocessor_config.json", do_resize=False), "do_resize is False"),
@@ -129,12 +126,22 @@ def test_damaged_npz_is_named(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="not a complete npz file"):
         pg.load(path, config=config)
-    np.savez(path, **{"params/img/head/bias": np.zeros(3, ">f4")})
-    with pytest.raises(CheckpointError, match="dtype >f4"):
+    np.savez(path, **{"params/img/head/bias": np.zeros(3, ">i4")})
+    with pytest.raises(CheckpointError, match="dtype >i4"):
         pg.load(path, config=config)
     np.savez(path, **{"params/img/head/bias": np.array([{}], dtype=object)})
     with pytest.raises(CheckpointError, match=r"dtype \|O"):
         pg.load(path, config=config)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", hf.SINGLE, "tokenizer.json", "x.npz"])
+def test_a_file_that_is_none_is_not_waited_for(tmp_path, name):
+    pg.save(model(), tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: not a "):
+        pg.load(tmp_path / name if name == "x.npz" else tmp_path, config=tmp_path if name == "x.npz" else None)
 
 
 def test_sources_that_are_not_there_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -11,12 +12,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from cases import text_model
+from cases import edit_arrays, text_model
 from PIL import Image
 
 import pgfunc as pg
 from pgfunc import cli
 from pgfunc.cli.compiled import MADE_FOR, kind_of
+from pgfunc.train import lora
 
 MODEL = text_model()
 
@@ -211,6 +213,66 @@ def test_a_mistake_is_one_line_and_status_2(run, place, mistake):
     assert err.startswith("pgfunc: ")
     assert said in err
     assert err.count("\n") == 1
+
+
+def two_dtypes(folder):
+    norm = "language_model.model.norm.weight"
+    edit_arrays(folder / "model.safetensors", lambda arrays: arrays.update({norm: arrays[norm].bfloat16()}))
+
+
+def quantized(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq"}}))
+
+
+def one_npz(folder):
+    pg.convert(folder, folder / "x.npz")
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+
+
+def only_adapter(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    lora.save(folder, PAIRS, MODEL.cfg, "base")
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (two_dtypes, "choose one with --dtype"),
+    (quantized, "which gptq has quantized here, and give --quantize"),
+    (one_npz, "a .npz needs --config, one of paligemma-3b-224,"),
+    (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "or load it with --tokenizer"),
+    (only_adapter, "and --adapter takes it"),
+])  # fmt: skip
+def test_a_message_names_options(run, place, spoil, said, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(place / "model", folder)
+    spoil(folder)
+    status, out, err = run("caption", "red.png", model=str(folder))
+    assert (status, out) == (2, "")
+    assert said in err
+    assert not re.search(r"\w=", err), "no argument of Python"
+    assert err.count("\n") == 1
+
+
+PAIRS = lora.init(MODEL.params, ["language.*.q", "language.*.down"], 2, 4.0)
+PAIRS = PAIRS._replace(pairs={path: pair._replace(b=pair.b + 0.5) for path, pair in PAIRS.pairs.items()})
+
+
+def test_an_adapter_runs_without_being_saved_as_a_model(run, place):
+    lora.save(place / "adapter", PAIRS, MODEL.cfg, "base")
+    merged = MODEL._replace(params=lora.merge(MODEL.params, PAIRS))
+    plain, expected = (pg.generate(each, str(place / "red.png"), "caption en", 6)[0].text for each in (MODEL, merged))
+    assert plain != expected
+    size = ("--max-new-tokens", "6")
+    assert run("caption", "red.png", *size, "--adapter", "adapter")[:2] == (0, expected + "\n")
+    (score,) = pg.score(merged, str(place / "red.png"), "ocr", ["ab"]).tolist()
+    assert run("score", "red.png", "--prompt", "ocr", "--candidate", "ab", "--adapter", "adapter")[1] == (
+        f"red.png: ab\t{score[0]:.4f}\n"
+    )
+    status, out, _ = run("detect", "red.png", "cat", *size, "--adapter", "adapter", "--json")
+    text = pg.generate(merged, str(place / "red.png"), "detect cat", max_new_tokens=6)[0].text
+    assert (status, json.loads(out)["text"]) == (0, text)
 
 
 def spoil_shard(folder):

@@ -8,6 +8,8 @@ import json
 import resource
 import signal
 import struct
+import zipfile
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -308,7 +310,52 @@ def vocabulary(seed: int, **model: object) -> bytes:
 
 
 NPZ_MEMBERS = members(READERS["npz-weights"].seeds[0])
+NPY_HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (40000000,)}"
+NPY = b"\x93NUMPY\1\0" + struct.pack("<H", len(NPY_HEADER)) + NPY_HEADER
 HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d, 2)}" % (10**30)
+LONG = bytes(160 * 2**20)
+
+
+def packed(content: bytes) -> bytes:
+    """A `.npz` of one member, of which zeros take a thousandth."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("a.npy", content)
+    return file.getvalue()
+
+
+def rules(part: str, *rules: object, **added: object) -> bytes:
+    """A tokenizer with these rules, whose first token is put through them as the file is read."""
+    found = json.loads(READERS["tokenizer"].seeds[0])
+    kind = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[part]
+    found["added_tokens"].append({"id": 40, "content": "a\n", "single_word": False, "lstrip": False, "rstrip": False,
+                                  "normalized": True, "special": False})  # fmt: skip
+    return json.dumps(found | {part: {"type": "Sequence", kind: rules}} | added).encode()
+
+
+def doubled(pattern: object, content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def charsmap(replacement: bytes) -> dict[str, str]:
+    """SentencePiece's table with an empty trie."""
+    return {"type": "Precompiled", "precompiled_charsmap": b64encode(struct.pack("<I", 0) + replacement).decode()}
+
+
+TWICE = doubled({"String": "\n"}, "\n\n")
+GROWING = {
+    "rules that double a newline": rules("normalizer", *[TWICE] * 30),
+    "rules within rules": rules("normalizer", *[{"type": "Sequence", "normalizers": [TWICE] * 10}] * 3),
+    "patterns that match nothing, between all": rules("normalizer", *[doubled({"Regex": "x*"}, "-")] * 30),
+    "nothing, which is between all": rules("normalizer", *[doubled({"String": ""}, "-")] * 30),
+    "two of a long text": rules("normalizer", *[doubled({"String": "a"}, "a" * 20_000)] * 2),
+    "bytes written as letters, again": rules("normalizer", *[{"type": "ByteLevel"}] * 30),
+    "bytes before tokens": rules("pre_tokenizer", *[
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}] * 30),
+    "decoders that double": rules("decoder", *[doubled({"String": "a"}, "aa")] * 30),
+    "tables": rules("normalizer", *[charsmap(b"a" * 100 + b"\0")] * 9),
+    "names in disguise": rules("normalizer", *[TWICE] * 30).replace(b"Replace", rb"\u0052eplace"),
+}  # fmt: skip
 FOUND = {
     "a thousand million layers": ("config", at("config", "text_config", "num_hidden_layers", new=10**9),
                                   "num_hidden_layers is 1000000000, expected a whole number from 1 to 1000"),
@@ -342,8 +389,19 @@ FOUND = {
     "a log that is not text": ("run-log", b"\xff\n", "not the log of a run"),
     "a log of numbers": ("run-log", b'{"step": 1, "loss": 1}\n7\n', ":2: step, loss or valid is no number"),
     "a log of depth": ("run-log", b"[" * 10**5 + b"\n", "not the log of a run"),
+    "a long header, packed": ("npz", packed(b"\x93NUMPY\2\0" + struct.pack("<I", len(LONG)) + LONG), "array header"),
+    "zeros, packed": ("npz", packed(NPY + LONG), "expands to more than 100 times its size"),
+    "an array beyond its member": ("npz", zipped([("a.npy", NPY + bytes(64))]), "is shorter than its header says"),
+    "a header beyond any": ("safetensors", struct.pack("<Q", 2**24) + b"{" + b" " * 2**24, "its header has"),
+    "a config of megabytes": ("config", b"[" + b"[]," * 2**21 + b"0]", "bytes, expected at most 4,194,304"),
+    "67 million patches": ("config", at("config", "vision_config", new=json.loads(READERS["config"].seeds[0])[
+        "vision_config"] | {"image_size": 4096, "patch_size": 1}), "make 16777216 patches, expected 1 to 16384"),
+    "a patch larger than the picture": ("config", at("config", "vision_config", "patch_size", new=9), "make 0 patches"),
+    "a table of all pixels": ("siglip-config", at("siglip-config", "vision_config", "image_size", new=2**13),
+                              "image_size is 8192, expected a whole number from 1 to 4096"),
     "compiled for a number": ("made-for", b"7", "no code there"),
     "compiled for a depth": ("made-for", b"[" * 10**5, "no code there"),
+    **{said: ("tokenizer", content, "its rules make a text up to") for said, content in GROWING.items()},
 }  # fmt: skip
 
 

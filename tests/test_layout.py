@@ -7,11 +7,11 @@ import pgfunc
 
 ORDER = [
     "errors", "tree", "config", "lowbit", "quant", "ops", "cache", "kernels.device", "kernels.device_attention",
-    "kernels.launch", "kernels", "masks", "kernels.block", "siglip", "dual", "gemma", "paligemma", "image", "tokenizer",
-    "dual_prompt", "prompt", "sample", "arguments", "reasons", "replay", "handles", "closures", "compilation", "jit",
-    "generate", "floors", "bench", "detect",
-    "vqvae", "checkpoint.files", "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf",
-    "checkpoint.bigvision", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "draw", "coco",
+    "kernels.launch", "kernels", "masks", "kernels.block", "siglip", "dual", "gemma", "paligemma", "image", "growth",
+    "declared", "tokenizer", "dual_prompt", "prompt", "sample", "arguments", "reasons", "replay", "handles", "closures",
+    "compilation", "jit", "generate", "floors", "bench", "detect", "vqvae", "checkpoint.keys", "checkpoint.files",
+    "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.source",
+    "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "draw", "coco",
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora", "train.run",
     "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.parts",
     "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters", "laws.hf",

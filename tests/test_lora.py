@@ -80,9 +80,10 @@ def test_a_target_that_matches_no_weight_is_an_error(targets):
         lora.init(params(CFG), targets, 2, 2.0)
 
 
-def test_a_rank_below_one_is_an_error():
-    with pytest.raises(SettingError, match="lora-rank is 0"):
-        lora.init(params(CFG), ["*"], 0, 2.0)
+@pytest.mark.parametrize("rank", [0, -1, 33, 10**9])
+def test_a_rank_below_one_or_beyond_that_of_the_matrices_is_an_error(rank):
+    with pytest.raises(SettingError, match=f"lora-rank is {rank}, expected 1 or more, and at most 24"):
+        lora.init(params(CFG), ["*"], rank, 2.0)
 
 
 def test_in_bfloat16_the_sum_is_rounded_once():

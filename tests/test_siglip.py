@@ -60,15 +60,14 @@ def model(seed: int = 0, control: tuple[str, ...] = ("<pad>", "<eos>")) -> pg.Si
     return pg.SiglipModel(CFG, params(seed=seed), dual_prompt.wrap(words(*control), "the tests' tokenizer"))
 
 
-def theirs(seed: int = 0, **text) -> transformers.SiglipModel:
+def theirs(seed: int = 0, vision: dict | None = None, **text) -> transformers.SiglipModel:
     """A random model of transformers with CFG's shape; attributes that equal a default stay unsaid."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4}
     shape |= {"vocab_size": 40, "max_position_embeddings": 8, "projection_size": 24, "bos_token_id": 1}
-    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.SiglipConfig(
-        text_config=shape | {"eos_token_id": 1} | text, vision_config=vision | {"image_size": 28, "patch_size": 14}
-    )
+    own = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    own |= {"image_size": 28, "patch_size": 14} | (vision or {})
+    config = transformers.SiglipConfig(text_config=shape | {"eos_token_id": 1} | text, vision_config=own)
     found = transformers.SiglipModel(config).eval()
     with torch.no_grad():
         for parameter in found.parameters():
@@ -152,6 +151,87 @@ def test_defaults_that_a_published_config_leaves_out(tmp_path):
         expected = transformers.SiglipModel(config)
     assert pg.tree.count(dual.abstract(cfg)) == sum(p.numel() for p in expected.parameters()) == 203_155_970
     assert (cfg.text.eps, cfg.text.heads, cfg.vision.heads, cfg.resample) == (1e-6, 12, 12, "bicubic")
+
+
+@pytest.mark.parametrize(("side", "patch"), [(33, 14), (27, 14), (41, 14), (15, 4), (14, 14)])
+def test_pixels_beyond_the_last_whole_patch_are_not_read(tmp_path, side, patch):
+    """The side of so400m-patch14-384 is 27 patches and 6 pixels."""
+    expected = theirs(vision={"image_size": side, "patch_size": patch})
+    expected.save_pretrained(tmp_path)
+    found = pg.load_siglip(tmp_path, device="cpu")
+    assert found.cfg.vision.tokens == (side // patch) ** 2
+    assert_parity(found, expected)
+    pixels, _ = inputs(found.cfg)
+    cut = pixels.clone()
+    cut[..., side // patch * patch :], cut[..., side // patch * patch :, :] = 9.0, 9.0
+    assert torch.equal(*(dual.embed_images(found.params, each, found.cfg) for each in (pixels, cut)))
+
+
+def test_texts_of_another_width_than_pictures_are_projected(tmp_path):
+    """Texts of SigLIP 2 giant-opt are 1152 wide and become vectors of 1536."""
+    expected = theirs(hidden_size=12, intermediate_size=28)
+    expected.save_pretrained(tmp_path)
+    assert_parity(pg.load_siglip(tmp_path, device="cpu"), expected)
+
+
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+GIANT = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 40, "num_attention_heads": 16}
+
+
+def published(vision: dict, text: dict, patch: int, side: int, vocab: int, **more) -> dict:
+    """A `config.json` as on the hub."""
+    return {
+        "model_type": "siglip",
+        "text_config": text | {"model_type": "siglip_text_model", "vocab_size": vocab} | more,
+        "vision_config": vision | {"model_type": "siglip_vision_model", "patch_size": patch, "image_size": side},
+    }
+
+
+# name -> config, and the millions of parameters in open_clip's docs/model_profile.csv, where they are
+PUBLISHED = {
+    "siglip-base-patch16-224": (published(BASE, BASE, 16, 224, 32_000), 203.16),
+    "siglip-base-patch16-256": (published(BASE, BASE, 16, 256, 32_000), 203.20),
+    "siglip-base-patch16-384": (published(BASE, BASE, 16, 384, 32_000), 203.45),
+    "siglip-base-patch16-512": (published(BASE, BASE, 16, 512, 32_000), 203.79),
+    "siglip-base-patch16-256-multilingual": (published(BASE, BASE, 16, 256, 250_000), 370.63),
+    "siglip-large-patch16-256": (published(LARGE, LARGE, 16, 256, 32_000), 652.15),
+    "siglip-large-patch16-384": (published(LARGE, LARGE, 16, 384, 32_000), 652.48),
+    "siglip-so400m-patch14-224": (published(SO400M, SO400M, 14, 224, 32_000, max_position_embeddings=16), 877.36),
+    "siglip-so400m-patch14-384": (published(SO400M, SO400M, 14, 384, 32_000), 877.96),
+    "siglip-so400m-patch16-256-i18n": (published(SO400M, SO400M, 16, 256, 250_000), None),
+} | {
+    f"siglip2-{name}-patch{patch}-{side}": (published(vision, text, patch, side, 256_000, **more), None)
+    for name, vision, text, patch, sides, more in (
+        ("base", BASE, BASE, 16, (224, 256, 384, 512), {}),
+        ("base", BASE, BASE, 32, (256,), {}),
+        ("large", LARGE, LARGE, 16, (256, 384, 512), {}),
+        ("so400m", SO400M, SO400M, 14, (224, 384), {}),
+        ("so400m", SO400M, SO400M, 16, (256, 384, 512), {}),
+        ("giant-opt", GIANT, SO400M, 16, (256, 384), {"projection_size": 1536}),
+    )
+    for side in sides
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_shape_has_transformers_parameters(name):
+    raw, millions = PUBLISHED[name]
+    cfg = pg.checkpoint.siglip.parse(raw)
+    with torch.device("meta"):
+        expected = transformers.SiglipModel(transformers.SiglipConfig(**raw))
+    counted = pg.tree.count(dual.abstract(cfg))
+    assert counted == sum(parameter.numel() for parameter in expected.parameters())
+    assert millions is None or counted / 1e6 == pytest.approx(millions, abs=0.006)
+    assert f"{cfg.vision.patch}-{cfg.vision.image_size}" in name
+
+
+def test_pictures_of_any_shape_are_refused_by_name(tmp_path):
+    transformers.Siglip2Config().save_pretrained(tmp_path)
+    (tmp_path / hf.SINGLE).touch()
+    with pytest.raises(CheckpointError, match=r"NaFlex.* such as google/siglip2-base-patch16-224"):
+        pg.load_siglip(tmp_path)
 
 
 # the other half of a locked vision encoder

@@ -1,6 +1,5 @@
 """Checkpoints: load, save, convert. Where a model comes from is decided here; how a format looks, in its own file."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -8,20 +7,19 @@ from safetensors import SafetensorError
 
 from pgfunc import paligemma, quant
 from pgfunc import tokenizer as tokenizers
-from pgfunc.checkpoint import bigvision, hf
+from pgfunc.checkpoint import bigvision, hf, keys, lora
 from pgfunc.checkpoint.files import write_json
-from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, read_methods, render, write_config
-from pgfunc.config import PUBLISHED, Config, with_vocabulary
+from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, write_config
+from pgfunc.checkpoint.source import ADAPTER, Source, check_folder, find, named_config, npz_in
+from pgfunc.checkpoint.source import HUB_ID as HUB_ID
+from pgfunc.checkpoint.source import shipped as shipped
+from pgfunc.config import Config, with_vocabulary
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 GAPS = 100  # more than the ids of a tokenizer have; logits are masked gap by gap
-ADAPTER = "adapter_config.json"  # of PEFT
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
-
-Source = str | Path | None
 
 
 def load(
@@ -31,35 +29,47 @@ def load(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     quantize: str | None = None,
+    *,
+    adapter: str | Path | None = None,
+    mmap: bool = True,
 ) -> Model:
     """A model in memory.
 
-    source: None for the shipped checkpoint; a folder in Hugging Face layout; a big_vision `.npz`, with `config` a
-    published name or the path of a `config.json` or its folder, and `tokenizer` the path of a `tokenizer.json`; or a
-    hub id, `owner/name` or `owner/name@revision`, by huggingface_hub with its cache and its offline switch.
+    source: None for the shipped checkpoint; a folder in Hugging Face layout; a big_vision `.npz`, or a folder of one;
+    or a hub id, `owner/name` or `owner/name@revision`, by huggingface_hub with its cache and its offline switch.
+    config, tokenizer: for a `.npz`, a published name or the path of a `config.json` or its folder, where the name of
+    the source does not say it; and the path of a `tokenizer.json`.
     dtype: None keeps what the files hold. device: None is CUDA where there is one, else the CPU; "meta" reads only
-    headers. Weights in Hugging Face layout are memory-mapped, and not copied while dtype and device stay.
+    headers.
+    adapter: a LoRA adapter of that model, a folder or a hub id as PEFT writes it; its pairs are added to the weights.
+    mmap: weights in Hugging Face layout are mapped from their files, and not copied while dtype and device stay.
+    Whoever then writes into such a file changes the model, and whoever shortens it ends the process (SIGBUS); a file
+    may be replaced by another of its name, as `save` does. False copies them.
     quantize: "int8", "fp8", "int4", "int4-64" or "int4-32" makes the language model smaller once it is on the device,
     see `quant.quantize`; one that was saved quantized is so without it.
+    Arrays that no model reads, such as `position_ids`, are left out and named by the logger `pgfunc`.
     Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
     """
     where, kind = as_device(device), as_dtype(dtype)
     first = torch.device("cpu") if where.type == "cuda" else where
     path = find(source)
-    if path.is_dir():
+    if tokenizer is None and path.is_dir() and (path / TOKENIZER).exists():
+        tokenizer = path / TOKENIZER
+    if npz := npz_in(path):
+        if config is None and path.is_dir() and (path / CONFIG).exists():
+            config = path
+        words, cfg = vocabulary(tokenizer, named_config(config, npz, source))
+        params = bigvision.load(npz, cfg, kind, first)
+    else:
+        check_folder(path)
         if config is not None:
             raise SettingError(f"config {config} is for a .npz; {path} has a {CONFIG} of its own")
-        if (path / ADAPTER).exists() and not (path / CONFIG).exists():
-            raise CheckpointError(f"{path}: a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base")
-        cfg = read_config(path)
-        tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)
-        words, cfg = vocabulary(tokenizer, cfg)
-        params = hf.load(path, cfg, kind, first, read_methods(path, cfg))
-    elif path.suffix == ".npz":
-        words, cfg = vocabulary(tokenizer, named_config(config, path))
-        params = bigvision.load(path, cfg, kind, first)
-    else:
-        raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a big_vision .npz")
+        if (path / ADAPTER).exists():
+            keys.note(f"{path}: {ADAPTER} is left out: the folder holds a model too, which is read without it")
+        words, cfg = vocabulary(tokenizer, read_config(path))
+        params = hf.load(path, cfg, kind, first, *read_storage(path, cfg), mmap)
+    if adapter is not None:
+        params = lora.merge(params, lora.load(adapter, cfg, params))
     params = quant.arranged(paligemma.packed(params, where), where) if where.type == "cuda" else params
     params = params if quantize is None else quant.quantize(params, quantize)
     return Model(cfg, params, words)
@@ -133,65 +143,6 @@ def convert(
         bigvision.save(target, model.cfg, model.params)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error})") from error
-
-
-def find(source: Source) -> Path:
-    """The file or folder that a source names, fetched from the hub when it is a hub id."""
-    if source is None:
-        return shipped()
-    try:
-        path = Path(source).expanduser()
-        if path.exists():
-            return path
-    except (OSError, RuntimeError) as error:  # a name too long, no such user
-        raise CheckpointError(f"{str(source)[:80]!r}: not the name of a file or folder ({error})") from error
-    if HUB_ID.fullmatch(str(source)):
-        return from_hub(str(source))
-    raise CheckpointError(f"{source}: no such file or folder, and not a hub id such as google/paligemma2-3b-mix-224")
-
-
-def shipped() -> Path:
-    """The checkpoint that comes with the package: inside an installed one, beside the package in a checkout."""
-    package = Path(__file__).parent.parent
-    for folder in (package / "weights" / "tiny", package.parent / "weights" / "tiny"):
-        if (folder / CONFIG).exists():
-            return folder
-    raise CheckpointError(f"{package}: the shipped checkpoint weights/tiny is missing; reinstall pgfunc")
-
-
-def from_hub(name: str) -> Path:
-    """The folder of a hub id, `owner/name` or `owner/name@revision`, in huggingface_hub's cache; fetched if need be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
-        )
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{name}: gated; accept its licence on the hub and log in with `hf auth login`"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name}: no such folder, not in the hub's local cache, and the hub cannot be reached or is switched off"
-        ) from error
-    except Exception as error:  # the network and the hub raise what they like
-        raise CheckpointError(f"{name}: the hub says {first_line(error)}") from error
-
-
-def named_config(config: str | Path | None, path: Path) -> Config:
-    """A published config by name, or the one in a `config.json`, or in a folder that has one."""
-    if config is None:
-        raise CheckpointError(
-            f"{path}: a .npz needs config=, one of {', '.join(PUBLISHED)}, or the path of a config.json"
-        )
-    if str(config) in PUBLISHED:
-        return bigvision.padded(path, PUBLISHED[str(config)])
-    if not Path(config).exists():
-        raise CheckpointError(f"config {config} is neither a file nor one of {', '.join(PUBLISHED)}")
-    return read_config(Path(config)) if Path(config).is_dir() else parse_file(Path(config))
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

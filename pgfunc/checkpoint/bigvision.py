@@ -6,8 +6,11 @@ bfloat16 is stored as numpy void of two bytes, and nothing is ever unpickled. So
 `models/vit.py`, `models/ppp/gemma.py`, `models/proj/paligemma/paligemma.py`.
 """
 
+import io
 import zipfile
 from dataclasses import replace
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +18,14 @@ import torch
 from torch import Tensor
 
 from pgfunc import gemma, paligemma, quant, siglip
-from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
+from pgfunc.checkpoint import keys
+from pgfunc.checkpoint.files import Entry, Slot, arrange, check_file, gather
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "|V2": torch.bfloat16}
+DTYPES = {"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "V2": torch.bfloat16}
+MOST_HEADER = 2**16  # bytes of a member that are read for its header
+MOST_TIMES, MOST_BYTES = 100, 2**26  # the sizes to which a file may expand: weights hardly do, and zeros a thousandfold
 EMBED = "llm/embedder/input_embedding"
 
 
@@ -104,7 +110,7 @@ def _language(cfg: TextConfig) -> gemma.Params:
 
 def load(path: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device) -> paligemma.Params:
     """The parameters in a `.npz`; on the meta device only its headers are read."""
-    model = "the model that the given config describes"
+    model = "the model that its config describes"
     return gather(table(cfg), paligemma.abstract(cfg), open_file(path), str(path), dtype, device, model)
 
 
@@ -116,41 +122,56 @@ def padded(path: Path, cfg: Config) -> Config:
 
 
 def open_file(path: Path) -> dict[str, Entry]:
-    """Every array of a `.npz`, by its name without the `params/` prefix; nothing is read but headers."""
+    """Every array of a `.npz`, by its name without the `params/` prefix; nothing is read but headers.
+
+    Where some have the prefix the others are no parameters, but the state of a training run.
+    """
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".npy")]
-            headers = {name.removesuffix(".npy"): _header(archive, name) for name in names}
+            arrays = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+            members = {member.filename.removesuffix(".npy"): member for member in arrays}
+            inside = {name for name in members if name.startswith("params/")} or set(members)
+            headers = {name: _header(archive, member) for name, member in members.items() if name in inside}
     except Exception as error:  # zipfile and numpy raise whatever a damaged file makes them raise
         raise CheckpointError(f"{path}: not a complete npz file ({error}); download it again") from error
+    if sum(member.file_size for member in arrays) > MOST_BYTES + MOST_TIMES * path.stat().st_size:
+        raise CheckpointError(f"{path}: expands to more than {MOST_TIMES} times its size, as weights do not")
+    keys.leave_out(members.keys() - inside, str(path))
     return {
-        name.removeprefix("params/"): Entry(shape, dtype, lambda name=name: _read(path, name))
+        name.removeprefix("params/"): Entry(shape, _dtype(dtype, name, path), partial(_read, path, name, shape, dtype))
         for name, (shape, dtype) in headers.items()
     }
 
 
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read is None:
-            raise ValueError(f"{name} is an npy file of version {version}")
-        shape, _, dtype = read(file)
-    kind = dtype.str if dtype.kind == "V" else dtype.name
-    if kind not in DTYPES or not dtype.isnative:
-        raise ValueError(f"{name} has dtype {dtype.str}, expected one of {', '.join(DTYPES)}")
-    return shape, DTYPES[kind]
+def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
+    with archive.open(member) as whole:
+        file = io.BytesIO(whole.read(MOST_HEADER))
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"{member.filename} is an npy file of version {version}")
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
-def _read(path: Path, name: str) -> Tensor:
+def _dtype(dtype: np.dtype, name: str, path: Path) -> torch.dtype:
+    """PyTorch's name of a numpy dtype; the order of bytes is the reader's business."""
+    if dtype.str[1:] not in DTYPES and not keys.UNREAD.fullmatch(name):
+        raise CheckpointError(f"{path}: {name} has dtype {dtype.str}, expected that of weights: {', '.join(DTYPES)}")
+    return DTYPES.get(dtype.str[1:], torch.int64)  # which stands for those of what is left out
+
+
+def _read(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            array = archive[f"{name}.npy"]  # without it, a member may be found that has no suffix
+            member = f"{name}.npy"  # without it, a member may be found that has no suffix
+            if archive.zip.getinfo(member).file_size < prod(shape) * dtype.itemsize:
+                raise ValueError("it is shorter than its header says")
+            array = archive[member].astype(dtype.newbyteorder("="), order="C", copy=False)
     except Exception as error:  # as in open_file
         raise CheckpointError(f"{path}: {name} cannot be read ({error}); download it again") from error
-    if array.dtype.kind == "V":
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.view("u2")).view(torch.bfloat16) if dtype.kind == "V" else torch.from_numpy(array)
 
 
 def save(path: Path, cfg: Config, params: paligemma.Params) -> None:

@@ -17,11 +17,14 @@ from einops import rearrange
 from torch import Tensor
 
 from pgfunc import tree
+from pgfunc.checkpoint import keys
 from pgfunc.errors import CheckpointError
 
 T = TypeVar("T")
 
 DESCRIBED = "the model that config.json describes"
+
+MOST_BYTES = 2**22  # of a JSON file: the largest index of a published checkpoint has a thirtieth of it
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,13 @@ def gather(
 ) -> T:
     """The parameters from the arrays that the table names; on the meta device nothing is read.
 
+    Arrays that no model reads (`keys.UNREAD`) are left out.
     Raises CheckpointError for a key that is missing or too many, and for a wrong shape, naming key and both shapes.
     `where` and `model` are what an error calls the file, and what its arrays were expected to be.
     """
-    check(arrange(table, abstract), entries, where, model)
+    expected = arrange(table, abstract)
+    entries = keys.read(entries, expected, where)
+    check(expected, entries, where, model)
     if dtype is None:
         check_one_dtype(entries, where)
     users: dict[str, list[tuple[str, Slot]]] = defaultdict(list)
@@ -106,12 +112,12 @@ def check(expected: Mapping[str, Tensor], entries: Mapping[str, Entry], where: s
     if missing := sorted(expected.keys() - entries.keys()):
         shape = tuple(expected[missing[0]].shape)
         raise CheckpointError(
-            f"{where}: {_first(missing)} is missing, expected shape {shape}; "
+            f"{where}: {keys.first_of(missing)} is missing, expected shape {shape}; "
             f"the file is incomplete, or not that of {model}"
         )
     if extra := sorted(entries.keys() - expected.keys()):
         shape = entries[extra[0]].shape
-        raise CheckpointError(f"{where}: {_first(extra)} with shape {shape} is not part of {model}")
+        raise CheckpointError(f"{where}: {keys.first_of(extra)} with shape {shape} is not part of {model}")
     for key, entry in entries.items():
         if tuple(entry.shape) != tuple(expected[key].shape):
             raise CheckpointError(f"{where}: {key}: expected {tuple(expected[key].shape)}, found {tuple(entry.shape)}")
@@ -134,21 +140,24 @@ def check_one_dtype(entries: Mapping[str, Entry], where: str) -> None:
             raise CheckpointError(f"{where}: {key} is {entry.dtype}, {other} is {found.dtype}; choose one with dtype=")
 
 
-def _first(keys: list[str]) -> str:
-    return keys[0] if len(keys) == 1 else f"{keys[0]} (and {len(keys) - 1} more)"
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file, in UTF-8 or whatever else JSON may be written in."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
+        check_file(path, MOST_BYTES)
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def check_file(path: Path, most: int | None = None) -> None:
+    """Raise CheckpointError for what is no file, or a larger one than its kind has: before any of it is read."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file" if path.exists() else f"{path}: missing")
+    if most is not None and (size := path.stat().st_size) > most:
+        raise CheckpointError(f"{path}: has {size:,} bytes, expected at most {most:,}")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

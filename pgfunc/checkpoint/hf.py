@@ -9,6 +9,8 @@ Weights are memory-mapped and, where dtype and device stay, never copied. Source
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pgfunc import gemma, lowbit, paligemma, quant, siglip, tree
-from pgfunc.checkpoint.files import Entry, Slot, arrange, gather, read_json, write_json
+from pgfunc.checkpoint import keys
+from pgfunc.checkpoint.files import Entry, Slot, arrange, check_file, gather, read_json, write_json
 from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError, first_line
 
@@ -29,15 +32,19 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  #
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
           "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+MOST_HEADER = 2**23  # bytes; that of the largest published checkpoint, in one file, has a fortieth of it
 
 # each part of the model is found by this key of it: what stands before is the layout's prefix
 ANCHORS = {
     "vision": "embeddings.patch_embedding.weight",
     "projector": "multi_modal_projector.linear.weight",
-    "language": "embed_tokens.weight",
+    "language": "layers.0.input_layernorm.weight",
 }
+EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 # the layout of the published checkpoints, which every version of transformers reads; `save` writes it
 HUB = {"vision": "vision_tower.vision_model.", "projector": "", "language": "language_model.model."}
+
+REMEDY = "merge it with PEFT (merge_and_unload), and load what that saves"  # for more than plain weights or pairs
 
 # what the parts of a quantized weight add to its key
 VALUES, SCALE = ".values", ".scale"
@@ -79,7 +86,7 @@ def table(cfg: Config, prefixes: Mapping[str, str] = HUB) -> paligemma.Params:
         projector=Slot(projector + "weight"),
         projector_bias=Slot(projector + "bias"),
         language=gemma.Params(
-            embed=Slot(language + "embed_tokens.weight"),
+            embed=Slot(language + EMBED),
             layers=tuple(layer_table(names, f"{language}layers.{i}.") for i in range(cfg.text.layers)),
             norm=Slot(language + "norm.weight"),
         ),
@@ -115,18 +122,45 @@ def with_parts(table: paligemma.Params, methods: Mapping[str, str]) -> paligemma
 
 
 def load(
-    folder: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device, methods: Mapping[str, str]
+    folder: Path,
+    cfg: Config,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    methods: Mapping[str, str],
+    tie: bool = True,
+    mmap: bool = True,
 ) -> paligemma.Params:
-    """The parameters in a folder, quantized where `methods` say so; on the meta device only their headers are read."""
+    """The parameters in a folder, quantized where `methods` say so; on the meta device only their headers are read.
+
+    tie: whether the folder's config says that the embedding is the head, so that a head need not be there.
+    """
     entries = open_folder(folder)
+    if pair := next((key for key in entries if ".lora_" in key), None):
+        raise CheckpointError(f"{folder}: {pair} is LoRA's, beside the weights; {REMEDY}")
     prefixes = layout(entries, folder)
-    head = entries.pop("lm_head.weight", entries.pop("language_model.lm_head.weight", None))
-    if head is not None and device.type != "meta":
-        embed = entries.get(prefixes["language"] + ANCHORS["language"])  # absent where it is quantized
-        if embed is None or head.shape != embed.shape or not torch.equal(head.read(), embed.read()):
-            raise CheckpointError(f"{folder}: lm_head.weight differs from embed_tokens.weight; PaliGemma ties the two")
+    entries = tied(entries, prefixes["language"] + EMBED, tie, folder, compare=device.type != "meta")
+    if not mmap:
+        entries = copied(entries)
     abstract = quant.apply(paligemma.abstract(cfg), methods)
     return gather(with_parts(table(cfg, prefixes), methods), abstract, entries, str(folder), dtype, device)
+
+
+def tied(entries: Mapping[str, Entry], embed: str, tie: bool, folder: Path, compare: bool) -> dict[str, Entry]:
+    """The arrays without a head: it must equal the embedding, or stands for it where a writer kept one of the two."""
+    heads = {key: entry for key, entry in entries.items() if key == HEAD or key.endswith("." + HEAD)}
+    rest = {key: entry for key, entry in entries.items() if key not in heads}
+    if not tie and not heads:
+        raise CheckpointError(f"{folder}: {HEAD} is missing, though tie_word_embeddings is False")
+    for key, head in heads.items():
+        other = rest.get(embed + VALUES) or rest.setdefault(embed, head)  # a quantized one is no head's equal
+        if compare and (head.shape != other.shape or not torch.equal(head.read().to(other.dtype), other.read())):
+            raise CheckpointError(f"{folder}: {key} differs from {EMBED}; PaliGemma ties the two")
+    return rest
+
+
+def copied(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The arrays, whose reading leaves nothing mapped from the files."""
+    return {key: replace(entry, read=lambda entry=entry: entry.read().clone()) for key, entry in entries.items()}
 
 
 def layout(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
@@ -143,6 +177,10 @@ def layout(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
 
 def open_folder(folder: Path) -> dict[str, Entry]:
     """Every array in a folder's safetensors, by name; nothing is read but headers."""
+    return keys.unwrapped(_open_folder(folder), str(folder))
+
+
+def _open_folder(folder: Path) -> dict[str, Entry]:
     if (folder / SINGLE).exists():  # before an index, as transformers does, which may leave an old one behind
         return open_file(folder / SINGLE)
     if not (folder / INDEX).exists():
@@ -165,16 +203,21 @@ def open_folder(folder: Path) -> dict[str, Entry]:
 
 def open_file(path: Path) -> dict[str, Entry]:
     """The arrays of one safetensors file, memory-mapped when read."""
+    check_file(path)
     try:
+        with path.open("rb") as start:
+            if (size := int.from_bytes(start.read(8), "little")) > min(MOST_HEADER, path.stat().st_size):
+                raise SafetensorError(f"its header has {size:,} bytes")
         file = safe_open(path, framework="pt")
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); download it again") from error
     for key, piece in slices.items():
-        if piece.get_dtype() not in DTYPES:
+        if piece.get_dtype() not in DTYPES and not keys.UNREAD.fullmatch(key):
             raise CheckpointError(f"{path}: {key}: dtype {piece.get_dtype()} is not one of {', '.join(DTYPES)}")
+    other = torch.int64  # stands for the dtypes of what is left out
     return {
-        key: Entry(tuple(piece.get_shape()), DTYPES[piece.get_dtype()], lambda key=key: _read(file, path, key))
+        key: Entry(tuple(piece.get_shape()), DTYPES.get(piece.get_dtype(), other), partial(_read, file, path, key))
         for key, piece in slices.items()
     }
 

@@ -39,7 +39,8 @@ GEMMA2 = GEMMA | {
 
 # the most of a count, so that a file of a kilobyte cannot ask for gigabytes of layers, nor for a shape that no tensor
 # has; published checkpoints have 46 layers, 257,216 rows and pictures of 896 pixels
-MOST, MOST_OF = 2**20, {"num_hidden_layers": 1000, "image_size": 2**13}
+MOST, MOST_OF = 2**20, {"num_hidden_layers": 1000, "image_size": 2**12}
+MOST_TOKENS = 2**14  # of a picture: attention is quadratic in them, and a patch may be of one pixel
 
 NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null: without
 
@@ -64,19 +65,28 @@ def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], kind: str) -> T:
         raise CheckpointError(f"{path}: {said}; expected the configuration of {kind}") from error
 
 
-def read_methods(folder: Path, cfg: Config) -> dict[str, str]:
-    """Path -> method of every quantized weight, as `write_config` writes them, and as the model can have them."""
-    raw = read_json(folder / CONFIG).get("quantization_config")
-    if raw is None:
-        return {}
-    given = raw.get("weights") if isinstance(raw, dict) and raw.get("format") == "pgfunc" else None
-    if not isinstance(given, dict) or not all(isinstance(method, str) for method in given.values()):
-        raise CheckpointError(f"{folder / CONFIG}: quantization_config is not of pgfunc; load the original weights")
+def read_storage(folder: Path, cfg: Config) -> tuple[dict[str, str], bool]:
+    """How a folder stores weights: path -> method of every quantized one, and whether the embedding is the head.
+
+    The methods are as `write_config` writes them, and as the model can have them.
+    """
+    path, raw = folder / CONFIG, read_json(folder / CONFIG)
+    given, tie = raw.get("quantization_config"), raw.get("tie_word_embeddings") is not False
+    if given is None:
+        return {}, tie
+    given = given if isinstance(given, dict) else {}
+    methods = given.get("weights") if given.get("format") == "pgfunc" else None
+    if not isinstance(methods, dict) or not all(isinstance(method, str) for method in methods.values()):
+        by = given.get("quant_method", "something else")
+        raise CheckpointError(
+            f"{path}: quantization_config is not of pgfunc; load the original weights, which {by} has quantized here, "
+            "and give quantize= if they should be smaller"
+        )
     try:
-        quant.apply(paligemma.abstract(cfg), given)
+        quant.apply(paligemma.abstract(cfg), methods)
     except SettingError as error:
-        raise CheckpointError(f"{folder / CONFIG}: quantization_config: {error}") from error
-    return given
+        raise CheckpointError(f"{path}: quantization_config: {error}") from error
+    return methods, tie
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
@@ -89,8 +99,6 @@ def parse(raw: Mapping[str, Any]) -> Config:
         raise ValueError(f"text_config.model_type is {given.get('model_type')}, expected gemma or gemma2")
     text = text | {key: value for key, value in given.items() if value is not None or key in NULLABLE}
     vision = SIGLIP | section(raw, "vision_config")
-    require(vision, "vision_use_head", False)
-    require(raw, "tie_word_embeddings", True)
     image = whole(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
     cfg = Config(
         vision=parse_vision(vision),
@@ -136,23 +144,27 @@ def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
         raise ValueError(f"vision_config.hidden_size {cfg.width} is not a multiple of its {cfg.heads} heads")
     if cfg.position == "rope2d" and cfg.head_dim % 4:
         raise ValueError(f"rope2d needs heads of a multiple of 4, found {cfg.head_dim}")
-    if cfg.image_size % cfg.patch:
-        raise ValueError(f"image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch}")
+    if not 1 <= cfg.tokens <= MOST_TOKENS:
+        raise ValueError(
+            f"image_size {cfg.image_size} and patch_size {cfg.patch} make {cfg.tokens} patches, "
+            f"expected 1 to {MOST_TOKENS}"
+        )
     return cfg
 
 
 def _text(raw: Mapping[str, Any]) -> TextConfig:
     gemma2 = raw["model_type"] == "gemma2"
     require(raw, "attention_bias", False)
-    require(raw, "tie_word_embeddings", True)
     require(raw, "hidden_activation", "gelu_pytorch_tanh")
-    require(raw, "rope_scaling", None)
+    scaling = section(raw, "rope_scaling") if raw.get("rope_scaling") else {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise ValueError(f"rope_scaling is {scaling}, expected none")
     if not str(raw.get("hidden_act") or "gelu").startswith("gelu"):  # old files say gelu, and meant the tanh form
         raise ValueError(f"hidden_act is {raw['hidden_act']!r}, expected gelu_pytorch_tanh")
     rope = section(raw, "rope_parameters") if raw.get("rope_parameters") else {"rope_theta": raw["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type is {rope['rope_type']}, expected default")
-    scale = whole(raw, "query_pre_attn_scalar") if gemma2 else whole(raw, "head_dim")
+    scale = positive(raw, "query_pre_attn_scalar") if gemma2 else whole(raw, "head_dim")
     cfg = TextConfig(
         vocab=whole(raw, "vocab_size"),
         width=whole(raw, "hidden_size"),

@@ -15,18 +15,19 @@ from pgfunc.errors import CheckpointError
 
 C = TypeVar("C", Config, SiglipConfig)
 
-NAME, IN_PROCESSOR = "preprocessor_config.json", "processor_config.json"  # the latter holds the former in newer folders
+# newer folders have the settings of the first in the second, which then counts
+NAME, IN_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def read(folder: Path, cfg: C) -> C:
     """The config with the resize filter that a folder asks for, if it asks for one."""
-    for path in (folder / NAME, folder / IN_PROCESSOR):
-        if path.exists():
-            raw = read_json(path)
-            nested = raw.get("image_processor")
-            return replace(cfg, resample=parse(nested if isinstance(nested, dict) else raw, cfg.vision, path))
+    for path in (folder / IN_PROCESSOR, folder / NAME):
+        raw = read_json(path) if path.exists() else {}
+        raw = raw.get("image_processor") if path.name == IN_PROCESSOR else raw
+        if isinstance(raw, dict) and raw:
+            return replace(cfg, resample=parse(raw, cfg.vision, path))
     return cfg
 
 
@@ -35,6 +36,10 @@ def parse(raw: Mapping[str, Any], vision: VisionConfig, path: Path) -> str:
     for key, value in scaling(vision).items():
         if raw.get(key) not in (None, value):
             raise CheckpointError(f"{path}: {key} is {raw[key]}, expected {value}")
+    if raw.get("do_center_crop") and raw.get("crop_size") != scaling(vision)["size"]:
+        raise CheckpointError(
+            f"{path}: do_center_crop is True, to {raw.get('crop_size')}; expected no part of a picture"
+        )
     resample = raw.get("resample", 3)
     if type(resample) is not int or resample not in RESAMPLE:
         raise CheckpointError(f"{path}: resample is {resample!r}, expected one of {RESAMPLE}")

@@ -19,14 +19,11 @@ from pgfunc import dual, siglip
 from pgfunc.checkpoint import (
     TOKENIZER,
     TOKENIZER_CONFIG,
-    Source,
     as_device,
     as_dtype,
-    find,
     hf,
     hf_config,
     processor,
-    shipped,
 )
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather, write_json
 from pgfunc.checkpoint.hf_config import (
@@ -40,6 +37,7 @@ from pgfunc.checkpoint.hf_config import (
     section,
     whole,
 )
+from pgfunc.checkpoint.source import Source, check_folder, find, shipped
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.dual_prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
 from pgfunc.errors import CheckpointError
@@ -66,21 +64,27 @@ HEAD = siglip.Head(
 
 
 def load_siglip(
-    source: Source = None, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+    source: Source = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    *,
+    mmap: bool = True,
 ) -> SiglipModel:
     """A dual encoder in memory.
 
     source: None for the shipped one; a folder in Hugging Face layout; or a hub id such as
     "google/siglip-base-patch16-224". A folder without a vision encoder takes that of the PaliGemma above it.
-    dtype, device: as for `pgfunc.load`. Raises CheckpointError, naming file, key and shapes, for files that do not fit;
-    DeviceError, SettingError.
+    dtype, device, mmap: as for `pgfunc.load`.
+    Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
     """
     where, kind = as_device(device), as_dtype(dtype)
     folder = shipped() / "siglip" if source is None else find(source)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder in Hugging Face layout, as a SigLIP checkpoint is")
+    check_folder(folder)
     cfg = read_config(folder)
-    params = gather(table(cfg), dual.abstract(cfg), read_entries(folder, cfg), str(folder), kind, where)
+    entries = read_entries(folder, cfg) if mmap else hf.copied(read_entries(folder, cfg))
+    params = gather(table(cfg), dual.abstract(cfg), entries, str(folder), kind, where)
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
     return SiglipModel(cfg, params, tokenizer)
 
@@ -193,6 +197,9 @@ def read_config(folder: Path) -> SiglipConfig:
 
 def parse(raw: Mapping[str, Any]) -> SiglipConfig:
     """The value of a `config.json`, which leaves out what equals a default; a ValueError says what does not fit."""
+    if raw["model_type"] == "siglip2":
+        raise ValueError("model_type is 'siglip2': pictures of any shape (NaFlex) are not implemented; take a SigLIP 2 "
+                         "of fixed resolution, such as google/siglip2-base-patch16-224")  # fmt: skip
     if raw["model_type"] != "siglip":
         raise ValueError(f"model_type is {raw['model_type']!r}, expected 'siglip'")
     vision, text = (

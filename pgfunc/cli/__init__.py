@@ -5,6 +5,7 @@ JSON on standard output; progress goes to standard error. Each file of commands 
 """
 
 import io
+import logging
 import sys
 
 # in this order the commands stand in --help
@@ -17,15 +18,16 @@ from pgfunc.cli import compile as compile  # isort: skip
 from pgfunc.cli import bench as bench  # isort: skip
 from pgfunc.cli import laws as laws  # isort: skip
 from pgfunc.cli.options import app
-from pgfunc.errors import PgfuncError
+from pgfunc.errors import PgfuncError, with_options
 
 
 def main() -> None:
-    """Run the command line; a PgfuncError is its message and exit status 2."""
+    """Run the command line; a PgfuncError is its message, which names options, and exit status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    logging.basicConfig(format="%(name)s: %(message)s")
     try:
         app()
     except PgfuncError as error:
-        print(f"pgfunc: {error}", file=sys.stderr)
+        print(f"pgfunc: {with_options(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -43,6 +43,7 @@ def locating(name: str, about: str) -> None:
             unset("--masks", help=f"Mask decoder; else {MASKS} in the model's folder."),
         ] = None,
         model: options.ModelName = None,
+        adapter: options.Adapter = None,
         max_new_tokens: options.MaxNewTokens = 128,
         temperature: options.Temperature = 0.0,
         top_k: options.TopK = None,
@@ -61,7 +62,7 @@ def locating(name: str, about: str) -> None:
         if coco_file:
             check_file(coco_file)
         decoder = decoder_of(masks, model) if name == "segment" else None
-        loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
+        loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip

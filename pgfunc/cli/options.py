@@ -27,6 +27,7 @@ unset = partial(typer.Option, show_default=False)  # for options that may be lef
 
 Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
 ModelName = Annotated[str | None, unset("--model", help="Folder, .npz or hub id; without it the shipped checkpoint.")]
+Adapter = Annotated[str | None, unset("--adapter", help="A LoRA adapter of the model, to run with: folder or hub id.")]
 PromptText = Annotated[str | None, unset("--prompt", help="What to ask.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")]

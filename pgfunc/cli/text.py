@@ -28,6 +28,7 @@ def completing(name: str, template: str | None, about: str) -> None:
             unset("--box", metavar="XMIN,YMIN,XMAX,YMAX", help="Caption this part: pixels."),
         ] = None,
         model: options.ModelName = None,
+        adapter: options.Adapter = None,
         max_new_tokens: options.MaxNewTokens = 64,
         temperature: options.Temperature = 0.0,
         top_k: options.TopK = None,
@@ -51,7 +52,7 @@ def completing(name: str, template: str | None, about: str) -> None:
                                     "top_p": top_p, "min_p": min_p, "seed": seed,
                                     "compile": compile or compiled is not None}  # fmt: skip
         with compiling(sampling["compile"], compiled, where):
-            loaded = pg.load(model, dtype, where, config, tokenizer, quantize)
+            loaded = pg.load(model, dtype, where, config, tokenizer, quantize, adapter=adapter)
             if len(images) == 1 and not as_json:
                 for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):
                     print(piece, end="", flush=True)
@@ -100,6 +101,7 @@ def score(
     prompt: Annotated[str, typer.Option("--prompt", help="The prefix, as for generate.")],
     candidate: Annotated[list[str], typer.Option("--candidate", help="An answer; give several.")],
     model: options.ModelName = None,
+    adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
@@ -108,7 +110,7 @@ def score(
     as_json: options.Json = False,
 ) -> None:
     """Compare given answers by their log-probability, most probable first."""
-    loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
+    loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
     for image in progress(images):
         (scores,) = pg.score(loaded, image, prompt, candidate).tolist()
         ranked = sorted(zip(candidate, scores, strict=True), key=lambda pair: -pair[1])

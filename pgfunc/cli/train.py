@@ -15,7 +15,7 @@ from pgfunc.checkpoint import find
 from pgfunc.cli import options
 from pgfunc.cli.options import app, enough_memory, unset
 from pgfunc.errors import SettingError
-from pgfunc.train import data, fit, lora, run
+from pgfunc.train import data, fit, run
 
 TARGETS = ("language.layers.*",)
 SAVING = "raise --accumulate, or give --recompute, --dtype bfloat16, --freeze, or --lora-rank"
@@ -95,9 +95,8 @@ def merge(
     config: options.Config = None,
     tokenizer: options.Vocabulary = None,
 ) -> None:
-    """Add a LoRA adapter to the model that it was trained on, and save that as a model."""
-    base = pg.load(model, None, "cpu", config, tokenizer)
-    pg.save(base._replace(params=lora.merge(base.params, lora.load(adapter, base.cfg))), target)
+    """Add a LoRA adapter to the model that it was trained on, and save that as a model; --adapter runs it unsaved."""
+    pg.save(pg.load(model, None, "cpu", config, tokenizer, adapter=adapter), target)
 
 
 def usual_rate(params: pg.Params, lora_rank: int) -> float:

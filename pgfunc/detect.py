@@ -28,7 +28,7 @@ place again is left out: models loop.
 import codecs
 import re
 from collections.abc import Iterable, Sequence
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from math import exp, inf
 from numbers import Real
 from typing import NamedTuple
@@ -224,7 +224,7 @@ def _firsts(text: str, start: int, end: int) -> list[int]:
     ]
     firsts: list[int] = []
     for short, group in groupby(rows, key=lambda row: len(row) < 4):
-        for row in [[place for row in group for place in row]] if short else group:
+        for row in [list(chain(*group))] if short else group:
             cut_off = row[-1] + len("<loc0000>") == len(text.rstrip())
             firsts += row[::4] if len(row) % 4 == 0 or cut_off else row[:1]
     return firsts or [start]

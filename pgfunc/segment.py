@@ -110,13 +110,18 @@ def from_mask(label: str, mask: Bool[Tensor, "y x"]) -> Segment:
     """A mask in the tightest box. Raises SettingError for a mask without pixels, which has none."""
     if not mask.any():
         raise SettingError(f"the mask of {label!r} has no pixels; leave the object out")
+    return Segment(label, Box(*map(float, extent(mask))), mask)
+
+
+def extent(mask: Bool[Tensor, "y x"]) -> tuple[int, int, int, int]:
+    """The first row and column of a mask, and those behind its last."""
     (top, bottom), (left, right) = (_ends(mask.any(axis)) for axis in (1, 0))
-    return Segment(label, Box(top, left, bottom, right), mask)
+    return top, left, bottom, right
 
 
-def _ends(present: Bool[Tensor, "n"]) -> tuple[float, float]:
+def _ends(present: Bool[Tensor, "n"]) -> tuple[int, int]:
     places = present.nonzero()
-    return float(places.min()), float(places.max() + 1)
+    return int(places.min()), int(places.max()) + 1
 
 
 def crop(mask: Tensor, box: Box) -> Float[Tensor, "64 64"]:

@@ -23,7 +23,7 @@ from pgfunc.detect import Box, Detection
 from pgfunc.errors import SettingError
 from pgfunc.image import Source, open_image
 from pgfunc.letters import Letters
-from pgfunc.segment import Segment, extent
+from pgfunc.segment import Segment, check_mask, extent
 
 # apart in hue and lightness, the most different first (Okabe & Ito 2008, and four more)
 COLOURS = ((230, 159, 0), (0, 114, 178), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
@@ -82,6 +82,8 @@ def check(item: Detection | Segment, size: tuple[int, int]) -> None:
     """Raise SettingError for what cannot be drawn on a picture of that size."""
     if not all(isfinite(edge) for edge in item.box):
         raise SettingError(f"{item.label!r:.80}: {item.box} is no box, its edges are not finite")
+    if isinstance(item, Segment):
+        check_mask(item.mask)
     if isinstance(item, Segment) and item.mask.shape != size[::-1]:
         shape = " x ".join(map(str, item.mask.shape))
         raise SettingError(

@@ -77,6 +77,9 @@ def _with_codes(item: Written) -> Written | Malformed:
 def _segments(
     found: Sequence[tuple[Written, float | None]], width: int, height: int, vq: vqvae.Params
 ) -> list[Segment]:
+    detect.check_size(width, height)
+    if not isinstance(vq, vqvae.Params):
+        raise SettingError(f"the mask decoder is a {type(vq).__name__}, expected what `segment.load` reads from a file")
     codes = torch.tensor([item.codes for item, _ in found], device=vq.codebook.device).reshape(-1, PLACES).long()
     maps = vqvae.decode(vq, vqvae.lookup(vq.codebook, codes))
     boxes = [detect.to_box(item.places, width, height) for item, _ in found]
@@ -108,9 +111,18 @@ def encode(masks: Iterable[Tensor], boxes: Iterable[Box], vq: vqvae.Params) -> l
 
 def from_mask(label: str, mask: Bool[Tensor, "y x"]) -> Segment:
     """A mask in the tightest box. Raises SettingError for a mask without pixels, which has none."""
+    check_mask(mask)
     if not mask.any():
         raise SettingError(f"the mask of {label!r} has no pixels; leave the object out")
     return Segment(label, Box(*map(float, extent(mask))), mask)
+
+
+def check_mask(mask: Bool[Tensor, "y x"]) -> None:
+    """Raise SettingError for what is no mask of a picture."""
+    if not isinstance(mask, Tensor):
+        raise SettingError(f"a mask is a {type(mask).__name__}, expected a tensor; torch.as_tensor makes one")
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise SettingError(f"a mask is {str(mask.dtype)[6:]}{list(mask.shape)}, expected bool[height, width]")
 
 
 def extent(mask: Bool[Tensor, "y x"]) -> tuple[int, int, int, int]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.errors import SettingError
+from pgfunc.errors import ImageError, PgfuncError, SettingError
 from pgfunc.lowbit import GROUPS
 
 app = typer.Typer(
@@ -67,6 +68,34 @@ def check_file(path: Path) -> None:
         raise SettingError(f"{path}: is a folder; expected the name of a file to write")
     if not path.parent.is_dir():
         raise SettingError(f"{path}: there is no folder {path.parent} to write it to")
+
+
+def check_pictures(images: list[str]) -> None:
+    """Raise ImageError for a picture that is not there: before anything is loaded, not when its turn comes."""
+    for image in images:
+        if not exists(image):
+            raise ImageError(f"{image}: no such file")
+        if Path(image).is_dir():
+            raise ImageError(f"{image}: cannot be read as a picture, it is a folder; name those in it: {image}/*.jpg")
+
+
+def exists(name: str) -> bool:
+    """Whether something has this name, which need not be one that a file can have."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def warn_of_length(image: str, finish: str | None, tokens: int) -> None:
+    """Say on standard error that an answer ended at its limit."""
+    if finish == "length":
+        warn(f"{image}: stopped at {tokens} tokens, perhaps within the answer; --max-new-tokens allows more")
+
+
+def warn(said: str) -> None:
+    """Say something on standard error, in a line as an error has."""
+    tqdm.write(f"pgfunc: {PgfuncError(said)}", file=sys.stderr)
 
 
 def progress(images: list[str]) -> Iterator[str]:

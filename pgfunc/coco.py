@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from pgfunc.detect import Detection
+from pgfunc.detect import Detection, checked_objects
 from pgfunc.errors import SettingError
 from pgfunc.segment import Segment, check_mask
 
@@ -53,6 +53,7 @@ def annotations(
     `score` is the confidence, and 1 where there is none. A list of these for all pictures is what `loadRes` takes.
     Raises SettingError for a label that has no id.
     """
+    found = checked_objects(found)
     if unknown := [item.label for item in found if item.label not in categories]:
         raise SettingError(f"category {unknown[0]!r:.80} has no id; the categories are {', '.join(categories):.200}")
     return [

@@ -29,9 +29,9 @@ import codecs
 import re
 from collections.abc import Iterable, Sequence
 from itertools import chain, groupby, pairwise
-from math import exp, inf
+from math import exp, inf, isfinite
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pgfunc import tokenizer as tokenizers
 from pgfunc.errors import PromptError, SettingError
@@ -97,7 +97,7 @@ def render(detections: Iterable[Detection], width: int, height: int) -> str:
     Edges outside the picture are moved onto its border, and a box thinner than a step is made a step thick. Raises
     PromptError for a label that could not be read back.
     """
-    return " ; ".join(write(to_places(found.box, width, height), found.label) for found in detections)
+    return " ; ".join(write(to_places(item.box, width, height), item.label) for item in checked_objects(detections))
 
 
 def with_confidence(completion: Completion, tokenizer: Tokenizer, width: int, height: int) -> list[Detection]:
@@ -133,6 +133,26 @@ def check_size(width: int, height: int) -> None:
         raise SettingError(f"a picture of {width!r:.40} x {height!r:.40} pixels; expected its width, then its height")
 
 
+def checked_objects(found: Iterable[Any]) -> list[Any]:
+    """What was found, if it is objects with a box each; a SettingError otherwise."""
+    items = list(found) if isinstance(found, Iterable) else [found]
+    for item in items:
+        if not (isinstance(getattr(item, "label", None), str) and isinstance(getattr(item, "box", None), Box)):
+            raise SettingError(f"found {item!r:.80}, expected Detection(label, Box(ymin, xmin, ymax, xmax))")
+    return items
+
+
+def edges(box: Box) -> tuple[float, ...]:
+    """The edges of a box. Raises SettingError where they are not four finite numbers."""
+    try:
+        ymin, xmin, ymax, xmax = map(float, box)
+    except (TypeError, ValueError):
+        raise SettingError(f"{box!r:.80} is no box, expected Box(ymin, xmin, ymax, xmax)") from None
+    if not all(map(isfinite, (ymin, xmin, ymax, xmax))):
+        raise SettingError(f"{box} is no box, its edges are not finite")
+    return ymin, xmin, ymax, xmax
+
+
 def region(box: Box, width: int, height: int, task: str = TASKS["caption"]) -> str:
     """The prompt about a part of the picture, whose size is given in pixels: its four places, then the task."""
     return f"{words(to_places(box, width, height))} {task}"
@@ -146,16 +166,17 @@ def to_box(places: Sequence[int], width: int, height: int) -> Box:
 def to_places(box: Box, width: int, height: int) -> tuple[int, ...]:
     """Pixels -> the nearest places, of which those of a side are never equal.
 
-    Raises PromptError for a box whose edges are not numbers or are swapped.
+    Raises PromptError for a box whose edges are swapped.
     """
     check_size(width, height)
-    if not (-inf < box.ymin <= box.ymax < inf and -inf < box.xmin <= box.xmax < inf):
-        raise PromptError(f"{box} cannot be written: expected numbers, ymin <= ymax and xmin <= xmax")
-    (top, bottom), (left, right) = _span(box.ymin, box.ymax, height), _span(box.xmin, box.xmax, width)
+    ymin, xmin, ymax, xmax = edges(box)
+    if ymin > ymax or xmin > xmax:
+        raise PromptError(f"{box} cannot be written: expected ymin <= ymax and xmin <= xmax")
+    (top, bottom), (left, right) = _span(ymin, ymax, height), _span(xmin, xmax, width)
     return top, left, bottom, right
 
 
-def _span(low: float | int, high: float | int, side: int) -> tuple[int, int]:
+def _span(low: float, high: float, side: int) -> tuple[int, int]:
     first, last = (min(max(round(edge / side * STEPS), 0), STEPS) for edge in (low, high))
     if first < last:
         return first, last
@@ -256,6 +277,9 @@ def _fault(places: tuple[int, ...]) -> str:
 
 def place_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[int, float]:
     """Where in the text a place token begins -> its log-probability."""
+    if not isinstance(completion, Completion) or not isinstance(tokenizer, Tokenizer):
+        kinds = f"{type(completion).__name__} and {type(tokenizer).__name__}"
+        raise SettingError(f"a confidence is read from a Completion and the model's tokenizer; found {kinds}")
     found: dict[int, float] = {}
     decoder, written = codecs.getincrementaldecoder("utf-8")("replace"), 0
     for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):

@@ -9,7 +9,6 @@ pictures of 32 pixels, is left out.
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import product
-from math import isfinite
 from os import PathLike
 from typing import NamedTuple
 from unicodedata import category
@@ -19,7 +18,7 @@ from jaxtyping import Bool
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pgfunc.detect import Box, Detection
+from pgfunc.detect import Box, Detection, checked_objects, edges
 from pgfunc.errors import SettingError
 from pgfunc.image import Source, open_image
 from pgfunc.letters import Letters
@@ -56,7 +55,7 @@ def objects(
     font: a file whose letters come before those of `letters`; confidence: whether labels end in it, in percent.
     Raises SettingError for a box that is not finite and for a mask of another picture's size.
     """
-    drawn = open_image(picture)
+    drawn, found = open_image(picture), checked_objects(found)
     for item in found:
         check(item, drawn.size)
     keys = [number if isinstance(item, Segment) else item.label for number, item in enumerate(found)]
@@ -80,8 +79,7 @@ def objects(
 
 def check(item: Detection | Segment, size: tuple[int, int]) -> None:
     """Raise SettingError for what cannot be drawn on a picture of that size."""
-    if not all(isfinite(edge) for edge in item.box):
-        raise SettingError(f"{item.label!r:.80}: {item.box} is no box, its edges are not finite")
+    edges(item.box)
     if isinstance(item, Segment):
         check_mask(item.mask)
     if isinstance(item, Segment) and item.mask.shape != size[::-1]:
@@ -176,7 +174,10 @@ def extents(text: str, font, line: int) -> tuple[int, int]:
 def plates(size: tuple[int, int], boxes: Sequence[Box], captions: Sequence[str], font, line: int) -> list[Plate | None]:
     """Where each label stands: above, in, below or beside its box; None for one that is empty or has no room."""
     placed: list[Plate | None] = []
-    room, objects = HIDDEN * size[0] * size[1], corners([(box.xmin, box.ymin, box.xmax, box.ymax) for box in boxes])
+    room, objects = (
+        HIDDEN * size[0] * size[1],
+        corners([(box.xmin, box.ymin, box.xmax, box.ymax) for box in boxes]).round(),
+    )
     for box, label in zip(boxes, captions, strict=True):
         text = shortened(label, font, size[0] - 2 * line)
         width, height = extents(text, font, line)

@@ -82,11 +82,9 @@ def check(item: Detection | Segment, size: tuple[int, int]) -> None:
     edges(item.box)
     if isinstance(item, Segment):
         check_mask(item.mask)
-    if isinstance(item, Segment) and item.mask.shape != size[::-1]:
-        shape = " x ".join(map(str, item.mask.shape))
-        raise SettingError(
-            f"the mask of {item.label!r:.80} is {shape}, the picture {size[1]} x {size[0]} (height x width)"
-        )
+        if item.mask.shape != size[::-1]:
+            shape = " x ".join(map(str, item.mask.shape))
+            raise SettingError(f"the mask of {item.label!r:.80} is {shape}, the picture {size[1]} x {size[0]} pixels")
 
 
 def palette(count: int) -> list[Colour]:
@@ -161,7 +159,8 @@ def fitting(captions: Sequence[str], font: str | PathLike | None, size: tuple[in
     """Letters that grow with the picture; down to half as large where many labels would have no room."""
     largest = max(SMALLEST, round(min(size) / 28))
     letters = Letters(largest, font)
-    needed = sum(width * height for width, height in (extents(text, letters, line) for text in captions if text))
+    sizes = [extents(text, letters, line) for text in captions if text]
+    needed = sum(min(width, size[0]) * height for width, height in sizes)
     scale = min((HIDDEN * size[0] * size[1] / max(needed, 1)) ** 0.5, 1)
     return Letters(max(SMALLEST, round(largest * max(scale, 0.5))), font)
 
@@ -174,10 +173,8 @@ def extents(text: str, font, line: int) -> tuple[int, int]:
 def plates(size: tuple[int, int], boxes: Sequence[Box], captions: Sequence[str], font, line: int) -> list[Plate | None]:
     """Where each label stands: above, in, below or beside its box; None for one that is empty or has no room."""
     placed: list[Plate | None] = []
-    room, objects = (
-        HIDDEN * size[0] * size[1],
-        corners([(box.xmin, box.ymin, box.xmax, box.ymax) for box in boxes]).round(),
-    )
+    objects = corners([(box.xmin, box.ymin, box.xmax, box.ymax) for box in boxes]).round()
+    room = HIDDEN * size[0] * size[1]
     for box, label in zip(boxes, captions, strict=True):
         text = shortened(label, font, size[0] - 2 * line)
         width, height = extents(text, font, line)
@@ -216,8 +213,8 @@ def shortened(text: str, font, width: int) -> str:
     """The text, cut to fit."""
     if font.getlength(text) <= width:
         return text
-    fitting = bisect_right(range(1, len(text) + 1), width, key=lambda end: font.getlength(text[:end] + "…"))
-    return text[:fitting] + "…" if fitting else ""
+    kept = bisect_right(range(1, len(text) + 1), width, key=lambda end: font.getlength(text[:end] + "…"))
+    return text[:kept] + "…" if kept else ""
 
 
 def write(pen: ImageDraw.ImageDraw, plate: Plate, colour: Colour, letters: Letters, line: int) -> None:

@@ -17,20 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pgfunc.errors import SettingError, first_line
 
 OWN = ""  # in place of a file's name: Pillow's own font
-STYLES = (
-    "bold",
-    "black",
-    "heavy",
-    "light",
-    "thin",
-    "italic",
-    "oblique",
-    "mono",
-    "condensed",
-    "narrow",
-    "serif",
-    "math",
-)
+STYLES = ("bold", "black", "heavy", "light", "thin", "italic", "oblique", "mono", "condensed", "narrow", "serif",
+          "math")  # fmt: skip
 NOBODYS = "\U0010ffff"  # no character
 PROBE = 20  # pixels: the size at which fonts are asked
 
@@ -44,7 +32,7 @@ class Letters:
         """Raises SettingError for a file that is no font."""
         self.files = candidates(file)
         self.font = cache(lambda name: opened(name, size))
-        self.getmetrics = self.font(OWN).getmetrics
+        self.getmetrics = self.font(self.files[0]).getmetrics
 
     def getlength(self, text: str) -> float:
         return sum(self.font(file).getlength(part) for file, part in runs(text, self.files))
@@ -68,12 +56,13 @@ def candidates(file: str | os.PathLike | None) -> tuple[str, ...]:
     if file is None:
         return OWN, *installed()
     try:
-        opened(os.fspath(file), PROBE)
+        given = str(Path(file).resolve())
+        opened(given, PROBE)
     except (OSError, ValueError, TypeError) as error:
         raise SettingError(
-            f"{file}: cannot be read as a font ({first_line(error)}); expected a .ttf, .otf or .ttc"
+            f"{file}: cannot be read as a font ({first_line(error)}); expected .ttf, .otf, .ttc"
         ) from error
-    return os.fspath(file), OWN, *installed()
+    return given, OWN, *installed()
 
 
 def runs(text: str, files: tuple[str, ...]) -> list[tuple[str, str]]:

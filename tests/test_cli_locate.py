@@ -301,6 +301,7 @@ MISTAKES = {
     "empty label": (["detect", "red.png", "--label", ""], "labels are [''], expected a list of what to look for"),
     "label of two": (["detect", "red.png", "--label", "a ; b"], "label 'a ; b' cannot be written"),
     "folder of pictures": (["detect", "sub", "cat"], "sub: cannot be read as a picture, it is a folder"),
+    "temperature": (["detect", "red.png", "cat", "--temperature", "-1"], "temperature is -1.0, expected"),
     "font missing": (["detect", "red.png", "cat", "--font", "no.ttf"], "no.ttf: cannot be read as a font"),
     "kind of out": (["detect", "red.png", "cat", "--out", "x.json"], "--out x.json: not a kind of picture"),
     "folder of out": (["detect", "red.png", "cat", "--out", "no/x.png"], "no/x.png: there is no folder no"),

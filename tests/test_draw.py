@@ -230,7 +230,7 @@ def test_what_cannot_be_drawn_is_one_line():
         with pytest.raises(SettingError, match=r"^Box\(.*\) is no box, its edges are not finite$"):
             draw.objects(grey(30, 20), [Detection("cat", box)])
     small = Segment("cat", Box(0, 0, 5, 5), torch.ones(30, 20, dtype=torch.bool))
-    with pytest.raises(SettingError, match=r"the mask of 'cat' is 30 x 20, the picture 20 x 30 \(height x width\)"):
+    with pytest.raises(SettingError, match=r"the mask of 'cat' is 30 x 20, the picture 20 x 30 pixels"):
         draw.objects(grey(30, 20), [small])
     with pytest.raises(SettingError, match=r"no\.ttf: cannot be read as a font"):
         draw.objects(grey(30, 20), [Detection("cat", Box(0, 0, 5, 5))], font="no.ttf")

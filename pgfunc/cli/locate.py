@@ -30,6 +30,7 @@ from pgfunc.detect import Detection, Malformed
 from pgfunc.errors import CheckpointError, ImageError, PromptError, SettingError, first_line
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS, tokenizer_of
+from pgfunc.sample import Settings
 from pgfunc.segment import Segment
 
 MASKS = "masks.safetensors"  # the mask decoder in a model's folder
@@ -38,7 +39,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")  # of a drawing
 Targets = Annotated[list[str], typer.Argument(help="Picture files, and last what to look for: 'cat ; bus'.",
                                               metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
 Labels = Annotated[list[str] | None, unset("--label", help="What to look for, instead of WHAT; give several.")]
-Wanted = Annotated[str | None, unset("--prompt", help="The same as the model reads it: 'cat ; bus'.")]
+Wanted = Annotated[str | None, unset("--prompt", help="The same in one text: 'cat ; bus'.")]
 Out = Annotated[Path | None, unset("--out", help="Picture to write, with what was found drawn; for several a folder, "
                                                  "each in its own format or, if that is unusual, PNG.")]  # fmt: skip
 Font = Annotated[Path | None, unset("--font", help="Font file for the labels; else those of the system.")]
@@ -80,6 +81,7 @@ def locating(name: str, about: str) -> None:
         if coco_file:
             check_file(coco_file)
         letters.candidates(font)  # raises for what is no font
+        Settings(temperature, top_k, top_p, min_p)  # and for what is out of range
         decoder = decoder_of(masks, model) if name == "segment" else None
         loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None

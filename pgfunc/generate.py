@@ -27,7 +27,6 @@ from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, te
 from pgfunc.sample import Settings, choose, logprob
 
 POLL = 8  # tokens
-Finish = Literal["eos", "length"]  # how a text ended: by itself, or at the limit
 
 
 class Completion(NamedTuple):
@@ -36,7 +35,7 @@ class Completion(NamedTuple):
     text: str  # "" when the model has no tokenizer
     tokens: list[int]
     logprobs: list[float]  # of each token, before temperature and filters
-    finish: Finish
+    finish: Literal["eos", "length"]
 
 
 def generate(
@@ -94,10 +93,11 @@ def stream(
     min_p: float | None = None,
     seed: int = 0,
     compile: bool = False,
-) -> Generator[str, None, Finish]:
+) -> Generator[str, None, str]:
     """Complete one row and yield its text piece by piece; the pieces joined are the text of `generate`.
 
-    `images` is one picture or a list of 0..n. A piece is whole characters. The generator returns how the text ended.
+    `images` is one picture or a list of 0..n. A piece is whole characters. The generator returns how it ended, as
+    `Completion.finish`.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
     prompt = prepare_with_room(model, [images], [prefix], max_new_tokens)
@@ -105,8 +105,8 @@ def stream(
 
     vocabulary = tokenizer_of(model)
 
-    def text() -> Generator[str, None, Finish]:
-        finish: Finish = "length"
+    def text() -> Generator[str, None, str]:
+        finish = "length"
 
         def tokens() -> Iterator[int]:
             nonlocal finish

@@ -18,12 +18,13 @@ from pgfunc.cli.options import (
     app,
     check_file,
     check_pictures,
+    each,
+    end,
     exists,
-    progress,
     say,
+    say_aside,
+    say_length,
     unset,
-    warn,
-    warn_of_length,
     without,
 )
 from pgfunc.detect import Detection, Malformed
@@ -88,17 +89,17 @@ def locating(name: str, about: str) -> None:
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
         prefix = TASKS[name].format(wanted)
-        unreadable: list[str] = []
+        unread: list[str] = []
         unwritten: list[str] = []
 
         def pictures() -> Iterator[coco.Picture]:
-            for image, picture in readable(images, unreadable):
+            for image, picture in each(images, open_image, unread):
                 (done,) = pg.generate(loaded, picture, prefix, **sampling)
                 found, left_out = read(loaded, done, picture, vq)
                 head = {"image": image, "prompt": prefix, "text": done.text, "finish": done.finish}
                 report(head, picture, found, left_out, as_json)
                 if not as_json:
-                    warn_of_length(image, done.finish, max_new_tokens)
+                    say_length(image, done.finish, max_new_tokens)
                 if out:
                     write_picture(draw.objects(picture, found, font, confidence), drawings[image])
                     unwritten.extend(letters.missing(draw.caption(item), font) for item in found)
@@ -109,9 +110,10 @@ def locating(name: str, about: str) -> None:
         else:
             deque(pictures(), maxlen=0)
         if said := "".join(dict.fromkeys("".join(unwritten))):
-            warn(f"no font here has the letters {said:.80}, which are drawn as boxes; --font FILE names one that has")
-        if unreadable:
-            raise typer.Exit(2)
+            say_aside(
+                f"no font here has the letters {said:.80}, which are drawn as boxes; --font FILE names one that has"
+            )
+        end(unread)
 
     app.command(name, help=about)(command if name == "segment" else without(command, "masks"))
 
@@ -135,18 +137,6 @@ def split(command: str, targets: list[str], labels: list[str] | None, prompt: st
         raise PromptError(f"{words[0]}: no such file; to look for several things: {several:.200}")
     check_pictures(images)
     return images, wanted
-
-
-def readable(images: list[str], unreadable: list[str]) -> Iterator[tuple[str, Image.Image]]:
-    """The pictures, open; one that cannot be read is named and put into the list, and the others go on."""
-    for image in progress(images):
-        try:
-            picture = open_image(image)
-        except ImageError as error:
-            warn(str(error))
-            unreadable.append(image)
-        else:
-            yield image, picture
 
 
 def is_file(name: str) -> bool:
@@ -218,7 +208,7 @@ def report(
     say(head | size | objects, as_json, "\n".join(f"{image}: {text}" for text in lines))
     if not as_json:
         for piece, reason in left_out:
-            warn(f"{image}: left out {piece!r:.80}: {reason}")
+            say_aside(f"{image}: left out {piece!r:.80}: {reason}")
 
 
 def as_dict(item: Detection | Segment) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pgfunc as pg
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiling
-from pgfunc.cli.options import app, check_pictures, progress, say, unset, warn_of_length, without
+from pgfunc.cli.options import app, check_pictures, progress, say, say_length, unset, without
 from pgfunc.errors import PromptError, SettingError
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS
@@ -56,13 +56,13 @@ def completing(name: str, template: str | None, about: str) -> None:
             loaded = pg.load(model, dtype, where, config, tokenizer, quantize)
             if len(images) == 1 and not as_json:
                 finish = show(pg.stream(loaded, images[0], prefixes[0], **sampling))
-                warn_of_length(images[0], finish, max_new_tokens)
+                say_length(images[0], finish, max_new_tokens)
                 return
             for image, prefix in zip(progress(images), prefixes, strict=True):
                 (done,) = pg.generate(loaded, image, prefix, **sampling)
                 say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
                 if not as_json:
-                    warn_of_length(image, done.finish, max_new_tokens)
+                    say_length(image, done.finish, max_new_tokens)
 
     app.command(name, help=about)(command if name == "caption" else without(command, "box"))
 

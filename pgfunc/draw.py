@@ -114,31 +114,30 @@ def shade(picture: Image.Image, mask: Bool[Tensor, "y x"], colour: Colour, line:
         return
     top, left, bottom, right = extent(mask)
     top, left = max(top - 1, 0), max(left - 1, 0)
-    part = mask[top : bottom + 1, left : right + 1]  # with its outside, where there is one
+    part = mask[top : bottom + 1, left : right + 1].numpy()  # with its outside, where there is one
     picture.paste(colour, (left, top), stencil(part, OPACITY))
     if line > 1:
         picture.paste((0, 0, 0), (left, top), stencil(edge(part, line + line // 3)))
     picture.paste(colour, (left, top), stencil(edge(part, line)))
 
 
-def stencil(mask: Bool[Tensor, "y x"], opacity: float = 1.0) -> Image.Image:
-    return Image.fromarray(mask.numpy() * np.uint8(255 * opacity))
+def stencil(mask: Bool[np.ndarray, "y x"], opacity: float = 1.0) -> Image.Image:
+    return Image.fromarray(mask * np.uint8(255 * opacity))
 
 
-def edge(mask: Bool[Tensor, "y x"], width: int) -> Bool[Tensor, "y x"]:
+def edge(mask: Bool[np.ndarray, "y x"], width: int) -> Bool[np.ndarray, "y x"]:
     """What of the mask lies within so many pixels of its outside."""
-    return mask & spread(spread(~mask, width, 0), width, 1)
+    return mask & spread(spread(~mask, width).T, width).T
 
 
-def spread(there: Bool[Tensor, "y x"], width: int, axis: int) -> Bool[Tensor, "y x"]:
-    """What lies within so many pixels along an axis of what is there."""
-    side, reach = there.shape[axis], 0
-    width = min(width, side - 1)
+def spread(there: Bool[np.ndarray, "y x"], width: int) -> Bool[np.ndarray, "y x"]:
+    """What lies within so many rows of what is there."""
+    reach, width = 0, min(width, len(there) - 1)
     while reach < width:
         step = min(2 * reach + 1, width - reach)  # as far as leaves no gap
-        grown = there.clone()
-        grown.narrow(axis, step, side - step).logical_or_(there.narrow(axis, 0, side - step))
-        grown.narrow(axis, 0, side - step).logical_or_(there.narrow(axis, step, side - step))
+        grown = there.copy(order="K")
+        grown[step:] |= there[:-step]
+        grown[:-step] |= there[step:]
         there, reach = grown, reach + step
     return there
 

@@ -254,6 +254,18 @@ def test_confidence_is_the_geometric_mean_of_the_four_places(first, second):
     assert found[1].confidence == pytest.approx(math.exp(-0.1 * (start + 2.5)))
 
 
+@pytest.mark.parametrize("between", [" ; ", " ", "", "\n", ", "])
+def test_confidence_goes_with_its_box_whatever_stands_between(between):
+    """Places 0 to 3 are tokens here, and each other character is one: the k-th token has log-probability -k."""
+    boxes = "<loc0000><loc0001><loc0002><loc0003>", "<loc0001><loc0000><loc0003><loc0002>", "<loc0000>"
+    done = completion(between.join((boxes[0] + "cat", boxes[1] + "é", boxes[2])))
+    first, second = detect.with_confidence(done, MODEL.tokenizer, 40, 30)
+    assert (first.label, second.label) == ("cat", "é")
+    start = 4 + len("cat") + len(between)
+    assert first.confidence == pytest.approx(math.exp(-(1 + 2 + 3 + 4) / 4))
+    assert second.confidence == pytest.approx(math.exp(-(start + 2.5)))
+
+
 def test_bytes_that_are_not_text_do_not_shift_the_confidence():
     broken = tokenizer.encode(MODEL.tokenizer, "é☃")[:-1]
     ids = [*broken, *tokenizer.encode(MODEL.tokenizer, f" ; {text(0, 1, 2, 3)} a"), broken[0]]

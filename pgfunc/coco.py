@@ -3,15 +3,16 @@ encoded, as pycocotools reads them (its `loadRes` too). Layout: cocodataset.org,
 cocoapi `common/maskApi.c`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from pgfunc.detect import Detection
-from pgfunc.segment import Segment
+from pgfunc.detect import Detection, checked_objects
+from pgfunc.errors import SettingError
+from pgfunc.segment import Segment, check_mask
 
 
 class Picture(NamedTuple):
@@ -23,18 +24,24 @@ class Picture(NamedTuple):
     found: Sequence[Detection | Segment]
 
 
-def dataset(pictures: Sequence[Picture]) -> dict[str, Any]:
-    """A whole file: pictures and categories numbered from 1, categories in the order of their names."""
-    names = sorted({item.label for picture in pictures for item in picture.found})
-    categories = {name: id for id, name in enumerate(names, 1)}
-    entries = [entry for id, picture in enumerate(pictures, 1) for entry in annotations(picture.found, id, categories)]
+def dataset(pictures: Iterable[Picture]) -> dict[str, Any]:
+    """A whole file: pictures and categories numbered from 1, categories in the order of their names.
+
+    The pictures are asked for one by one, and what is kept of a mask is its run lengths.
+    """
+    images: list[dict[str, Any]] = []
+    entries: list[tuple[str, dict[str, Any]]] = []
+    for id, picture in enumerate(pictures, 1):
+        images.append({"id": id, "file_name": picture.name, "width": picture.width, "height": picture.height})
+        names = [item.label for item in picture.found]
+        entries += zip(names, annotations(picture.found, id, dict.fromkeys(names, 0)), strict=True)
+    categories = {name: id for id, name in enumerate(sorted({name for name, _ in entries}), 1)}
     return {
-        "images": [
-            {"id": id, "file_name": picture.name, "width": picture.width, "height": picture.height}
-            for id, picture in enumerate(pictures, 1)
-        ],
+        "images": images,
         "categories": [{"id": id, "name": name} for name, id in categories.items()],
-        "annotations": [entry | {"id": id} for id, entry in enumerate(entries, 1)],
+        "annotations": [
+            entry | {"category_id": categories[name], "id": id} for id, (name, entry) in enumerate(entries, 1)
+        ],
     }
 
 
@@ -44,7 +51,11 @@ def annotations(
     """The objects of a picture, with the picture's id and the ids of your own categories.
 
     `score` is the confidence, and 1 where there is none. A list of these for all pictures is what `loadRes` takes.
+    Raises SettingError for a label that has no id.
     """
+    found = checked_objects(found)
+    if unknown := [item.label for item in found if item.label not in categories]:
+        raise SettingError(f"category {unknown[0]!r:.80} has no id; the categories are {', '.join(categories):.200}")
     return [
         {
             "image_id": image,
@@ -62,12 +73,13 @@ def annotations(
 def area(item: Detection | Segment) -> float:
     """The pixels of the mask, or of the box where there is no mask."""
     if isinstance(item, Segment):
-        return float(item.mask.sum())
+        return float(item.mask.count_nonzero())  # a sum of bytes takes ten times as long
     return (item.box.xmax - item.box.xmin) * (item.box.ymax - item.box.ymin)
 
 
 def rle(mask: Bool[Tensor, "y x"]) -> dict[str, Any]:
     """A mask as COCO's compressed run lengths: columns one after the other, zeros first."""
+    check_mask(mask)
     return {"size": list(mask.shape), "counts": compressed(run_lengths(mask))}
 
 

@@ -5,8 +5,7 @@ numbers of pictures are grouped; a row's random numbers depend on the seed and i
 the other rows nor the number of tokens asked for change what is drawn.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -95,21 +94,34 @@ def stream(
     min_p: float | None = None,
     seed: int = 0,
     compile: bool = False,
-) -> Iterator[str]:
+) -> Generator[str, None, str]:
     """Complete one row and yield its text piece by piece; the pieces joined are the text of `generate`.
 
-    `images` is one picture or a list of 0..n. A piece is whole characters.
+    `images` is one picture or a list of 0..n. A piece is whole characters. The generator returns how it ended, as
+    `Completion.finish`.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
     prompt = prepare_with_room(model, [images], [prefix], max_new_tokens)
     u = uniform(seed, [0], max_new_tokens)
 
-    def tokens() -> Iterator[int]:
-        for token, likely in steps(model.params, prompt, model.cfg, settings, u, compile):
-            check_numbers(likely)
-            yield int(token)
+    vocabulary = tokenizer_of(model)
 
-    return tokenizer.pieces(tokenizer_of(model), takewhile(lambda token: token != model.cfg.eos, tokens()))
+    def text() -> Generator[str, None, str]:
+        finish = "length"
+
+        def tokens() -> Iterator[int]:
+            nonlocal finish
+            for token, likely in steps(model.params, prompt, model.cfg, settings, u, compile):
+                check_numbers(likely)
+                if token == model.cfg.eos:
+                    finish = "eos"
+                    return
+                yield int(token)
+
+        yield from tokenizer.pieces(vocabulary, tokens())
+        return finish
+
+    return text()
 
 
 @torch.no_grad()

@@ -77,6 +77,8 @@ def _with_codes(item: Written) -> Written | Malformed:
 def _segments(
     found: Sequence[tuple[Written, float | None]], width: int, height: int, vq: vqvae.Params
 ) -> list[Segment]:
+    detect.check_size(width, height)
+    check_coder(vq)
     codes = torch.tensor([item.codes for item, _ in found], device=vq.codebook.device).reshape(-1, PLACES).long()
     maps = vqvae.decode(vq, vqvae.lookup(vq.codebook, codes))
     boxes = [detect.to_box(item.places, width, height) for item, _ in found]
@@ -91,6 +93,7 @@ def render(segments: Sequence[Segment], vq: vqvae.Params) -> str:
 
     Raises PromptError for a label that could not be read back.
     """
+    segments = detect.checked_objects(segments)
     codes = encode([segment.mask for segment in segments], [segment.box for segment in segments], vq)
     return " ; ".join(
         detect.write(detect.to_places(box, *reversed(mask.shape)), label, line)
@@ -101,6 +104,7 @@ def render(segments: Sequence[Segment], vq: vqvae.Params) -> str:
 @torch.no_grad()
 def encode(masks: Iterable[Tensor], boxes: Iterable[Box], vq: vqvae.Params) -> list[list[int]]:
     """The 16 codes of each mask [height width], Boolean or soft in [0, 1], inside its box."""
+    check_coder(vq)
     crops = [crop(mask, box).to(vq.codebook.device) for mask, box in zip(masks, boxes, strict=True)]
     features = [vqvae.encode(vq, torch.stack(crops))] if crops else []
     return [line for found in features for line in vqvae.quantize(vq.codebook, found).tolist()]
@@ -108,19 +112,45 @@ def encode(masks: Iterable[Tensor], boxes: Iterable[Box], vq: vqvae.Params) -> l
 
 def from_mask(label: str, mask: Bool[Tensor, "y x"]) -> Segment:
     """A mask in the tightest box. Raises SettingError for a mask without pixels, which has none."""
+    check_mask(mask)
     if not mask.any():
         raise SettingError(f"the mask of {label!r} has no pixels; leave the object out")
+    return Segment(label, Box(*map(float, extent(mask))), mask)
+
+
+def check_coder(vq: vqvae.Params) -> None:
+    """Raise SettingError for what is no mask encoder and decoder."""
+    if not isinstance(vq, vqvae.Params):
+        raise SettingError(f"the mask decoder is a {type(vq).__name__}, expected what `segment.load` reads from a file")
+
+
+def check_tensor(mask: Tensor) -> None:
+    """Raise SettingError for a mask of another library."""
+    if not isinstance(mask, Tensor):
+        raise SettingError(f"a mask is a {type(mask).__name__}, expected a tensor; torch.as_tensor makes one")
+
+
+def check_mask(mask: Bool[Tensor, "y x"]) -> None:
+    """Raise SettingError for what is no mask of a picture."""
+    check_tensor(mask)
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise SettingError(f"a mask is {str(mask.dtype)[6:]}{list(mask.shape)}, expected bool[height, width]")
+
+
+def extent(mask: Bool[Tensor, "y x"]) -> tuple[int, int, int, int]:
+    """The first row and column of a mask, and those behind its last."""
     (top, bottom), (left, right) = (_ends(mask.any(axis)) for axis in (1, 0))
-    return Segment(label, Box(top, left, bottom, right), mask)
+    return top, left, bottom, right
 
 
-def _ends(present: Bool[Tensor, "n"]) -> tuple[float, float]:
+def _ends(present: Bool[Tensor, "n"]) -> tuple[int, int]:
     places = present.nonzero()
-    return float(places.min()), float(places.max() + 1)
+    return int(places.min()), int(places.max()) + 1
 
 
 def crop(mask: Tensor, box: Box) -> Float[Tensor, "64 64"]:
     """The part of a mask [height width] inside a box, scaled to 64 x 64: bilinear, antialiased, values in [0, 1]."""
+    check_tensor(mask)
     part = mask[pixels(box.ymin, box.ymax, mask.shape[0]), pixels(box.xmin, box.xmax, mask.shape[1])]
     return resize(part.float(), vqvae.SIDE, vqvae.SIDE)
 

@@ -74,6 +74,20 @@ def test_commands_complete_their_prefix(run, place, command):
     assert run(command[0], "red.png", *command[1:], "--max-new-tokens", "6")[1] == expected.text + "\n"
 
 
+def test_an_answer_that_the_limit_ended_is_named_but_for_json(run):
+    said = "stopped at 3 tokens, perhaps within the answer; --max-new-tokens allows more"
+    assert run("caption", "red.png", "--max-new-tokens", "3")[2] == f"pgfunc: red.png: {said}\n"
+    lines = run("ocr", "red.png", "blue.png", "--max-new-tokens", "3")[2].splitlines()
+    assert lines == [f"pgfunc: {name}.png: {said}" for name in ("red", "blue")]
+    assert run("caption", "red.png", "--max-new-tokens", "3", "--json")[2] == ""
+
+
+def test_pictures_are_looked_for_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(pg, "load", lambda *given: pytest.fail("loaded"))
+    for command in (["caption"], ["ocr"], ["score", "--prompt", "what?", "--candidate", "a"]):
+        assert run(*command, "red.png", "no.png") == (2, "", "pgfunc: no.png: no such file\n")
+
+
 def test_several_pictures_give_a_line_each_in_order(run):
     status, out, _ = run("caption", "red.png", "blue.png", "--max-new-tokens", "3", "--json")
     assert status == 0

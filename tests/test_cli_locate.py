@@ -4,14 +4,17 @@ import json
 import os
 import shutil
 import sys
+import weakref
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from cases import text_model
 from PIL import Image
 
 import pgfunc as pg
-from pgfunc import cli, coco, detect, draw, segment, tokenizer, vqvae
+from pgfunc import cli, coco, detect, draw, letters, segment, tokenizer, vqvae
 
 MODEL, VQ = text_model(), vqvae.init(5)
 CODES = "".join(f"<seg{code:03d}>" for code in range(16))
@@ -43,7 +46,7 @@ def asked(monkeypatch) -> list[str]:
     prompts: list[str] = []
 
     def generate(model: pg.Model, image: Image.Image, prefix: str, max_new_tokens: int, **sampling) -> list:
-        assert max_new_tokens == 128
+        assert max_new_tokens == 512
         prompts.append(prefix)
         return [DONE]
 
@@ -73,7 +76,10 @@ def test_detect_prints_an_object_a_line_and_names_what_it_left_out(run, asked):
     sure, unsure = out.splitlines()
     assert sure == "red.png: cat\tx 0.2..0.6, y 0.0..0.3\tconfidence 0.78"
     assert unsure == "red.png: yellow bus\tx 39.1..150.0, y 14.7..74.9"
-    assert err == "pgfunc: red.png: left out 'nonsense': 0 places, expected 4\n"
+    assert err.splitlines() == [
+        "pgfunc: red.png: left out 'nonsense': 0 places, expected 4",
+        "pgfunc: red.png: stopped at 512 tokens, perhaps within the answer; --max-new-tokens allows more",
+    ]
 
 
 @pytest.mark.parametrize("command", ["detect", "segment"])
@@ -104,6 +110,20 @@ def test_detect_json_has_boxes_in_pixels_by_name(run, asked):
     assert (unsure["label"], unsure["confidence"]) == ("yellow bus", None)
     assert unsure["box"] == detect.parse(TEXT, 200, 150)[1].box._asdict()
     assert unsure["box"]["xmin"] == pytest.approx(200 * 200 / 1023)
+
+
+@pytest.mark.parametrize("command", ["detect", "segment"])
+def test_what_to_look_for_is_one_argument_or_several_labels(run, asked, command):
+    assert run(command, "red.png", "blue.png", "--label", "cat", "--label", "yellow bus")[0] == 0
+    assert run(command, "--label", "cat", "red.png")[0] == 0
+    assert run(command, "red.png", "cat ; yellow bus")[0] == 0
+    assert asked == [f"{command} cat ; yellow bus"] * 2 + [f"{command} cat", f"{command} cat ; yellow bus"]
+
+
+def test_an_answer_that_ended_by_itself_is_not_said_to_be_cut_off(run, monkeypatch):
+    whole = pg.Completion(f"{UNSURE} cat", [], [], "eos")
+    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [whole])
+    assert run("detect", "red.png", "cat")[2] == ""
 
 
 def test_segment_json_has_the_masks(run, asked):
@@ -145,6 +165,77 @@ def test_out_of_several_pictures_is_a_folder(run, asked, tmp_path):
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["blue.png", "red.png"]
     assert run("detect", "sub/red.png", "cat", "--out", str(tmp_path))[0] == 0
     assert pg.image.open_image(tmp_path / "red.png").size == (20, 10), "of one picture too, if it is there"
+
+
+KINDS = {"a.jpg": "JPEG", "b.JPEG": "JPEG", "c.png": "PNG", "d.webp": "WEBP", "e.tif": "TIFF", "f.bmp": "BMP"}
+
+
+def test_a_drawing_keeps_the_format_of_its_picture_or_is_a_png(run, asked, place, tmp_path):
+    """A JPEG is not made a PNG of five times its size, and formats with a palette have too few colours."""
+    given = KINDS | {"g.gif": "GIF", "h.ico": "ICO", "j": "JPEG", "k.ppm": "PPM"}
+    for name, kind in given.items():
+        Image.open(place / "red.png").save(tmp_path / name, kind)
+    out = tmp_path / "drawn"
+    assert run("detect", *(str(tmp_path / name) for name in given), "cat", "--out", str(out))[0] == 0
+    found = {}
+    for path in out.iterdir():
+        with Image.open(path) as image:
+            found[path.name] = image.format
+    assert found == KINDS | {"g.png": "PNG", "h.png": "PNG", "j.png": "PNG", "k.png": "PNG"}
+
+
+def test_a_drawing_says_the_confidence_when_asked(run, asked, place, tmp_path):
+    found, given = detect.with_confidence(DONE, MODEL.tokenizer, 200, 150), Image.open(place / "red.png")
+    for options, confidence in (([], False), (["--confidence"], True)):
+        assert run("detect", "red.png", "cat", "--out", str(tmp_path / "x.png"), *options)[0] == 0
+        assert Image.open(tmp_path / "x.png").convert("RGB") == draw.objects(given, found, confidence=confidence)
+
+
+def test_letters_that_no_font_has_are_named_once_and_font_gives_them(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(letters, "installed", tuple)  # a system without fonts
+    text = f"{UNSURE} кот ; {SURE} котик"
+    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [pg.Completion(text, [], [], "eos")])
+    call = ["detect", "red.png", "blue.png", "cat", "--out", str(tmp_path / "drawn")]
+    status, _, err = run(*call)
+    assert (status, err.count("\n")) == (0, 1)
+    assert "letters коти, which are drawn as boxes; --font FILE names one that has" in err
+    dejavu = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    assert run(*call, "--font", dejavu)[2] == ""
+    drawn = Image.open(tmp_path / "drawn" / "red.png").convert("RGB")
+    found = detect.parse(text, 200, 150)
+    assert drawn == draw.objects(Image.new("RGB", (200, 150), (200, 0, 0)), found, dejavu)
+
+
+@pytest.mark.parametrize("coco_file", [False, True])
+def test_masks_of_earlier_pictures_are_not_kept(run, asked, monkeypatch, tmp_path, coco_file):
+    masks, most = [], []
+
+    def with_confidence(*given) -> list:
+        found = original(*given)
+        masks.extend(weakref.ref(item.mask) for item in found)
+        most.append(sum(mask() is not None for mask in masks))
+        return found
+
+    original = segment.with_confidence
+    monkeypatch.setattr(segment, "with_confidence", with_confidence)
+    options = ["--out", str(tmp_path / "drawn"), *(["--coco", str(tmp_path / "x.json")] if coco_file else [])]
+    for number in range(6):
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{number}.png")
+    assert run("segment", *(str(tmp_path / f"{number}.png") for number in range(6)), "cat", *options)[0] == 0
+    assert (len(masks), max(most)) == (12, 4), "those of one picture, and of the one before it"
+
+
+def test_a_picture_that_cannot_be_read_loses_nothing_of_the_others(run, asked, place, tmp_path):
+    (place / "cut.png").write_bytes((place / "red.png").read_bytes()[:60])
+    call = ["detect", "red.png", "cut.png", "sub/red.png", "cat", "--coco", str(tmp_path / "x.json"), "--json"]
+    status, out, err = run(*call)
+    assert status == 1
+    assert [json.loads(line)["image"] for line in out.splitlines()] == ["red.png", "sub/red.png"]
+    assert err.startswith("pgfunc: cut.png: cannot be read as a picture")
+    assert err.count("\n") == 1
+    assert run("detect", "cut.png", "cat")[0] == 2
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [image["file_name"] for image in found["images"]] == ["red.png", "sub/red.png"]
 
 
 def test_coco_has_all_pictures(run, asked, tmp_path):
@@ -201,6 +292,18 @@ MISTAKES = {
     "blank": (["detect", "red.png", " "], "detect needs to know what to look for"),
     "both": (["detect", "red.png", "cat", "--prompt", "dog"], "cat: no such file; --prompt already says what"),
     "missing picture": (["detect", "no.png", "cat"], "no.png: no such file"),
+    "missing among others": (["detect", "red.png", "no.png", "blue.png", "cat"], "no.png: no such file"),
+    "several words": (
+        ["detect", "red.png", "apple", "red berry", "plum"],
+        "apple: no such file; to look for several things: --label apple --label 'red berry' --label plum",
+    ),
+    "label and prompt": (["detect", "red.png", "--label", "cat", "--prompt", "cat"], "give one of them"),
+    "label and last": (["segment", "red.png", "cat", "--label", "dog"], "cat: no such file; --label already says"),
+    "empty label": (["detect", "red.png", "--label", ""], "labels are [''], expected a list of what to look for"),
+    "label of two": (["detect", "red.png", "--label", "a ; b"], "label 'a ; b' cannot be written"),
+    "folder of pictures": (["detect", "sub", "cat"], "sub: cannot be read as a picture, it is a folder"),
+    "temperature": (["detect", "red.png", "cat", "--temperature", "-1"], "temperature is -1.0, expected"),
+    "font missing": (["detect", "red.png", "cat", "--font", "no.ttf"], "no.ttf: cannot be read as a font"),
     "kind of out": (["detect", "red.png", "cat", "--out", "x.json"], "--out x.json: not a kind of picture"),
     "folder of out": (["detect", "red.png", "cat", "--out", "no/x.png"], "no/x.png: there is no folder no"),
     "folder of coco": (["detect", "red.png", "cat", "--coco", "no/x.json"], "no/x.json: there is no folder no"),
@@ -221,6 +324,15 @@ MISTAKES = {
     "mirrored": (["caption", "red.png", "--box", "5,2,3,4"], "is not XMIN,YMIN,XMAX,YMAX inside red.png"),
     "nan": (["caption", "red.png", "--box", "1,2,nan,4"], "is not XMIN,YMIN,XMAX,YMAX inside red.png"),
 }
+
+
+ARGUMENTS = [name for name in MISTAKES if not name.startswith("masks")]
+
+
+@pytest.mark.parametrize("mistake", ARGUMENTS)
+def test_arguments_are_checked_before_anything_is_loaded(run, monkeypatch, mistake):
+    monkeypatch.setattr(pg, "load", lambda *given: pytest.fail("loaded"))
+    assert run(*MISTAKES[mistake][0])[0] == 2
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

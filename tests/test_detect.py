@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import zip_longest
 
 import pytest
 from cases import text_model
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import pgfunc as pg
 from pgfunc import detect, tokenizer
 from pgfunc.detect import Box, Detection
-from pgfunc.errors import PromptError
+from pgfunc.errors import PromptError, SettingError
 
 MODEL = text_model()
 sides = st.integers(1, 5000)
@@ -74,12 +75,9 @@ def test_an_object_without_a_label_ends_at_its_places():
 MALFORMED = {
     "three places": (text(1, 2, 3, label="dog"), "3 places, expected 4"),
     "five places": (text(1, 2, 3, 4, 5, label="dog"), "5 places, expected 4"),
-    "two objects without a semicolon": (f"{CAT} {BUS}", "8 places, expected 4"),
     "cut off": ("<loc0001><loc00", "1 places, expected 4"),
     "text": ("a dog in the grass", "0 places, expected 4"),
-    "label first": (f"dog {text(1, 2, 3, 4)}", "text before or between places"),
-    "label between": (f"{text(1, 2)} dog {text(3, 4)}", "text before or between places"),
-    "codes in the label": (f"{text(1, 2, 3, 4)} dog <seg001>", "text before or between places"),
+    "codes alone": ("<seg001><seg002> dog", "0 places, expected 4"),
     "above 1023": (text(1, 2, 1024, 4, label="dog"), "place 1024 is above 1023"),
     "upside down": (text(3, 2, 1, 4, label="dog"), "corners (3, 2) and (1, 4) are not top left and bottom right"),
     "mirrored": (text(1, 4, 3, 2, label="dog"), "corners (1, 4) and (3, 2) are not top left and bottom right"),
@@ -89,23 +87,95 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_piece_is_named_and_spoils_nothing(case):
+@pytest.mark.parametrize("between", [" ; ", ";", "; "])
+def test_a_malformed_piece_is_named_and_spoils_nothing(case, between):
     piece, reason = MALFORMED[case]
     for pieces in ([piece, CAT, BUS], [CAT, piece, BUS], [CAT, BUS, piece]):
-        written = " ; ".join(pieces)
+        written = between.join(pieces)
         assert detect.parse(written, 40, 30) == detect.parse(f"{CAT} ; {BUS}", 40, 30)
         assert detect.malformed(written) == [(piece, reason)]
 
 
-@given(st.lists(st.sampled_from([CAT, BUS, "<loc0001>", "<seg001>", ";", " ", "cat", "<loc", "0001>", "\n", "é"])))
-def test_any_text_is_read_as_objects_and_malformed_pieces(words):
-    written = "".join(words)
-    pieces = [piece.strip() for piece in written.split(";") if piece.strip()]
-    good, bad = detect.written(written), detect.malformed(written)
-    assert len(good) + len(bad) == len(pieces)
-    assert [item.piece for item in bad] == [piece for piece in pieces if piece in {item.piece for item in bad}]
-    for item in good:
+SEPARATORS = [" ; ", ";", "; ", " ;", ";\n", " ", "", "\n", ", ", ",", ",\n", " , ", "\n\n", "\t"]
+plain = st.text("aé☃< >loc1", max_size=8).map(str.strip)
+corners = st.lists(st.integers(0, 1023), min_size=2, max_size=2, unique=True).map(sorted)
+
+
+@st.composite
+def objects(draw) -> str:
+    (top, bottom), (left, right) = draw(corners), draw(corners)
+    return text(top, left, bottom, right, label=draw(plain), codes=draw(st.sampled_from([0, 0, 3, 16])))
+
+
+@given(st.lists(objects(), max_size=4), st.data())
+def test_whatever_stands_between_objects_each_is_read_as_if_it_stood_alone(pieces, data):
+    between = [data.draw(st.sampled_from(SEPARATORS)) for _ in pieces[1:]]
+    written = "".join(word for pair in zip_longest(pieces, between, fillvalue="") for word in pair)
+    alone = [item for piece in pieces for item in detect.written(piece)]
+    assert [item._replace(starts=()) for item in detect.written(written)] == [
+        item._replace(starts=()) for item in alone
+    ]
+    assert detect.malformed(written) == []
+
+
+@given(st.lists(st.tuples(corners, corners, plain.filter(bool)), min_size=1, max_size=4), st.data())
+def test_labels_may_all_stand_in_front_of_their_places(given, data):
+    pieces = [label + data.draw(st.sampled_from(["", " "])) + text(y[0], x[0], y[1], x[1]) for y, x, label in given]
+    written = data.draw(st.sampled_from(SEPARATORS)).join(pieces)
+    assert [item.label for item in detect.written(written)] == [label for _, _, label in given]
+    assert [item.places for item in detect.written(written)] == [(y[0], x[0], y[1], x[1]) for y, x, _ in given]
+    assert detect.malformed(written) == []
+
+
+@pytest.mark.parametrize("case", [case for case in MALFORMED if case not in ("text", "cut off")])
+@pytest.mark.parametrize("between", [between for between in SEPARATORS if ";" not in between])
+def test_a_malformed_piece_without_semicolons_spoils_nothing_either(case, between):
+    piece, reason = MALFORMED[case]
+    for pieces in ([piece, CAT, BUS], [CAT, piece, BUS], [CAT, BUS, piece]):
+        written = between.join(pieces)
+        assert detect.parse(written, 40, 30) == detect.parse(f"{CAT} ; {BUS}", 40, 30)
+        assert detect.malformed(written) == [(piece, reason)]
+
+
+TOO_FEW, TOO_MANY, BOX = text(1, 2, 3), text(1, 2, 3, 4, 5), text(10, 20, 500, 600)
+HALVES = {
+    "text in front": (f"I see {CAT} here", ["cat here"], ["I see"]),
+    "codes behind the label": (f"{BOX} cat <seg001>", ["cat"], ["<seg001>"]),
+    "codes in front": (f"<seg001>{CAT}", ["cat"], ["<seg001>"]),
+    "places behind the label": (f"{CAT} {TOO_FEW}", ["cat"], [TOO_FEW]),
+    "boxes without labels, and one that was cut off": (f"{BOX}{text(0, 0, 1, 1)}{TOO_FEW}", ["", ""], [TOO_FEW]),
+    "too few, then a line with a box": (f"{TOO_FEW}\n{BOX}", [""], [TOO_FEW]),
+    "too many, then a line with a box": (f"{TOO_MANY} dog\n{CAT}", ["cat"], [f"{TOO_MANY} dog"]),
+    "a comma that is text": (f"{BOX} cat,", ["cat,"], []),
+    "commas all along": (f"{BOX} cat, {BOX} dog,", ["cat", "dog"], []),
+    "commas alone": (", ,", [], [", ,"]),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_what_is_whole_is_kept_and_the_rest_is_named(case):
+    written, labels, left_out = HALVES[case]
+    assert [item.label for item in detect.parse(written, 40, 30)] == labels
+    assert [item.piece for item in detect.malformed(written)] == left_out
+
+
+words = [CAT, BUS, BOX, "<loc0001>", "<seg001>", ";", " ", ", ", "cat", "<loc", "0001>", "\n", "é"]
+
+
+@given(st.lists(st.sampled_from(words), max_size=12))
+def test_any_text_is_read_as_objects_and_malformed_pieces(given):
+    written = "".join(given)
+    left = written
+    for item in detect.read(written):
+        skipped, found, left = left.partition(item.piece)
+        assert found
+        assert not skipped.strip(" ,;\n"), "every word is in a piece, in order"
+    assert not left.strip(" ,;\n")
+    for item in detect.written(written):
         assert [written[start : start + 9] for start in item.starts] == [f"<loc{place:04d}>" for place in item.places]
+    box = re.compile("(?<!>)<loc0010><loc0020><loc0500><loc0600>(?!<)")
+    found = [item for item in detect.written(written) if item.places == (10, 20, 500, 600)]
+    assert len(found) >= len(box.findall(written)), "a box that touches no other word is kept"
 
 
 def test_what_is_not_quite_an_object_and_still_a_box():
@@ -131,6 +201,26 @@ def test_repetitions_are_one_object():
 def test_a_label_that_could_not_be_read_back_is_refused(label):
     with pytest.raises(PromptError, match=re.escape(repr(label))):
         detect.render([Detection(label, Box(0, 0, 1, 1))], 1, 1)
+
+
+@pytest.mark.parametrize("box", [Box(math.nan, 0, 1, 1), Box(0, 0, 1, math.inf), Box(0, -math.inf, 1, 1)])
+def test_a_box_that_is_none_is_not_written(box):
+    with pytest.raises(SettingError, match="its edges are not finite"):
+        detect.render([Detection("cat", box)], 4, 4)
+
+
+@pytest.mark.parametrize("box", [Box(1, 0, 0, 1), Box(0, 1, 1, 0)])
+def test_a_box_whose_edges_are_swapped_is_not_written(box):
+    with pytest.raises(PromptError, match="expected ymin <= ymax and xmin <= xmax"):
+        detect.render([Detection("cat", box)], 4, 4)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, -1)])
+def test_a_picture_without_pixels_has_no_boxes(size):
+    for call in (detect.parse, detect.render):
+        given = (CAT,) if call is detect.parse else ([Detection("cat", Box(0, 0, 1, 1))],)
+        with pytest.raises(SettingError, match=f"a picture of {size[0]} x {size[1]} pixels"):
+            call(*given, *size)
 
 
 def test_prompts():
@@ -162,6 +252,18 @@ def test_confidence_is_the_geometric_mean_of_the_four_places(first, second):
     assert found[0].confidence == pytest.approx(math.exp(-0.1 * (1 + 2 + 3 + 4) / 4))
     start = len(done.tokens) - len(second.encode()) - 4  # one token a byte
     assert found[1].confidence == pytest.approx(math.exp(-0.1 * (start + 2.5)))
+
+
+@pytest.mark.parametrize("between", [" ; ", " ", "", "\n", ", "])
+def test_confidence_goes_with_its_box_whatever_stands_between(between):
+    """Places 0 to 3 are tokens here, and each other character is one: the k-th token has log-probability -k."""
+    boxes = "<loc0000><loc0001><loc0002><loc0003>", "<loc0001><loc0000><loc0003><loc0002>", "<loc0000>"
+    done = completion(between.join((boxes[0] + "cat", boxes[1] + "é", boxes[2])))
+    first, second = detect.with_confidence(done, MODEL.tokenizer, 40, 30)
+    assert (first.label, second.label) == ("cat", "é")
+    start = 4 + len("cat") + len(between)
+    assert first.confidence == pytest.approx(math.exp(-(1 + 2 + 3 + 4) / 4))
+    assert second.confidence == pytest.approx(math.exp(-(start + 2.5)))
 
 
 def test_bytes_that_are_not_text_do_not_shift_the_confidence():

@@ -128,6 +128,21 @@ def test_the_pieces_of_a_stream_joined_are_the_text_of_generate(seed):
     assert all(pieces)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_returns_how_the_text_ended(seed):
+    options = {"temperature": 1.3, "seed": seed}
+    whole = MODEL._replace(cfg=replace(MODEL.cfg, eos=pg.generate(MODEL, RED, "a", 12, **options)[0].tokens[5]))
+    for limit in (3, 12):
+        stream, ended = pg.stream(whole, RED, "a", limit, **options), None
+        try:
+            while True:
+                next(stream)
+        except StopIteration as end:
+            ended = end.value
+        assert ended == pg.generate(whole, RED, "a", limit, **options)[0].finish
+    assert ended == "eos"
+
+
 def test_a_stream_holds_back_half_a_character():
     ids = pg.prompt.text_ids(MODEL, "né漢")
     assert list(tokenizer.pieces(MODEL.tokenizer, ids)) == ["n", "é", "漢"]

@@ -11,7 +11,7 @@ ORDER = [
     "declared", "tokenizer", "dual_prompt", "prompt", "sample", "arguments", "reasons", "replay", "handles", "closures",
     "compilation", "jit", "generate", "floors", "bench", "detect", "vqvae", "checkpoint.keys", "checkpoint.files",
     "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.source",
-    "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "draw", "coco",
+    "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "letters", "draw", "coco",
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora", "train.run",
     "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.parts",
     "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters", "laws.hf",

@@ -1,32 +1,50 @@
 """Commands whose result is a place in the picture: detect (boxes) and segment (masks)."""
 
 import json
-import sys
-from collections.abc import Sequence
+import shlex
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from PIL import Image
-from tqdm import tqdm
 
 import pgfunc as pg
-from pgfunc import coco, draw, vqvae
+from pgfunc import coco, draw, letters, vqvae
 from pgfunc.checkpoint import find
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_file, progress, say, unset, without
+from pgfunc.cli.options import (
+    app,
+    check_file,
+    check_pictures,
+    each,
+    end,
+    exists,
+    say,
+    say_aside,
+    say_length,
+    unset,
+    without,
+)
 from pgfunc.detect import Detection, Malformed
 from pgfunc.errors import CheckpointError, ImageError, PromptError, SettingError, first_line
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS, tokenizer_of, unmarked
+from pgfunc.sample import Settings
 from pgfunc.segment import Segment
 
 MASKS = "masks.safetensors"  # the mask decoder in a model's folder
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")  # of a drawing
 
 Targets = Annotated[list[str], typer.Argument(help="Picture files, and last what to look for: 'cat ; bus'.",
                                               metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
-Wanted = Annotated[str | None, unset("--prompt", help="What to look for, instead of WHAT.")]
-Out = Annotated[Path | None, unset("--out", help="Picture to write, with what was found drawn; a folder for several.")]
+Labels = Annotated[list[str] | None, unset("--label", help="What to look for, instead of WHAT; give several.")]
+Wanted = Annotated[str | None, unset("--prompt", help="The same in one text: 'cat ; bus'.")]
+Out = Annotated[Path | None, unset("--out", help="Picture to write, with what was found drawn; for several a folder, "
+                                                 "each in its own format or, if that is unusual, PNG.")]  # fmt: skip
+Font = Annotated[Path | None, unset("--font", help="Font file for the labels; else those of the system.")]
+Confidence = Annotated[bool, typer.Option("--confidence", help="Draw the confidence beside each label.")]
 Coco = Annotated[Path | None, unset("--coco", help="Write everything that was found in COCO's JSON.")]
 
 
@@ -35,8 +53,11 @@ def locating(name: str, about: str) -> None:
 
     def command(
         targets: Targets,
+        label: Labels = None,
         prompt: Wanted = None,
         out: Out = None,
+        font: Font = None,
+        confidence: Confidence = False,
         coco_file: Coco = None,
         masks: Annotated[
             Path | None,
@@ -44,7 +65,7 @@ def locating(name: str, about: str) -> None:
         ] = None,
         model: options.ModelName = None,
         adapter: options.Adapter = None,
-        max_new_tokens: options.MaxNewTokens = 128,
+        max_new_tokens: options.MaxNewTokens = 512,  # some 60 boxes, or 20 masks
         temperature: options.Temperature = 0.0,
         top_k: options.TopK = None,
         top_p: options.TopP = None,
@@ -57,50 +78,71 @@ def locating(name: str, about: str) -> None:
         tokenizer: options.Vocabulary = None,
         as_json: options.Json = False,
     ) -> None:
-        images, wanted = split(name, targets, prompt)
+        images, wanted = split(name, targets, label, prompt)
         drawings = destinations(images, out)
         if coco_file:
             check_file(coco_file)
+        letters.candidates(font)  # raises for what is no font
+        Settings(temperature, top_k, top_p, min_p)  # and for what is out of range
         decoder = decoder_of(masks, model) if name == "segment" else None
         loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
         prefix = TASKS[name].format(unmarked(wanted, 1))
-        pictures = []
-        for image in progress(images):
-            picture = open_image(image)
-            (done,) = pg.generate(loaded, picture, prefix, **sampling)
-            found, left_out = read(loaded, done, picture, vq)
-            head = {"image": image, "prompt": prefix, "text": done.text, "finish": done.finish}
-            report(head, picture, found, left_out, as_json)
-            pictures.append(coco.Picture(image, *picture.size, found))
-            if out:
-                write_picture(draw.objects(picture, found), drawings[image])
+        unread: list[str] = []
+        unwritten: list[str] = []
+
+        def pictures() -> Iterator[coco.Picture]:
+            for image, picture in each(images, open_image, unread):
+                (done,) = pg.generate(loaded, picture, prefix, **sampling)
+                found, left_out = read(loaded, done, picture, vq)
+                head = {"image": image, "prompt": prefix, "text": done.text, "finish": done.finish}
+                report(head, picture, found, left_out, as_json)
+                if not as_json:
+                    say_length(image, done.finish, max_new_tokens)
+                if out:
+                    write_picture(draw.objects(picture, found, font, confidence), drawings[image])
+                    unwritten.extend(letters.missing(draw.caption(item), font) for item in found)
+                yield coco.Picture(image, *picture.size, found)
+
         if coco_file:
-            write_text(coco_file, json.dumps(coco.dataset(pictures)))  # ASCII: a file's name need not be text
+            write_text(coco_file, json.dumps(coco.dataset(pictures())))  # ASCII: a file's name need not be text
+        else:
+            deque(pictures(), maxlen=0)
+        if said := "".join(dict.fromkeys("".join(unwritten))):
+            say_aside(
+                f"no font here has the letters {said:.80}, which are drawn as boxes; --font FILE names one that has"
+            )
+        end(unread)
 
     app.command(name, help=about)(command if name == "segment" else without(command, "masks"))
 
 
-def split(command: str, targets: list[str], prompt: str | None) -> tuple[list[str], str]:
-    """The pictures, and what to look for on them: the last of the arguments, or --prompt."""
-    if prompt:
-        if not is_file(targets[-1]):
-            raise PromptError(f"{targets[-1]}: no such file; --prompt already says what to look for: {prompt!r}")
-        return targets, prompt
+def split(command: str, targets: list[str], labels: list[str] | None, prompt: str | None) -> tuple[list[str], str]:
+    """The pictures, which are there, and what to look for on them: the last of the arguments, --label or --prompt."""
+    if labels and prompt:
+        raise PromptError("--label and --prompt both say what to look for; give one of them")
+    if labels or prompt:
+        option, wanted = ("--label", pg.detect.wanted(labels)) if labels else ("--prompt", prompt or "")
+        if not exists(targets[-1]):
+            raise PromptError(f"{targets[-1]}: no such file; {option} already says what to look for: {wanted!r:.80}")
+        check_pictures(targets)
+        return targets, wanted
     *images, wanted = targets
     if not images or not wanted.strip() or is_file(wanted):
         raise PromptError(f"{command} needs to know what to look for: pgfunc {command} photo.jpg 'cat'")
+    words = [image for image in images if not exists(image) and not Path(image).suffix]
+    if words:
+        several = " ".join(f"--label {shlex.quote(word)}" for word in [*words, wanted])
+        raise PromptError(f"{words[0]}: no such file; to look for several things: {several:.200}")
+    check_pictures(images)
     return images, wanted
 
 
 def is_file(name: str) -> bool:
-    """Whether a file has this name, which need not be one that a file can have."""
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):
-        return False
+    """Whether a file has this name."""
+    return exists(name) and Path(name).is_file()
 
 
 def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
@@ -114,7 +156,7 @@ def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
     else:
         if out.exists() and not out.is_dir():
             raise SettingError(f"--out {out}: is a file; several pictures need a folder")
-        paths = {image: out / f"{Path(image).stem}.png" for image in images}
+        paths = {image: out / drawing(image) for image in images}
     for image, path in paths.items():
         if path.resolve() in (Path(source).resolve() for source in images):
             raise SettingError(f"--out {out}: would replace the picture {path}")
@@ -123,6 +165,12 @@ def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
     if not out.is_dir():
         check_file(out)
     return paths
+
+
+def drawing(image: str) -> str:
+    """The name of a picture's drawing: its own, where its format is one that holds a drawing."""
+    kind = Image.registered_extensions().get(Path(image).suffix.lower())
+    return Path(image).name if kind in FORMATS and kind in Image.SAVE else f"{Path(image).stem}.png"
 
 
 def decoder_of(masks: Path | None, model: str | None) -> Path:
@@ -161,7 +209,7 @@ def report(
     say(head | size | objects, as_json, "\n".join(f"{image}: {text}" for text in lines))
     if not as_json:
         for piece, reason in left_out:
-            tqdm.write(f"pgfunc: {image}: left out {piece!r:.80}: {reason}", file=sys.stderr)
+            say_aside(f"{image}: left out {piece!r:.80}: {reason}")
 
 
 def as_dict(item: Detection | Segment) -> dict[str, Any]:
@@ -174,7 +222,7 @@ def line(item: Detection | Segment) -> str:
     """An object for people."""
     ymin, xmin, ymax, xmax = item.box
     box = f"x {xmin:.1f}..{xmax:.1f}, y {ymin:.1f}..{ymax:.1f}"
-    pixels = f"\t{int(item.mask.sum())} pixels" if isinstance(item, Segment) else ""
+    pixels = f"\t{int(item.mask.count_nonzero())} pixels" if isinstance(item, Segment) else ""
     label = " ".join(item.label.split())  # a line an object, whatever the model wrote
     return f"{label}\t{box}{pixels}" + ("" if item.confidence is None else f"\tconfidence {item.confidence:.2f}")
 

@@ -2,18 +2,21 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.errors import SettingError
+from pgfunc.errors import ImageError, SettingError
 from pgfunc.lowbit import GROUPS
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="PaliGemma on pictures: caption, ask, ocr, detect, segment, train. SigLIP: embed, classify. "
@@ -70,9 +73,57 @@ def check_file(path: Path) -> None:
         raise SettingError(f"{path}: there is no folder {path.parent} to write it to")
 
 
-def progress(images: list[str]) -> Iterator[str]:
+def check_pictures(images: list[str]) -> None:
+    """Raise ImageError for a picture that is not there: before anything is loaded, not when its turn comes."""
+    for image in images:
+        if not exists(image):
+            raise ImageError(f"{image}: no such file")
+        if Path(image).is_dir():
+            raise ImageError(f"{image}: cannot be read as a picture, it is a folder; name those in it: {image}/*.jpg")
+
+
+def exists(name: str) -> bool:
+    """Whether something has this name, which need not be one that a file can have."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def each(images: Sequence[str], read: Callable[[str], T], left_out: list[str]) -> Iterator[tuple[str, T]]:
+    """Each picture, and what `read` makes of it. Of several, one that cannot be read is left out, and said so."""
+    for image in progress(images):
+        try:
+            value = read(image)
+        except ImageError as error:
+            if len(images) == 1:
+                raise
+            left_out.append(image)
+            say_aside(str(error))
+            continue
+        yield image, value
+
+
+def end(left_out: Sequence[str]) -> None:
+    """Leave with status 1 where pictures were left out, once the results of the others are written."""
+    if left_out:
+        raise typer.Exit(1)
+
+
+def progress(images: Sequence[str]) -> Iterator[str]:
     """The pictures, with a bar on standard error when there are several and somebody watches."""
     yield from tqdm(images, unit="picture", leave=False, disable=None if len(images) > 1 else True)
+
+
+def say_aside(text: str) -> None:
+    """A line on standard error."""
+    tqdm.write(f"pgfunc: {text}", file=sys.stderr)
+
+
+def say_length(image: str, finish: str | None, tokens: int) -> None:
+    """Say on standard error that an answer ended at its limit."""
+    if finish == "length":
+        say_aside(f"{image}: stopped at {tokens} tokens, perhaps within the answer; --max-new-tokens allows more")
 
 
 def say(value: dict[str, Any], as_json: bool, text: str) -> None:

@@ -1,5 +1,6 @@
 """Commands whose result is text: caption, ask, ocr, generate; and score, which compares texts."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +9,7 @@ import pgfunc as pg
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiling
-from pgfunc.cli.options import app, progress, say, unset, without
+from pgfunc.cli.options import app, check_pictures, progress, say, say_length, unset, without
 from pgfunc.errors import PromptError, SettingError
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS, unmarked
@@ -44,6 +45,7 @@ def completing(name: str, template: str | None, about: str) -> None:
         tokenizer: options.Vocabulary = None,
         as_json: options.Json = False,
     ) -> None:
+        check_pictures(images)
         prefixes = [as_prefix(name, template, prompt)] * len(images)
         if box is not None:
             prefixes = [region(box, image, prefix) for image, prefix in zip(images, prefixes, strict=True)]
@@ -54,15 +56,27 @@ def completing(name: str, template: str | None, about: str) -> None:
         with compiling(sampling["compile"], compiled, where):
             loaded = pg.load(model, dtype, where, config, tokenizer, quantize, adapter=adapter)
             if len(images) == 1 and not as_json:
-                for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):
-                    print(piece, end="", flush=True)
-                print()
+                finish = show(pg.stream(loaded, images[0], prefixes[0], **sampling))
+                say_length(images[0], finish, max_new_tokens)
                 return
             for image, prefix in zip(progress(images), prefixes, strict=True):
                 (done,) = pg.generate(loaded, image, prefix, **sampling)
                 say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
+                if not as_json:
+                    say_length(image, done.finish, max_new_tokens)
 
     app.command(name, help=about)(command if name == "caption" else without(command, "box"))
+
+
+def show(pieces: Iterable[str]) -> Any:
+    """Print a text as it comes; returns what its generator returns."""
+    coming = iter(pieces)
+    while True:
+        try:
+            print(next(coming), end="", flush=True)
+        except StopIteration as end:
+            print()
+            return end.value
 
 
 def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
@@ -89,9 +103,9 @@ def region(box: str, image: str, task: str) -> str:
     return pg.detect.region(pg.detect.Box(top, left, bottom, right), width, height, task)
 
 
-completing("caption", TASKS["caption"], "Say what is in each picture. --prompt replaces 'caption en'.")
+completing("caption", TASKS["caption"], "Say what is in each picture. --prompt replaces 'caption en', the question.")
 completing("ask", TASKS["ask"], "Answer a question, given with --prompt, about each picture.")
-completing("ocr", TASKS["ocr"], "Read the text in each picture.")
+completing("ocr", TASKS["ocr"], "Read the text in each picture. --prompt replaces 'ocr', the question.")
 completing("generate", None, "Complete any prefix, given with --prompt, on each picture.")
 
 
@@ -110,6 +124,7 @@ def score(
     as_json: options.Json = False,
 ) -> None:
     """Compare given answers by their log-probability, most probable first."""
+    check_pictures(images)
     loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
     for image in progress(images):
         (scores,) = pg.score(loaded, image, prompt, candidate).tolist()

@@ -26,7 +26,7 @@ from pgfunc.generate import advance, bucketed, compiled_advance, compiled_begin,
 from pgfunc.jit import compiled_in
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, fits
-from pgfunc.sample import Settings, greedy
+from pgfunc.sample import Settings, greedy, whole
 
 GREEDY = Settings()
 STAGES = ("vision", "prefill", "decode", "generate")
@@ -64,8 +64,7 @@ class Case:
                 raise SettingError(f"stage is {stage}, expected {', '.join(STAGES)}")
         # the first token is the prefill's
         for name, least in {"batch": 1, "prompt-tokens": 1, "tokens": 2, "repeat": 1}.items():
-            if (found := getattr(self, name.replace("-", "_"))) < least:
-                raise SettingError(f"{name} is {found}, expected {least} or more")
+            whole(name, getattr(self, name.replace("-", "_")), least)
         fits(cfg, 1, self.prompt_tokens + self.tokens)
         filled = self.length(cfg) + self.tokens
         if self.slots is not None and self.slots < filled:

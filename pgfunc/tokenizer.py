@@ -34,8 +34,6 @@ class Tokenizer:
 
 def load(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: missing")
     return wrap(read(path), str(path))
 
 
@@ -45,6 +43,8 @@ def read(path: Path) -> Backend:
         text = path.read_text(encoding="utf-8")
         with panics_are_errors():
             backend = Backend.from_str(text)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
     except Exception as error:  # the package raises bare Exception, and quotes the file, newlines included
         raise CheckpointError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from error
     # to mark a tokenizer or to save it, the package counts up to the largest id; all ids are asked for only where one

@@ -34,7 +34,7 @@ LABELS = {
 
 @app.command()
 def bench(
-    model: options.ModelName = None,
+    model: options.Named = None,
     config: Name = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows.")] = 1,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Text tokens a row, beside a picture's.")] = 16,

@@ -1,17 +1,16 @@
 """Compiled code for the commands: what cannot compile says so, and a folder of code knows for what it was made."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import pgfunc as pg
 from pgfunc.bench import hardware
+from pgfunc.cli.options import say_aside
 from pgfunc.errors import SettingError, first_line
 
 MADE_FOR = "made-for.json"  # in a folder of compiled code
@@ -45,7 +44,7 @@ def compiling(compile: bool, folder: Path | None, device: torch.device) -> Itera
     with compiles("is there a C++ compiler? It runs without --compile"), inside:
         yield
     if folder and before and set(compiled_files(folder)) - before:
-        tqdm.write(f"pgfunc: {folder} had no code for this; it has now", file=sys.stderr)
+        say_aside(f"{folder} had no code for this; it has now")
 
 
 def kind_of(device: torch.device) -> dict[str, Any]:

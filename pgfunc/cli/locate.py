@@ -1,20 +1,18 @@
 """Commands whose result is a place in the picture: detect (boxes) and segment (masks)."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from PIL import Image
-from tqdm import tqdm
 
 import pgfunc as pg
 from pgfunc import coco, draw, vqvae
 from pgfunc.checkpoint import find
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_file, progress, say, unset, without
+from pgfunc.cli.options import app, check_file, progress, say, say_aside, unset, without
 from pgfunc.detect import Detection, Malformed
 from pgfunc.errors import CheckpointError, ImageError, PromptError, SettingError, first_line
 from pgfunc.image import open_image
@@ -157,10 +155,10 @@ def report(
     size = {"width": picture.width, "height": picture.height}
     objects = {"objects": [as_dict(item) for item in found], "malformed": [item._asdict() for item in left_out]}
     lines = [line(item) for item in found] or ["nothing found"]
-    say(head | size | objects, as_json, "\n".join(f"{image}: {text}" for text in lines))
+    say(head | size | objects, as_json, *(f"{image}: {text}" for text in lines))
     if not as_json:
         for piece, reason in left_out:
-            tqdm.write(f"pgfunc: {image}: left out {piece!r:.80}: {reason}", file=sys.stderr)
+            say_aside(f"{image}: left out {piece!r:.80}: {reason}")
 
 
 def as_dict(item: Detection | Segment) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiling
 from pgfunc.cli.options import app, progress, say, unset, without
-from pgfunc.errors import PromptError, SettingError
+from pgfunc.errors import PromptError, SettingError, harmless
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS
 
@@ -54,7 +54,7 @@ def completing(name: str, template: str | None, about: str) -> None:
             loaded = pg.load(model, dtype, where, config, tokenizer, quantize)
             if len(images) == 1 and not as_json:
                 for piece in pg.stream(loaded, images[0], prefixes[0], **sampling):
-                    print(piece, end="", flush=True)
+                    print(harmless(piece, keep="\n\t"), end="", flush=True)
                 print()
                 return
             for image, prefix in zip(progress(images), prefixes, strict=True):
@@ -113,4 +113,4 @@ def score(
         (scores,) = pg.score(loaded, image, prompt, candidate).tolist()
         ranked = sorted(zip(candidate, scores, strict=True), key=lambda pair: -pair[1])
         lines = [f"{image}: {answer}\t{value:.4f}" for answer, value in ranked]
-        say({"image": image, "prompt": prompt, "scores": dict(ranked)}, as_json, "\n".join(lines))
+        say({"image": image, "prompt": prompt, "scores": dict(ranked)}, as_json, *lines)

@@ -16,7 +16,6 @@ last.
 """
 
 import inspect
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pgfunc import replay
 from pgfunc.arguments import Argument, Arguments, Kind, as_input, repeated, shape
 from pgfunc.cache import Cache
+from pgfunc.codefolder import code_in
 from pgfunc.errors import SettingError
 from pgfunc.handles import buffers, continued, lineage_of, writable
 from pgfunc.ops import transformed
@@ -43,7 +43,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 for operation in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
     torch.compiler.allow_in_graph(operation)  # whole: to trace how a pattern is parsed took most of a compilation
-VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # which PyTorch and Triton read when they compile
 CACHE = "the continuation"  # stands for it among the results of compiled code
 
 
@@ -82,15 +81,12 @@ def compiled_in(folder: str | Path) -> Iterator[None]:
             pg.generate(model, images, prefixes, compile=True)
 
     Another process, or another machine with the same PyTorch and kind of device, starts with a copy of it in seconds.
+    What lies there is run: use a folder only if you trust whoever made it. Raises SettingError for one in which other
+    users can write, or where another thread is in a folder of its own: PyTorch has one for the whole process, set in
+    `os.environ`. Files that are damaged are thrown away, and made again.
     """
-    places = {name: str(Path(folder).absolute() / name.split("_")[0].lower()) for name in VARIABLES}
-    kept = {name: os.environ.get(name) for name in places}
-    os.environ.update(places)
-    try:
+    with code_in(Path(folder).absolute()):
         yield
-    finally:
-        for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 class Jitted(Generic[P, R]):

@@ -85,7 +85,10 @@ TopP = Annotated[float | None, unset("--top-p", help="Sample among the fewest to
 MinP = Annotated[float | None, unset("--min-p", help="Sample among tokens p times as probable as the best.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when the temperature is not 0.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the decode step first: pays off for many tokens.")]
-Compiled = Annotated[Path | None, unset("--compiled", help="The same with code from this folder: `pgfunc compile`.")]
+Compiled = Annotated[
+    Path | None,
+    unset("--compiled", help="The same with code from this folder, which is run: `pgfunc compile` makes one."),
+]
 Device = Annotated[str | None, unset("--device", help="cpu, cuda, cuda:1; without it CUDA where there is one.")]
 Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it the files' own.")]
 Quantize = Annotated[str | None, unset("--quantize", help=f"Language model in fewer bits: {', '.join(GROUPS)}.")]

@@ -52,7 +52,9 @@ def compile(
         raise SettingError(f"{folder}: cannot be a folder for compiled code ({error.strerror})") from error
     with enough_memory("lower --batch, or give --dtype bfloat16"), compiling(True, folder, where):
         loaded = pg.load(model, dtype, where, config, quantize=quantize)
-        Case(batch, prompt_tokens, max_new_tokens).check(loaded.cfg)
+        case = Case(batch, prompt_tokens, max_new_tokens)
+        case.check(loaded.cfg)
+        case.check_memory(loaded.cfg, loaded.params.projector.dtype, where, 0)
         endless = loaded._replace(cfg=replace(loaded.cfg, eos=-1))
         prompt = random_prompt(loaded.cfg, batch, prompt_tokens, where)
         start = perf_counter()

@@ -108,10 +108,12 @@ def without(command: Callable[..., None], option: str) -> Callable[..., None]:
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """A SettingError that says what helps, where the memory of a GPU does not suffice."""
+    """A SettingError that says what helps, where the memory of a device does not suffice."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise  # a CPU's allocator raises a plain RuntimeError
         raise SettingError(f"not enough memory on the device: {remedy}") from error
 
 

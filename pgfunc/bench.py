@@ -4,11 +4,13 @@ The bandwidth of the memory and the rate of a matrix product are measured on the
 decode and generate on a random prompt. Knows nothing about the command line.
 """
 
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -26,7 +28,7 @@ from pgfunc.generate import advance, bucketed, compiled_advance, compiled_begin,
 from pgfunc.jit import compiled_in
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, fits
-from pgfunc.sample import Settings, greedy
+from pgfunc.sample import Settings, greedy, whole
 
 GREEDY = Settings()
 STAGES = ("vision", "prefill", "decode", "generate")
@@ -64,12 +66,25 @@ class Case:
                 raise SettingError(f"stage is {stage}, expected {', '.join(STAGES)}")
         # the first token is the prefill's
         for name, least in {"batch": 1, "prompt-tokens": 1, "tokens": 2, "repeat": 1}.items():
-            if (found := getattr(self, name.replace("-", "_"))) < least:
-                raise SettingError(f"{name} is {found}, expected {least} or more")
+            whole(name, getattr(self, name.replace("-", "_")), least)
         fits(cfg, 1, self.prompt_tokens + self.tokens)
         filled = self.length(cfg) + self.tokens
         if self.slots is not None and self.slots < filled:
             raise SettingError(f"slots is {self.slots}, expected {filled} or more: so many get filled")
+
+    def check_memory(self, cfg: Config, dtype: torch.dtype, device: torch.device, weights: int) -> None:
+        """Raise SettingError for what the device's memory cannot hold beside so many bytes of weights: on a CPU the
+        system would end the process."""
+        slots = self.length(cfg) + self.room(cfg)
+        cache = 2 * cfg.text.layers * slots * cfg.text.kv_heads * cfg.text.head_dim * dtype.itemsize
+        hidden = max(cfg.vision.tokens * cfg.vision.hidden, self.length(cfg) * cfg.text.hidden) * dtype.itemsize
+        row = cache + hidden + 4 * (3 * cfg.vision.image_size**2 + cfg.text.vocab)  # pixels and logits in float32
+        needed, there = weights + self.batch * row, memory(device)
+        if needed > there:
+            raise SettingError(
+                f"batch {self.batch:,} with {slots:,} slots needs {needed / 1e9:,.1f} GB, and {device} has "
+                f"{there / 1e9:,.1f}; lower --batch or --slots"
+            )
 
     def length(self, cfg: Config) -> int:
         """The tokens of a row's prompt, its picture's included."""
@@ -123,6 +138,17 @@ def copy_bandwidth(buffer: Float[Tensor, "n"]) -> float:
     """Bytes/s of a copy on the device: the bytes read and the bytes written."""
     other = torch.empty_like(buffer)
     return 2 * tree.nbytes(buffer) / min(times(lambda: other.copy_(buffer), buffer.device, 5, 10))
+
+
+def memory(device: torch.device) -> int | float:
+    """The bytes that a device has; of a CPU, those of the machine or what a container may use of them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if not hasattr(os, "sysconf"):  # Windows
+        return inf
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), int(text) if text.isdigit() else inf)
 
 
 def hardware(device: torch.device) -> str:

@@ -8,6 +8,14 @@ as the command line does.
 import re
 
 LONGEST = 1000  # characters of a message; what a file says of itself may be a megabyte
+# what a terminal obeys, breaks a line, or turns the direction of the rest of it; and halves of characters
+COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def harmless(text: str, keep: str = "") -> str:
+    """Text to be shown, in which nothing commands a terminal or forges a line: such characters, but for those to keep,
+    are escaped."""
+    return COMMANDS.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
 
 
 class PgfuncError(Exception):

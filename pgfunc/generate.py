@@ -24,7 +24,7 @@ from pgfunc.jit import jit
 from pgfunc.ops import plain, widen
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
-from pgfunc.sample import Settings, choose, logprob
+from pgfunc.sample import Settings, choose, logprob, whole
 
 POLL = 8  # tokens
 AT_ONCE = 2**28  # bytes of logits of the answers that are scored together
@@ -226,8 +226,7 @@ def answer_scores(
 
 def uniform(seed: int, rows: Sequence[int], tokens: int) -> Float[Tensor, "rows tokens"]:
     """The random numbers of some rows: in [0, 1), float64, a stream of its own for each (seed, row)."""
-    if not 0 <= seed < 2**32:  # numpy reads a larger one as several words, and pairs would coincide
-        raise SettingError(f"seed is {seed}, expected 0 to {2**32 - 1}")
+    seed = whole("seed", seed, 0, 2**32 - 1)  # numpy reads a larger one as several words, and pairs would coincide
     return torch.from_numpy(np.stack([np.random.default_rng((seed, row)).random(tokens) for row in rows]))
 
 
@@ -249,8 +248,7 @@ def grouped(model: Model, rows: list[Row], size: int, run: Callable[[list[int], 
 
 def prepare_with_room(model: Model, images: Any, prefixes: Any, size: int) -> Prompt:
     """`prepare`, with a check that `size` tokens more fit the model's positions."""
-    if size < 1:
-        raise SettingError(f"max-new-tokens is {size}, expected 1 or more")
+    whole("max-new-tokens", size, 1)
     prompt = prepare(model, images, prefixes)
     fits(model.cfg, prompt.pixels.shape[1], prompt.tokens.shape[1] + size)
     return prompt

@@ -16,7 +16,6 @@ last.
 """
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -33,6 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pgfunc import reasons, replay
 from pgfunc.arguments import Argument, Arguments, Kind, as_input, repeated, shape
 from pgfunc.cache import Cache
+from pgfunc.codefolder import code_in
 from pgfunc.compilation import CACHE, Code, check_appends, compiled, continuation, explained, regional
 from pgfunc.errors import CacheFullError, SettingError
 from pgfunc.handles import Arena, buffers, continued, copied, is_newest, known, lineage_of
@@ -41,7 +41,6 @@ from pgfunc.ops import on_host, transformed
 P = ParamSpec("P")
 R = TypeVar("R")
 MANY = 8  # compilations of one function, from which on each is worth a warning
-VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # which PyTorch and Triton read when they compile
 
 
 _within: ContextVar[bool] = ContextVar("within", default=False)  # whether a function runs as it is, to be checked
@@ -87,15 +86,12 @@ def compiled_in(folder: str | Path) -> Iterator[None]:
             pg.generate(model, images, prefixes, compile=True)
 
     Another process, or another machine with the same PyTorch and kind of device, starts with a copy of it in seconds.
+    What lies there is run: use a folder only if you trust whoever made it. Raises SettingError for one in which other
+    users can write, or where another thread is in a folder of its own: PyTorch has one for the whole process, set in
+    `os.environ`. Files that are damaged are thrown away, and made again.
     """
-    places = {name: str(Path(folder).absolute() / name.split("_")[0].lower()) for name in VARIABLES}
-    kept = {name: os.environ.get(name) for name in places}
-    os.environ.update(places)
-    try:
+    with code_in(Path(folder).absolute()):
         yield
-    finally:
-        for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 class Jitted(Generic[P, R]):

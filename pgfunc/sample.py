@@ -7,6 +7,8 @@ A filter sets what it excludes to -inf and leaves the rest alone, so filters com
 import math
 import sys
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ PART = 512  # logits
 class Settings:
     """How to choose a token. Temperature 0 is greedy; `None` is no filter.
 
-    Raises SettingError for a value outside its range.
+    Raises SettingError for a value outside its range, or that is no number. At temperature 0 filters change nothing.
     """
 
     temperature: float = 0.0
@@ -33,14 +35,40 @@ class Settings:
     min_p: float | None = None
 
     def __post_init__(self):
+        own = {
+            "temperature": real("temperature", self.temperature),
+            "top_k": None if self.top_k is None else whole("top-k", self.top_k, 1),
+            "top_p": None if self.top_p is None else real("top-p", self.top_p),
+            "min_p": None if self.min_p is None else real("min-p", self.min_p),
+        }
+        for name, value in own.items():
+            object.__setattr__(self, name, value)  # Python's own numbers: numpy's would be tensors in compiled code
         if not 0 <= self.temperature < float("inf"):
             raise SettingError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise SettingError(f"top-k is {self.top_k}, expected 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SettingError(f"top-p is {self.top_p}, expected more than 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise SettingError(f"min-p is {self.min_p}, expected 0 to 1")
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A setting that is an integer, numpy's included. Raises SettingError for anything else, or outside its range."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise SettingError(f"{name} is {value!r:.60}, expected a whole number")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise SettingError(f"{name} is {number}, expected {least} {'or more' if most is None else f'to {most}'}")
+    return number
+
+
+def real(name: str, value: Any) -> float:
+    """A setting that is a number, numpy's included. Raises SettingError for anything else."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise SettingError(f"{name} is {value!r:.60}, expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise SettingError(f"{name} is beyond the range of a float") from None
 
 
 def choose(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"], settings: Settings) -> Int[Tensor, "*b"]:

@@ -66,14 +66,14 @@ class Tokenizer(Reader):
 
 def load(path: Path, control: Iterable[int] = ()) -> Tokenizer:
     """Read a `tokenizer.json`. `control` are ids that are control tokens whatever their names."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: missing")
     return made(read(path), str(path), control)
 
 
 def read(path: Path) -> Backend:
     """The backend in a file, and in it the tokens that the files beside it define."""
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path}: missing")
         if not path.is_file() or path.stat().st_size > MOST_BYTES:
             raise ValueError(f"expected a file of at most {MOST_BYTES:,} bytes")
         content = path.read_bytes()

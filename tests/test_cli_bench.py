@@ -119,6 +119,10 @@ MISTAKES = {
     ("--tokens", "1"): "tokens is 1",
     ("--repeat", "0"): "repeat is 0",
     ("--threads", "0"): "threads is 0",
+    ("--threads", "1000000"): "threads is 1000000, expected 1 to 1024",
+    ("--batch", "1000000000"): "batch 1,000,000,000 with ",
+    ("--batch", str(10**30)): f"batch {10**30:,} with ",
+    ("--config", "paligemma-3b-224", "--batch", "100000"): "batch 100,000 with ",
     ("--prompt-tokens", "9000"): "1 x 256 image tokens and 9128 of text do not fit",
     ("--slots", "5"): "slots is 5",
     ("--config", "paligemma-3b"): "config paligemma-3b is not one of paligemma-3b-224, ",
@@ -142,6 +146,10 @@ def test_a_mistake_is_one_line_before_anything_is_measured(run, arguments, monke
 
 FAILURES = {
     "not enough memory on the device: lower --batch": torch.OutOfMemoryError("CUDA out of memory. Tried\nto"),
+    "not enough memory on the device: lower --batch or": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you"
+    ),
+    "not enough memory on the device: lower --batch or --slots": MemoryError(),
     "torch.compile fails here (no C++ compiler): give --no-compile": TorchDynamoException("no C++ compiler\n\nmore"),
 }
 

@@ -1,6 +1,8 @@
 """Whatever lies in people's folders becomes the numbers that transformers' processor makes of it, or an ImageError."""
 
 import io
+import os
+import socket
 import struct
 import zlib
 from collections.abc import Callable
@@ -237,21 +239,82 @@ def test_a_grey_ramp_is_itself_in_every_depth(name):
     assert np.array_equal(rgb(RAMPS[name]), GREY)
 
 
-@given(st.integers(0, 65_535))
-def test_sixteen_bits_are_rounded_to_the_nearest_level(level):
-    (found,) = {*rgb(Image.fromarray(np.full((2, 2), level, np.uint16))).flatten()}
-    assert abs(found - level / 257) <= 0.5
+DEPTHS: dict[str, Callable[[np.ndarray], image.Source]] = {
+    "I": lambda levels: Image.fromarray(levels.astype(np.int32)),
+    "I;16": lambda levels: Image.fromarray(levels.astype(np.uint16)),
+    "I;16B": lambda levels: Image.frombytes("I;16B", levels.shape[::-1], levels.astype(">u2").tobytes()),
+    "PNG of 16 bits": lambda levels: encoded(Image.fromarray(levels.astype(np.uint16)), "PNG"),
+    "TIFF of 32 bits": lambda levels: encoded(Image.fromarray(levels.astype(np.int32)), "TIFF"),
+    "uint16": lambda levels: levels.astype(np.uint16),
+    "big-endian uint16": lambda levels: levels.astype(">u2"),
+    "torch.uint16": lambda levels: torch.from_numpy(levels.astype(np.uint16)),
+}
+
+
+@given(st.sampled_from(sorted(DEPTHS)), st.integers(1, 65_535), seeds)
+def test_levels_of_more_than_eight_bits_are_rounded_unless_all_are_levels_of_eight(name, most, seed):
+    levels = np.random.default_rng(seed).integers(0, most + 1, (5, 7))
+    found = rgb(DEPTHS[name](levels))[:, :, 0]
+    if levels.max() <= 255:  # as Pillow's own `convert` has them
+        assert np.array_equal(found, levels)
+    else:
+        assert np.abs(found - levels / 257).max() <= 0.5
 
 
 @given(st.floats(0, 1))
 def test_shares_are_rounded_to_the_nearest_level(share):
-    (found,) = {*rgb(np.full((2, 2), share)).flatten()}
-    assert abs(found - share * 255) <= 0.5
+    for source in (np.full((2, 2), share), Image.fromarray(np.full((2, 2), share, np.float32))):
+        (found,) = {*rgb(source).flatten()}
+        assert abs(found - share * 255) <= 0.5 + 1e-4  # float32
 
 
-def test_levels_beyond_sixteen_bits_are_black_or_white():
-    levels = np.array([[-5, 0, 65_535, 10**6]], np.int32)
-    assert rgb(Image.fromarray(levels))[0, :, 0].tolist() == [0, 0, 255, 255]
+@given(st.floats(1.001, 255), seeds)
+def test_floats_above_one_are_the_levels_that_pillow_sees(most, seed):
+    levels = np.random.default_rng(seed).uniform(0, most, (5, 7)).astype(np.float32)
+    levels[0, 0] = most
+    picture = Image.fromarray(levels)
+    assert np.array_equal(rgb(encoded(picture, "TIFF")), np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("levels", [[-1, 9], [0, 65_536], [0, 2**31 - 1]], ids=str)
+def test_integers_outside_the_range_of_levels_are_refused(levels):
+    with pytest.raises(ImageError, match=f"levels are {levels[0]} to {levels[1]}, expected 0 to 65,535") as error:
+        rgb(Image.fromarray(np.array([levels], np.int32)))
+    message(error)
+
+
+@pytest.mark.parametrize("levels", [[-0.5, 0.5], [0, 255.5], [0, np.nan], [0, np.inf]], ids=str)
+def test_floats_outside_the_range_of_levels_are_refused(levels):
+    with pytest.raises(ImageError, match="expected 0 to 255; scale them first") as error:
+        rgb(Image.fromarray(np.array([levels], np.float32)))
+    message(error)
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white():
+    expected = GREY.copy()
+    expected[0, 9] = 255
+    assert np.array_equal(rgb(encoded(Image.fromarray(DEEP), "PNG", transparency=9 * 257)), expected)
+
+
+MODES = ["1", "L", "P", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "I", "F",
+         "I;16", "I;16L", "I;16B", "I;16N"]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_in_which_pillow_keeps_levels_shows_what_pillow_shows(mode):
+    picture = Image.fromarray(noise(9, 11)).convert("L").convert(mode)
+    assert picture.mode == mode
+    assert np.array_equal(
+        rgb(picture), np.asarray(picture.convert("L").convert("RGB") if mode[0] in "IF" else picture.convert("RGB"))
+    )
+
+
+def test_a_large_picture_is_converted_in_parts_as_it_is_whole(monkeypatch):
+    picture = Image.fromarray(noise(70, 30, channels=4))
+    whole = [rgb(picture.convert(mode)) for mode in ("RGBA", "P", "CMYK")] + [rgb(DEEP)]
+    monkeypatch.setattr(image, "BAND", 100)
+    parts = [rgb(picture.convert(mode)) for mode in ("RGBA", "P", "CMYK")] + [rgb(DEEP)]
+    assert all(np.array_equal(one, other) for one, other in zip(whole, parts, strict=True))
 
 
 def test_one_bit_is_black_and_white():
@@ -349,6 +412,8 @@ NOT_PICTURES = {
     "no columns": np.zeros((5, 0), np.uint8),
     "two channels": np.zeros((5, 5, 2), np.uint8),
     "channels first": torch.zeros(3, 5, 5),
+    "grey with its channel first": torch.zeros(1, 5, 5),
+    "batch": torch.zeros(1, 3, 5, 5),
     "above 1": np.full((5, 5), 1.001),
     "below 0": np.full((5, 5, 3), -0.001),
     "levels as floats": np.full((5, 5), 255.0),
@@ -356,7 +421,11 @@ NOT_PICTURES = {
     "inf": np.full((5, 5), np.inf),
     "int64": np.zeros((5, 5), np.int64),
     "int8": np.zeros((5, 5), np.int8),
+    "uint32": np.zeros((5, 5), np.uint32),
     "complex": np.zeros((5, 5), complex),
+    "complex tensor": torch.zeros(5, 5, dtype=torch.complex64),
+    "sparse": torch.zeros(5, 5).to_sparse(),
+    "no values": torch.zeros(5, 5, device="meta"),
     "objects": np.full((5, 5), "a", object),
     "PIL without rows": Image.new("RGB", (5, 0)),
     "PIL without columns": Image.new("I;16", (0, 5)),
@@ -387,6 +456,44 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
         with pytest.raises(ImageError, match="the given picture") as error:
             image.pixels(source, CFG)
         assert "0x" not in message(error)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as endpoint:
+        endpoint.bind(str(tmp_path / "socket"))
+        for path in (tmp_path / "pipe", tmp_path / "socket", "/dev/zero", "/dev/null", tmp_path):
+            with pytest.raises(ImageError, match="a folder, a pipe or a device; expected a file") as error:
+                image.pixels(path, CFG)
+            assert message(error).startswith(f"{path}: ")
+    with pytest.raises(ImageError, match="File name too long"):
+        image.pixels("x" * 300 + ".png", CFG)
+
+
+def segmented(segments: int) -> bytes:
+    """A JPEG with so many segments of Exif data, which Pillow joins one by one."""
+    file, data = encoded(Image.new("RGB", (8, 8)), "JPEG"), b"Exif\0\0abcd"
+    return file[:2] + (b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data) * segments + file[2:]
+
+
+def commented(comments: int) -> bytes:
+    """A GIF with so many comments, likewise."""
+    file = encoded(Image.new("L", (8, 8)), "GIF")
+    start = file.index(b",")
+    return file[:start] + b"!\xfe\x01a\0" * comments + file[start:]
+
+
+def test_a_header_in_very_many_pieces_is_refused():
+    for made in (segmented, commented):
+        assert rgb(made(1000)).shape == (8, 8, 3)
+        with pytest.raises(ImageError, match="header is in more than 20,000 pieces"):
+            rgb(made(10**5))
+
+
+@pytest.mark.parametrize("size", [(10**6, 1), (1, 10**6)], ids=str)
+def test_a_picture_of_a_million_pixels_in_one_line_is_refused(size):
+    with pytest.raises(ImageError, match="too many pixels"):
+        image.pixels(encoded(Image.new("1", size), "PNG"), replace(CFG, vision=replace(CFG.vision, image_size=224)))
 
 
 @pytest.mark.parametrize(("fault", "said"), [("one\ntwo", "(one)"), ("", "(OSError)")])

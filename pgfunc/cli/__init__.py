@@ -6,7 +6,10 @@ JSON on standard output; progress goes to standard error. Each file of commands 
 
 import io
 import logging
+import os
 import sys
+import warnings
+from contextlib import suppress
 
 # in this order the commands stand in --help
 from pgfunc.cli import text as text  # isort: skip
@@ -22,12 +25,44 @@ from pgfunc.errors import PgfuncError, with_options
 
 
 def main() -> None:
-    """Run the command line; a PgfuncError is its message, which names options, and exit status 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
-    logging.basicConfig(format="%(name)s: %(message)s")
+    """Run the command line; a PgfuncError is its message, which names options, and exit status 2.
+
+    So is a file that cannot be used.
+    """
+    own_process()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except PgfuncError as error:
-        print(f"pgfunc: {with_options(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        fail(with_options(str(error)))
+    except BrokenPipeError:  # who reads has enough, as `head`
+        silence()
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:
+            fail(str(PgfuncError(f"{error.filename}: {error.strerror}")))
+        silence()
+        fail(f"standard output: cannot be written ({error.strerror})")
+
+
+def own_process() -> None:
+    """Set up what belongs to the whole process, as a command may: a library may not."""
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # where the shell closed them
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal of another encoding cannot show
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata: what counts is that the pixels decode
+    logging.basicConfig(format="%(name)s: %(message)s")
+
+
+def fail(message: str) -> None:
+    """One line on standard error, and status 2."""
+    with suppress(OSError):
+        print(f"pgfunc: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def silence() -> None:
+    """Nothing is written to standard output any more, not even what Python holds back until it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

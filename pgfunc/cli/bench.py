@@ -22,9 +22,12 @@ from pgfunc.cli import options
 from pgfunc.cli.compiled import compiles
 from pgfunc.cli.options import app, enough_memory, unset
 from pgfunc.errors import DeviceError, SettingError
+from pgfunc.sample import whole
 
 Name = Annotated[str | None, unset("--config", help="A published name: random weights. Or, for a .npz, its config.")]
 Dtype = Annotated[str | None, unset("--dtype", help="Of the weights; else the files' own, bfloat16 if random.")]
+
+MOST_THREADS = 1024  # a million end the process
 
 LABELS = {
     "load": "load, read once", "draw": "random weights", "vision": "vision", "prefill": "prefill, with vision",
@@ -34,7 +37,7 @@ LABELS = {
 
 @app.command()
 def bench(
-    model: options.ModelName = None,
+    model: options.Named = None,
     config: Name = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows.")] = 1,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Text tokens a row, beside a picture's.")] = 16,
@@ -59,8 +62,8 @@ def bench(
     product, both measured first. Times are medians. The checkpoint is the shipped one without --model and --config.
     """
     case = Case(batch, prompt_tokens, tokens, slots, repeat, compile, tuple(stage or STAGES))
-    if threads is not None and threads < 1:
-        raise SettingError(f"threads is {threads}, expected 1 or more")
+    if threads is not None:
+        whole("threads", threads, 1, MOST_THREADS)
     where = as_device(device)
     if where.type == "meta":
         raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to measure; name another")
@@ -69,6 +72,7 @@ def bench(
     cfg = headers.cfg if headers else published(str(config))
     kind = headers.params.projector.dtype if headers else as_dtype(dtype) or torch.bfloat16
     case.check(cfg)
+    case.check_memory(cfg, kind, where, 0 if headers else pg.tree.count(paligemma.abstract(cfg)) * kind.itemsize)
     if drawn and quantize:
         pg.quant.quantize(paligemma.abstract(cfg), quantize)  # a mistake is known before anything is measured
     if threads is not None:

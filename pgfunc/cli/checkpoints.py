@@ -16,7 +16,7 @@ from pgfunc.errors import SettingError
 @app.command()
 def inspect(
     source: Annotated[str | None, typer.Argument(help="Folder, .npz or hub id.", show_default=False)] = None,
-    model: options.ModelName = None, config: options.Config = None, as_json: options.Json = False,
+    model: options.Named = None, config: options.Config = None, as_json: options.Json = False,
 ) -> None:  # fmt: skip
     """List the parameters: path, shape, dtype, bytes. Only the headers of the files are read."""
     if source and model:

@@ -13,9 +13,9 @@ import pgfunc as pg
 from pgfunc.bench import Case, random_prompt
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
-from pgfunc.cli.compiled import MADE_FOR, compiled_files, compiling, kind_of
+from pgfunc.cli.compiled import MADE_FOR, MAKER, compiled_files, compiling, kind_of, made_for, makers
 from pgfunc.cli.options import app, enough_memory
-from pgfunc.errors import SettingError
+from pgfunc.errors import SettingError, harmless
 from pgfunc.generate import complete
 from pgfunc.sample import Settings
 
@@ -38,24 +38,27 @@ def compile(
 ) -> None:  # fmt: skip
     """Compile what a generation of that size needs, and keep the code in a folder for --compiled.
 
-    It is for this PyTorch on this kind of device, and serves other weights of the same configuration.
+    It is for this PyTorch on this kind of device, and serves other weights of the same configuration. What lies in the
+    folder is run by whoever uses it: use none of which you do not trust the maker.
     """
     settings, where = Settings(temperature, top_k, top_p, min_p), as_device(device)
     if max_new_tokens < 2:
         raise SettingError(f"max-new-tokens is {max_new_tokens}, expected 2 or more: the second is that of a step")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / MADE_FOR).exists():
-            (folder / MADE_FOR).write_text(json.dumps(kind_of(where)))
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
+        if made_for(folder) is None:
+            (folder / MADE_FOR).write_text(json.dumps(kind_of(where) | {MAKER: makers()[0]}))
     except OSError as error:
         raise SettingError(f"{folder}: cannot be a folder for compiled code ({error.strerror})") from error
     with enough_memory("lower --batch, or give --dtype bfloat16"), compiling(True, folder, where):
         loaded = pg.load(model, dtype, where, config, quantize=quantize)
-        Case(batch, prompt_tokens, max_new_tokens).check(loaded.cfg)
+        case = Case(batch, prompt_tokens, max_new_tokens)
+        case.check(loaded.cfg)
+        case.check_memory(loaded.cfg, loaded.params.projector.dtype, where, 0)
         endless = loaded._replace(cfg=replace(loaded.cfg, eos=-1))
         prompt = random_prompt(loaded.cfg, batch, prompt_tokens, where)
         start = perf_counter()
         complete(endless, prompt, settings, torch.zeros(batch, max_new_tokens, dtype=torch.float64), compile=True)
     files = compiled_files(folder)
-    print(f"{folder} has the code after {perf_counter() - start:.1f} s: {len(files)} files, "
-          f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB")  # fmt: skip
+    size = sum(path.stat().st_size for path in files) / 1e6
+    print(harmless(f"{folder} has the code after {perf_counter() - start:.1f} s: {len(files)} files, {size:.1f} MB"))

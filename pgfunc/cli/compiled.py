@@ -1,20 +1,22 @@
 """Compiled code for the commands: what cannot compile says so, and a folder of code knows for what it was made."""
 
 import json
-import sys
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import pgfunc as pg
 from pgfunc.bench import hardware
-from pgfunc.errors import SettingError, first_line
+from pgfunc.cli.options import say_aside
+from pgfunc.errors import SettingError, harmless
 
 MADE_FOR = "made-for.json"  # in a folder of compiled code
+MAKER = "maker"  # in it: who made the folder, a random number that stands for a user on a machine
 
 
 @contextmanager
@@ -25,7 +27,13 @@ def compiles(remedy: str) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        raise SettingError(f"torch.compile fails here ({first_line(error)}): {remedy}") from error
+        raise SettingError(f"torch.compile fails here ({reason(error)}): {remedy}") from error
+
+
+def reason(error: Exception) -> str:
+    """What a C++ compiler complains of first; else the first line, with another if that only names who raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error:" in line), " ".join(lines[: 1 + lines[0].endswith(":")]))
 
 
 @contextmanager
@@ -40,12 +48,16 @@ def compiling(compile: bool, folder: Path | None, device: torch.device) -> Itera
         return
     if folder is not None:
         check_made_for(folder, kind_of(device))
+        if foreign(folder):
+            say_aside(
+                f"{folder} was made elsewhere, and what lies there is run: trust whoever made it, or compile it here"
+            )
     before = set(compiled_files(folder)) if folder else set()
     inside = pg.compiled_in(folder) if folder else nullcontext()
     with compiles("is there a C++ compiler? It runs without --compile"), inside:
         yield
     if folder and before and set(compiled_files(folder)) - before:
-        tqdm.write(f"pgfunc: {folder} had no code for this; it has now", file=sys.stderr)
+        say_aside(f"{folder} had no code for this; it has now")
 
 
 def kind_of(device: torch.device) -> dict[str, Any]:
@@ -55,15 +67,49 @@ def kind_of(device: torch.device) -> dict[str, Any]:
 
 
 def check_made_for(folder: Path, kind: dict[str, Any]) -> None:
+    """Raise SettingError for a folder without code, or with code for something else."""
+    found = made_for(folder)
+    if found is None:
+        raise SettingError(f"--compiled {folder}: no code there; `pgfunc compile {folder}` makes it")
+    made = {name: value for name, value in found.items() if name != MAKER}
+    if made != kind:
+        mine, its = (", ".join(f"{name} {each.get(name)}" for name in sorted({*made, *kind})) for each in (kind, made))
+        raise SettingError(f"--compiled {folder}: was made for {its}, and here is {mine}; compile it here")
+
+
+def made_for(folder: Path) -> dict[str, Any] | None:
+    """What a folder says of itself."""
     try:
         made = json.loads((folder / MADE_FOR).read_text())
     except (OSError, ValueError, RecursionError):
         made = None
-    if not isinstance(made, dict):
-        raise SettingError(f"--compiled {folder}: no code there; `pgfunc compile {folder}` makes it")
-    if made != kind:
-        mine, its = (", ".join(f"{name} {each.get(name)}" for name in sorted({*made, *kind})) for each in (kind, made))
-        raise SettingError(f"--compiled {folder}: was made for {its}, and here is {mine}; compile it here")
+    return made if isinstance(made, dict) else None
+
+
+def foreign(folder: Path) -> bool:
+    """Whether a folder comes from somebody else, of whom this was not said before."""
+    maker = str((made_for(folder) or {}).get(MAKER))
+    if maker in makers():
+        return False
+    with suppress(OSError), makers_file().open("a") as file:
+        file.write(harmless(f"{maker:.64}") + "\n")
+    return True
+
+
+def makers() -> list[str]:
+    """The makers that are known: first this user on this machine, who is given a number here."""
+    try:
+        if not makers_file().exists():
+            makers_file().parent.mkdir(parents=True, exist_ok=True)
+            makers_file().write_text(token_hex(16) + "\n")
+        return makers_file().read_text().split()
+    except OSError:
+        return [""]  # without a place to keep a number all folders come from elsewhere
+
+
+def makers_file() -> Path:
+    """Where they are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgfunc" / "makers"
 
 
 def compiled_files(folder: Path) -> list[Path]:

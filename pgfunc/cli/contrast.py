@@ -74,7 +74,7 @@ def classify(
         logits = pg.dual.logits(loaded.params, image_vector(loaded, image)[None], texts)[0]
         ranked = sorted(zip(label, logits.sigmoid().tolist(), strict=True), key=lambda pair: -pair[1])
         lines = [f"{image}: {name}\t{value:.4f}" for name, value in ranked]
-        say({"image": image, "template": template, "probabilities": dict(ranked)}, as_json, "\n".join(lines))
+        say({"image": image, "template": template, "probabilities": dict(ranked)}, as_json, *lines)
 
 
 def image_vector(model: pg.SiglipModel, image: str) -> Tensor:

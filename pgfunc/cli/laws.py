@@ -34,7 +34,7 @@ MOST_COPIED = 2**30  # bytes; the laws of parameters copy them for each example,
 
 @app.command()
 def laws(
-    model: options.ModelName = None,
+    model: options.Named = None,
     adapter: Annotated[
         str | None, unset("--adapter", help="module:object, a System of your own; see `pgfunc.laws`.", metavar="NAME")
     ] = None,

@@ -206,7 +206,7 @@ def report(
     size = {"width": picture.width, "height": picture.height}
     objects = {"objects": [as_dict(item) for item in found], "malformed": [item._asdict() for item in left_out]}
     lines = [line(item) for item in found] or ["nothing found"]
-    say(head | size | objects, as_json, "\n".join(f"{image}: {text}" for text in lines))
+    say(head | size | objects, as_json, *(f"{image}: {text}" for text in lines))
     if not as_json:
         for piece, reason in left_out:
             say_aside(f"{image}: left out {piece!r:.80}: {reason}")

@@ -1,11 +1,15 @@
-"""What the commands share: the app, the options that several of them take, how results are printed."""
+"""What the commands share: the app, the options that several of them take, how results are printed.
+
+Text for people has no character that commands a terminal, and a line begins with what it is about, whatever the name of
+a file or the answer of a model holds. JSON is exact.
+"""
 
 import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,12 +17,55 @@ import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.errors import ImageError, SettingError
+from pgfunc.errors import COMMANDS, ImageError, SettingError, harmless
 from pgfunc.lowbit import GROUPS
 
 T = TypeVar("T")
 
-app = typer.Typer(
+ON_PICTURES = ("caption", "ask", "ocr", "generate", "score", "detect", "segment", "embed", "classify")
+SAMPLING = {"top_k": "--top-k", "top_p": "--top-p", "min_p": "--min-p", "seed": "--seed"}
+
+
+def remarks(command: str, given: dict[str, Any]) -> Iterator[str]:
+    """What one might not expect of these options."""
+    idle = [option for name, option in SAMPLING.items() if given.get(name) not in (None, 0)]
+    if given.get("temperature") == 0 and idle:
+        yield f"without --temperature decoding is greedy, and {', '.join(idle)} without effect; --temperature 1 samples"
+    if command in ON_PICTURES and given["model"] is None and sys.stderr.isatty():
+        another = "--model" if command in ("embed", "classify") else "--model or PGFUNC_MODEL"
+        yield (
+            "the shipped checkpoint knows drawn scenes of 201 things, and coloured shapes, but no photographs; "
+            f"{another} names another, --quiet leaves this out"
+        )
+
+
+class App(typer.Typer):
+    """A program whose commands have --quiet: without it, they make their remarks."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        def add(command: Callable[..., None]) -> Callable[..., None]:
+            super(App, self).command(name, **options)(remarking(name or command.__name__, command))
+            return command
+
+        return add
+
+
+def remarking(name: str, command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with another option: typer makes options from the signature."""
+
+    @wraps(command)
+    def run(quiet: bool, **given: Any) -> None:
+        command(**given)
+        for remark in () if quiet else remarks(name, given):  # behind it: of a mistake there is one line
+            say_aside(remark)
+
+    whole = inspect.signature(command)
+    last = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
+    setattr(run, "__signature__", whole.replace(parameters=[*whole.parameters.values(), last]))  # noqa: B010
+    return run
+
+
+app = App(
     help="PaliGemma on pictures: caption, ask, ocr, detect, segment, train. SigLIP: embed, classify. "
     "And their checkpoints: inspect, convert, compile, bench, laws.",
     no_args_is_help=True,
@@ -29,7 +76,9 @@ app = typer.Typer(
 unset = partial(typer.Option, show_default=False)  # for options that may be left out
 
 Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
-ModelName = Annotated[str | None, unset("--model", help="Folder, .npz or hub id; without it the shipped checkpoint.")]
+NAMED = "Folder, .npz or hub id; without it the shipped checkpoint."
+ModelName = Annotated[str | None, unset("--model", envvar="PGFUNC_MODEL", help=NAMED)]
+Named = Annotated[str | None, unset("--model", help=NAMED)]  # where something else may name what is meant
 Adapter = Annotated[str | None, unset("--adapter", help="A LoRA adapter of the model, to run with: folder or hub id.")]
 PromptText = Annotated[str | None, unset("--prompt", help="What to ask.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")]
@@ -39,12 +88,16 @@ TopP = Annotated[float | None, unset("--top-p", help="Sample among the fewest to
 MinP = Annotated[float | None, unset("--min-p", help="Sample among tokens p times as probable as the best.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when the temperature is not 0.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the decode step first: pays off for many tokens.")]
-Compiled = Annotated[Path | None, unset("--compiled", help="The same with code from this folder: `pgfunc compile`.")]
+Compiled = Annotated[
+    Path | None,
+    unset("--compiled", help="The same with code from this folder, which is run: `pgfunc compile` makes one."),
+]
 Device = Annotated[str | None, unset("--device", help="cpu, cuda, cuda:1; without it CUDA where there is one.")]
 Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it the files' own.")]
 Quantize = Annotated[str | None, unset("--quantize", help=f"Language model in fewer bits: {', '.join(GROUPS)}.")]
 Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, a config.json or its folder.")]
 Vocabulary = Annotated[str | None, unset("--tokenizer", help="For a .npz: a tokenizer.json.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No remarks on the options and the shipped checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -58,10 +111,12 @@ def without(command: Callable[..., None], option: str) -> Callable[..., None]:
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """A SettingError that says what helps, where the memory of a GPU does not suffice."""
+    """A SettingError that says what helps, where the memory of a device does not suffice."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise  # a CPU's allocator raises a plain RuntimeError
         raise SettingError(f"not enough memory on the device: {remedy}") from error
 
 
@@ -115,17 +170,22 @@ def progress(images: Sequence[str]) -> Iterator[str]:
     yield from tqdm(images, unit="picture", leave=False, disable=None if len(images) > 1 else True)
 
 
-def say_aside(text: str) -> None:
-    """A line on standard error."""
-    tqdm.write(f"pgfunc: {text}", file=sys.stderr)
-
-
 def say_length(image: str, finish: str | None, tokens: int) -> None:
     """Say on standard error that an answer ended at its limit."""
     if finish == "length":
         say_aside(f"{image}: stopped at {tokens} tokens, perhaps within the answer; --max-new-tokens allows more")
 
 
-def say(value: dict[str, Any], as_json: bool, text: str) -> None:
-    """Print one result."""
-    tqdm.write(json.dumps(value, ensure_ascii=False) if as_json else text)
+def say(value: dict[str, Any], as_json: bool, *lines: str) -> None:
+    """Print one result: a JSON object, or lines for people."""
+    if as_json:  # those that JSON does not escape by itself
+        text = json.dumps(value, ensure_ascii=False)
+        tqdm.write(COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    else:
+        tqdm.write("\n".join(harmless(line, keep="\t") for line in lines))
+
+
+def say_aside(remark: str) -> None:
+    """Print a line on standard error, if it can be."""
+    with suppress(OSError):
+        tqdm.write(harmless(f"pgfunc: {remark}"), file=sys.stderr)

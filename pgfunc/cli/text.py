@@ -10,7 +10,7 @@ from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiling
 from pgfunc.cli.options import app, check_pictures, progress, say, say_length, unset, without
-from pgfunc.errors import PromptError, SettingError
+from pgfunc.errors import PromptError, SettingError, harmless
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS, unmarked
 
@@ -73,7 +73,7 @@ def show(pieces: Iterable[str]) -> Any:
     coming = iter(pieces)
     while True:
         try:
-            print(next(coming), end="", flush=True)
+            print(harmless(next(coming), keep="\n\t"), end="", flush=True)
         except StopIteration as end:
             print()
             return end.value
@@ -130,4 +130,4 @@ def score(
         (scores,) = pg.score(loaded, image, prompt, candidate).tolist()
         ranked = sorted(zip(candidate, scores, strict=True), key=lambda pair: -pair[1])
         lines = [f"{image}: {answer}\t{value:.4f}" for answer, value in ranked]
-        say({"image": image, "prompt": prompt, "scores": dict(ranked)}, as_json, "\n".join(lines))
+        say({"image": image, "prompt": prompt, "scores": dict(ranked)}, as_json, *lines)

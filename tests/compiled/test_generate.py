@@ -1,14 +1,19 @@
-"""What is said is the same compiled: by `generate`, by `stream`, and by the command line with code made ahead."""
+"""What is said is the same compiled: by `generate`, by `stream`, and by the command line with code made ahead.
+
+And, for here no hook checks types: settings of a wrong type are one line, and numpy's numbers are numbers.
+"""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import text_model
 
 import pgfunc as pg
+from pgfunc.errors import SettingError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -32,8 +37,8 @@ def test_code_that_was_compiled_ahead_serves_wherever_its_folder_is(tmp_path):
     def run(*arguments: str) -> str:
         here = "--model", str(tmp_path / "model"), "--device", "cpu"
         command = [sys.executable, "-m", "pgfunc.cli", *arguments, *here]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert not done.stderr
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 
     def files(folder: Path) -> set[Path]:
@@ -48,3 +53,31 @@ def test_code_that_was_compiled_ahead_serves_wherever_its_folder_is(tmp_path):
     assert run(*caption, "--compiled", str(moved)) == run(*caption) != ""
     assert files(moved) == before, "nothing was compiled"
     assert not made.exists()
+
+
+WRONG = [
+    {"top_k": 2.5}, {"top_k": True}, {"top_k": "3"}, {"top_k": np.float64(3)}, {"top_k": 0}, {"top_p": "0.9"},
+    {"top_p": float("nan")}, {"min_p": [0.1]}, {"temperature": "hot"}, {"temperature": None}, {"temperature": 1j},
+    {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": 10**400}, {"temperature": True},
+    {"max_new_tokens": 2.5}, {"max_new_tokens": True}, {"max_new_tokens": "9"}, {"max_new_tokens": None},
+    {"max_new_tokens": 0}, {"seed": -1}, {"seed": 2**32}, {"seed": 2**64}, {"seed": 1.5}, {"seed": "one"},
+    {"seed": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_setting_of_a_wrong_type_or_size_is_one_line(wrong):
+    for run in (pg.generate, pg.stream):
+        with pytest.raises(SettingError) as error:
+            run(text_model(), np.zeros((9, 9, 3), np.uint8), "a", **wrong)
+        (name,) = wrong
+        assert str(error.value).startswith(f"{name.replace('_', '-')} is ")
+        assert str(error.value).isprintable()
+
+
+def test_numbers_of_numpy_are_numbers():
+    ours = {"max_new_tokens": 5, "temperature": 0.75, "top_k": 20, "top_p": 0.875, "min_p": 0.0, "seed": 7}
+    kinds = [np.int64, np.float32, np.uint8, np.float64, np.float16, np.int32]
+    theirs = {name: kind(value) for (name, value), kind in zip(ours.items(), kinds, strict=True)}
+    picture = np.zeros((9, 9, 3), np.uint8)
+    assert pg.generate(text_model(), picture, "a", **theirs) == pg.generate(text_model(), picture, "a", **ours)

@@ -52,7 +52,7 @@ class TextConfig:
     hidden: int
     query_scale: float  # multiplies q·k
     padding: int = 0  # rows that a file carries after the vocabulary: random numbers, never read or written
-    masked: tuple[tuple[int, int], ...] = ()  # ids below `vocab` that are no tokens: first, end; their logits are -inf
+    masked: tuple = ()  # pairs (first, end) of ids below `vocab` that are no tokens: their logits are -inf
     attention_softcap: float = 0.0  # 0: none
     final_softcap: float = 0.0  # 0: none
     window: int = 0  # of the even layers, in positions; 0: none

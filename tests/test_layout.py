@@ -8,8 +8,8 @@ import pgfunc
 ORDER = [
     "errors", "tree", "config", "lowbit", "quant", "ops", "cache", "kernels.device", "kernels.device_attention",
     "kernels.launch", "kernels", "masks", "kernels.block", "siglip", "dual", "gemma", "paligemma", "image", "tokenizer",
-    "dual_prompt", "prompt", "sample", "arguments", "replay", "handles", "jit", "generate", "floors", "bench", "detect",
-    "vqvae", "checkpoint.files", "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf",
+    "dual_prompt", "prompt", "sample", "arguments", "replay", "handles", "jit", "generate", "floors", "bench",
+    "written", "detect", "vqvae", "checkpoint.files", "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf",
     "checkpoint.bigvision", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "letters", "draw", "coco",
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora", "train.run",
     "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.parts",

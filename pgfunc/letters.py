@@ -125,7 +125,7 @@ def installed() -> tuple[str, ...]:
 
 def folders() -> Iterator[Path]:
     """Where systems keep fonts."""
-    home = Path.home()
+    home = Path(os.environ.get("HOME") or os.environ.get("USERPROFILE") or os.devnull)
     if sys.platform == "win32":
         yield Path(os.environ.get("WINDIR", "C:/Windows"), "Fonts")
         yield home / "AppData/Local/Microsoft/Windows/Fonts"

@@ -177,13 +177,6 @@ def test_the_cost_of_drawing_grows_with_the_pixels_and_no_faster():
     assert seconds(2048) < 3 * 16 * seconds(512)  # 16 times the pixels; lines four times as wide
 
 
-def test_labels_of_a_thousand_boxes_are_placed_in_time():
-    boxes = [Box(y, x, y + 9, x + 9) for y in range(0, 1000, 32) for x in range(0, 1000, 31)]
-    start = process_time()
-    draw.plates((1000, 1000), boxes, ["a"] * len(boxes), Letters(9), 1)
-    assert process_time() - start < 3  # 0.15 s here; 8 s where each is compared with each in Python
-
-
 def test_labels_avoid_each_other_while_there_is_room():
     boxes = [Box(100, 100, 200, 200), Box(101, 101, 200, 200), Box(102, 99, 201, 200), Box(0, 0, 300, 300)]
     placed = draw.plates((300, 300), boxes, [f"object {i}" for i in range(4)], ImageFont.load_default(10), 2)

@@ -9,7 +9,7 @@ ORDER = [
     "errors", "tree", "config", "lowbit", "quant", "ops", "cache", "kernels.device", "kernels.device_attention",
     "kernels.launch", "kernels", "masks", "kernels.block", "siglip", "dual", "gemma", "paligemma", "image", "growth",
     "declared", "tokenizer", "dual_prompt", "prompt", "sample", "arguments", "reasons", "replay", "handles", "closures",
-    "compilation", "codefolder", "jit", "generate", "floors", "bench", "detect", "vqvae", "checkpoint.keys", "checkpoint.files",
+    "compilation", "codefolder", "jit", "generate", "floors", "bench", "written", "detect", "vqvae", "checkpoint.keys", "checkpoint.files",
     "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.source",
     "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "segment", "letters", "draw", "coco",
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora", "train.run",

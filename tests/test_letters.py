@@ -73,7 +73,7 @@ def test_lengths_are_those_of_what_is_drawn(bare):
 @pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
 def test_the_fonts_of_the_system_are_found_regular_ones_first(system, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     folder = {"linux": ".fonts", "darwin": "Library/Fonts", "win32": "AppData/Local/Microsoft/Windows/Fonts"}[system]
     (tmp_path / folder / "deep").mkdir(parents=True)
     for name in ("A-Bold.ttf", "LastResort.otf", "deep/B.ttc", "C-Regular.otf", "notes.txt"):

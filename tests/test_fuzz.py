@@ -356,6 +356,7 @@ GROWING = {
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}] * 30),
     "decoders that double": rules("decoder", *[doubled({"String": "a"}, "aa")] * 30),
     "tables": rules("normalizer", *[charsmap(b"a" * 100 + b"\0")] * 9),
+    "two tables of long texts": rules("normalizer", *[charsmap(b"a" * 20_000 + b"\0")] * 2),
     "names in disguise": rules("normalizer", *[TWICE] * 30).replace(b"Replace", rb"\u0052eplace"),
 }  # fmt: skip
 FOUND = {

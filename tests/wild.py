@@ -381,6 +381,7 @@ ROWS: dict[str, Row] = {
     # configs
     "config of 4.41": Row(minimal),
     "image_token_id": Row(both(settings(image_token_id=reference.IMAGE), settings(drop="image_token_index"))),
+    "text_config without a model_type": Row(texts(drop="model_type")),
     "hidden_act gelu": Row(texts(hidden_act="gelu")),
     "rope_theta null": Row(texts(rope_theta=None)),
     "rope_scaling default": Row(texts(rope_scaling={"type": "default"})),

@@ -10,7 +10,7 @@ from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf, keys, lora
 from pgfunc.checkpoint.files import write_json
 from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, write_config
-from pgfunc.checkpoint.source import ADAPTER, Source, check_folder, find, named_config, npz_in
+from pgfunc.checkpoint.source import ADAPTER, Source, check_folder, check_weights, find, named_config, npz_in
 from pgfunc.checkpoint.source import HUB_ID as HUB_ID
 from pgfunc.checkpoint.source import shipped as shipped
 from pgfunc.config import Config, with_vocabulary
@@ -67,6 +67,7 @@ def load(
         if (path / ADAPTER).exists():
             keys.note(f"{path}: {ADAPTER} is left out: the folder holds a model too, which is read without it")
         words, cfg = vocabulary(tokenizer, read_config(path))
+        check_weights(path)
         params = hf.load(path, cfg, kind, first, *read_storage(path, cfg), mmap)
     if adapter is not None:
         params = lora.merge(params, lora.load(adapter, cfg, params))

@@ -93,7 +93,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     """The value of a `config.json`; a ValueError says what does not fit."""
     if raw["model_type"] != "paligemma":
         raise ValueError(f"model_type is {raw['model_type']!r}, expected 'paligemma'")
-    given = section(raw, "text_config")
+    given = {"model_type": "gemma"} | section(raw, "text_config")
     text = {"gemma": GEMMA, "gemma2": GEMMA2}.get(str(given.get("model_type")))
     if text is None:
         raise ValueError(f"text_config.model_type is {given.get('model_type')}, expected gemma or gemma2")

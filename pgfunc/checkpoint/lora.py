@@ -123,9 +123,12 @@ def check_whole(arrays: Mapping[str, Entry], cfg: Config, params: Params | None,
         if key not in place:
             raise CheckpointError(f"{path}: {key} is no linear weight of this model; {hf.REMEDY}")
         leaf = leaves.get(place[key])
-        alike = leaf is not None and leaf.shape == entry.shape
-        if not alike or not (leaf.is_meta or torch.equal(entry.read().to(leaf.dtype), leaf.cpu())):
+        if leaf is None or leaf.shape != entry.shape or not (leaf.is_meta or _equal(entry, leaf)):
             raise CheckpointError(f"{path}: {key} stands beside the pairs and is not the base's; {hf.REMEDY}")
+
+
+def _equal(entry: Entry, leaf: Tensor) -> bool:
+    return torch.equal(entry.read().to(leaf.dtype), leaf.cpu())
 
 
 def read_settings(path: Path) -> tuple[int, float, Any]:

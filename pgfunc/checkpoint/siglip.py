@@ -37,7 +37,7 @@ from pgfunc.checkpoint.hf_config import (
     section,
     whole,
 )
-from pgfunc.checkpoint.source import Source, check_folder, find, shipped
+from pgfunc.checkpoint.source import Source, check_folder, check_weights, find, shipped
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.dual_prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
 from pgfunc.errors import CheckpointError
@@ -83,6 +83,7 @@ def load_siglip(
         raise CheckpointError(f"{folder}: not a folder in Hugging Face layout, as a SigLIP checkpoint is")
     check_folder(folder)
     cfg = read_config(folder)
+    check_weights(folder)
     entries = read_entries(folder, cfg) if mmap else hf.copied(read_entries(folder, cfg))
     params = gather(table(cfg), dual.abstract(cfg), entries, str(folder), kind, where)
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None

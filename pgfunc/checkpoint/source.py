@@ -107,6 +107,12 @@ def check_folder(path: Path) -> None:
             raise CheckpointError(f"{path}: one file of a checkpoint; give its folder, {path.parent}")
         said = "neither a folder in Hugging Face layout nor a big_vision .npz"
         raise CheckpointError(f"{path}: {said}{kind_of([path.name])}")
+    if not (path / CONFIG).exists():
+        check_weights(path)
+
+
+def check_weights(path: Path) -> None:
+    """Raise CheckpointError for a folder without weights that are read, saying what it holds instead."""
     try:
         names = sorted(each.name for each in path.iterdir())
     except OSError as error:

@@ -120,7 +120,7 @@ def synchronize(device: torch.device) -> None:
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """The fastest of a few runs of reading 1 GiB, or copying it, and of a square matrix product in the dtype."""
     cpu = device.type == "cpu"
-    buffer = torch.ones(2**28, device=device)
+    buffer = torch.ones(2**28, dtype=torch.float32, device=device)
     bandwidth = read_bandwidth(buffer) if cpu else copy_bandwidth(buffer)
     side = 2048 if cpu else 8192
     x = torch.randn(side, side, device=device).to(dtype)
@@ -184,10 +184,10 @@ def random_prompt(cfg: Config, batch: int, tokens: int, device: torch.device, se
     generator = torch.Generator().manual_seed(seed)
     side = cfg.vision.image_size
     prompt = Prompt(
-        pixels=torch.rand(batch, 1, 3, side, side, generator=generator) * 2 - 1,
+        pixels=torch.rand(batch, 1, 3, side, side, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1,
         tokens=torch.randint(cfg.text.vocab, (batch, tokens), generator=generator),
-        valid=torch.ones(batch, tokens, dtype=torch.bool),
-        causal=torch.zeros(batch, tokens, dtype=torch.bool),
+        valid=torch.ones(batch, tokens, dtype=torch.bool, device="cpu"),
+        causal=torch.zeros(batch, tokens, dtype=torch.bool, device="cpu"),
     )
     return tree.map(lambda leaf: leaf.to(device), prompt)
 
@@ -285,7 +285,7 @@ def generate_stage(model: Model, prompt: Prompt, case: Case, machine: Machine, c
     It makes a cache of its own size, as `generate` does.
     """
     params, cfg, before = model.params, model.cfg, compilations()
-    u = torch.zeros(case.batch, case.tokens, dtype=torch.float64)
+    u = torch.zeros(case.batch, case.tokens, dtype=torch.float64, device="cpu")
     work = [prefill_work(params, cfg, case.batch, case.prompt_tokens), *decode_works(params, cfg, case)]
 
     def whole() -> None:

@@ -86,9 +86,9 @@ def rle(mask: Bool[Tensor, "y x"]) -> dict[str, Any]:
 def run_lengths(mask: Bool[Tensor, "y x"]) -> list[int]:
     """How many zeros, then how many ones, then zeros, ..., down the columns from left to right."""
     values = mask.cpu().T.flatten()
-    changes = values.diff(prepend=torch.tensor([False])).nonzero().flatten()
-    ends = torch.cat([changes, torch.tensor([len(values)])])
-    return ends.diff(prepend=torch.tensor([0])).tolist()
+    changes = values.diff(prepend=torch.tensor([False], device="cpu")).nonzero().flatten()
+    ends = torch.cat([changes, torch.tensor([len(values)], device="cpu")])
+    return ends.diff(prepend=torch.tensor([0], device="cpu")).tolist()
 
 
 def compressed(counts: Sequence[int]) -> str:

@@ -60,7 +60,9 @@ def abstract(cfg: SiglipConfig) -> DualParams:
 
 def init(cfg: SiglipConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> DualParams:
     """Random parameters to train from, see `tree.init`; factor 10 and bias -10, where SigLIP's training starts."""
-    start = {"scale": torch.tensor(math.log(10), dtype=dtype), "bias": torch.tensor(-10.0, dtype=dtype)}
+    start = {
+        name: torch.tensor(x, dtype=dtype, device="cpu") for name, x in {"scale": math.log(10), "bias": -10.0}.items()
+    }
     return tree.init(abstract(cfg), seed, dtype)._replace(**start)
 
 

@@ -129,5 +129,5 @@ def pixels(model: SiglipModel, images: Sequence[image.Source]) -> Float[Tensor, 
     """Pictures as the vision encoder takes them, on the model's device. Raises ImageError, naming the file."""
     side = model.cfg.vision.image_size
     stacked = [image.pixels(source, model.cfg) for source in images]
-    found = torch.stack(stacked) if stacked else torch.empty(0, 3, side, side)
+    found = torch.stack(stacked) if stacked else torch.empty(0, 3, side, side, dtype=torch.float32, device="cpu")
     return found.to(model.params.scale.device)

@@ -72,7 +72,7 @@ def complete(
 
     A GPU is asked only every `POLL` tokens whether that is so: it must not wait for an answer a token.
     """
-    tokens, logprobs, ended = [], [], torch.zeros((), dtype=torch.bool)
+    tokens, logprobs, ended = [], [], torch.zeros((), dtype=torch.bool, device="cpu")
     for token, likely in steps(model.params, prompt, model.cfg, settings, u, compile):
         tokens.append(token)
         logprobs.append(likely)

@@ -57,7 +57,7 @@ def pixels(source: Source, cfg: Config | SiglipConfig) -> Float[Tensor, "3 y x"]
     image = open_image(source)
     check_size(name_of(source), side, max(image.size))  # what resizing may take, for the length of a line
     square = image.resize((side, side), Image.Resampling[cfg.resample.upper()])
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def open_image(source: Source) -> Image.Image:

@@ -238,7 +238,7 @@ def kernel_serves(x: Tensor, w: Quantized) -> bool:
 
 def _blocked() -> bool:
     """Whether PyTorch packs int4 for this CPU as `Int4` does."""
-    levels = torch.arange(BLOCK * 32, dtype=torch.int32).view(BLOCK, 32) % 15
+    levels = torch.arange(BLOCK * 32, dtype=torch.int32, device="cpu").view(BLOCK, 32) % 15
     first, second = rearrange(levels.to(torch.uint8), "(half d) i -> half i d", half=2)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
     return torch.equal(packed.flatten(), (first | second << 4).flatten())

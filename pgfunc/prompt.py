@@ -72,7 +72,11 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     pixels = {key: image.pixels(source, cfg) for key, source in once.items()}
     alike = len({tuple(map(id, row.images)) for row in rows}) == 1
     shown = rows[0].images if alike else sources  # rows with the same pictures share them
-    stacked = torch.stack([pixels[id(source)] for source in shown]) if shown else torch.empty(0)
+    stacked = (
+        torch.stack([pixels[id(source)] for source in shown])
+        if shown
+        else torch.empty(0, dtype=torch.float32, device="cpu")
+    )
     stacked = stacked.to(device).reshape(1 if alike else len(rows), len(rows[0].images), 3, side, side)
 
     def padded(values: list[list[Any]], value: Any) -> Tensor:

@@ -182,8 +182,8 @@ def resize(values: Float[Tensor, "y x"], height: int, width: int) -> Float[Tenso
 def triangle(before: int, after: int) -> Float[Tensor, "after before"]:
     """What each of `before` pixels in a row gives to each of `after` pixels: a triangle around its place, sum 1."""
     scale = before / after
-    centres, places = (torch.arange(after) + 0.5) * scale, torch.arange(before) + 0.5
-    weights = (1 - (places - rearrange(centres, "a -> a 1")).abs() / max(scale, 1)).clamp(min=0)
+    centres, places = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5 for size in (after, before))
+    weights = (1 - (places - rearrange(centres * scale, "a -> a 1")).abs() / max(scale, 1)).clamp(min=0)
     return weights / weights.sum(-1, keepdim=True)
 
 

@@ -83,7 +83,7 @@ def abstract(declaration: type[T], sizes: Mapping[str, int], **given: Any) -> T:
     """
     hints = get_type_hints(declaration)
     declared = {
-        name: torch.empty([sizes[axis] for axis in hint.dim_str.split()], device="meta")
+        name: torch.empty([sizes[axis] for axis in hint.dim_str.split()], dtype=torch.float32, device="meta")
         for name, hint in hints.items()
         if name not in given
     }
@@ -99,7 +99,8 @@ def init(abstract: T, seed: int, dtype: torch.dtype) -> T:
 
     def draw(path: str, leaf: torch.Tensor) -> torch.Tensor:
         if leaf.dim() < 2:
-            return torch.full(leaf.shape, float(path.endswith("_scale")), dtype=dtype)
-        return (torch.randn(leaf.shape, generator=generator) * leaf[0].numel() ** -0.5).to(dtype)
+            return torch.full(leaf.shape, float(path.endswith("_scale")), dtype=dtype, device="cpu")
+        drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return (drawn * leaf[0].numel() ** -0.5).to(dtype)
 
     return map_with_path(draw, abstract)

@@ -90,11 +90,11 @@ def init(seed: int = 0) -> Params:
 
     def draw(path: str, leaf: Tensor) -> Tensor:
         if leaf.dim() == 1:
-            return torch.zeros(leaf.shape)
+            return torch.zeros(leaf.shape, dtype=torch.float32, device="cpu")
         # of a transposed convolution's 4 x 4 inputs, stride 2 lets 2 x 2 meet at a pixel
         fan_in = leaf[:, 0].numel() / 4 if path.startswith("up.") else leaf[0].numel()
         variance = 1 if path == "codebook" else 2 / fan_in
-        return torch.randn(leaf.shape, generator=generator) * variance**0.5
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu") * variance**0.5
 
     return tree.map_with_path(draw, abstract())
 

@@ -18,6 +18,7 @@ from PIL import Image
 import pgfunc as pg
 from pgfunc import cli
 from pgfunc.cli.compiled import MADE_FOR, kind_of
+from pgfunc.errors import harmless
 from pgfunc.train import lora
 
 MODEL = text_model()

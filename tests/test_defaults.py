@@ -27,7 +27,7 @@ def results() -> dict[str, Any]:
     trained = finetune.select(params, ["vision.*", "language.layers.*"])
     grads, loss = finetune.gradient(lambda new: pg.tree.replace(params, new), trained, [prompt], cfg)
     masks = pg.segment.load(shipped() / "masks.safetensors")
-    segments = pg.segment.parse(WRITTEN, 100, 80, masks)
+    segments = pg.segment.parse(WRITTEN, 224, 224, masks)
     pictures = pg.dual.embed_images(dual.params, pg.dual_prompt.pixels(dual, [SCENE]), dual.cfg)
     texts = pg.dual.embed_texts(dual.params, pg.dual_prompt.text_ids(dual, ["a cat"]), dual.cfg)
     sampled = pg.generate(model, SCENE, "caption en", 6, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, seed=3)

@@ -58,7 +58,13 @@ def compile(
         endless = loaded._replace(cfg=replace(loaded.cfg, eos=-1))
         prompt = random_prompt(loaded.cfg, batch, prompt_tokens, where)
         start = perf_counter()
-        complete(endless, prompt, settings, torch.zeros(batch, max_new_tokens, dtype=torch.float64), compile=True)
+        complete(
+            endless,
+            prompt,
+            settings,
+            torch.zeros(batch, max_new_tokens, dtype=torch.float64, device="cpu"),
+            compile=True,
+        )
     files = compiled_files(folder)
     size = sum(path.stat().st_size for path in files) / 1e6
     print(harmless(f"{folder} has the code after {perf_counter() - start:.1f} s: {len(files)} files, {size:.1f} MB"))

@@ -84,7 +84,8 @@ def grad_and_value(fn: Callable[[T], tuple[Tensor, Any]], x: T) -> tuple[T, tupl
     checkpointing.
     """
     leaves, structure = pytree.tree_flatten(tree.map(lambda leaf: leaf.detach().requires_grad_(), x))
-    value, aux = fn(pytree.tree_unflatten(leaves, structure))
+    with torch.enable_grad():  # whatever surrounds the call
+        value, aux = fn(pytree.tree_unflatten(leaves, structure))
     grads = torch.autograd.grad(value, leaves, materialize_grads=True)
     return pytree.tree_unflatten(grads, structure), (value.detach(), aux)
 

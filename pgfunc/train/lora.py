@@ -43,9 +43,9 @@ def init(params: Params, targets: Sequence[str], rank: int, alpha: float, seed: 
 
     def pair(weight: Tensor) -> Pair:
         outputs, inputs = weight.shape
-        a = (torch.rand(rank, inputs, generator=generator) * 2 - 1) * inputs**-0.5
+        a = (torch.rand(rank, inputs, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * inputs**-0.5
         device = "cpu" if weight.is_meta else weight.device
-        return Pair(a.to(device), torch.zeros(outputs, rank, device=device))
+        return Pair(a.to(device), torch.zeros(outputs, rank, dtype=torch.float32, device=device))
 
     return Lora({path: pair(leaf) for path, leaf in weights.items() if path in chosen}, alpha / rank)
 

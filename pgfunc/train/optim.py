@@ -46,7 +46,7 @@ class State(NamedTuple):
 def init(params: Any) -> State:
     """The state before the first update: zeros."""
     zeros = tree.map(torch.zeros_like, params)
-    return State(torch.zeros((), dtype=torch.int64), zeros, tree.map(torch.zeros_like, params))
+    return State(torch.zeros((), dtype=torch.int64, device="cpu"), zeros, tree.map(torch.zeros_like, params))
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def update(grads: T, state: State, params: T, rate: float, settings: Settings = 
     for decay in (True, False):
         chosen = [i for i, each in enumerate(decayed) if each == decay]
         # adamw counts in place, so each has its own; filled where they are: a copy from the CPU would wait for a GPU
-        steps = list(torch.full((len(chosen),), float(state.step), device=new[0].device).unbind())
+        steps = list(torch.full((len(chosen),), float(state.step), dtype=torch.float32, device=new[0].device).unbind())
         adamw(
             _pick(new, chosen), _pick(given[1], chosen), _pick(first, chosen), _pick(second, chosen), [], steps,
             fused=True, amsgrad=False, maximize=False, lr=rate, beta1=settings.beta1, beta2=settings.beta2,

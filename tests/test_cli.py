@@ -164,7 +164,7 @@ def test_a_folder_of_code_from_elsewhere_is_remarked_once(run, place, monkeypatc
     monkeypatch.setattr(pg, "stream", lambda *model, **settings: ["said"])
     folder, kind = place / "theirs", kind_of(torch.device("cpu"))
     folder.mkdir(mode=0o700)
-    said = "pgfunc: theirs was made elsewhere, and what lies there is run: trust whoever made it, or compile it here\n"
+    said = "pgfunc: theirs was made elsewhere, and is run: trust whoever made it, or compile it here\n"
     cases = {makers()[0]: ("", ""), "7" * 32: (said, ""), None: (said, said), "a\x1b[31m": (said, said)}
     for maker, remarks in cases.items():
         (folder / MADE_FOR).write_text(json.dumps(kind | ({} if maker is None else {MAKER: maker})))

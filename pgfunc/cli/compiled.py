@@ -49,13 +49,11 @@ def compiling(compile: bool, folder: Path | None, device: torch.device) -> Itera
         return
     if folder is not None:
         check_made_for(folder, kind_of(device))
-        if foreign(folder):
-            say_aside(
-                f"{folder} was made elsewhere, and what lies there is run: trust whoever made it, or compile it here"
-            )
     before = set(compiled_files(folder)) if folder else set()
     inside = pg.compiled_in(folder) if folder else nullcontext()
     with compiles("is there a C++ compiler? It runs without --compile"), inside:
+        if folder is not None and foreign(folder):
+            say_aside(f"{folder} was made elsewhere, and is run: trust whoever made it, or compile it here")
         yield
     if folder and before and set(compiled_files(folder)) - before:
         say_aside(f"{folder} had no code for this; it has now")

@@ -27,7 +27,7 @@ VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "tr
 FILES = "files.sha256"
 
 _lock = Lock()
-_users: list[tuple[int, Path]] = []  # who is in which folder, the innermost last
+_users: dict[object, tuple[int, Path]] = {}  # by each entry its thread and folder, the innermost last
 _outside: dict[str, str | None] = {}  # the variables, before the first came in
 
 
@@ -51,27 +51,28 @@ def code_in(folder: Path) -> Iterator[None]:
 @contextmanager
 def environment(folder: Path) -> Iterator[None]:
     """PyTorch's variables name places in the folder, until the last user of it leaves."""
-    me = get_ident(), folder
+    entry, me = object(), get_ident()
     with _lock:
-        for thread, other in _users:
-            if other != folder and thread != me[0]:
+        for thread, other in _users.values():
+            if other != folder and thread != me:
                 raise SettingError(f"{folder}: another thread has its compiled code in {other}, and a process has one")
         if not _users:
             _outside.update({name: os.environ.get(name) for name in VARIABLES})
-        _users.append(me)
+        _users[entry] = me, folder
         _point()
     try:
         yield
     finally:
         with _lock:
-            _users.remove(me)
+            del _users[entry]
             _point()
 
 
 def _point() -> None:
     """Set the variables for the innermost user, or as they were."""
+    folder = [folder for _, folder in _users.values()][-1:]
     for name, place in VARIABLES.items():
-        value = str(_users[-1][1] / place) if _users else _outside[name]
+        value = str(folder[0] / place) if folder else _outside[name]
         if value is None:
             os.environ.pop(name, None)
         else:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import pgfunc as pg
 from pgfunc import cli
-from pgfunc.cli.compiled import MADE_FOR, kind_of
+from pgfunc.cli.compiled import MADE_FOR, MAKER, kind_of, makers
 from pgfunc.errors import harmless
 from pgfunc.train import lora
 
@@ -171,11 +171,27 @@ def test_compile_and_compiled_compile_and_the_latter_in_its_folder(run, place, m
 
     monkeypatch.setattr(pg, "stream", stream)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    (place / "code").mkdir(exist_ok=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    (place / "code").mkdir(mode=0o700, exist_ok=True)
     (place / "code" / MADE_FOR).write_text(json.dumps(kind_of(torch.device("cpu"))))
     assert run("caption", "red.png", *given)[:2] == (0, "said\n")
     assert asked == [(bool(given), str(place / "code" / "torchinductor") if "--compiled" in given else None)]
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_a_folder_of_code_from_elsewhere_is_remarked_once(run, place, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(pg, "stream", lambda *model, **settings: ["said"])
+    folder, kind = place / "theirs", kind_of(torch.device("cpu"))
+    folder.mkdir(mode=0o700)
+    said = "pgfunc: theirs was made elsewhere, and is run: trust whoever made it, or compile it here\n"
+    cases = {makers()[0]: ("", ""), "7" * 32: (said, ""), None: (said, said), "a\x1b[31m": (said, said)}
+    for maker, remarks in cases.items():
+        (folder / MADE_FOR).write_text(json.dumps(kind | ({} if maker is None else {MAKER: maker})))
+        for remark in remarks:
+            assert run("caption", "red.png", "--compiled", "theirs") == (0, "said\n", remark)
+    folder.chmod(0o777)
+    assert run("caption", "red.png", "--compiled", "theirs")[0] == 2
 
 
 MISTAKES = {

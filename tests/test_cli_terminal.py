@@ -57,7 +57,7 @@ def test_options_of_sampling_without_a_temperature_are_remarked(run, given):
     named = ", ".join(word for word in given if word.startswith("--"))
     assert (status, err) == (
         0,
-        f"pgfunc: without --temperature decoding is greedy, and {named} without effect; --temperature 1 samples\n",
+        f"pgfunc: {named}: no effect without --temperature, decoding is greedy; --temperature 1 samples\n",
     )
     assert run("caption", "red.png", *HERE, *given, "--quiet") == (0, out, "")
     assert run("caption", "red.png", *HERE, *given, "--temperature", "1")[2] == ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import pgfunc as pg
@@ -131,6 +131,7 @@ def variables() -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in VARIABLES}
 
 
+@example(["a", "b", "a", None])
 @given(st.lists(st.sampled_from(["a", "b", None]), max_size=8))
 def test_the_environment_is_as_it_was_when_all_have_left(tmp_path_factory, steps):
     """In one thread folders nest; the innermost counts."""

@@ -43,6 +43,8 @@ def main() -> None:
     except OSError as error:
         if error.filename is not None:
             fail(str(PgfuncError(f"{error.filename}: {error.strerror}")))
+        if type(error) is not OSError:  # such as of a connection
+            raise
         silence()
         fail(f"standard output: cannot be written ({error.strerror})")
 

@@ -39,7 +39,7 @@ def compile(
     """Compile what a generation of that size needs, and keep the code in a folder for --compiled.
 
     It is for this PyTorch on this kind of device, and serves other weights of the same configuration. What lies in the
-    folder is run by whoever uses it: use none of which you do not trust the maker.
+    folder is run: use one only if you trust whoever made it.
     """
     settings, where = Settings(temperature, top_k, top_p, min_p), as_device(device)
     if max_new_tokens < 2:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import pgfunc as pg
 from pgfunc.bench import hardware
 from pgfunc.cli.options import say_aside
-from pgfunc.errors import SettingError, harmless
+from pgfunc.errors import SettingError
 
 MADE_FOR = "made-for.json"  # in a folder of compiled code
 MAKER = "maker"  # in it: who made the folder, a random number that stands for a user on a machine
@@ -48,13 +49,11 @@ def compiling(compile: bool, folder: Path | None, device: torch.device) -> Itera
         return
     if folder is not None:
         check_made_for(folder, kind_of(device))
-        if foreign(folder):
-            say_aside(
-                f"{folder} was made elsewhere, and what lies there is run: trust whoever made it, or compile it here"
-            )
     before = set(compiled_files(folder)) if folder else set()
     inside = pg.compiled_in(folder) if folder else nullcontext()
     with compiles("is there a C++ compiler? It runs without --compile"), inside:
+        if folder is not None and foreign(folder):
+            say_aside(f"{folder} was made elsewhere, and is run: trust whoever made it, or compile it here")
         yield
     if folder and before and set(compiled_files(folder)) - before:
         say_aside(f"{folder} had no code for this; it has now")
@@ -87,13 +86,14 @@ def made_for(folder: Path) -> dict[str, Any] | None:
 
 
 def foreign(folder: Path) -> bool:
-    """Whether a folder comes from somebody else, of whom this was not said before."""
-    maker = str((made_for(folder) or {}).get(MAKER))
-    if maker in makers():
-        return False
-    with suppress(OSError), makers_file().open("a") as file:
-        file.write(harmless(f"{maker:.64}") + "\n")
-    return True
+    """Whether a folder comes from somebody else, of whom this was not said before, or does not say from whom."""
+    maker, known = str((made_for(folder) or {}).get(MAKER)), makers()
+    if re.fullmatch("[0-9a-f]{32}", maker) is None:
+        return True
+    if maker not in known:
+        with suppress(OSError), makers_file().open("a") as file:
+            file.write(f"{maker}\n")
+    return maker not in known
 
 
 def makers() -> list[str]:

@@ -30,7 +30,7 @@ def remarks(command: str, given: dict[str, Any]) -> Iterator[str]:
     """What one might not expect of these options."""
     idle = [option for name, option in SAMPLING.items() if given.get(name) not in (None, 0)]
     if given.get("temperature") == 0 and idle:
-        yield f"without --temperature decoding is greedy, and {', '.join(idle)} without effect; --temperature 1 samples"
+        yield f"{', '.join(idle)}: no effect without --temperature, decoding is greedy; --temperature 1 samples"
     if command in ON_PICTURES and given["model"] is None and sys.stderr.isatty():
         another = "--model" if command in ("embed", "classify") else "--model or PGFUNC_MODEL"
         yield (

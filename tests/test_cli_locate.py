@@ -204,8 +204,11 @@ MISTAKES = {
     "kind of out": (["detect", "red.png", "cat", "--out", "x.json"], "--out x.json: not a kind of picture"),
     "folder of out": (["detect", "red.png", "cat", "--out", "no/x.png"], "no/x.png: there is no folder no"),
     "folder of coco": (["detect", "red.png", "cat", "--coco", "no/x.json"], "no/x.json: there is no folder no"),
-    "out is the picture": (["detect", "red.png", "cat", "--out", "red.png"], "would replace the picture red.png"),
-    "out is its folder": (["detect", "red.png", "blue.png", "cat", "--out", "."], "would replace the picture red.png"),
+    "out is the picture": (["detect", "red.png", "cat", "--out", "red.png"], "would replace red.png, which is read"),
+    "out is its folder": (
+        ["detect", "red.png", "blue.png", "cat", "--out", "."],
+        "would replace red.png, which is read",
+    ),
     "one name": (["detect", "red.png", "sub/red.png", "cat", "--out", "o"], "another picture would both be o/red.png"),
     "out is a file": (["detect", "red.png", "blue.png", "cat", "--out", "other.safetensors"], "is a file; several"),
     "kind that is read alone": (["detect", "red.png", "cat", "--out", "x.psd"], "--out x.psd: not a kind of picture"),

@@ -205,10 +205,17 @@ def test_an_out_that_is_a_file_is_named(folder):
 
 
 def test_packages_that_are_not_there_are_named_with_the_way_to_get_them(folder, monkeypatch):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=re.escape("python -m pip install 'pgfunc[plot]'")):
-        run(folder)
     monkeypatch.setattr(command, "find_spec", lambda name: name == "matplotlib" or None)
     with pytest.raises(SettingError, match=re.escape("python -m pip install 'pgfunc[train]'")):
         run(folder, "--tensorboard")
     assert not (folder / "out").exists()
+
+
+def test_without_matplotlib_only_the_curve_is_missing(folder, monkeypatch):
+    for module in (command, fit):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    result = run(folder, "--steps", "1")
+    assert result.exit_code == 0
+    assert "pgfunc: loss.png is not drawn without matplotlib: python -m pip install 'pgfunc[plot]'" in result.stderr
+    assert (folder / "out" / "model.safetensors").exists()
+    assert not (folder / "out" / "loss.png").exists()

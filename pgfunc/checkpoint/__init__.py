@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 
-from pgfunc import paligemma, quant
+from pgfunc import paligemma, quant, tree
 from pgfunc import tokenizer as tokenizers
-from pgfunc.checkpoint import bigvision, hf
-from pgfunc.checkpoint.files import write_json
-from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, read_methods, render, write_config
+from pgfunc.atomic import Change, changing, reading
+from pgfunc.checkpoint import bigvision, hf, processor
+from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, read_methods, render, with_methods
+from pgfunc.checkpoint.writing import as_json, check_save, written
 from pgfunc.config import PUBLISHED, Config
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.prompt import Model
@@ -45,78 +46,77 @@ def load(
     where, kind = as_device(device), as_dtype(dtype)
     first = torch.device("cpu") if where.type == "cuda" else where
     path = find(source)
-    if path.is_dir():
-        if config is not None:
-            raise SettingError(f"config {config} is for a .npz; {path} has a {CONFIG} of its own")
-        if (path / ADAPTER).exists() and not (path / CONFIG).exists():
-            raise CheckpointError(f"{path}: a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base")
-        cfg = read_config(path)
-        params = hf.load(path, cfg, kind, first, read_methods(path, cfg))
-        tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)
-    elif path.suffix == ".npz":
-        cfg = named_config(config, path)
-        params = bigvision.load(path, cfg, kind, first)
-    else:
-        raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a big_vision .npz")
+    with reading(path if path.is_dir() else path.parent):
+        if path.is_dir():
+            if config is not None:
+                raise SettingError(f"config {config} is for a .npz; {path} has a {CONFIG} of its own")
+            if (path / ADAPTER).exists() and not (path / CONFIG).exists():
+                raise CheckpointError(
+                    f"{path}: a LoRA adapter, not a model; `pgfunc merge` makes one of it and its base"
+                )
+            cfg = read_config(path)
+            check_save(path, CONFIG)
+            params = hf.load(path, cfg, kind, first, read_methods(path, cfg))
+            tokenizer = tokenizer or (path / TOKENIZER if (path / TOKENIZER).exists() else None)
+        elif path.suffix == ".npz":
+            cfg = named_config(config, path)
+            params = bigvision.load(path, cfg, kind, first)
+        else:
+            raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a big_vision .npz")
+        vocabulary = tokenizers.load(Path(tokenizer)) if tokenizer else None
     params = quant.arranged(paligemma.packed(params, where), where) if where.type == "cuda" else params
     params = params if quantize is None else quant.quantize(params, quantize)
-    return Model(cfg, params, tokenizers.load(Path(tokenizer)) if tokenizer else None)
+    return Model(cfg, params, vocabulary)
 
 
 def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
     """Write a model in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it.
 
+    The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay. All
+    change at once: interrupted, the folder holds the old model or the new one (`atomic`), on the disk.
     A quantized weight is two arrays, `<key>.values` and `<key>.scale` (layouts: see `lowbit`), and config.json lists
     them under quantization_config: `load` gives them back to the bit, transformers cannot load them.
-    The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay.
-    Raises CheckpointError for a model that the layout cannot hold, or a folder that cannot be written.
+    Raises CheckpointError for a model that the layout cannot hold, or a folder that cannot be written; NumericalError
+    for a parameter that is not finite.
     """
     folder = Path(folder)
-    render(model.cfg, "")  # what cannot be said is refused before anything is written
+    check(model, folder)
+    with written(folder), changing(folder) as change:
+        put(change, model, shard_bytes)
+
+
+def check(model: Model, where: Path) -> None:
+    """Refuse what cannot be saved, before anything is written."""
+    render(model.cfg, "")
     if model.params.projector.is_meta:
-        raise CheckpointError(f"{folder}: a model on the meta device has no weights to save")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        hf.save(folder, model.cfg, model.params, shard_bytes)
-        dtype = str(model.params.projector.dtype).removeprefix("torch.")
-        write_config(folder, model.cfg, dtype, quant.methods(model.params))
-        if model.tokenizer is not None:
-            save_tokenizer(model.tokenizer, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+        raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
+    tree.check_finite(model.params, str(where))
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def put(change: Change, model: Model, shard_bytes: int) -> None:
+    """Write a model's files among those of a folder that change at once."""
+    dtype, more = dtype_name(model.params.projector), {"image_seq_length": model.cfg.vision.tokens}
+    settings = processor.render(model.cfg, processor_class="PaliGemmaProcessor", **more)
+    change.write(processor.NAME, as_json(settings))
+    if model.tokenizer is not None:
+        put_tokenizer(change, model.tokenizer)
+    config = with_methods(render(model.cfg, dtype), quant.methods(model.params))
+    hf.write(change, hf.arrays(model.cfg, model.params), config, shard_bytes)
+
+
+def put_tokenizer(change: Change, tokenizer: Tokenizer) -> None:
     """Write `tokenizer.json`, and the `tokenizer_config.json` with which transformers reads it."""
-    tokenizer.backend.save(str(folder / TOKENIZER))
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "image")}
     extra = {"image_token": "<image>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "PaliGemmaProcessor",
                 "extra_special_tokens": extra, "clean_up_tokenization_spaces": False}  # fmt: skip
-    write_json(folder / TOKENIZER_CONFIG, names | settings)
+    change.write(TOKENIZER, tokenizer.backend.to_str(pretty=True))
+    change.write(TOKENIZER_CONFIG, as_json(names | settings))
 
 
-def convert(
-    source: Source,
-    target: str | Path,
-    dtype: str | torch.dtype | None = None,
-    config: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    quantize: str | None = None,
-) -> None:
-    """Write a checkpoint in the other format: big_vision when the target ends in `.npz`, else Hugging Face layout.
-
-    A `.npz` holds weights alone: for the way back keep the source's json files, and give their folder as `config`.
-    It cannot hold quantized ones; a folder can, so `quantize` (see `load`) is for those.
-    """
-    target = Path(target)
-    model = load(source, dtype, "cpu", config, tokenizer, quantize)
-    if target.suffix != ".npz":
-        return save(model, target)
-    try:
-        bigvision.save(target, model.cfg, model.params)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error})") from error
+def dtype_name(array: Tensor) -> str:
+    """`bfloat16`, as files and options say it."""
+    return str(array.dtype).removeprefix("torch.")
 
 
 def find(source: Source) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
-from pgfunc.checkpoint.files import read_json, write_json
+from pgfunc.checkpoint.files import read_json
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError, SettingError
 
@@ -65,7 +65,7 @@ def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], kind: str) -> T:
 
 
 def read_methods(folder: Path, cfg: Config) -> dict[str, str]:
-    """Path -> method of every quantized weight, as `write_config` writes them, and as the model can have them."""
+    """Path -> method of every quantized weight, as `with_methods` says them, and as the model can have them."""
     raw = read_json(folder / CONFIG).get("quantization_config")
     if raw is None:
         return {}
@@ -209,12 +209,10 @@ def require(raw: Mapping[str, Any], key: str, value: Any) -> None:
         raise ValueError(f"{key} is {raw[key]!r}, expected {value!r}")
 
 
-def write_config(folder: Path, cfg: Config, dtype: str, methods: Mapping[str, str]) -> None:
-    """Write `config.json` and `preprocessor_config.json`, as transformers reads them where nothing is quantized."""
+def with_methods(config: dict[str, Any], methods: Mapping[str, str]) -> dict[str, Any]:
+    """A `config.json` that says how weights are quantized, if any are."""
     # an entry without quant_method stops transformers; one that it does not know, it skips, and makes up the weights
-    quantized = {"quantization_config": {"format": "pgfunc", "weights": dict(methods)}} if methods else {}
-    write_json(folder / CONFIG, render(cfg, dtype) | quantized)
-    processor.write(folder, cfg, processor_class="PaliGemmaProcessor", image_seq_length=cfg.vision.tokens)
+    return config | {"quantization_config": {"format": "pgfunc", "weights": dict(methods)}} if methods else config
 
 
 def render_vision(vision: VisionConfig) -> dict[str, Any]:

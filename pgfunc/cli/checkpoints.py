@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import pgfunc as pg
-from pgfunc import paligemma
+from pgfunc import outputs, paligemma
 from pgfunc.cli import options
 from pgfunc.cli.options import app
 from pgfunc.errors import SettingError
@@ -39,7 +39,9 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder, .npz or hub id.")],
     target: Annotated[Path, typer.Argument(help="A folder for Hugging Face layout, or a .npz for big_vision's.")],
     config: options.Config = None, tokenizer: options.Vocabulary = None, dtype: options.Dtype = None,
-    quantize: options.Quantize = None,
+    quantize: options.Quantize = None, force: options.Force = False,
 ) -> None:  # fmt: skip
-    """Write a checkpoint in the other format, or in fewer bits."""
-    pg.convert(source, target, dtype, config, tokenizer, quantize)
+    """Write a checkpoint in the other format, or in fewer bits; its mask decoder and its siglip/ come along."""
+    outputs.check_new(target, force, "--force")
+    done = pg.convert(source, target, dtype, config, tokenizer, quantize, force)
+    print(f"{done.path}: {done.format}, {done.dtype}, {done.bytes:,} bytes")

@@ -1,8 +1,7 @@
 """Commands whose result is a place in the picture: detect (boxes) and segment (masks)."""
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,17 +10,18 @@ from PIL import Image
 from tqdm import tqdm
 
 import pgfunc as pg
-from pgfunc import coco, draw, vqvae
-from pgfunc.checkpoint import find
+from pgfunc import atomic, coco, draw, vqvae
+from pgfunc.atomic import replacing
+from pgfunc.checkpoint import find, shipped
+from pgfunc.checkpoint.conversion import MASKS
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_file, progress, say, unset, without
+from pgfunc.cli.options import app, check_file, each, end, say, to_json, unset, without
 from pgfunc.detect import Detection, Malformed
-from pgfunc.errors import CheckpointError, ImageError, PromptError, SettingError, first_line
+from pgfunc.errors import CheckpointError, PromptError, SettingError, first_line
 from pgfunc.image import open_image
+from pgfunc.outputs import check_apart, resolved
 from pgfunc.prompt import TASKS, tokenizer_of
 from pgfunc.segment import Segment
-
-MASKS = "masks.safetensors"  # the mask decoder in a model's folder
 
 Targets = Annotated[list[str], typer.Argument(help="Picture files, and last what to look for: 'cat ; bus'.",
                                               metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
@@ -57,18 +57,18 @@ def locating(name: str, about: str) -> None:
         as_json: options.Json = False,
     ) -> None:
         images, wanted = split(name, targets, prompt)
-        drawings = destinations(images, out)
+        inputs = [*images, model or shipped(), masks, config, tokenizer]
+        drawings = destinations(images, out, inputs)
         if coco_file:
-            check_file(coco_file)
+            check_coco(coco_file, inputs, drawings)
         decoder = decoder_of(masks, model) if name == "segment" else None
         loaded = pg.load(model, dtype, device, config, tokenizer, quantize)
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
         prefix = TASKS[name].format(wanted)
-        pictures = []
-        for image in progress(images):
-            picture = open_image(image)
+        pictures, unread = [], []
+        for image, picture in each(images, open_image, unread):
             (done,) = pg.generate(loaded, picture, prefix, **sampling)
             found, left_out = read(loaded, done, picture, vq)
             head = {"image": image, "prompt": prefix, "text": done.text, "finish": done.finish}
@@ -77,7 +77,8 @@ def locating(name: str, about: str) -> None:
             if out:
                 write_picture(draw.objects(picture, found), drawings[image])
         if coco_file:
-            write_text(coco_file, json.dumps(coco.dataset(pictures)))  # ASCII: a file's name need not be text
+            write_text(coco_file, to_json(coco.dataset(pictures)))  # ASCII: a file's name need not be text
+        end(unread)
 
     app.command(name, help=about)(command if name == "segment" else without(command, "masks"))
 
@@ -102,8 +103,8 @@ def is_file(name: str) -> bool:
         return False
 
 
-def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
-    """Where the drawing of each picture goes; checked before anything runs, as is that it replaces no picture."""
+def destinations(images: list[str], out: Path | None, inputs: Sequence[str | Path | None]) -> dict[str, Path]:
+    """Where the drawing of each picture goes; checked before anything runs, as is that it replaces nothing read."""
     if out is None:
         return {}
     if len(images) == 1 and not out.is_dir():
@@ -114,14 +115,21 @@ def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
         if out.exists() and not out.is_dir():
             raise SettingError(f"--out {out}: is a file; several pictures need a folder")
         paths = {image: out / f"{Path(image).stem}.png" for image in images}
+    check_apart(paths.values(), inputs, "--out")
     for image, path in paths.items():
-        if path.resolve() in (Path(source).resolve() for source in images):
-            raise SettingError(f"--out {out}: would replace the picture {path}")
         if list(paths.values()).count(path) > 1:
             raise SettingError(f"--out {out}: {image} and another picture would both be {path}")
     if not out.is_dir():
         check_file(out)
     return paths
+
+
+def check_coco(path: Path, inputs: Sequence[str | Path | None], drawings: Mapping[str, Path]) -> None:
+    """Raise SettingError for a --coco that cannot be made, or would replace what is read or drawn."""
+    check_file(path)
+    check_apart([path], inputs, "--coco")
+    if resolved(path) in map(resolved, drawings.values()):
+        raise SettingError(f"--coco {path}: is the picture that --out writes; give another name")
 
 
 def decoder_of(masks: Path | None, model: str | None) -> Path:
@@ -182,15 +190,16 @@ def write_picture(picture: Image.Image, path: Path) -> None:
     """Save a picture, in the folder that it may need for several."""
     try:
         path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        with replacing(path) as file:
+            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
     except (OSError, ValueError, KeyError) as error:
-        raise ImageError(f"{path}: cannot be written ({first_line(error)})") from error
+        raise SettingError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file."""
     try:
-        path.write_text(text, encoding="ascii")
+        atomic.write_text(path, text)
     except OSError as error:
         raise SettingError(f"{path}: cannot be written ({first_line(error)})") from error
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pgfunc import paligemma, quant, tree
+from pgfunc.atomic import changing, reading
 from pgfunc.checkpoint import ADAPTER, HUB_ID, hf
 from pgfunc.checkpoint.files import check
-from pgfunc.checkpoint.hf_config import MOST, read_json, write_json
+from pgfunc.checkpoint.hf_config import MOST, read_json
+from pgfunc.checkpoint.writing import as_json, write_safetensors, written
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError, SettingError
 from pgfunc.ops import widen
@@ -55,7 +55,8 @@ def init(params: Params, targets: Sequence[str], rank: int, alpha: float, seed: 
     """Pairs for the weights whose paths match a target such as `language.*.q`; b is zero, so nothing changes at first.
 
     `params` may be abstract. Only matrices that multiply activations take part. a is uniform in ±1/sqrt(inputs),
-    as PEFT's default. Raises SettingError for a target that matches no such matrix, or a rank below 1.
+    as PEFT's default. Raises SettingError for a target that matches no such matrix, or a rank below 1 or above
+    that of every chosen weight.
     """
     quant.check_plain(params, "LoRA")
     if rank < 1:
@@ -63,6 +64,8 @@ def init(params: Params, targets: Sequence[str], rank: int, alpha: float, seed: 
     linear = linear_paths(params)
     weights = {path: leaf for path, leaf in tree.flatten(params).items() if path in linear}
     chosen = {path for target in targets for path in tree.matching(weights, target)}
+    if rank > (most := max(min(weights[path].shape) for path in chosen)):
+        raise SettingError(f"lora-rank is {rank}, expected {most} or less: the chosen weights have no higher rank")
     generator = torch.Generator().manual_seed(seed)
 
     def pair(weight: Tensor) -> Pair:
@@ -95,11 +98,15 @@ def _added(params: Params, pairs: dict[str, Pair], scale: float) -> Params:
 
 
 def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
-    """Write PEFT's two files; `base` names the model that the pairs belong to, a folder or a hub id as `load` takes."""
+    """Write PEFT's two files, which change at once.
+
+    `base` names the model that the pairs belong to, a folder or a hub id as `load` takes. Raises NumericalError for a
+    pair that is not finite.
+    """
     folder, names = Path(folder), modules(cfg)
     base, _, revision = base.partition("@") if HUB_ID.fullmatch(base) and not Path(base).exists() else (base, "", "")
     arrays = {
-        f"base_model.model.model.{names[path]}.lora_{part}.weight": array.contiguous()
+        f"base_model.model.model.{names[path]}.lora_{part}.weight": array
         for path, pair in lora.pairs.items()
         for part, array in zip("AB", pair, strict=True)
     }
@@ -108,14 +115,11 @@ def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
                 "revision": revision or None, "r": rank, "lora_alpha": lora.scale * rank,
                 "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
                 "target_modules": sorted(names[path] for path in lora.pairs)}  # fmt: skip
-    beside = folder / f"{WEIGHTS}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, beside, metadata={"format": "pt"})
-        beside.replace(folder / WEIGHTS)
-        write_json(folder / ADAPTER, settings)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+    tree.check_finite(lora.pairs, str(folder))
+    with written(folder), changing(folder) as change:
+        with change.new(WEIGHTS) as file:
+            write_safetensors(file, arrays, {"format": "pt"})
+        change.write(ADAPTER, as_json(settings))
 
 
 def load(folder: str | Path, cfg: Config) -> Lora:
@@ -124,11 +128,13 @@ def load(folder: str | Path, cfg: Config) -> Lora:
     Raises CheckpointError for keys that are not this model's, half a pair, a wrong shape, or more than plain LoRA.
     """
     folder = Path(folder)
-    rank, scale = read_settings(folder / ADAPTER)
+    with reading(folder):
+        rank, scale = read_settings(folder / ADAPTER)
+        files = hf.open_file(folder / WEIGHTS)
     paths = {name: path for path, name in modules(cfg).items()}
     shapes = tree.flatten(paligemma.abstract(cfg))
     entries, expected = {}, {}
-    for key, entry in hf.open_file(folder / WEIGHTS).items():
+    for key, entry in files.items():
         name, part = module(key)
         if name not in paths:
             raise CheckpointError(f"{folder / WEIGHTS}: {key} is no linear weight of this model")

@@ -38,11 +38,11 @@ def check_folder(target: Path, name: str = "") -> None:
         raise SettingError(f"{said}: cannot be written, it is a file; expected the name of a folder")
 
 
-def check_new(target: Path, force: bool, remedy: str) -> None:
+def check_new(target: Path, force: bool) -> None:
     """Raise SettingError for a file that exists or a folder that is not empty, unless it may be replaced."""
     check_name(target)
     if not force and os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise SettingError(f"{target}: exists already; give another name, or {remedy} to replace what is in it")
+        raise SettingError(f"{target}: exists already; give another name, or replace it with --force (force=True)")
 
 
 def check_name(target: Path, name: str = "") -> None:

@@ -59,7 +59,7 @@ def convert(
     if not archive:
         outputs.check_folder(target)
     outputs.check_apart([target], [found, config, tokenizer])
-    outputs.check_new(target, force, "force=True")
+    outputs.check_new(target, force)
     model = load(source, dtype, "cpu", config, tokenizer, quantize)
     if archive:
         write_archive(target, model, companion(found, MASKS), force)
@@ -76,7 +76,7 @@ def write_archive(target: Path, model: Model, masks: Path | None, force: bool) -
     if masks and beside.exists() and beside.read_bytes() == masks.read_bytes():
         masks = None  # it is there
     if masks:
-        outputs.check_new(beside, force, "force=True")
+        outputs.check_new(beside, force)
     with written(target), changing(target.parent) as change:
         copy(change, masks)
         with change.new(target.name) as file:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import pgfunc as pg
-from pgfunc import outputs, paligemma
+from pgfunc import paligemma
 from pgfunc.cli import options
 from pgfunc.cli.options import app
 from pgfunc.errors import SettingError
@@ -42,6 +42,5 @@ def convert(
     quantize: options.Quantize = None, force: options.Force = False,
 ) -> None:  # fmt: skip
     """Write a checkpoint in the other format, or in fewer bits; its mask decoder and its siglip/ come along."""
-    outputs.check_new(target, force, "--force")
     done = pg.convert(source, target, dtype, config, tokenizer, quantize, force)
     print(f"{done.path}: {done.format}, {done.dtype}, {done.bytes:,} bytes")

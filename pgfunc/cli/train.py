@@ -106,7 +106,7 @@ def merge(
     """Add a LoRA adapter to the model that it was trained on, and save that as a model."""
     outputs.check_folder(target)
     outputs.check_apart([target], [find(model), adapter, config, tokenizer])
-    outputs.check_new(target, force, "--force")
+    outputs.check_new(target, force)
     base = pg.load(model, None, "cpu", config, tokenizer)
     merged = base._replace(params=lora.merge(base.params, lora.load(adapter, base.cfg)))
     write_folder(target, merged, find(model))

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,9 +42,13 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         with path.open("wb") as file:  # a folder is an OSError here
             yield file
         return
-    path.parent.stat()  # no folder is made for a file
-    with changing(path.parent) as change, change.new(path.name) as file:
-        yield file
+    with staged(path.parent) as change:
+        with change.new(path.name) as file:
+            yield file
+        settle(path.parent)
+        for temporary in change.renames:
+            (path.parent / temporary).replace(path)
+    flush(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -58,7 +63,7 @@ class Change:
     def __init__(self, folder: Path, token: str) -> None:
         self.folder, self.token = folder, token
         self.renames: dict[str, str] = {}
-        self.stale: list[tuple[str, re.Pattern[str]]] = []
+        self.stale: list[tuple[str, str]] = []
 
     @contextmanager
     def new(self, name: str) -> Iterator[IO[bytes]]:
@@ -79,13 +84,7 @@ class Change:
 
     def supersede(self, pattern: re.Pattern[str], inner: str = "") -> None:
         """Files whose whole names match go, unless they are new; `inner` is a folder in the folder."""
-        self.stale.append((inner, pattern))
-
-    def plan(self) -> dict[str, Any]:
-        """The journal: which temporary file becomes which, and what is removed."""
-        found = [str(Path(inner, name)) for inner, pattern in self.stale for name in names(self.folder / inner)
-                 if pattern.fullmatch(name)]  # fmt: skip
-        return {"rename": self.renames, "remove": sorted({*found} - {*self.renames.values()})}
+        self.stale.append((inner, pattern.pattern))
 
 
 @contextmanager
@@ -96,42 +95,71 @@ def changing(folder: str | Path) -> Iterator[Change]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with staged(folder) as change:
+        yield change
+        commit(change)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Change]:
+    """Temporary files, which are gone when the block ends, unless they were renamed or a journal names them."""
     sweep(folder)
     with alive(folder) as token:
         change = Change(folder, token)
         try:
             yield change
-            with locked(folder, exclusive=True):
-                commit(change)
-        finally:  # what is left of its files is not wanted, unless the commit has begun
+        finally:
             pending = read_journal(folder)
             for name in change.renames.keys() - pending.get("rename", {}).keys():
                 (folder / name).unlink(missing_ok=True)
 
 
 def commit(change: Change) -> None:
-    """Change the folder, which is locked. One rename needs no journal."""
+    """Change the folder: from the moment that the journal is in its place, whoever carries it out."""
     folder = change.folder
-    finish(folder)
-    plan = change.plan()
-    for name in plan["rename"].values():
+    for name in change.renames.values():
         check_target(folder / name)
-    if len(plan["rename"]) == 1 and not plan["remove"]:
-        ((temporary, name),) = plan["rename"].items()
-        (folder / temporary).replace(folder / name)
-        return flush(folder)
     journal = folder / f".pgfunc-{change.token}.tmp"
     with journal.open("wb") as file:
-        file.write(json.dumps(plan).encode())
+        file.write(json.dumps({"rename": change.renames, "supersede": change.stale}).encode())
         file.flush()
         os.fsync(file.fileno())
-    journal.replace(folder / JOURNAL)
+    while not placed(journal):
+        settle(folder)
     flush(folder)
-    finish(folder)
+    settle(folder)
+
+
+def placed(journal: Path) -> bool:
+    """Put a journal in its place, unless there is one: the commit.
+
+    Readers that come from now on wait for it, so that they cannot keep a writer from its lock for ever.
+    """
+    target = journal.with_name(JOURNAL)
+    try:
+        os.link(journal, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        with locked(journal.parent, exclusive=True):
+            if target.exists():
+                return False
+            journal.replace(target)
+    return True
+
+
+def settle(folder: Path) -> None:
+    """Carry out the journal of a folder, if there is one, or wait until another has done so."""
+    while interrupted(folder):
+        with locked(folder, exclusive=True, wait=False) as held:
+            if held is not False:
+                finish(folder)
+                return
+        time.sleep(0.002)
 
 
 def finish(folder: Path) -> None:
-    """Carry out the journal of a folder, if there is one; again where that was interrupted. The folder is locked.
+    """Carry out the journal of a folder, which is locked; again where that was interrupted.
 
     The last of the new files (for a model its config.json) goes first and is back last: meanwhile a program that asks
     for no lock finds no model, rather than half of one and half of another.
@@ -139,17 +167,24 @@ def finish(folder: Path) -> None:
     if not (plan := read_journal(folder)):
         return
     *others, (last, name) = plan["rename"].items()
-    if (folder / last).exists():
+    if others and (folder / last).exists():
         (folder / name).unlink(missing_ok=True)
     for temporary, target in others:
         move(folder / temporary, folder / target)
-    for target in plan["remove"]:
-        (folder / target).unlink(missing_ok=True)
+    for target in superseded(folder, plan):
+        target.unlink(missing_ok=True)
     move(folder / last, folder / name)
     for place in {(folder / target).parent for target in plan["rename"].values()}:
         flush(place)
     (folder / JOURNAL).unlink(missing_ok=True)
     flush(folder)
+
+
+def superseded(folder: Path, plan: dict[str, Any]) -> list[Path]:
+    """The files that a journal says go: those whose names match, but for the new ones."""
+    new = {folder / name for name in plan["rename"].values()}
+    return [folder / inner / name for inner, pattern in plan["supersede"] for name in names(folder / inner)
+            if re.fullmatch(pattern, name) and folder / inner / name not in new]  # fmt: skip
 
 
 def move(temporary: Path, target: Path) -> None:
@@ -160,11 +195,18 @@ def move(temporary: Path, target: Path) -> None:
 
 
 def read_journal(folder: Path) -> dict[str, Any]:
-    """The journal of a folder, empty where there is none; it is not obeyed where it names what lies outside."""
+    """The journal of a folder, empty where there is none.
+
+    It is not obeyed where it names what lies outside, or a stranger wrote it: in /tmp anybody may.
+    """
     try:
+        owner = (folder / JOURNAL).stat().st_uid
+        if owner not in (folder.stat().st_uid, getattr(os, "geteuid", lambda: owner)()):
+            raise ValueError("it belongs to another user")
         plan = json.loads((folder / JOURNAL).read_bytes())
-        names = [*plan["rename"].values(), *plan["remove"]]
-        inside = all((folder / name).parent.resolve().is_relative_to(folder.resolve()) for name in names)
+        places = [*((folder / name).parent for name in plan["rename"].values()),
+                  *(folder / inner for inner, _ in plan["supersede"])]  # fmt: skip
+        inside = all(place.resolve().is_relative_to(folder.resolve()) for place in places)
         if not (plan["rename"] and inside and all(TEMPORARY.fullmatch(name) for name in plan["rename"])):
             raise ValueError("it names other files than those of a save")
     except FileNotFoundError:
@@ -195,17 +237,16 @@ def reading(folder: Path) -> Iterator[None]:
 
     Raises CheckpointError for one that cannot be finished, as in a folder that is read-only.
     """
-    try:
-        if interrupted(folder):
-            with locked(folder, exclusive=True):
-                finish(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: an incomplete save, which cannot be finished here ({error}); make the folder "
-                              "writable and load it once, or save again") from error  # fmt: skip
-    with locked(folder, exclusive=False):
-        if interrupted(folder):
-            raise CheckpointError(f"{folder}: an incomplete save: a writer was stopped just now; load again")
-        yield
+    while True:
+        try:
+            settle(folder)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: an incomplete save, which cannot be finished here ({error}); make the "
+                                  "folder writable and load it once, or save again") from error  # fmt: skip
+        with locked(folder, exclusive=False):
+            if not interrupted(folder):  # as it may be again by now
+                yield
+                return
 
 
 @contextmanager

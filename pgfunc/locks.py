@@ -26,24 +26,23 @@ def unlocked(path: Path) -> Iterator[bool]:
         yield isinstance(error, FileNotFoundError)
         return
     try:
-        yield lock(descriptor, exclusive=True, wait=False)
+        yield lock(descriptor, exclusive=True, wait=False) is True
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def locked(folder: Path, exclusive: bool) -> Iterator[None]:
-    """Hold a folder's lock."""
+def locked(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool | None]:
+    """Hold a folder's lock; False where another has it, None where there is none."""
     try:
         descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     except (OSError, ValueError):  # such as a folder whose files may be read by name alone
         descriptor = None
     if descriptor is None:
-        yield
+        yield None
         return
     try:
-        lock(descriptor, exclusive)
-        yield
+        yield lock(descriptor, exclusive, wait)
     finally:
         if fcntl:  # closing is not enough: a forked child has a copy
             with suppress(OSError):
@@ -51,12 +50,12 @@ def locked(folder: Path, exclusive: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def lock(descriptor: int, exclusive: bool, wait: bool = True) -> bool:
-    """Take a lock; False where another has it, or where there are none."""
+def lock(descriptor: int, exclusive: bool, wait: bool = True) -> bool | None:
+    """Take a lock; False where another has it, None where there are none."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
+    except OSError as error:
+        return False if isinstance(error, BlockingIOError) else None
     return True

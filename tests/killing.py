@@ -109,7 +109,7 @@ def stopped(writer: Writer, folder: Path, at: int, fault: str) -> tuple[int, int
         try:
             writer.write(folder)
         except BaseException as error:
-            said = f"{'' if isinstance(error, PgfuncError) else type(error).__name__ + ' '}{error}"
+            said = f"{'one line' if isinstance(error, PgfuncError) else type(error).__name__}: {error}"
         os.write(send, json.dumps([counter.count, said]).encode())
         os._exit(0)
     os.close(send)
@@ -142,7 +142,7 @@ def outcomes(name: str, writer: Writer, points: int) -> Iterator[str]:
 def left(writer: Writer, folder: Path, at: int, fault: str, old: Any, new: Any) -> Iterator[str]:
     """What is wrong with what one stopped writer left."""
     status, _, said = stopped(writer, folder, at, fault)
-    if fault == "ENOSPC" and (status or said.startswith(("OSError", "FileNotFoundError")) or "\n" in said):
+    if fault == "ENOSPC" and (status or "\n" in said or (said and not said.startswith("one line"))):
         yield f"status {status}, said {said!r}"
     if fault in ("ENOSPC", "SIGINT") and not (folder / ".pgfunc-journal").exists() and large(folder):
         yield f"left {large(folder)}"

@@ -1,9 +1,11 @@
 """Files and folders change at once: from the old to the new, whoever reads, writes or was stopped meanwhile."""
 
 import fcntl
+import json
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def replace_pair(folder: Path, value: str) -> None:
 def stop_within_the_commit(folder: Path, monkeypatch) -> None:
     """A writer that is stopped when its journal is in place and nothing else is."""
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "finish", lambda folder: None)
+        patch.setattr(atomic, "settle", lambda folder: None)
         replace_pair(folder, "new")
 
 
@@ -155,16 +157,29 @@ def test_a_folder_that_is_read_only_holds_an_incomplete_save_and_says_so(pair, m
         reading(pair).__enter__()
 
 
+TEMPORARY = ".pgfunc-0000000000000000.0.tmp"
+
+
 @pytest.mark.parametrize("plan", [
-    "{", "[]", '{"rename": {}}', '{"rename": {".pgfunc-0000000000000000.0.tmp": "../b"}, "remove": []}',
-    '{"rename": {".pgfunc-0000000000000000.0.tmp": "b"}, "remove": ["/tmp/x"]}',
-    '{"rename": {"a": "b"}, "remove": []}', '{"rename": {".pgfunc-0000000000000000.0.tmp": "inner/b"}, "remove": []}',
-])  # fmt: skip
+    [], {}, {"rename": {}, "supersede": []}, {"rename": {TEMPORARY: "../b"}, "supersede": []},
+    {"rename": {TEMPORARY: "b"}, "supersede": [["/tmp", "x"]]}, {"rename": {"a": "b"}, "supersede": []},
+    {"rename": {TEMPORARY: "inner/b"}, "supersede": []}, {"rename": {TEMPORARY: "b"}, "supersede": [["inner", "."]]},
+    {"rename": {TEMPORARY: "b"}, "supersede": 5}, {"rename": {TEMPORARY: "b"}}, {"rename": [TEMPORARY]},
+], ids=json.dumps)  # fmt: skip
 def test_a_journal_that_names_what_is_no_save_is_not_obeyed(pair, plan):
     (pair / "inner").symlink_to(pair.parent)
-    (pair / JOURNAL).write_text(plan)
+    (pair / JOURNAL).write_text(json.dumps(plan))
     with pytest.raises(CheckpointError, match=r"an incomplete save, whose list .* is damaged"):
         reading(pair).__enter__()
+    assert (pair / "a").read_text() == (pair / "b").read_text() == "old"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_journal_of_another_user_is_not_obeyed(pair, monkeypatch):
+    stop_within_the_commit(pair, monkeypatch)
+    os.chown(pair / JOURNAL, 12345, -1)
+    with pytest.raises(CheckpointError, match="belongs to another user"):
+        write_text(pair / "c", "new")
     assert (pair / "a").read_text() == (pair / "b").read_text() == "old"
 
 
@@ -197,6 +212,37 @@ def test_readers_see_one_of_two_saves_and_never_parts_of_both(pair):
         writer.join()
     assert seen <= {("old", "old"), ("one", "one"), ("two", "two")}
     assert len(content(pair)) == 2
+
+
+def test_readers_do_not_keep_a_writer_waiting(pair):
+    """However many of them overlap: those that come after the journal wait for it."""
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            with reading(pair):
+                time.sleep(0.02)
+
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for reader in readers:
+        reader.start()
+    start = time.monotonic()
+    for _ in range(5):
+        replace_pair(pair, "new")
+    took = time.monotonic() - start
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert took < 5  # it takes 0.2 s; without the journal's place in the queue it does not end
+
+
+def test_without_hard_links_a_folder_still_changes_at_once(pair, monkeypatch):
+    def refuse(*given):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    replace_pair(pair, "new")
+    assert content(pair) == {"a": "new", "b": "new"}
 
 
 def test_without_locks_each_file_still_changes_at_once(pair, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pgfunc import gemma, paligemma, quant, siglip, tree
-from pgfunc.atomic import replacing
+from pgfunc.atomic import changing
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
 from pgfunc.checkpoint.writing import written
 from pgfunc.config import Config, TextConfig, VisionConfig
@@ -159,7 +159,7 @@ def _read(path: Path, name: str) -> Tensor:
 def save(path: Path, cfg: Config, params: paligemma.Params) -> None:
     """Write the parameters as big_vision does, which has no quantized ones; an older file is replaced at once."""
     check(path, params)
-    with written(path), replacing(path) as file:
+    with written(path), changing(path.parent) as change, change.new(path.name) as file:
         write(file, cfg, params)
 
 

@@ -1,14 +1,12 @@
 """Everything that is written: a file or a folder's files change at once, from the old to the new.
 
-A file is written under a temporary name beside its target, flushed to disk, and renamed. Several files of a folder are
-committed by a journal, a list of renames that is itself put in place by one rename. Before that the folder is the old
-one, and after it the new one: whoever finds a journal, the next reader or writer, carries it out.
+A file is written under a temporary name beside its target, flushed to disk, and renamed; several files of a folder are
+renamed by a `journal`.
 
     .pgfunc-TOKEN.tmp       says that a writer lives, which holds a lock on it; it becomes the journal
     .pgfunc-TOKEN.0.tmp     its new files; the next writer in the folder removes those of a writer that was killed
-    .pgfunc-journal         a commit under way, or one that was interrupted
+    .pgfunc-journal         a change under way, or one that was interrupted
 
-A folder is locked (`locks`) while its files are renamed, and by readers, who share the lock, while they open them.
 Nothing is written in place, so what is mapped never changes, and a link at a target is replaced. Nothing here knows
 what the files are.
 """
@@ -18,17 +16,13 @@ import os
 import re
 import secrets
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from pgfunc.errors import CheckpointError
-from pgfunc.locks import AS_IT_IS, lock, locked, unlocked
-
-JOURNAL = ".pgfunc-journal"
-TEMPORARY = re.compile(r"\.pgfunc-([0-9a-f]{16})(\.\d+)?\.tmp")  # short: the target's name may have all of 255 bytes
+from pgfunc.journal import TEMPORARY, flush, interrupted, names, placed, read_journal, settle
+from pgfunc.locks import AS_IT_IS, lock, unlocked
 
 
 @contextmanager
@@ -64,10 +58,11 @@ class Change:
         self.folder, self.token = folder, token
         self.renames: dict[str, str] = {}
         self.stale: list[tuple[str, str]] = []
+        self.hidden: list[str] = []
 
     @contextmanager
     def new(self, name: str) -> Iterator[IO[bytes]]:
-        """A file to write. The one asked for last is put in place last; a name may lie in a folder of the folder."""
+        """A file to write; a name may lie in a folder of the folder."""
         temporary, target = f".pgfunc-{self.token}.{len(self.renames)}.tmp", self.folder / name
         self.renames[temporary] = name
         with os.fdopen(create(self.folder / temporary), "w+b") as file:
@@ -81,6 +76,10 @@ class Change:
         """A file of text."""
         with self.new(name) as file:
             file.write(text.encode())
+
+    def hide(self, name: str) -> None:
+        """A new file whose older one is gone while the others are exchanged: by it a program finds them."""
+        self.hidden.append(name)
 
     def supersede(self, pattern: re.Pattern[str], inner: str = "") -> None:
         """Files whose whole names match go, unless they are new; `inner` is a folder in the folder."""
@@ -121,7 +120,7 @@ def commit(change: Change) -> None:
         check_target(folder / name)
     journal = folder / f".pgfunc-{change.token}.tmp"
     with journal.open("wb") as file:
-        file.write(json.dumps({"rename": change.renames, "supersede": change.stale}).encode())
+        file.write(json.dumps({"rename": change.renames, "supersede": change.stale, "hidden": change.hidden}).encode())
         file.flush()
         os.fsync(file.fileno())
     while not placed(journal):
@@ -130,123 +129,11 @@ def commit(change: Change) -> None:
     settle(folder)
 
 
-def placed(journal: Path) -> bool:
-    """Put a journal in its place, unless there is one: the commit.
-
-    Readers that come from now on wait for it, so that they cannot keep a writer from its lock for ever.
-    """
-    target = journal.with_name(JOURNAL)
-    try:
-        os.link(journal, target)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        with locked(journal.parent, exclusive=True):
-            if target.exists():
-                return False
-            journal.replace(target)
-    return True
-
-
-def settle(folder: Path) -> None:
-    """Carry out the journal of a folder, if there is one, or wait until another has done so."""
-    while interrupted(folder):
-        with locked(folder, exclusive=True, wait=False) as held:
-            if held is not False:
-                finish(folder)
-                return
-        time.sleep(0.002)
-
-
-def finish(folder: Path) -> None:
-    """Carry out the journal of a folder, which is locked; again where that was interrupted.
-
-    The last of the new files (for a model its config.json) goes first and is back last: meanwhile a program that asks
-    for no lock finds no model, rather than half of one and half of another.
-    """
-    if not (plan := read_journal(folder)):
-        return
-    *others, (last, name) = plan["rename"].items()
-    if others and (folder / last).exists():
-        (folder / name).unlink(missing_ok=True)
-    for temporary, target in others:
-        move(folder / temporary, folder / target)
-    for target in superseded(folder, plan):
-        target.unlink(missing_ok=True)
-    move(folder / last, folder / name)
-    for place in {(folder / target).parent for target in plan["rename"].values()}:
-        flush(place)
-    (folder / JOURNAL).unlink(missing_ok=True)
-    flush(folder)
-
-
-def superseded(folder: Path, plan: dict[str, Any]) -> list[Path]:
-    """The files that a journal says go: those whose names match, but for the new ones."""
-    new = {folder / name for name in plan["rename"].values()}
-    return [folder / inner / name for inner, pattern in plan["supersede"] for name in names(folder / inner)
-            if re.fullmatch(pattern, name) and folder / inner / name not in new]  # fmt: skip
-
-
-def move(temporary: Path, target: Path) -> None:
-    """Rename a file, unless that is done."""
-    target.parent.mkdir(exist_ok=True)
-    with suppress(FileNotFoundError):
-        temporary.replace(target)
-
-
-def read_journal(folder: Path) -> dict[str, Any]:
-    """The journal of a folder, empty where there is none.
-
-    It is not obeyed where it names what lies outside, or a stranger wrote it: in /tmp anybody may.
-    """
-    try:
-        owner = (folder / JOURNAL).stat().st_uid
-        if owner not in (folder.stat().st_uid, getattr(os, "geteuid", lambda: owner)()):
-            raise ValueError("it belongs to another user")
-        plan = json.loads((folder / JOURNAL).read_bytes())
-        places = [*((folder / name).parent for name in plan["rename"].values()),
-                  *(folder / inner for inner, _ in plan["supersede"])]  # fmt: skip
-        inside = all(place.resolve().is_relative_to(folder.resolve()) for place in places)
-        if not (plan["rename"] and inside and all(TEMPORARY.fullmatch(name) for name in plan["rename"])):
-            raise ValueError("it names other files than those of a save")
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: an incomplete save, whose list {JOURNAL} is damaged ({error}); remove the "
-                              "folder and save again") from error  # fmt: skip
-    return plan
-
-
 def check_target(path: Path) -> None:
     """Raise the OSError of a name that no file can have here, before the commit, which could not be finished then."""
     with suppress(FileNotFoundError):
         if stat.S_ISDIR(os.lstat(path).st_mode):
             raise IsADirectoryError(f"{path} is a folder")
-
-
-def interrupted(folder: Path) -> bool:
-    """Whether a commit of a folder was interrupted, or is under way."""
-    with suppress(OSError, ValueError):  # of names that no folder can have
-        return (folder / JOURNAL).exists()
-    return False
-
-
-@contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Hold off those who change a folder, while its files are opened; an interrupted commit is finished before.
-
-    Raises CheckpointError for one that cannot be finished, as in a folder that is read-only.
-    """
-    while True:
-        try:
-            settle(folder)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: an incomplete save, which cannot be finished here ({error}); make the "
-                                  "folder writable and load it once, or save again") from error  # fmt: skip
-        with locked(folder, exclusive=False):
-            if not interrupted(folder):  # as it may be again by now
-                yield
-                return
 
 
 @contextmanager
@@ -281,21 +168,3 @@ def sweep(folder: Path) -> None:
 def create(path: Path) -> int:
     """A new file, open for writing, with the umask's mode."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | AS_IT_IS, 0o666)
-
-
-def flush(folder: Path) -> None:
-    """Bring what was renamed in a folder to the disk, where folders can be."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def names(folder: Path) -> list[str]:
-    """The names in a folder, none where there is none."""
-    try:
-        return [path.name for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []

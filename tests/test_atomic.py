@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgfunc import atomic
-from pgfunc.atomic import JOURNAL, changing, reading, replacing, write_text
+from pgfunc.atomic import changing, replacing, write_text
 from pgfunc.checkpoint.writing import NAMES, write_safetensors
 from pgfunc.errors import CheckpointError
+from pgfunc.journal import JOURNAL, reading
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -160,11 +162,14 @@ def test_a_folder_that_is_read_only_holds_an_incomplete_save_and_says_so(pair, m
 TEMPORARY = ".pgfunc-0000000000000000.0.tmp"
 
 
+def plan(rename: Any, supersede: Any = (), hidden: Any = ()) -> dict[str, Any]:
+    return {"rename": rename, "supersede": supersede, "hidden": hidden}
+
+
 @pytest.mark.parametrize("plan", [
-    [], {}, {"rename": {}, "supersede": []}, {"rename": {TEMPORARY: "../b"}, "supersede": []},
-    {"rename": {TEMPORARY: "b"}, "supersede": [["/tmp", "x"]]}, {"rename": {"a": "b"}, "supersede": []},
-    {"rename": {TEMPORARY: "inner/b"}, "supersede": []}, {"rename": {TEMPORARY: "b"}, "supersede": [["inner", "."]]},
-    {"rename": {TEMPORARY: "b"}, "supersede": 5}, {"rename": {TEMPORARY: "b"}}, {"rename": [TEMPORARY]},
+    [], {}, plan({}), plan({TEMPORARY: "../b"}), plan({TEMPORARY: "b"}, [["/tmp", "x"]]), plan({"a": "b"}),
+    plan({TEMPORARY: "inner/b"}), plan({TEMPORARY: "b"}, [["inner", "."]]), plan({TEMPORARY: "b"}, 5),
+    plan({TEMPORARY: "b"}, [], ["../b"]), {"rename": {TEMPORARY: "b"}}, plan([TEMPORARY]),
 ], ids=json.dumps)  # fmt: skip
 def test_a_journal_that_names_what_is_no_save_is_not_obeyed(pair, plan):
     (pair / "inner").symlink_to(pair.parent)

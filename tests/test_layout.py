@@ -6,17 +6,17 @@ from pathlib import Path
 import pgfunc
 
 ORDER = [
-    "errors", "locks", "atomic", "outputs", "tree", "config", "lowbit", "quant", "ops", "cache", "kernels.device",
-    "kernels.device_attention", "kernels.launch", "kernels", "masks", "kernels.block", "siglip", "dual", "gemma",
-    "paligemma", "image", "tokenizer", "dual_prompt", "prompt", "sample", "arguments", "replay", "handles", "jit",
-    "generate", "floors", "bench", "detect", "vqvae", "checkpoint.files", "checkpoint.writing", "checkpoint.processor",
-    "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.vqvae", "checkpoint",
-    "checkpoint.siglip", "checkpoint.conversion", "segment", "draw", "coco", "__init__", "train", "train.contrastive",
-    "train.optim", "train.data", "train.finetune", "train.lora", "train.run", "train.fit", "laws.system",
-    "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.parts", "laws.sampling", "laws.stored",
-    "laws.texts", "laws.pictures", "laws.losses", "laws.adapters", "laws.hf", "laws.check", "laws", "cli.options",
-    "cli.compiled", "cli.text", "cli.contrast", "cli.train", "cli.locate", "cli.checkpoints", "cli.compile",
-    "cli.bench", "cli.laws", "cli", "cli.__main__",
+    "errors", "locks", "journal", "atomic", "outputs", "tree", "config", "lowbit", "quant", "ops", "cache",
+    "kernels.device", "kernels.device_attention", "kernels.launch", "kernels", "masks", "kernels.block", "siglip",
+    "dual", "gemma", "paligemma", "image", "tokenizer", "dual_prompt", "prompt", "sample", "arguments", "replay",
+    "handles", "jit", "generate", "floors", "bench", "detect", "vqvae", "checkpoint.files", "checkpoint.writing",
+    "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.vqvae",
+    "checkpoint", "checkpoint.siglip", "checkpoint.conversion", "segment", "draw", "coco", "__init__", "train",
+    "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora", "train.run", "train.fit",
+    "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.parts", "laws.sampling",
+    "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters", "laws.hf", "laws.check", "laws",
+    "cli.options", "cli.compiled", "cli.text", "cli.contrast", "cli.train", "cli.locate", "cli.checkpoints",
+    "cli.compile", "cli.bench", "cli.laws", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from pgfunc import paligemma, quant, tree
 from pgfunc import tokenizer as tokenizers
-from pgfunc.atomic import Change, changing, reading
+from pgfunc.atomic import Change, changing
 from pgfunc.checkpoint import bigvision, hf, processor
 from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config, read_methods, render, with_methods
 from pgfunc.checkpoint.writing import as_json, check_save, written
 from pgfunc.config import PUBLISHED, Config
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
+from pgfunc.journal import reading
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 

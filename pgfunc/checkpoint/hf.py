@@ -215,6 +215,7 @@ def write(
         change.write(str(Path(inner, INDEX)), as_json(index))
     change.supersede(WEIGHTS, inner)
     change.write(str(Path(inner, CONFIG)), as_json({**config, **said}))
+    change.hide(str(Path(inner, CONFIG)))
 
 
 def _nbytes(array: Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pgfunc import dual, siglip, tree
-from pgfunc.atomic import Change, changing, reading
+from pgfunc.atomic import Change, changing
 from pgfunc.checkpoint import (
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -45,6 +45,7 @@ from pgfunc.checkpoint.writing import as_json, check_save, written
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.dual_prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
 from pgfunc.errors import CheckpointError
+from pgfunc.journal import reading
 
 TEXT = {
     "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,

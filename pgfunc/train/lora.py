@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pgfunc import paligemma, quant, tree
-from pgfunc.atomic import changing, reading
+from pgfunc.atomic import changing
 from pgfunc.checkpoint import ADAPTER, HUB_ID, hf
 from pgfunc.checkpoint.files import check
 from pgfunc.checkpoint.hf_config import MOST, read_json
 from pgfunc.checkpoint.writing import as_json, write_safetensors, written
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError, SettingError
+from pgfunc.journal import reading
 from pgfunc.ops import widen
 from pgfunc.paligemma import Params
 
@@ -120,6 +121,7 @@ def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
         with change.new(WEIGHTS) as file:
             write_safetensors(file, arrays, {"format": "pt"})
         change.write(ADAPTER, as_json(settings))
+        change.hide(ADAPTER)
 
 
 def load(folder: str | Path, cfg: Config) -> Lora:

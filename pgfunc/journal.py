@@ -20,6 +20,8 @@ from pgfunc.locks import locked
 JOURNAL = ".pgfunc-journal"
 TEMPORARY = re.compile(r"\.pgfunc-([0-9a-f]{16})(\.\d+)?\.tmp")  # short: the target's name may have all of 255 bytes
 
+PATIENCE = 0.5  # seconds in which a writer that lives has renamed its files
+
 
 def placed(journal: Path) -> bool:
     """Put a journal in its place, unless there is one: the commit.
@@ -125,12 +127,18 @@ def reading(folder: Path) -> Iterator[None]:
 
     Raises CheckpointError for one that cannot be finished, as in a folder that is read-only.
     """
+    patience = time.monotonic() + PATIENCE
     while True:
         try:
             settle(folder)
         except OSError as error:
-            raise CheckpointError(f"{folder}: an incomplete save, which cannot be finished here ({error}); make the "
-                                  "folder writable and load it once, or save again") from error  # fmt: skip
+            if time.monotonic() < patience:  # who may finish it may be about to
+                time.sleep(0.01)
+                continue
+            raise CheckpointError(
+                f"{folder}: an incomplete save, which cannot be finished here ({error}); make the folder writable and "
+                "load it once, or save again"
+            ) from error
         with locked(folder, exclusive=False):
             if not interrupted(folder):  # as it may be again by now
                 yield

@@ -66,8 +66,10 @@ class Change:
         temporary, target = f".pgfunc-{self.token}.{len(self.renames)}.tmp", self.folder / name
         self.renames[temporary] = name
         with os.fdopen(create(self.folder / temporary), "w+b") as file:
-            if target.is_file() and not target.is_symlink():
-                (self.folder / temporary).chmod(stat.S_IMODE(target.stat().st_mode))
+            with suppress(FileNotFoundError):
+                mode = target.lstat().st_mode
+                if stat.S_ISREG(mode):
+                    (self.folder / temporary).chmod(stat.S_IMODE(mode))
             yield file
             file.flush()
             os.fsync(file.fileno())

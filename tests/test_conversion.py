@@ -3,6 +3,7 @@
 import json
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +192,20 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
     assert files[0] == files[1]
     index = json.loads((tmp_path / "a" / hf.INDEX).read_text())
     assert set(index["weight_map"].values()) == {path.name for path in (tmp_path / "a").glob("model-*")}
+
+
+def test_two_who_save_into_one_folder_leave_one_model_and_readers_see_one(tmp_path):
+    """As every rank of a distributed script does."""
+    models = [text_model(seed) for seed in (1, 2)]
+    pg.save(models[0], tmp_path)
+    expected = [bits(model.params) for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        saves = [pool.submit(pg.save, models[i % 2], tmp_path, (10**9, 20_000)[i % 3 == 0]) for i in range(30)]
+        found = [bits(pg.load(tmp_path, device="cpu").params) for _ in range(15)]
+        for save in saves:
+            save.result()
+    assert all(one in expected for one in [*found, bits(pg.load(tmp_path, device="cpu").params)])
+    assert not list(tmp_path.glob(".*"))
 
 
 # numbers

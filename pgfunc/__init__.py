@@ -10,9 +10,9 @@ from pgfunc import segment as segment
 from pgfunc import tokenizer as tokenizer
 from pgfunc import tree as tree
 from pgfunc.cache import Cache as Cache
-from pgfunc.checkpoint import convert as convert
 from pgfunc.checkpoint import load as load
 from pgfunc.checkpoint import save as save
+from pgfunc.checkpoint.conversion import convert as convert
 from pgfunc.checkpoint.siglip import load_siglip as load_siglip
 from pgfunc.checkpoint.siglip import save_siglip as save_siglip
 from pgfunc.config import PUBLISHED as PUBLISHED

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch.utils import _pytree as pytree
 
-from pgfunc.errors import SettingError
+from pgfunc.errors import NumericalError, SettingError
 
 T = TypeVar("T")
 
@@ -73,6 +73,27 @@ def count(tree: Any) -> int:
 def nbytes(tree: Any) -> int:
     """The bytes of all leaves, counted leaf by leaf."""
     return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(tree))
+
+
+def check_finite(tree: Any, where: str) -> None:
+    """Raise NumericalError, naming the first leaf that has nan or infinity in it; `where` is what holds the tree."""
+    if (path := not_finite(tree)) is not None:
+        raise NumericalError(f"{where}: {path} holds nan or infinity, and is not saved")
+
+
+def not_finite(tree: Any) -> str | None:
+    """The path of the first leaf that has nan or infinity in it: a pass over memory that copies nothing.
+
+    A sum is finite only where all its terms are; where it is not, it may have overflowed, and each number is looked at.
+    """
+    leaves = {path: leaf.detach() for path, leaf in flatten(tree).items() if leaf.is_floating_point()}
+    wide = {path: leaf if leaf.dtype.itemsize > 1 else leaf.float() for path, leaf in leaves.items()}  # fp8 has no sum
+    if not wide:
+        return None
+    device = next(iter(wide.values())).device
+    sums = torch.stack([leaf.sum().to(device, torch.float32) for leaf in wide.values()])  # a GPU is waited for once
+    suspects = [leaf for leaf, finite in zip(wide.items(), sums.isfinite().tolist(), strict=True) if not finite]
+    return next((path for path, leaf in suspects if not leaf.isfinite().all()), None)
 
 
 def abstract(declaration: type[T], sizes: Mapping[str, int], **given: Any) -> T:

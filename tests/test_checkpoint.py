@@ -15,7 +15,6 @@ import torch
 from cases import CONFIGS, configs, edit_arrays, params, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
 
 import pgfunc as pg
@@ -147,19 +146,19 @@ def test_saving_leaves_other_files_alone(tmp_path):
 
 def test_an_interrupted_save_leaves_the_old_weights(tmp_path, monkeypatch):
     pg.save(model(seed=1), tmp_path, shard_bytes=10_000)
-    written = []
+    written, write = [], hf.write_safetensors
 
-    def interrupted(arrays, path, metadata):
-        written.append(path)
+    def interrupted(file, arrays, metadata):
+        written.append(file)
         if len(written) == 3:
             raise OSError("no space left")
-        save_file(arrays, path, metadata)
+        write(file, arrays, metadata)
 
-    monkeypatch.setattr(hf, "save_file", interrupted)
+    monkeypatch.setattr(hf, "write_safetensors", interrupted)
     with pytest.raises(CheckpointError, match="cannot be written"):
         pg.save(model(seed=2), tmp_path, shard_bytes=10_000)
     assert bits(pg.load(tmp_path, device="cpu").params) == bits(model(seed=1).params)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_conversion_that_cannot_be_written_leaves_nothing(tmp_path):
@@ -167,7 +166,7 @@ def test_a_conversion_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "x.npz").mkdir()
     with pytest.raises(CheckpointError, match=r"x\.npz: cannot be written"):
         pg.convert(tmp_path / "hf", tmp_path / "x.npz")
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_layers_that_are_one_are_saved_as_two(tmp_path):

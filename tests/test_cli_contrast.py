@@ -122,3 +122,44 @@ def test_a_model_that_is_not_there(run):
     status, _, err = run("embed", "red.png", chosen=("--model", "absent"))
     assert status == 2
     assert "absent: no such file or folder" in err
+
+
+@pytest.fixture
+def bad(place):
+    """A picture that is none."""
+    (place / "bad.png").write_text("no picture")
+
+
+@pytest.mark.usefixtures("bad")
+def test_a_picture_that_cannot_be_read_is_left_out_and_the_others_are_not_lost(run, place):
+    status, out, err = run("embed", "red.png", "bad.png", "blue.png", "--text", "it", "--json", "--out", "some.npy")
+    assert status == 1
+    assert [json.loads(line).get("image") for line in out.splitlines()] == ["red.png", "blue.png", None]
+    np.testing.assert_allclose(np.load(place / "some.npy"), vectors(place, ["red.png", "blue.png"], ["it"]), atol=1e-6)
+    assert err.startswith("pgfunc: bad.png: ")
+    assert err.count("\n") == 1
+    status, out, err = run("classify", "bad.png", "red.png", "--label", "it", "--json")
+    assert (status, json.loads(out)["image"], err.count("\n")) == (1, "red.png", 1)
+    assert run("embed", "bad.png", "bad.png", "--out", "none.npy")[:2] == (1, "")
+    assert not (place / "none.npy").exists()
+
+
+@pytest.mark.parametrize("command", [
+    ("embed", "red.png"), ("embed", "--text", "it", "--json"), ("embed", "red.png", "--out", "nan.npy"),
+    ("classify", "red.png", "--label", "it"), ("classify", "red.png", "--label", "it", "--json"),
+], ids=" ".join)  # fmt: skip
+def test_what_is_no_number_is_not_printed_or_written(run, place, monkeypatch, command):
+    broken = MODEL._replace(params=pg.tree.map(lambda leaf: torch.full_like(leaf, float("nan")), MODEL.params))
+    monkeypatch.setattr(pg, "load_siglip", lambda *given: broken)
+    status, out, err = run(*command)
+    assert (status, out) == (2, "")
+    assert "is nan or infinite: the weights are, or --dtype is too small for them" in err
+    assert not (place / "nan.npy").exists()
+
+
+def test_vectors_are_not_written_over_what_is_read(run, place):
+    (place / "x.npy").symlink_to("red.png")
+    before = (place / "red.png").read_bytes()
+    status, _, err = run("embed", "red.png", "--out", "x.npy")
+    assert (status, (place / "red.png").read_bytes()) == (2, before)
+    assert "--out x.npy: would replace red.png, which is read" in err

@@ -285,6 +285,31 @@ def test_caption_of_a_box(run):
     assert prompt == "<loc0000><loc0000><loc1023><loc1023> cap en"
 
 
+@pytest.mark.parametrize("command", ["detect", "segment"])
+def test_a_picture_that_cannot_be_read_is_left_out_and_the_others_are_not_lost(run, asked, tmp_path, command):
+    (tmp_path / "bad.png").write_text("no picture")
+    out, dataset = tmp_path / "drawn", tmp_path / "all.json"
+    pictures = [str(tmp_path / "bad.png"), "red.png", "blue.png"]
+    status, said, err = run(command, *pictures, "cat", "--coco", str(dataset), "--out", str(out), "--json")
+    assert status == 1
+    assert [json.loads(line)["image"] for line in said.splitlines()] == pictures[1:]
+    assert [entry["file_name"] for entry in json.loads(dataset.read_text())["images"]] == pictures[1:]
+    assert sorted(path.name for path in out.iterdir()) == ["blue.png", "red.png"]
+    assert err.startswith(f"pgfunc: {pictures[0]}: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--coco", "--json"])
+def test_nan_is_no_json(run, monkeypatch, tmp_path, option):
+    broken = DONE._replace(logprobs=[float("nan")] * len(IDS))
+    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [broken])
+    given = ["--coco", str(tmp_path / "x.json")] if option == "--coco" else ["--json"]
+    status, _, err = run("detect", "red.png", "cat", *given)
+    assert status == 2
+    assert "nan or infinite, which JSON cannot say" in err
+    assert not list(tmp_path.iterdir())
+
+
 MISTAKES = {
     "nothing to look for": (["detect", "red.png"], "detect needs to know what to look for"),
     "pictures alone": (["detect", "red.png", "blue.png"], "detect needs to know what to look for"),
@@ -307,8 +332,15 @@ MISTAKES = {
     "kind of out": (["detect", "red.png", "cat", "--out", "x.json"], "--out x.json: not a kind of picture"),
     "folder of out": (["detect", "red.png", "cat", "--out", "no/x.png"], "no/x.png: there is no folder no"),
     "folder of coco": (["detect", "red.png", "cat", "--coco", "no/x.json"], "no/x.json: there is no folder no"),
-    "out is the picture": (["detect", "red.png", "cat", "--out", "red.png"], "would replace the picture red.png"),
-    "out is its folder": (["detect", "red.png", "blue.png", "cat", "--out", "."], "would replace the picture red.png"),
+    "out is the picture": (["detect", "red.png", "cat", "--out", "red.png"], "would replace red.png, which is read"),
+    "out is its folder": (["detect", "red.png", "blue.png", "cat", "--out", "."], "red.png: would replace red.png"),
+    "coco is the picture": (["detect", "red.png", "cat", "--coco", "red.png"], "--coco red.png: would replace red.png"),
+    "coco is the model's": (
+        ["detect", "red.png", "cat", "--coco", "model/config.json"],
+        "--coco model/config.json: is a file of model, which is read",
+    ),
+    "coco is the drawing": (["detect", "red.png", "cat", "--coco", "x.png", "--out", "sub/../x.png"], "--out writes"),
+    "long names": (["detect", "red.png", "cat", "--coco", "x" * 300], "cannot be written (File name too long)"),
     "one name": (["detect", "red.png", "sub/red.png", "cat", "--out", "o"], "another picture would both be o/red.png"),
     "out is a file": (["detect", "red.png", "blue.png", "cat", "--out", "other.safetensors"], "is a file; several"),
     "kind that is read alone": (["detect", "red.png", "cat", "--out", "x.psd"], "--out x.psd: not a kind of picture"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from cases import text_model
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
@@ -19,7 +21,7 @@ import pgfunc as pg
 from pgfunc import cli, paligemma, tree
 from pgfunc.cli import train as command
 from pgfunc.config import PUBLISHED
-from pgfunc.errors import CheckpointError, DataError, PgfuncError, SettingError
+from pgfunc.errors import CheckpointError, DataError, NumericalError, PgfuncError, SettingError
 from pgfunc.train import fit, lora
 
 GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "ab"}
@@ -130,7 +132,9 @@ def test_tensorboard_gets_every_number(folder):
         assert torch.allclose(torch.tensor(found), torch.tensor(expected))
 
 
-def test_an_interrupt_from_the_keyboard_saves_and_the_same_command_goes_on(folder):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_saves_and_the_same_command_goes_on(folder, number, status):
+    """From the keyboard, and from a job's scheduler."""
     given = arguments(folder, "--steps", "40", "--learning-rate", "0.001")
     process = subprocess.Popen(
         [sys.executable, "-m", "pgfunc.cli", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -140,18 +144,106 @@ def test_an_interrupt_from_the_keyboard_saves_and_the_same_command_goes_on(folde
     log = folder / "out" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size > 0):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == status, output
     assert output.strip().endswith("out: stopped and saved; the same command goes on")
     assert "Traceback" not in output
     done = len(fit.read_log(folder / "out"))
     assert 0 < done < 40
+    assert (folder / "out" / "loss.png").exists()
     result = run(folder, "--steps", "40", "--learning-rate", "0.001")
     assert re.search(r"out: going on after step \d+", result.output)
     assert [entry["step"] for entry in fit.read_log(folder / "out")] == list(range(1, 41))
     straight = run_straight(folder)
     assert (folder / "out" / "model.safetensors").read_bytes() == straight
+
+
+@pytest.mark.parametrize(("every", "saved", "said"), [
+    (100, 0, "stopped; nothing was saved"),
+    (2, 1, "stopped; the last save is that of step 2; the same command goes on from there"),
+    (2, 2, "stopped and saved; the same command goes on"),
+])  # fmt: skip
+def test_what_is_said_of_an_interrupt_is_what_the_disk_holds(every, saved, said, folder, monkeypatch):
+    """The fifth step is interrupted, and the save that follows, unless it is among the first `saved`."""
+    advance, save, saves = fit.run.advance, fit.run.save, []
+
+    def advance_to_the_fifth(job, state, frozen):
+        if int(state.optimizer.step) == 4:
+            raise KeyboardInterrupt
+        return advance(job, state, frozen)
+
+    def save_the_first(path, job, state):
+        saves.append(state)
+        if len(saves) > saved:
+            raise KeyboardInterrupt
+        save(path, job, state)
+
+    monkeypatch.setattr(fit.run, "advance", advance_to_the_fifth)
+    monkeypatch.setattr(fit.run, "save", save_the_first)
+    result = run(folder, "--steps", "6", "--checkpoint-every", str(every))
+    assert (result.exit_code, result.stdout.strip()) == (130, f"{folder / 'out'}: {said}")
+
+
+def test_the_signal_is_what_it_was_afterwards(folder):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(folder, "--steps", "1").exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_curve_is_there_during_the_run(folder, monkeypatch):
+    advance, seen = fit.run.advance, []
+
+    def watched(job, state, frozen):
+        seen.append((folder / "out" / "loss.png").exists())
+        return advance(job, state, frozen)
+
+    monkeypatch.setattr(fit.run, "advance", watched)
+    assert run(folder, "--steps", "3", "--checkpoint-every", "1").exit_code == 0
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize(("every", "more", "said"), [
+    (100, (), r"step \d: .*; nothing was saved$"),
+    (1, (), r"step \d: .*; the state after step \d is in .*run\.safetensors$"),
+    (100, ("--steps", "1"), r"step 1: trained\.\S+ is not finite after it; lower learning-rate.*; nothing was saved$"),
+    (100, ("--lora-rank", "1"), r"step \d: .*; nothing was saved$"),
+])  # fmt: skip
+def test_a_run_that_diverges_is_not_saved(every, more, said, folder):
+    rate = "1e38" if every == 100 else "1e18"
+    with pytest.raises(NumericalError, match=said):
+        run(folder, "--steps", "9", "--warmup", "0", "--learning-rate", rate, "--checkpoint-every", str(every), *more)
+    assert not (folder / "out" / "config.json").exists()
+    if (folder / "out" / "run.safetensors").exists():
+        arrays = load_file(folder / "out" / "run.safetensors")
+        assert all(array.isfinite().all() for array in arrays.values())
+
+
+@pytest.mark.parametrize("place", ["data", "valid", "images", "picture", "model", "link"])
+def test_what_is_read_may_not_lie_in_the_folder_that_is_written(folder, place):
+    out = folder / "out"
+    out.mkdir()
+    given = arguments(folder, "--steps", "1")
+    if place in ("data", "link"):
+        shutil.copy(folder / "data.jsonl", out / "log.jsonl")
+        (folder / "link.jsonl").symlink_to(out / "log.jsonl")
+        given[1] = str(folder / "link.jsonl" if place == "link" else out / "log.jsonl")
+        given += ["--images", str(folder)]
+    elif place == "valid":
+        shutil.copy(folder / "valid.jsonl", out)
+        given += ["--valid", str(out / "valid.jsonl")]
+    elif place == "images":
+        given += ["--images", str(out)]
+    elif place == "picture":
+        shutil.copy(folder / "a.png", out / "loss.png")
+        (folder / "data.jsonl").write_text(json.dumps(GOOD | {"image": "out/loss.png"}))
+    else:
+        shutil.copytree(folder / "model", out / "model")
+        given[given.index("--model") + 1] = str(out / "model")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SettingError, match=r"--out .*, which is read"):
+        CliRunner().invoke(cli.app, given, catch_exceptions=False)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def run_straight(folder: Path) -> bytes:
@@ -172,6 +264,14 @@ def run_straight(folder: Path) -> bytes:
     (["--lora-rank", "2", "--freeze", "vision.*"], "leave out freeze"),
     (["--dtype", "float16"], "dtype is float16, expected float32 or bfloat16"),
     (["--dtype", "int8"], "dtype is int8"),
+    (["--seed", str(2**64)], f"seed is {2**64}, expected 0 or more, at most {2**31 - 1}"),
+    (["--seed", "-1"], "seed is -1, expected 0 or more"),
+    (["--steps", str(10**30)], f"steps is {10**30}, expected 1 or more, at most {2**31 - 1}"),
+    (["--epochs", "1" + "0" * 400], "expected 1 or more, at most"),
+    (["--lora-rank", str(10**9)], f"lora-rank is {10**9}, expected 1 or more, and at most 16"),
+    (["--lora-rank", "1", "--lora-alpha", "inf"], "lora-alpha is inf"),
+    (["--weight-decay", "inf"], "weight-decay is inf"),
+    (["--weight-decay", "nan"], "weight-decay is nan"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_named_before_anything_is_written(more, said, folder):
     with pytest.raises(SettingError, match=re.escape(said)):
@@ -205,10 +305,17 @@ def test_an_out_that_is_a_file_is_named(folder):
 
 
 def test_packages_that_are_not_there_are_named_with_the_way_to_get_them(folder, monkeypatch):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=re.escape("python -m pip install 'pgfunc[plot]'")):
-        run(folder)
     monkeypatch.setattr(command, "find_spec", lambda name: name == "matplotlib" or None)
     with pytest.raises(SettingError, match=re.escape("python -m pip install 'pgfunc[train]'")):
         run(folder, "--tensorboard")
     assert not (folder / "out").exists()
+
+
+def test_without_matplotlib_only_the_curve_is_missing(folder, monkeypatch):
+    for module in (command, fit):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    result = run(folder, "--steps", "1")
+    assert result.exit_code == 0
+    assert "pgfunc: loss.png is not drawn without matplotlib: python -m pip install 'pgfunc[plot]'" in result.stderr
+    assert (folder / "out" / "model.safetensors").exists()
+    assert not (folder / "out" / "loss.png").exists()

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import pgfunc as pg
-from pgfunc import tokenizer
-from pgfunc.checkpoint import bigvision, hf
+from pgfunc import checkpoint, tokenizer
+from pgfunc.atomic import changing
+from pgfunc.checkpoint import bigvision, hf, processor
+from pgfunc.checkpoint.writing import as_json
 from pgfunc.errors import CheckpointError, PgfuncError, SettingError
 from pgfunc.train import lora
 
@@ -48,8 +50,10 @@ def base(folder: Path, variant: str = "gemma-2kv") -> nn.Module:
     """A random checkpoint with all that a folder holds; the model that is in it."""
     reference.save_random(folder, variant)
     cfg = pg.load(folder, device="meta").cfg
-    pg.checkpoint.save_tokenizer(tokenizer.wrap(letters(), "the tests' tokenizer"), folder)
-    pg.checkpoint.processor.write(folder, cfg, processor_class="PaliGemmaProcessor", image_seq_length=cfg.vision.tokens)
+    settings = processor.render(cfg, processor_class="PaliGemmaProcessor", image_seq_length=cfg.vision.tokens)
+    with changing(folder) as change:
+        checkpoint.put_tokenizer(change, tokenizer.wrap(letters(), "the tests' tokenizer"), cfg)
+        change.write(processor.NAME, as_json(settings))
     return reference.load(folder)
 
 

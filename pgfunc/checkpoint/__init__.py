@@ -3,18 +3,20 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 
-from pgfunc import paligemma, quant
+from pgfunc import paligemma, quant, tree
 from pgfunc import tokenizer as tokenizers
-from pgfunc.checkpoint import bigvision, hf, keys, lora
-from pgfunc.checkpoint.files import write_json
-from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, write_config
+from pgfunc.atomic import Change, changing
+from pgfunc.checkpoint import bigvision, hf, keys, lora, processor
+from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, with_methods
 from pgfunc.checkpoint.source import ADAPTER, Source, check_folder, check_weights, find, named_config, npz_in
 from pgfunc.checkpoint.source import HUB_ID as HUB_ID
 from pgfunc.checkpoint.source import shipped as shipped
+from pgfunc.checkpoint.writing import as_json, check_save, written
 from pgfunc.config import Config, with_vocabulary
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
+from pgfunc.journal import reading
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
@@ -53,22 +55,24 @@ def load(
     where, kind = as_device(device), as_dtype(dtype)
     first = torch.device("cpu") if where.type == "cuda" else where
     path = find(source)
-    if tokenizer is None and path.is_dir() and (path / TOKENIZER).exists():
-        tokenizer = path / TOKENIZER
-    if npz := npz_in(path):
-        if config is None and path.is_dir() and (path / CONFIG).exists():
-            config = path
-        words, cfg = vocabulary(tokenizer, named_config(config, npz, source))
-        params = bigvision.load(npz, cfg, kind, first)
-    else:
-        check_folder(path)
-        if config is not None:
-            raise SettingError(f"config {config} is for a .npz; {path} has a {CONFIG} of its own")
-        if (path / ADAPTER).exists():
-            keys.note(f"{path}: {ADAPTER} is left out: the folder holds a model too, which is read without it")
-        words, cfg = vocabulary(tokenizer, read_config(path))
-        check_weights(path)
-        params = hf.load(path, cfg, kind, first, *read_storage(path, cfg), mmap)
+    with reading(path if path.is_dir() else path.parent):
+        if tokenizer is None and path.is_dir() and (path / TOKENIZER).exists():
+            tokenizer = path / TOKENIZER
+        if npz := npz_in(path):
+            if config is None and path.is_dir() and (path / CONFIG).exists():
+                config = path
+            words, cfg = vocabulary(tokenizer, named_config(config, npz, source))
+            params = bigvision.load(npz, cfg, kind, first)
+        else:
+            check_folder(path)
+            if config is not None:
+                raise SettingError(f"config {config} is for a .npz; {path} has a {CONFIG} of its own")
+            if (path / ADAPTER).exists():
+                keys.note(f"{path}: {ADAPTER} is left out: the folder holds a model too, which is read without it")
+            words, cfg = vocabulary(tokenizer, read_config(path))
+            check_weights(path)
+            check_save(path, CONFIG)
+            params = hf.load(path, cfg, kind, first, *read_storage(path, cfg), mmap)
     if adapter is not None:
         params = lora.merge(params, lora.load(adapter, cfg, params))
     params = quant.arranged(paligemma.packed(params, where), where) if where.type == "cuda" else params
@@ -90,60 +94,54 @@ def vocabulary(path: str | Path | None, cfg: Config) -> tuple[Tokenizer | None, 
 def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
     """Write a model in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it.
 
+    The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay. All
+    change at once: interrupted, the folder holds the old model or the new one (`atomic`), on the disk.
     A quantized weight is two arrays, `<key>.values` and `<key>.scale` (layouts: see `lowbit`), and config.json lists
     them under quantization_config: `load` gives them back to the bit, transformers cannot load them.
-    The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay.
-    Raises CheckpointError for a model that the layout cannot hold, or a folder that cannot be written.
+    Raises CheckpointError for a model that the layout cannot hold, or a folder that cannot be written; NumericalError
+    for a parameter that is not finite.
     """
     folder = Path(folder)
-    render(model.cfg, "")  # what cannot be said is refused before anything is written
+    check(model, folder)
+    with written(folder), changing(folder) as change:
+        put(change, model, shard_bytes)
+
+
+def check(model: Model, where: Path) -> None:
+    """Refuse what cannot be saved, before anything is written."""
+    render(model.cfg, "")
     if model.params.projector.is_meta:
-        raise CheckpointError(f"{folder}: a model on the meta device has no weights to save")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        hf.save(folder, model.cfg, model.params, shard_bytes)
-        dtype = str(model.params.projector.dtype).removeprefix("torch.")
-        write_config(folder, model.cfg, dtype, quant.methods(model.params))
-        if model.tokenizer is not None:
-            save_tokenizer(model.tokenizer, model.cfg, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+        raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
+    tree.check_finite(model.params, str(where))
 
 
-def save_tokenizer(tokenizer: Tokenizer, cfg: Config, folder: Path) -> None:
+def put(change: Change, model: Model, shard_bytes: int) -> None:
+    """Write a model's files among those of a folder that change at once."""
+    dtype, more = dtype_name(model.params.projector), {"image_seq_length": model.cfg.vision.tokens}
+    settings = processor.render(model.cfg, processor_class="PaliGemmaProcessor", **more)
+    change.write(processor.NAME, as_json(settings))
+    if model.tokenizer is not None:
+        put_tokenizer(change, model.tokenizer, model.cfg)
+    config = with_methods(render(model.cfg, dtype), quant.methods(model.params))
+    hf.write(change, hf.arrays(model.cfg, model.params), config, shard_bytes)
+
+
+def put_tokenizer(change: Change, tokenizer: Tokenizer, cfg: Config) -> None:
     """Write `tokenizer.json`, and the `tokenizer_config.json` with which transformers reads it."""
     backend = tokenizer.backend
-    backend.save(str(folder / TOKENIZER))
     ids = {"bos": cfg.bos, "eos": cfg.eos, "pad": cfg.pad, "unk": backend.token_to_id("<unk>"), "image": cfg.image}
     named = {name: backend.id_to_token(id) for name, id in ids.items() if id is not None}
     names = {f"{name}_token": token for name, token in named.items() if token is not None}
     extra = {"image_token": names.get("image_token", tokenizers.IMAGE)}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "PaliGemmaProcessor",
                 "extra_special_tokens": extra, "clean_up_tokenization_spaces": False}  # fmt: skip
-    write_json(folder / TOKENIZER_CONFIG, names | settings)
+    change.write(TOKENIZER, tokenizer.backend.to_str(pretty=True))
+    change.write(TOKENIZER_CONFIG, as_json(names | settings))
 
 
-def convert(
-    source: Source,
-    target: str | Path,
-    dtype: str | torch.dtype | None = None,
-    config: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    quantize: str | None = None,
-) -> None:
-    """Write a checkpoint in the other format: big_vision when the target ends in `.npz`, else Hugging Face layout.
-
-    A `.npz` holds weights alone: for the way back keep the source's json files, and give their folder as `config`.
-    It cannot hold quantized ones; a folder can, so `quantize` (see `load`) is for those.
-    """
-    target = Path(target)
-    model = load(source, dtype, "cpu", config, tokenizer, quantize)
-    if target.suffix != ".npz":
-        return save(model, target)
-    try:
-        bigvision.save(target, model.cfg, model.params)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error})") from error
+def dtype_name(array: Tensor) -> str:
+    """`bfloat16`, as files and options say it."""
+    return str(array.dtype).removeprefix("torch.")
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

@@ -12,14 +12,17 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pgfunc import gemma, paligemma, quant, siglip
+from pgfunc import gemma, paligemma, quant, siglip, tree
+from pgfunc.atomic import changing
 from pgfunc.checkpoint import keys
 from pgfunc.checkpoint.files import Entry, Slot, arrange, check_file, gather
+from pgfunc.checkpoint.writing import written
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 
@@ -175,17 +178,24 @@ def _read(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Ten
 
 
 def save(path: Path, cfg: Config, params: paligemma.Params) -> None:
-    """Write the parameters as big_vision does, which has no quantized ones, and rename the file when it is whole."""
+    """Write the parameters as big_vision does, which has no quantized ones; an older file is replaced at once."""
+    check(path, params)
+    with written(path), changing(path.parent) as change, change.new(path.name) as file:
+        write(file, cfg, params)
+
+
+def check(path: Path, params: paligemma.Params) -> None:
+    """Refuse what cannot be saved, before anything is written."""
     quant.check_plain(params, f"{path}: big_vision's layout")
-    beside = path.with_name(f"{path.name}.part")
-    try:
-        with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for key, array in arrange(table(cfg), params).items():
-                with archive.open(f"params/{key}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, _numpy(array), allow_pickle=False)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    tree.check_finite(params, str(path))
+
+
+def write(file: IO[bytes], cfg: Config, params: paligemma.Params) -> None:
+    """Write the parameters."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for key, array in arrange(table(cfg), params).items():
+            with archive.open(f"params/{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, _numpy(array), allow_pickle=False)
 
 
 def _numpy(array: Tensor) -> np.ndarray:

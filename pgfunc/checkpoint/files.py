@@ -158,8 +158,3 @@ def check_file(path: Path, most: int | None = None) -> None:
         raise CheckpointError(f"{path}: not a file" if path.exists() else f"{path}: missing")
     if most is not None and (size := path.stat().st_size) > most:
         raise CheckpointError(f"{path}: has {size:,} bytes, expected at most {most:,}")
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -17,18 +17,19 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pgfunc import gemma, lowbit, paligemma, quant, siglip, tree
+from pgfunc.atomic import Change
 from pgfunc.checkpoint import keys
-from pgfunc.checkpoint.files import Entry, Slot, arrange, check_file, gather, read_json, write_json
+from pgfunc.checkpoint.files import Entry, Slot, arrange, check_file, gather, read_json
+from pgfunc.checkpoint.hf_config import CONFIG
+from pgfunc.checkpoint.writing import CONFIGURED, INDEX, SINGLE, as_json, name_of, name_of_arrays, write_safetensors
 from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError, first_line
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what a save replaces
+# what a save replaces
+WEIGHTS = re.compile(r"model(-[0-9a-f]{16})?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
           "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
@@ -229,40 +230,35 @@ def _read(file: Any, path: Path, key: str) -> Tensor:
         raise CheckpointError(f"{path}: {key} cannot be read ({first_line(error)}); download it again") from error
 
 
-def save(folder: Path, cfg: Config, params: paligemma.Params, shard_bytes: int) -> None:
-    """Write the parameters in place of a folder's weights."""
+def arrays(cfg: Config, params: paligemma.Params) -> dict[str, Tensor]:
+    """Key -> array, as files hold the parameters."""
     params = quant.arranged(params, torch.device("cpu"))  # the order of files
-    write(folder, arrange(with_parts(table(cfg), quant.methods(params)), params), shard_bytes)
+    return arrange(with_parts(table(cfg), quant.methods(params)), params)
 
 
-def write(folder: Path, arrays: Mapping[str, Tensor], shard_bytes: int) -> None:
+def write(
+    change: Change, arrays: Mapping[str, Tensor], config: Mapping[str, Any], shard_bytes: int, inner: str = ""
+) -> None:
     """Write arrays as safetensors of at most `shard_bytes` each, with an index if there are several; old ones go.
 
-    Files are written beside and then renamed, so that a model may be saved over the very files that it is mapped from.
+    `config.json` is written after them, and they say that they belong to it. The names of shards are those of no other
+    weights, so that none replaces a shard that an older index names. `inner` is a folder in the folder that changes.
     """
-    arrays = unshared({key: array.contiguous() for key, array in arrays.items()})
+    said = {CONFIGURED: name_of(as_json(config))}
+    many = len(arrays) > 1 and sum(map(_nbytes, arrays.values())) > shard_bytes
+    pattern = f"model-{name_of_arrays(arrays)}{{suffix}}.safetensors" if many else SINGLE
     shards = split_state_dict_into_shards_factory(
-        arrays, get_storage_size=_nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+        dict(arrays), get_storage_size=_nbytes, filename_pattern=pattern, max_shard_size=shard_bytes
     )
-    beside = {name: folder / f"{name}.part" for name in shards.filename_to_tensors}
-    try:
-        for name, keys in shards.filename_to_tensors.items():
-            save_file({key: arrays[key] for key in keys}, beside[name], metadata={"format": "pt"})
-        for stale in [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in beside]:
-            stale.unlink()
-        for name, path in beside.items():
-            path.replace(folder / name)
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+    for name, held in shards.filename_to_tensors.items():
+        with change.new(str(Path(inner, name))) as file:
+            write_safetensors(file, {key: arrays[key] for key in held}, {"format": "pt"} | said)
     if shards.is_sharded:
-        write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
-
-
-def unshared(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The arrays, with a copy of each that begins where another does: a file keeps them apart."""
-    first = {array.data_ptr(): key for key, array in reversed(arrays.items())}
-    return {key: array if first[array.data_ptr()] == key else array.clone() for key, array in arrays.items()}
+        index = {"metadata": shards.metadata | said, "weight_map": shards.tensor_to_filename}
+        change.write(str(Path(inner, INDEX)), as_json(index))
+    change.supersede(WEIGHTS, inner)
+    change.write(str(Path(inner, CONFIG)), as_json({**config, **said}))
+    change.hide(str(Path(inner, CONFIG)))
 
 
 def _nbytes(array: Tensor) -> int:

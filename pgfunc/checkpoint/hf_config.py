@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
-from pgfunc.checkpoint.files import read_json, write_json
+from pgfunc.checkpoint.files import read_json
 from pgfunc.config import Config, TextConfig, VisionConfig, with_vocabulary
 from pgfunc.errors import CheckpointError, SettingError
 
@@ -68,7 +68,7 @@ def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], kind: str) -> T:
 def read_storage(folder: Path, cfg: Config) -> tuple[dict[str, str], bool]:
     """How a folder stores weights: path -> method of every quantized one, and whether the embedding is the head.
 
-    The methods are as `write_config` writes them, and as the model can have them.
+    The methods are as `with_methods` writes them, and as the model can have them.
     """
     path, raw = folder / CONFIG, read_json(folder / CONFIG)
     given, tie = raw.get("quantization_config"), raw.get("tie_word_embeddings") is not False
@@ -225,12 +225,10 @@ def require(raw: Mapping[str, Any], key: str, value: Any) -> None:
         raise ValueError(f"{key} is {raw[key]!r}, expected {value!r}")
 
 
-def write_config(folder: Path, cfg: Config, dtype: str, methods: Mapping[str, str]) -> None:
-    """Write `config.json` and `preprocessor_config.json`, as transformers reads them where nothing is quantized."""
+def with_methods(config: dict[str, Any], methods: Mapping[str, str]) -> dict[str, Any]:
+    """A `config.json` that says how weights are quantized, if any are."""
     # an entry without quant_method stops transformers; one that it does not know, it skips, and makes up the weights
-    quantized = {"quantization_config": {"format": "pgfunc", "weights": dict(methods)}} if methods else {}
-    write_json(folder / CONFIG, render(cfg, dtype) | quantized)
-    processor.write(folder, cfg, processor_class="PaliGemmaProcessor", image_seq_length=cfg.vision.tokens)
+    return config | {"quantization_config": {"format": "pgfunc", "weights": dict(methods)}} if methods else config
 
 
 def render_vision(vision: VisionConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pgfunc.checkpoint.hf_config import MOST
 from pgfunc.checkpoint.source import ADAPTER, find
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError
+from pgfunc.journal import reading
 from pgfunc.ops import widen
 from pgfunc.paligemma import Params
 
@@ -70,11 +71,13 @@ def load(folder: str | Path, cfg: Config, params: Params | None = None) -> Lora:
     Raises CheckpointError for keys that are not this model's, half a pair, a wrong shape, or more than plain LoRA.
     """
     folder = find(folder)
-    rank, scale, named = read_settings(folder / ADAPTER)
+    with reading(folder):
+        rank, scale, named = read_settings(folder / ADAPTER)
+        arrays = open_pairs(folder)
     path_of = {name: path for path, name in modules(cfg).items()}
     shapes = tree.flatten(paligemma.abstract(cfg))
     entries, expected, whole = {}, {}, {}
-    for key, entry in open_pairs(folder).items():
+    for key, entry in arrays.items():
         if not (found := PAIR.fullmatch(key)) or found[1] not in path_of:
             whole[key] = entry
             continue

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pgfunc.checkpoint.files import read_json, write_json
+from pgfunc.checkpoint.files import read_json
 from pgfunc.config import Config, SiglipConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 
@@ -46,11 +46,11 @@ def parse(raw: Mapping[str, Any], vision: VisionConfig, path: Path) -> str:
     return RESAMPLE[resample]
 
 
-def write(folder: Path, cfg: Config | SiglipConfig, **more: Any) -> None:
-    """Write the settings of transformers' image processor, and `more` beside them."""
+def render(cfg: Config | SiglipConfig, **more: Any) -> dict[str, Any]:
+    """The settings of transformers' image processor, and `more` beside them."""
     number = {name: number for number, name in RESAMPLE.items()}[cfg.resample]
     settings = {"image_processor_type": "SiglipImageProcessor", "do_convert_rgb": True, "resample": number}
-    write_json(folder / NAME, settings | scaling(cfg.vision) | more)
+    return settings | scaling(cfg.vision) | more
 
 
 def scaling(vision: VisionConfig) -> dict[str, Any]:

@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from pgfunc import dual, siglip
+from pgfunc import dual, siglip, tree
+from pgfunc.atomic import Change, changing
 from pgfunc.checkpoint import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     as_device,
     as_dtype,
+    dtype_name,
     hf,
     hf_config,
     processor,
 )
-from pgfunc.checkpoint.files import Entry, Slot, arrange, gather, write_json
+from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
 from pgfunc.checkpoint.hf_config import (
     CONFIG,
     SIGLIP,
@@ -38,9 +39,11 @@ from pgfunc.checkpoint.hf_config import (
     whole,
 )
 from pgfunc.checkpoint.source import Source, check_folder, check_weights, find, shipped
+from pgfunc.checkpoint.writing import as_json, check_save, written
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.dual_prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
 from pgfunc.errors import CheckpointError
+from pgfunc.journal import reading
 
 TEXT = {
     "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -82,11 +85,13 @@ def load_siglip(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder in Hugging Face layout, as a SigLIP checkpoint is")
     check_folder(folder)
-    cfg = read_config(folder)
-    check_weights(folder)
-    entries = read_entries(folder, cfg) if mmap else hf.copied(read_entries(folder, cfg))
-    params = gather(table(cfg), dual.abstract(cfg), entries, str(folder), kind, where)
-    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    with reading(folder.resolve().parent), reading(folder):  # a save may write both
+        cfg = read_config(folder)
+        check_weights(folder)
+        check_save(folder, CONFIG)
+        entries = read_entries(folder, cfg) if mmap else hf.copied(read_entries(folder, cfg))
+        params = gather(table(cfg), dual.abstract(cfg), entries, str(folder), kind, where)
+        tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
     return SiglipModel(cfg, params, tokenizer)
 
 
@@ -95,38 +100,49 @@ def save_siglip(model: SiglipModel, folder: str | Path, vision: bool = True, sha
 
     vision: False leaves the vision encoder out, for a folder inside that of the PaliGemma which has the same one;
     transformers then does not find it.
-    The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay.
-    Raises CheckpointError for a folder that cannot be written.
+    The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay. All
+    change at once, as for `pgfunc.save`.
+    Raises CheckpointError for a folder that cannot be written, NumericalError for a parameter that is not finite.
     """
     folder = Path(folder)
+    check(model, folder)
+    with written(folder), changing(folder) as change:
+        put(change, model, vision, shard_bytes)
+
+
+def check(model: SiglipModel, where: Path) -> None:
+    """Refuse what cannot be saved, before anything is written."""
     if model.params.scale.is_meta:
-        raise CheckpointError(f"{folder}: a model on the meta device has no weights to save")
+        raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
+    tree.check_finite(model.params, str(where))
+
+
+def put(change: Change, model: SiglipModel, vision: bool, shard_bytes: int, inner: str = "") -> None:
+    """Write a model's files among those of a folder that change at once; `inner` is a folder in it."""
+    settings = processor.render(model.cfg, processor_class="SiglipProcessor")
+    change.write(str(Path(inner, processor.NAME)), as_json(settings))
+    if model.tokenizer is not None:
+        put_tokenizer(change, model.tokenizer, model.cfg.text.positions, inner)
     arrays = unfold(arrange(table(model.cfg), model.params))
     kept = {key: array for key, array in arrays.items() if vision or not is_tower(key)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        hf.write(folder, kept, shard_bytes)
-        write_config(folder, model.cfg, str(model.params.scale.dtype).removeprefix("torch."))
-        if model.tokenizer is not None:
-            save_tokenizer(model.tokenizer, folder, model.cfg.text.positions)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+    hf.write(change, kept, render(model.cfg, dtype_name(model.params.scale)), shard_bytes, inner)
 
 
-def save_tokenizer(tokenizer: TextTokenizer, folder: Path, length: int) -> None:
+def put_tokenizer(change: Change, tokenizer: TextTokenizer, length: int, inner: str) -> None:
     """Write `tokenizer.json`, and the `tokenizer_config.json` with which transformers reads text as `text_ids` does.
 
     Its caller still says that texts are padded: `padding="max_length"`. One letter differs: a capital sigma that ends
     a word, of which the `tokenizers` package does not know the lower case there.
     """
     backend = self_contained(tokenizer)
-    backend.save(str(folder / TOKENIZER))
     eos, pad = (backend.id_to_token(id) for id in (tokenizer.eos, tokenizer.pad))
-    write_json(folder / TOKENIZER_CONFIG, {
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "SiglipProcessor", "eos_token": eos,
         "pad_token": pad, "unk_token": "<unk>", "model_max_length": length, "padding_side": "right",
         "model_input_names": ["input_ids"], "split_special_tokens": True, "clean_up_tokenization_spaces": False,
-    })  # fmt: skip
+    }  # fmt: skip
+    change.write(str(Path(inner, TOKENIZER)), backend.to_str(pretty=True))
+    change.write(str(Path(inner, TOKENIZER_CONFIG)), as_json(settings))
 
 
 def table(cfg: SiglipConfig) -> dual.DualParams:
@@ -233,8 +249,8 @@ def parse_text(raw: Mapping[str, Any]) -> SiglipTextConfig:
     return cfg
 
 
-def write_config(folder: Path, cfg: SiglipConfig, dtype: str) -> None:
-    """Write `config.json` and `preprocessor_config.json`, as transformers reads them."""
+def render(cfg: SiglipConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a config, as transformers reads it."""
     text = cfg.text
     text_config = {
         "model_type": "siglip_text_model", "vocab_size": text.vocab, "hidden_size": text.width,
@@ -242,8 +258,7 @@ def write_config(folder: Path, cfg: SiglipConfig, dtype: str) -> None:
         "max_position_embeddings": text.positions, "projection_size": text.out, "layer_norm_eps": text.eps,
         "hidden_act": "gelu_pytorch_tanh", "bos_token_id": None, "eos_token_id": None,  # the defaults are CLIP's
     }  # fmt: skip
-    write_json(folder / CONFIG, {
+    return {
         "architectures": ["SiglipModel"], "model_type": "siglip", "dtype": dtype,
         "vision_config": render_vision(cfg.vision), "text_config": text_config,
-    })  # fmt: skip
-    processor.write(folder, cfg, processor_class="SiglipProcessor")
+    }  # fmt: skip

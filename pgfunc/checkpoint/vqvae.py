@@ -9,12 +9,12 @@ The keys are those of a PyTorch module, whose Sequential counts the ReLUs too. S
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from pgfunc import vqvae
+from pgfunc import tree, vqvae
+from pgfunc.atomic import replacing
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.checkpoint.files import Slot, arrange, gather
+from pgfunc.checkpoint.writing import write_safetensors, written
 from pgfunc.errors import CheckpointError
 from pgfunc.vqvae import Block, Conv, Params, Transposed
 
@@ -62,15 +62,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Params:
 
 
 def save(path: str | Path, params: Params) -> None:
-    """Write the parameters as `.safetensors`, and rename the file when it is whole."""
+    """Write the parameters as `.safetensors`; an older file is replaced at once."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: masks are saved as .safetensors")
-    beside = path.with_name(f"{path.name}.part")
-    try:
-        save_file({key: array.contiguous() for key, array in arrange(table(), params).items()}, beside)
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    tree.check_finite(params, str(path))
+    with written(path), replacing(path) as file:
+        write_safetensors(file, arrange(table(), params), {})

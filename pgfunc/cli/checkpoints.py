@@ -10,7 +10,7 @@ import pgfunc as pg
 from pgfunc import paligemma
 from pgfunc.cli import options
 from pgfunc.cli.options import app
-from pgfunc.errors import SettingError
+from pgfunc.errors import SettingError, harmless
 
 
 @app.command()
@@ -39,7 +39,8 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder, .npz or hub id.")],
     target: Annotated[Path, typer.Argument(help="A folder for Hugging Face layout, or a .npz for big_vision's.")],
     config: options.Config = None, tokenizer: options.Vocabulary = None, dtype: options.Dtype = None,
-    quantize: options.Quantize = None,
+    quantize: options.Quantize = None, force: options.Force = False,
 ) -> None:  # fmt: skip
-    """Write a checkpoint in the other format, or in fewer bits."""
-    pg.convert(source, target, dtype, config, tokenizer, quantize)
+    """Write a checkpoint in the other format, or in fewer bits; its mask decoder and its siglip/ come along."""
+    done = pg.convert(source, target, dtype, config, tokenizer, quantize, force)
+    print(f"{harmless(str(done.path))}: {done.format}, {done.dtype}, {done.bytes:,} bytes")

@@ -1,16 +1,21 @@
 """Commands of the dual encoder: embed, which gives vectors, and classify, which compares pictures with labels."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 from torch import Tensor
 
 import pgfunc as pg
+from pgfunc.atomic import replacing
+from pgfunc.checkpoint import shipped
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_file, progress, say
-from pgfunc.errors import SettingError
+from pgfunc.cli.options import app, check_file, each, end, say
+from pgfunc.errors import NumericalError, SettingError
+from pgfunc.outputs import check_apart
 
 ModelName = Annotated[
     str | None, options.unset("--model", help="SigLIP: a folder or hub id; without it the shipped one.")
@@ -34,17 +39,21 @@ def embed(
         raise SettingError("embed needs a picture or a text: pgfunc embed photo.jpg --text 'two cats'")
     if out:
         check_file(out)
+        check_apart([out], [*images, model or shipped()], "--out")
         if out.suffix != ".npy":
             raise SettingError(f"--out {out}: expected a name that ends in .npy")
     loaded = pg.load_siglip(model, dtype, device)
-    rows = [({"image": name}, image_vector(loaded, name)) for name in progress(images)]
+    unread: list[str] = []
+    rows = [({"image": name}, vector) for name, vector in each(images, partial(image_vector, loaded), unread)]
     vectors = pg.dual.embed_texts(loaded.params, pg.dual_prompt.text_ids(loaded, texts), loaded.cfg) if texts else []
     rows += [({"text": one}, vector) for one, vector in zip(texts, vectors, strict=True)]
-    if out:
+    check_numbers(torch.stack([vector for _, vector in rows]) if rows else torch.zeros(0), "a vector")
+    if out and rows:
         save(out, np.stack([vector.cpu().numpy() for _, vector in rows]))
     for name, vector in rows if as_json or not out else []:
         (shown,) = name.values()
         say(name | {"vector": vector.tolist()}, as_json, f"{shown}: {' '.join(f'{x:.4f}' for x in vector.tolist())}")
+    end(unread)
 
 
 @app.command()
@@ -70,11 +79,20 @@ def classify(
     loaded = pg.load_siglip(model, dtype, device)
     ids = pg.dual_prompt.text_ids(loaded, [template.replace("{}", name) for name in label])
     texts = pg.dual.embed_texts(loaded.params, ids, loaded.cfg)
-    for image in progress(images):
-        logits = pg.dual.logits(loaded.params, image_vector(loaded, image)[None], texts)[0]
+    unread: list[str] = []
+    for image, vector in each(images, partial(image_vector, loaded), unread):
+        logits = pg.dual.logits(loaded.params, vector[None], texts)[0]
+        check_numbers(logits, "a probability")
         ranked = sorted(zip(label, logits.sigmoid().tolist(), strict=True), key=lambda pair: -pair[1])
         lines = [f"{image}: {name}\t{value:.4f}" for name, value in ranked]
         say({"image": image, "template": template, "probabilities": dict(ranked)}, as_json, *lines)
+    end(unread)
+
+
+def check_numbers(values: Tensor, what: str) -> None:
+    """Raise NumericalError where a result is no number."""
+    if not values.isfinite().all():
+        raise NumericalError(f"{what} is nan or infinite: the weights are, or --dtype is too small for them")
 
 
 def image_vector(model: pg.SiglipModel, image: str) -> Tensor:
@@ -85,6 +103,7 @@ def image_vector(model: pg.SiglipModel, image: str) -> Tensor:
 def save(path: Path, vectors: np.ndarray) -> None:
     """Write a .npy."""
     try:
-        np.save(path, vectors, allow_pickle=False)
+        with replacing(path) as file:
+            np.save(file, vectors, allow_pickle=False)
     except OSError as error:
         raise SettingError(f"--out {path}: cannot be written ({error.strerror})") from error

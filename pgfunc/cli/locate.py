@@ -1,9 +1,8 @@
 """Commands whose result is a place in the picture: detect (boxes) and segment (masks)."""
 
-import json
 import shlex
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,10 @@ import typer
 from PIL import Image
 
 import pgfunc as pg
-from pgfunc import coco, draw, letters, vqvae
-from pgfunc.checkpoint import find
+from pgfunc import atomic, coco, draw, letters, vqvae
+from pgfunc.atomic import replacing
+from pgfunc.checkpoint import find, shipped
+from pgfunc.checkpoint.conversion import MASKS
 from pgfunc.cli import options
 from pgfunc.cli.options import (
     app,
@@ -24,17 +25,18 @@ from pgfunc.cli.options import (
     say,
     say_aside,
     say_length,
+    to_json,
     unset,
     without,
 )
 from pgfunc.detect import Detection, Malformed
-from pgfunc.errors import CheckpointError, ImageError, PromptError, SettingError, first_line
+from pgfunc.errors import CheckpointError, PromptError, SettingError, first_line
 from pgfunc.image import open_image
+from pgfunc.outputs import check_apart, resolved
 from pgfunc.prompt import TASKS, tokenizer_of, unmarked
 from pgfunc.sample import Settings
 from pgfunc.segment import Segment
 
-MASKS = "masks.safetensors"  # the mask decoder in a model's folder
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")  # of a drawing
 
 Targets = Annotated[list[str], typer.Argument(help="Picture files, and last what to look for: 'cat ; bus'.",
@@ -79,9 +81,10 @@ def locating(name: str, about: str) -> None:
         as_json: options.Json = False,
     ) -> None:
         images, wanted = split(name, targets, label, prompt)
-        drawings = destinations(images, out)
+        inputs = [*images, model or shipped(), adapter, masks, config, tokenizer, font]
+        drawings = destinations(images, out, inputs)
         if coco_file:
-            check_file(coco_file)
+            check_coco(coco_file, inputs, drawings)
         letters.candidates(font)  # raises for what is no font
         Settings(temperature, top_k, top_p, min_p)  # and for what is out of range
         decoder = decoder_of(masks, model) if name == "segment" else None
@@ -107,7 +110,7 @@ def locating(name: str, about: str) -> None:
                 yield coco.Picture(image, *picture.size, found)
 
         if coco_file:
-            write_text(coco_file, json.dumps(coco.dataset(pictures())))  # ASCII: a file's name need not be text
+            write_text(coco_file, to_json(coco.dataset(pictures())))  # ASCII: a file's name need not be text
         else:
             deque(pictures(), maxlen=0)
         if said := "".join(dict.fromkeys("".join(unwritten))):
@@ -145,8 +148,8 @@ def is_file(name: str) -> bool:
     return exists(name) and Path(name).is_file()
 
 
-def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
-    """Where the drawing of each picture goes; checked before anything runs, as is that it replaces no picture."""
+def destinations(images: list[str], out: Path | None, inputs: Sequence[str | Path | None]) -> dict[str, Path]:
+    """Where the drawing of each picture goes; checked before anything runs, as is that it replaces nothing read."""
     if out is None:
         return {}
     if len(images) == 1 and not out.is_dir():
@@ -157,9 +160,8 @@ def destinations(images: list[str], out: Path | None) -> dict[str, Path]:
         if out.exists() and not out.is_dir():
             raise SettingError(f"--out {out}: is a file; several pictures need a folder")
         paths = {image: out / drawing(image) for image in images}
+    check_apart(paths.values(), inputs, "--out")
     for image, path in paths.items():
-        if path.resolve() in (Path(source).resolve() for source in images):
-            raise SettingError(f"--out {out}: would replace the picture {path}")
         if list(paths.values()).count(path) > 1:
             raise SettingError(f"--out {out}: {image} and another picture would both be {path}")
     if not out.is_dir():
@@ -171,6 +173,14 @@ def drawing(image: str) -> str:
     """The name of a picture's drawing: its own, where its format is one that holds a drawing."""
     kind = Image.registered_extensions().get(Path(image).suffix.lower())
     return Path(image).name if kind in FORMATS and kind in Image.SAVE else f"{Path(image).stem}.png"
+
+
+def check_coco(path: Path, inputs: Sequence[str | Path | None], drawings: Mapping[str, Path]) -> None:
+    """Raise SettingError for a --coco that cannot be made, or would replace what is read or drawn."""
+    check_file(path)
+    check_apart([path], inputs, "--coco")
+    if resolved(path) in map(resolved, drawings.values()):
+        raise SettingError(f"--coco {path}: is the picture that --out writes; give another name")
 
 
 def decoder_of(masks: Path | None, model: str | None) -> Path:
@@ -231,15 +241,16 @@ def write_picture(picture: Image.Image, path: Path) -> None:
     """Save a picture, in the folder that it may need for several."""
     try:
         path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        with replacing(path) as file:
+            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
     except (OSError, ValueError, KeyError) as error:
-        raise ImageError(f"{path}: cannot be written ({first_line(error)})") from error
+        raise SettingError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file."""
     try:
-        path.write_text(text, encoding="ascii")
+        atomic.write_text(path, text)
     except OSError as error:
         raise SettingError(f"{path}: cannot be written ({first_line(error)})") from error
 

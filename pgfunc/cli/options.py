@@ -17,8 +17,9 @@ import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.errors import COMMANDS, ImageError, SettingError, harmless
+from pgfunc.errors import COMMANDS, ImageError, NumericalError, SettingError, harmless
 from pgfunc.lowbit import GROUPS
+from pgfunc.outputs import check_name
 
 T = TypeVar("T")
 
@@ -98,6 +99,7 @@ Quantize = Annotated[str | None, unset("--quantize", help=f"Language model in fe
 Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, a config.json or its folder.")]
 Vocabulary = Annotated[str | None, unset("--tokenizer", help="For a .npz: a tokenizer.json.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No remarks on the options and the shipped checkpoint.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -122,6 +124,7 @@ def enough_memory(remedy: str) -> Iterator[None]:
 
 def check_file(path: Path) -> None:
     """Raise SettingError for a file that cannot be made: before anything is computed, not after."""
+    check_name(path)
     if path.is_dir():
         raise SettingError(f"{path}: is a folder; expected the name of a file to write")
     if not path.parent.is_dir():
@@ -179,7 +182,7 @@ def say_length(image: str, finish: str | None, tokens: int) -> None:
 def say(value: dict[str, Any], as_json: bool, *lines: str) -> None:
     """Print one result: a JSON object, or lines for people."""
     if as_json:  # those that JSON does not escape by itself
-        text = json.dumps(value, ensure_ascii=False)
+        text = to_json(value, ensure_ascii=False)
         tqdm.write(COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
     else:
         tqdm.write("\n".join(harmless(line, keep="\t") for line in lines))
@@ -189,3 +192,11 @@ def say_aside(remark: str) -> None:
     """Print a line on standard error, if it can be."""
     with suppress(OSError):
         tqdm.write(harmless(f"pgfunc: {remark}"), file=sys.stderr)
+
+
+def to_json(value: Any, ensure_ascii: bool = True) -> str:
+    """A value as a line of JSON. Raises NumericalError for a number that is none: JSON has neither nan nor infinity."""
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError as error:
+        raise NumericalError("a result is nan or infinite, which JSON cannot say; try another --dtype") from error

@@ -1,20 +1,23 @@
 """Commands that fine-tune: train; and merge, which makes a model of what LoRA trained."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 import pgfunc as pg
-from pgfunc import tree
-from pgfunc.checkpoint import find
+from pgfunc import outputs, tree
+from pgfunc.checkpoint import dtype_name, find, shipped
+from pgfunc.checkpoint.conversion import write_folder
 from pgfunc.cli import options
-from pgfunc.cli.options import app, enough_memory, unset
-from pgfunc.errors import SettingError
+from pgfunc.cli.options import app, enough_memory, say_aside, unset
+from pgfunc.errors import SettingError, harmless
 from pgfunc.train import data, fit, run
 
 TARGETS = ("language.layers.*",)
@@ -54,16 +57,20 @@ def train(
 
     Interrupted, it saves the run; the same command goes on from there. What is trained is float32, whatever the dtype.
     """
-    need("matplotlib", "plot")
-    if tensorboard:
-        need("tensorboard", "train")
+    if tensorboard and find_spec("tensorboard") is None:
+        raise SettingError("tensorboard is not installed: python -m pip install 'pgfunc[train]'")
+    if find_spec("matplotlib") is None:
+        say_aside(f"{fit.CURVE} is not drawn without matplotlib: python -m pip install 'pgfunc[plot]'")
     if steps is not None and epochs is not None:
         raise SettingError("give --epochs or --steps, not both")
     if not lora_rank and (lora_target or lora_alpha is not None):
         raise SettingError("--lora-target and --lora-alpha need --lora-rank")
     if checkpoint_every < 1:
         raise SettingError(f"checkpoint-every is {checkpoint_every}, expected 1 or more")
+    outputs.check_folder(out, "--out")
+    outputs.check_apart([out], [examples, valid, images, model or shipped(), config, tokenizer], "--out")
     rows, others = data.read(examples, images), data.read(valid, images) if valid else []
+    outputs.check_apart([out], {path for row in [*rows, *others] for path in row.images}, "--out")
     loaded = pg.load(model, None, device, config, tokenizer)
     if steps is None:
         steps = (3 if epochs is None else epochs) * data.steps_per_epoch(max(1, batch_size), len(rows))
@@ -80,10 +87,10 @@ def train(
     data.check(loaded, tqdm([*rows, *others], desc="checking", unit="line", leave=False, disable=None))
     with enough_memory(SAVING):
         state = fit.begin(job, out)
-        with watching(job, state, out, tensorboard) as watch:
+        with watching(job, state, out, tensorboard) as watch, ending():
             fit.fit(job, out, state, others, checkpoint_every, watch, str(find(model)) if model is None else model)
     first, *_, last = fit.read_log(out) * 2
-    print(f"{out}: {steps} steps, loss {first['loss']:.4f} -> {last['loss']:.4f}" + (
+    print(f"{harmless(str(out))}: {steps} steps, loss {first['loss']:.4f} -> {last['loss']:.4f}" + (
         f", validation {last['valid']:.4f}" if valid else ""))  # fmt: skip
 
 
@@ -94,9 +101,16 @@ def merge(
     model: options.ModelName = None,
     config: options.Config = None,
     tokenizer: options.Vocabulary = None,
+    force: options.Force = False,
 ) -> None:
     """Add a LoRA adapter to the model that it was trained on, and save that as a model; --adapter runs it unsaved."""
-    pg.save(pg.load(model, None, "cpu", config, tokenizer, adapter=adapter), target)
+    outputs.check_folder(target)
+    outputs.check_apart([target], [find(model), adapter, config, tokenizer])
+    outputs.check_new(target, force)
+    merged = pg.load(model, None, "cpu", config, tokenizer, adapter=adapter)
+    write_folder(target, merged, find(model))
+    kind, size = dtype_name(merged.params.projector), tree.nbytes(merged.params)
+    print(f"{harmless(str(target))}: Hugging Face layout, {kind}, {size:,} bytes")
 
 
 def usual_rate(params: pg.Params, lora_rank: int) -> float:
@@ -108,10 +122,37 @@ def usual_rate(params: pg.Params, lora_rank: int) -> float:
     return (3e-4 if tree.count(params) < 10**8 else 1e-5) * (10 if lora_rank else 1)
 
 
-def need(package: str, extra: str) -> None:
-    """Raise SettingError when an optional package is not installed, before anything is done."""
-    if find_spec(package) is None:
-        raise SettingError(f"{package} is not installed: python -m pip install 'pgfunc[{extra}]'")
+def stopped(saved: int | None, done: int) -> str:
+    """What an interrupt leaves: the step of the state on the disk, where there is one, and the last that was done.
+
+    That may be a step ahead: an interrupt before the end of a step is one before the step.
+    """
+    if saved is None:
+        return "stopped; nothing was saved"
+    if saved < done - 1:
+        return f"stopped; the last save is that of step {saved}; the same command goes on from there"
+    return "stopped and saved; the same command goes on"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which job schedulers end a run."""
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """SIGTERM interrupts the block as SIGINT does, unless somebody has said what it does; in the main thread."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    mine = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
@@ -121,7 +162,7 @@ def watching(
     """A progress bar with the loss, and TensorBoard's logs; an interrupt is a line that says how to go on."""
     done = int(state.optimizer.step)
     if done:
-        tqdm.write(f"{out}: going on after step {done}")
+        tqdm.write(f"{harmless(str(out))}: going on after step {done}")
     writer = None
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -130,6 +171,8 @@ def watching(
     bar = tqdm(total=job.settings.steps, initial=done, unit="step", disable=None)
 
     def watch(entry: dict[str, Any]) -> None:
+        nonlocal done
+        done = entry["step"]
         bar.update()
         bar.set_postfix({name: f"{entry[name]:.4f}" for name in ("loss", "valid") if name in entry})
         if writer:
@@ -138,10 +181,10 @@ def watching(
 
     try:
         yield watch
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         bar.close()
-        tqdm.write(f"{out}: stopped and saved; the same command goes on")
-        raise typer.Exit(130) from None
+        tqdm.write(f"{harmless(str(out))}: {stopped(run.step_in(out / fit.STATE), done)}")
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         bar.close()
         if writer:

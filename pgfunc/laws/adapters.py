@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pgfunc import detect, image, lowbit, masks, ops, paligemma, quant, sample, segment, tokenizer, tree, vqvae
+from pgfunc.atomic import changing
 from pgfunc.cache import Cache
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.config import Config
@@ -146,7 +147,8 @@ def reorder(params: Params, order: Tensor) -> Params:
 
 def reload(cfg: Config, params: Params) -> Params:
     with TemporaryDirectory() as folder:
-        hf.save(Path(folder), cfg, params, 5 * 10**9)
+        with changing(folder) as change:
+            hf.write(change, hf.arrays(cfg, params), {}, 5 * 10**9)
         return read(hf.load(Path(folder), cfg, None, params.projector.device, quant.methods(params)))
 
 

@@ -8,15 +8,17 @@ model.safetensors, config.json, tokenizer.json ...     the trained model; or of 
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pgfunc import checkpoint
-from pgfunc.checkpoint import ADAPTER
+from pgfunc.atomic import replacing, write_text
+from pgfunc.checkpoint import ADAPTER, conversion
 from pgfunc.checkpoint.hf_config import CONFIG
-from pgfunc.errors import CheckpointError, SettingError
+from pgfunc.checkpoint.writing import written
+from pgfunc.errors import CheckpointError, NumericalError, SettingError
 from pgfunc.train import lora, run
 from pgfunc.train.data import Example, steps_per_epoch
 from pgfunc.train.run import Job, State
@@ -34,12 +36,10 @@ def begin(job: Job, out: Path) -> State:
             raise SettingError(f"{out} holds a model already ({name}); give another folder")
     state = run.resume(out / STATE, job) if (out / STATE).exists() else run.start(job)
     done = int(state.optimizer.step)
-    try:
+    with written(out):
         out.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_log(out) if entry["step"] <= done] if done else []
-        (out / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error})") from error
+        write_text(out / LOG, "".join(map(line, kept)))
     return state
 
 
@@ -47,10 +47,12 @@ def fit(
     job: Job, out: Path, state: State, valid: Sequence[Example] = (), every: int = 100,
     watch: Callable[[dict[str, Any]], None] = lambda entry: None, base: str = "",
 ) -> State:  # fmt: skip
-    """Train to the last step, saving every so many, then save the model and draw the curve.
+    """Train to the last step, saving the state and drawing the curve every so many, then save the model.
 
     `watch` is shown each line of the log. The loss over `valid` is taken at the end of every epoch. An interrupt saves
-    the state and is raised again. `base` is the name that LoRA's files give of the model they belong to.
+    the state and is raised again; a second one may come before that is done, and then the older state is there. `base`
+    names the model before training, a folder or a hub id: LoRA's files give that name, and a folder's mask decoder
+    comes along. Raises NumericalError where training diverges: what is not finite is never saved.
     """
     frozen, given = run.cast(job), job.settings
     epoch = steps_per_epoch(given.batch_size, len(job.examples))
@@ -60,17 +62,36 @@ def fit(
             entry: dict[str, Any] = report._asdict()
             if valid and (step % epoch == 0 or step == given.steps):
                 entry["valid"] = run.evaluate(job, new, frozen, valid)
-            with (out / LOG).open("a") as log:
-                log.write(json.dumps(entry) + "\n")
+            with written(out / LOG), (out / LOG).open("a") as log:
+                log.write(line(entry))
             watch(entry)
             state = new  # last: an interrupt before it is one before the step, and the log is cut to that
             if step % every == 0:
-                run.save(out / STATE, job, state)
+                keep(job, out, state)
         finish(job, out, state, base)
     except KeyboardInterrupt:
-        run.save(out / STATE, job, state)
+        keep(job, out, state)
         raise
+    except NumericalError as error:
+        raise NumericalError(f"{error}; {saved(out)}") from error
     return state
+
+
+def keep(job: Job, out: Path, state: State) -> None:
+    """Save the state, and draw the curve so far."""
+    run.save(out / STATE, job, state)
+    draw(out / CURVE, read_log(out))
+
+
+def saved(out: Path) -> str:
+    """What of an unfinished run is on the disk, in words."""
+    step = run.step_in(out / STATE)
+    return "nothing was saved" if step is None else f"the state after step {step} is in {out / STATE}"
+
+
+def line(entry: dict[str, Any]) -> str:
+    """A line of the log."""
+    return json.dumps(entry, allow_nan=False) + "\n"
 
 
 def finish(job: Job, out: Path, state: State, base: str) -> None:
@@ -78,7 +99,7 @@ def finish(job: Job, out: Path, state: State, base: str) -> None:
     if job.settings.lora_rank:
         lora.save(out, run.adapter(job, state.trained), job.model.cfg, base)
     else:
-        checkpoint.save(run.finished(job, state), out)
+        conversion.write_folder(out, run.finished(job, state), Path(base) if base and Path(base).is_dir() else None)
     draw(out / CURVE, read_log(out))
     (out / STATE).unlink(missing_ok=True)
 
@@ -98,7 +119,9 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """The loss of every step, its running mean, and the validation loss, as a PNG."""
+    """The loss of every step, its running mean, and the validation loss, as a PNG; nothing without matplotlib."""
+    if find_spec("matplotlib") is None or not entries:
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -114,4 +137,5 @@ def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    with written(path), replacing(path) as file:
+        figure.savefig(file, format="png")

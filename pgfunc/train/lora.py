@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pgfunc import quant, tree
+from pgfunc.atomic import changing
 from pgfunc.checkpoint import ADAPTER, HUB_ID
-from pgfunc.checkpoint.files import write_json
 from pgfunc.checkpoint.lora import WEIGHTS, Lora, Pair, linear_paths, modules
 from pgfunc.checkpoint.lora import load as load
 from pgfunc.checkpoint.lora import merge as merge
+from pgfunc.checkpoint.writing import as_json, write_safetensors, written
 from pgfunc.config import Config
-from pgfunc.errors import CheckpointError, SettingError
+from pgfunc.errors import SettingError
 from pgfunc.paligemma import Params
 
 
@@ -56,11 +55,15 @@ def unmerge(params: Params, lora: Lora) -> Params:
 
 
 def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
-    """Write PEFT's two files; `base` names the model that the pairs belong to, a folder or a hub id as `load` takes."""
+    """Write PEFT's two files, which change at once.
+
+    `base` names the model that the pairs belong to, a folder or a hub id as `load` takes. Raises NumericalError for a
+    pair that is not finite.
+    """
     folder, names = Path(folder), modules(cfg)
     base, _, revision = base.partition("@") if HUB_ID.fullmatch(base) and not Path(base).exists() else (base, "", "")
     arrays = {
-        f"base_model.model.model.{names[path]}.lora_{part}.weight": array.contiguous()
+        f"base_model.model.model.{names[path]}.lora_{part}.weight": array
         for path, pair in lora.pairs.items()
         for part, array in zip("AB", pair, strict=True)
     }
@@ -69,11 +72,9 @@ def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
                 "revision": revision or None, "r": rank, "lora_alpha": lora.scale * rank,
                 "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
                 "target_modules": sorted(names[path] for path in lora.pairs)}  # fmt: skip
-    beside = folder / f"{WEIGHTS}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, beside, metadata={"format": "pt"})
-        beside.replace(folder / WEIGHTS)
-        write_json(folder / ADAPTER, settings)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+    tree.check_finite(lora.pairs, str(folder))
+    with written(folder), changing(folder) as change:
+        with change.new(WEIGHTS) as file:
+            write_safetensors(file, arrays, {"format": "pt"})
+        change.write(ADAPTER, as_json(settings))
+        change.hide(ADAPTER)

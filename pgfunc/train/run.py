@@ -17,15 +17,19 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgfunc import tree
+from pgfunc.atomic import replacing
+from pgfunc.checkpoint.writing import write_safetensors, written
 from pgfunc.errors import CheckpointError, NumericalError, SettingError, first_line
 from pgfunc.paligemma import Params
 from pgfunc.prompt import Model
 from pgfunc.train import data, finetune, lora, optim
 from pgfunc.train.data import Example
+
+MOST = 2**31 - 1  # of a count, and of a seed
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class Settings:
             "seed": 0,
         }
         for name, value in least.items():
-            if not getattr(self, name) >= value:
-                raise SettingError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected {value} or more")
+            if not value <= getattr(self, name) <= MOST:
+                raise SettingError(
+                    f"{name.replace('_', '-')} is {getattr(self, name)}, expected {value} or more, at most {MOST}"
+                )
         if not 0 < self.learning_rate < float("inf"):
             raise SettingError(f"learning-rate is {self.learning_rate}, expected a number above 0")
-        if self.lora_rank and not self.lora_alpha > 0:
+        if self.lora_rank and not 0 < self.lora_alpha < 1e30:
             raise SettingError(f"lora-alpha is {self.lora_alpha}, expected a number above 0")
         if self.dtype not in ("float32", "bfloat16"):
             raise SettingError(f"dtype is {self.dtype}, expected float32 or bfloat16 to train in")
@@ -105,7 +111,7 @@ def start(job: Job) -> State:
 
 
 def advance(job: Job, state: State, frozen: Params) -> tuple[State, Report]:
-    """One step. `frozen` is `cast(job)`, made once. Raises NumericalError when the loss or gradient is not finite."""
+    """One step. `frozen` is `cast(job)`, made once. Raises NumericalError when a number in it is not finite."""
     given, step = job.settings, int(state.optimizer.step)
     rows = data.batch(given.seed, step, given.batch_size, len(job.examples))
     prompts = data.prompts(job.model, [job.examples[row] for row in rows], given.accumulate)
@@ -121,6 +127,8 @@ def advance(job: Job, state: State, frozen: Params) -> tuple[State, Report]:
     rate = optim.cosine(step, given.learning_rate, given.warmup, given.steps)
     settings = optim.Settings(weight_decay=given.weight_decay)
     new = State(*optim.update(grads, state.optimizer, state.trained, rate, settings))
+    if (path := tree.not_finite(new)) is not None:
+        raise NumericalError(f"step {step + 1}: {path} is not finite after it; lower learning-rate, or use float32")
     return new, Report(step + 1, loss.item(), norm.item(), rate)
 
 
@@ -173,14 +181,22 @@ def kernel(job: Job) -> Any:
 
 
 def save(path: Path, job: Job, state: State) -> None:
-    """Write the state as one safetensors file, which says what job it belongs to; an older one is exchanged at once."""
-    beside = path.with_suffix(".part")
+    """Write the state as one safetensors file, which says what job it belongs to; an older one is exchanged at once.
+
+    Raises CheckpointError where it cannot be written, NumericalError for a state that could not go on.
+    """
+    tree.check_finite(state, str(path))
+    with written(path), replacing(path) as file:
+        write_safetensors(file, tree.flatten(state), {"job": json.dumps(identity(job))})
+
+
+def step_in(path: Path) -> int | None:
+    """The number of steps that the state in a file has done; None where there is no such file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tree.flatten(state), beside, metadata={"job": json.dumps(identity(job))})
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+        with safe_open(path, framework="pt") as file:
+            return int(file.get_tensor("optimizer.step"))
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError):
+        return None
 
 
 def resume(path: Path, job: Job) -> State:

@@ -1,0 +1,274 @@
+"""Stop each writer at its k-th change of a file, and say what is left. `test_killed` runs this file as a script.
+
+It forks from a process that has loaded everything and has one thread. The calls that change files are counted where
+Python makes them: an audit hook sees files opened, renamed, removed and made, and files count their own writes, of
+which half is done when the writer is stopped.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from errno import ENOSPC
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cases import text_model
+from PIL import Image
+
+import pgfunc as pg
+from pgfunc import dual, tree, vqvae
+from pgfunc.checkpoint.conversion import MASKS
+from pgfunc.checkpoint.writing import name_of_arrays
+from pgfunc.cli import contrast, locate
+from pgfunc.config import SiglipConfig, SiglipTextConfig
+from pgfunc.errors import PgfuncError
+from pgfunc.train import fit, lora, run
+from pgfunc.train.data import Example
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+FAULTS = ("SIGKILL", "SIGINT", "SIGTERM", "ENOSPC")
+
+
+class Writer(NamedTuple):
+    """A way to change a folder: what makes its old state, what changes it, and what is read of it."""
+
+    prepare: Callable[[Path], object]
+    write: Callable[[Path], object]
+    read: Callable[[Path], Any]
+
+
+class Counter:
+    """What stops a writer at its `at`-th change of a file in a folder."""
+
+    def __init__(self, folder: Path, at: int, fault: str) -> None:
+        self.folder, self.at, self.fault, self.count = str(folder), at, fault, 0
+
+    def hook(self, event: str, given: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(given[2], int) and given[2] & WRITING
+        if (writes or event in CHANGES) and str(given[0]).startswith(self.folder):
+            self.change(event != "os.remove", event in ("open", "os.mkdir"))
+
+    def change(self, may_fail: bool = True, needs_room: bool = True) -> None:
+        self.count += 1
+        if self.count == self.at and self.fault != "ENOSPC":
+            os.kill(os.getpid(), getattr(signal, self.fault))
+        if self.fault == "ENOSPC" and ((self.count == self.at and may_fail) or (self.count > self.at and needs_room)):
+            raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    def opened(self, file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        """As `io.open`; what is written counts."""
+        if set(mode) & set("wa+"):
+            raw = Counted(self, file, mode.replace("b", "").replace("t", ""))
+            buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+            return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8", write_through=True)
+        return OPEN(file, mode, *rest, **more)
+
+
+class Counted(io.FileIO):
+    """A file whose writes count; one that is stopped is half done."""
+
+    def __init__(self, counter: Counter, file: Any, mode: str) -> None:
+        super().__init__(file, mode)
+        self.counter = counter
+
+    def write(self, data: Any, /) -> int:
+        counter, half = self.counter, len(data) // 2
+        if counter.count + 1 == counter.at and half and counter.fault != "SIGINT":  # which comes between two writes
+            super().write(memoryview(data)[:half])
+            if counter.fault == "ENOSPC":  # the rest comes again, and has no room
+                counter.at += 1
+                counter.count += 1
+                return half
+        counter.change()
+        return super().write(data)
+
+
+OPEN = io.open
+
+
+def stopped(writer: Writer, folder: Path, at: int, fault: str) -> tuple[int, int, str]:
+    """Run a writer in a child; 0 stops it nowhere. How it ended, how many changes it made, and what it raised."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if not child:
+        counter, said = Counter(folder, at, fault), ""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.addaudithook(counter.hook)
+        io.open = counter.opened
+        os.fdopen = lambda file, mode, *rest: counter.opened(file, mode)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            writer.write(folder)
+        except BaseException as error:
+            said = f"{'one line' if isinstance(error, PgfuncError) else type(error).__name__}: {error}"
+        os.write(send, json.dumps([counter.count, said]).encode())
+        os._exit(0)
+    os.close(send)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(receive, "rb") as file:
+        text = file.read()
+    count, said = json.loads(text) if text else (0, "")
+    return status, count, said
+
+
+def outcomes(name: str, writer: Writer, points: int) -> Iterator[str]:
+    """What is wrong after a writer was stopped, a line each."""
+    with tempfile.TemporaryDirectory() as place:
+        before, after, work = (Path(place) / part for part in ("before", "after", "work"))
+        before.mkdir()
+        writer.prepare(before)
+        shutil.copytree(before, after)
+        _, count, said = stopped(writer, after, 0, "")
+        old, new = writer.read(before), writer.read(after)
+        assert not said, (name, said)
+        assert old != new, name
+        for number, fault in enumerate(FAULTS):  # each at other points
+            for at in sorted({1 + int((i + number / len(FAULTS)) * count / points) for i in range(points)}):
+                shutil.copytree(before, work)
+                for problem in left(writer, work, at, fault, old, new):
+                    yield f"{name}, {fault} at change {at} of {count}: {problem}"
+                shutil.rmtree(work)
+
+
+def left(writer: Writer, folder: Path, at: int, fault: str, old: Any, new: Any) -> Iterator[str]:
+    """What is wrong with what one stopped writer left."""
+    status, _, said = stopped(writer, folder, at, fault)
+    if fault == "ENOSPC" and (status or "\n" in said or (said and not said.startswith("one line"))):
+        yield f"status {status}, said {said!r}"
+    if fault in ("ENOSPC", "SIGINT") and not (folder / ".pgfunc-journal").exists() and large(folder):
+        yield f"left {large(folder)}"
+    try:
+        found = writer.read(folder)
+    except PgfuncError as error:
+        found = new
+        if "incomplete save" not in str(error):
+            yield f"cannot be read: {error}"
+    if found not in (old, new):
+        yield "is neither the old nor the new"
+    writer.write(folder)
+    if writer.read(folder) != new:
+        yield "cannot be written again"
+    if hidden(folder):
+        yield f"then left {hidden(folder)}"
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob(".*"))
+
+
+def large(folder: Path) -> list[str]:
+    """Hidden files that are more than the mark of a writer, which stays where its removal is interrupted."""
+    return [name for name in hidden(folder) if (folder / name).stat().st_size]
+
+
+# --- the writers
+
+VISION = text_model().cfg.vision
+DUAL = SiglipConfig(VISION, SiglipTextConfig(vocab=20, width=8, layers=1, heads=2, hidden=8, out=VISION.width,
+                                             positions=8))  # fmt: skip
+MODELS = text_model(1), text_model(2)._replace(cfg=replace(text_model().cfg, resample="bilinear"))
+DUALS = [pg.SiglipModel(DUAL, dual.init(DUAL, seed), None) for seed in (1, 2)]
+PAIRS = [lora.init(MODELS[0].params, ["language.*.q"], 2, alpha, seed) for seed, alpha in ((1, 2.0), (2, 4.0))]
+VQ = [vqvae.init(seed) for seed in (1, 2)]
+SOURCES = [Path(tempfile.mkdtemp()) for _ in MODELS]
+for source, model, encoder in zip(SOURCES, MODELS, DUALS, strict=True):
+    pg.save(model, source)
+    pg.save_siglip(encoder, source / "siglip", vision=False)
+    (source / MASKS).write_text(str(source))  # it is copied as it is
+
+Image.new("RGB", (28, 28), "red").save(SOURCES[0] / "a.png")
+EXAMPLES = [Example(f"line {i}", (SOURCES[0] / "a.png",), "caption en", word) for i, word in enumerate("ab")]
+JOB = run.Job(MODELS[0], EXAMPLES, run.Settings(steps=2, batch_size=1, lora_rank=1, lora_alpha=1.0,
+                                                lora_targets=("projector",)))  # fmt: skip
+STATE = run.start(JOB)
+
+
+def digest(params: Any) -> str:
+    """What no other parameters have."""
+    return name_of_arrays(tree.flatten(params))
+
+
+def loaded(folder: Path, **more: Any) -> tuple[Any, ...]:
+    model = pg.load(folder, device="cpu", **more)
+    return model.cfg, digest(model.params), model.tokenizer is not None
+
+
+def both(folder: Path) -> tuple[Any, ...]:
+    return (*loaded(folder), digest(pg.load_siglip(folder / "siglip", device="cpu").params),
+            (folder / MASKS).read_text())  # fmt: skip
+
+
+def archived(folder: Path) -> tuple[Any, ...]:
+    return (*loaded(folder / "m.npz", config=SOURCES[0]), (folder / MASKS).read_text())
+
+
+def trained(folder: Path) -> str:
+    """The pairs of a run that is done; one that is not has a state to go on from, or begins."""
+    if (folder / fit.STATE).exists():
+        run.resume(folder / fit.STATE, JOB)
+        return "not done"
+    return digest(lora.load(folder, JOB.model.cfg).pairs) if (folder / lora.ADAPTER).exists() else "not done"
+
+
+def train(folder: Path) -> None:
+    if trained(folder) == "not done":
+        fit.fit(JOB, folder, fit.begin(JOB, folder), (), 1)
+
+
+def saving(*shard_bytes: int) -> Writer:
+    """A model over another."""
+    first, second = (partial(pg.save, model, shard_bytes=size) for model, size in zip(MODELS, shard_bytes, strict=True))
+    return Writer(first, second, loaded)
+
+
+def replacing(name: str, write: Callable[[Path, Any], object], values: Sequence[Any]) -> Writer:
+    """A file over another."""
+    first, second = (lambda folder, value=value: write(folder / name, value) for value in values)
+    return Writer(first, second, lambda folder: (folder / name).read_bytes())
+
+
+PICTURES = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+WRITERS = {
+    "save": saving(10**9, 10**9),
+    "save shards over one file": saving(10**9, 30_000),
+    "save one file over shards": saving(30_000, 10**9),
+    "save shards over shards": saving(30_000, 20_000),
+    "convert to a folder": Writer(partial(pg.convert, SOURCES[0]), partial(pg.convert, SOURCES[1], force=True), both),
+    "convert to npz": Writer(
+        lambda folder: pg.convert(SOURCES[0], folder / "m.npz"),
+        lambda folder: pg.convert(SOURCES[1], folder / "m.npz", force=True),
+        archived,
+    ),
+    "save_siglip": Writer(
+        partial(pg.save_siglip, DUALS[0]), partial(pg.save_siglip, DUALS[1], shard_bytes=20_000),
+        lambda folder: digest(pg.load_siglip(folder, device="cpu").params),
+    ),
+    "vqvae.save": replacing(MASKS, pg.segment.save, VQ),
+    "lora.save": Writer(
+        *(partial(lora.save, lora=pairs, cfg=MODELS[0].cfg, base="base") for pairs in PAIRS),
+        lambda folder: (digest((found := lora.load(folder, MODELS[0].cfg)).pairs), found.scale),
+    ),
+    "run.save": replacing("run.safetensors", lambda path, state: run.save(path, JOB, state),
+                          [STATE, tree.map(lambda leaf: leaf + 1, STATE)]),
+    "train": Writer(lambda folder: None, train, trained),
+    "detect --out": replacing("a.png", lambda path, picture: locate.write_picture(picture, path), PICTURES),
+    "detect --coco": replacing("a.json", locate.write_text, ["{}", '{"images": []}']),
+    "embed --out": replacing("a.npy", contrast.save, [np.zeros((2, 8)), np.ones((3, 8))]),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    problems = [line for name, writer in WRITERS.items() for line in outcomes(name, writer, int(sys.argv[1]))]
+    for folder in SOURCES:
+        shutil.rmtree(folder)
+    print("\n".join(problems))

@@ -1,0 +1,240 @@
+"""What is saved and converted: whole, with what belongs to it, over nothing that is read; numbers that are numbers."""
+
+import json
+import shutil
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from cases import CONFIGS, prompt, text_model
+from cases import params as parameters
+from typer.testing import CliRunner
+
+import pgfunc as pg
+from pgfunc import cli, dual, tree, vqvae
+from pgfunc.checkpoint import bigvision, hf
+from pgfunc.config import SiglipConfig, SiglipTextConfig
+from pgfunc.errors import CheckpointError, NumericalError, PgfuncError, SettingError
+from pgfunc.train import lora
+
+VQ = vqvae.init(1)
+
+
+def bits(params) -> dict[str, bytes]:
+    return {path: leaf.reshape(-1).view(torch.uint8).numpy().tobytes() for path, leaf in tree.flatten(params).items()}
+
+
+def siglip(vision, seed: int = 0) -> pg.SiglipModel:
+    text = SiglipTextConfig(vocab=20, width=8, layers=1, heads=2, hidden=8, out=vision.width, positions=8)
+    cfg = SiglipConfig(vision, text)
+    return pg.SiglipModel(cfg, dual.init(cfg, seed), None)
+
+
+@pytest.fixture
+def whole(tmp_path) -> Path:
+    """A checkpoint with all that may belong to it."""
+    model = text_model()
+    pg.save(model, tmp_path / "whole")
+    pg.segment.save(tmp_path / "whole" / "masks.safetensors", VQ)
+    pg.save_siglip(siglip(model.cfg.vision), tmp_path / "whole" / "siglip", vision=False)
+    (tmp_path / "whole" / "generation_config.json").write_text("{}")
+    return tmp_path / "whole"
+
+
+def run(*given: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, [str(each) for each in given])
+    return (
+        (2, str(result.exception)) if isinstance(result.exception, PgfuncError) else (result.exit_code, result.output)
+    )
+
+
+# what belongs to a checkpoint
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_belongs_to_a_checkpoint_comes_along(whole, tmp_path, dtype):
+    done = pg.convert(whole, tmp_path / "out", dtype)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in whole.iterdir()}
+    assert done == (tmp_path / "out", "Hugging Face layout", dtype or "float32", tree.nbytes(text_model().params)
+                    // (2 if dtype else 1))  # fmt: skip
+    assert bits(pg.segment.load(tmp_path / "out" / "masks.safetensors")) == bits(VQ)
+    expected, found = (pg.load_siglip(folder / "siglip", dtype, "cpu") for folder in (whole, tmp_path / "out"))
+    assert bits(found.params) == bits(expected.params)
+    assert found.params.vision.patch.dtype == pg.load(tmp_path / "out", device="cpu").params.projector.dtype
+
+
+def test_masks_come_along_to_big_vision_and_back(whole, tmp_path):
+    pg.convert(whole, tmp_path / "other" / "x.npz")
+    pg.convert(tmp_path / "other" / "x.npz", tmp_path / "back", config=whole, tokenizer=whole / "tokenizer.json")
+    assert bits(pg.segment.load(tmp_path / "back" / "masks.safetensors")) == bits(VQ)
+    assert bits(pg.load(tmp_path / "back", device="cpu").params) == bits(text_model().params)
+    pg.convert(whole, tmp_path / "other" / "y.npz")  # the same masks are there
+    pg.segment.save(whole / "masks.safetensors", vqvae.init(2))
+    with pytest.raises(SettingError, match=r"masks\.safetensors: exists already"):
+        pg.convert(whole, tmp_path / "other" / "z.npz")
+    pg.convert(whole, tmp_path / "other" / "z.npz", force=True)
+    assert bits(pg.segment.load(tmp_path / "other" / "masks.safetensors")) == bits(vqvae.init(2))
+
+
+def test_merging_brings_the_masks_along(whole, tmp_path):
+    model = pg.load(whole, device="cpu")
+    lora.save(tmp_path / "lora", lora.init(model.params, ["projector"], 1, 1.0), model.cfg, str(whole))
+    status, said = run("merge", tmp_path / "lora", tmp_path / "merged", "--model", whole)
+    assert (status, said) == (0, f"{tmp_path / 'merged'}: Hugging Face layout, float32, {tree.nbytes(model.params):,} "
+                                 "bytes\n")  # fmt: skip
+    assert bits(pg.segment.load(tmp_path / "merged" / "masks.safetensors")) == bits(VQ)
+
+
+def test_a_conversion_says_what_it_wrote(whole, tmp_path):
+    assert run("convert", whole, tmp_path / "x.npz", "--dtype", "bfloat16") == (
+        0, f"{tmp_path / 'x.npz'}: big_vision's npz, bfloat16, {tree.nbytes(text_model().params) // 2:,} bytes\n"
+    )  # fmt: skip
+
+
+def test_files_have_the_mode_of_the_umask(whole, tmp_path):
+    (tmp_path / "plain").write_text("")
+    expected = (tmp_path / "plain").stat().st_mode
+    pg.convert(whole, tmp_path / "out")
+    pg.save(text_model(), tmp_path / "shards", shard_bytes=20_000)
+    pg.convert(whole, tmp_path / "npz" / "x.npz")
+    lora.save(tmp_path / "lora", lora.init(text_model().params, ["projector"], 1, 1.0), text_model().cfg, "base")
+    made = [path for name in ("out", "shards", "npz", "lora") for path in (tmp_path / name).rglob("*")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made if path.is_file()} == {stat.S_IMODE(expected)}
+
+
+# what is not written over
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["convert", "merge"])
+@pytest.mark.parametrize(("target", "said"), [
+    ("whole", "would replace"), ("link", "would replace"), ("", "the current one"), (".", "the current one"),
+    ("taken", "exists already; give another name, or replace it with --force"), ("file", "is a file"),
+    ("a" * 300, "File name too long"), ("file/x", "Not a directory"), ("around", "is the folder of"),
+])  # fmt: skip
+def test_a_target_that_is_read_or_exists_is_refused_before_anything_is_loaded(
+    command, target, said, whole, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    lora.save("around/lora", lora.init(text_model().params, ["projector"], 1, 1.0), text_model().cfg, "base")
+    pg.save(text_model(), "around/whole")
+    Path("link").symlink_to("whole")
+    Path("taken").mkdir()
+    Path("taken/notes.txt").write_text("mine")
+    Path("file").write_text("mine")
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(pg, "load", lambda *given: pytest.fail("loaded"))
+    monkeypatch.setattr("pgfunc.checkpoint.conversion.load", lambda *given: pytest.fail("loaded"))
+    source = "around/whole" if target == "around" else "whole"
+    given = [source, target] if command == "convert" else ["around/lora", target, "--model", source]
+    status, message = run(command, *given, *([] if target == "taken" else ["--force"]))
+    assert status == 2
+    assert said in message
+    assert snapshot(tmp_path) == before
+
+
+def test_force_replaces(whole, tmp_path):
+    pg.save(text_model(seed=5), tmp_path / "out", shard_bytes=20_000)
+    assert run("convert", whole, tmp_path / "out", "--force")[0] == 0
+    assert bits(pg.load(tmp_path / "out", device="cpu").params) == bits(text_model().params)
+    assert not list((tmp_path / "out").glob("model-*"))
+
+
+def test_an_empty_folder_is_as_good_as_none(whole, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run("convert", whole, tmp_path / "out")[0] == 0
+
+
+# what a folder says of itself
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 10_000])
+def test_transformers_loads_what_we_save_and_we_what_it_saves_over_that(tmp_path, shard_bytes):
+    reference.save_random(tmp_path / "theirs", "gemma-1kv")
+    reference.save_random(tmp_path / "next", "gemma-1kv", seed=1)
+    model = pg.load(tmp_path / "theirs", device="cpu")
+    pg.save(model, tmp_path / "ours", shard_bytes)
+    given = prompt(model.cfg, [4], [3])
+    other = reference.load(tmp_path / "ours")
+    torch.testing.assert_close(
+        reference.logits(other, given, model.cfg), pg.forward(model.params, given, model.cfg), atol=1e-4, rtol=0
+    )
+    other.load_state_dict(reference.load(tmp_path / "next").state_dict())
+    (tmp_path / "ours" / hf.SINGLE).unlink(missing_ok=True)
+    other.save_pretrained(tmp_path / "ours")  # its config keeps keys that it does not know
+    assert bits(pg.load(tmp_path / "ours", device="cpu").params) == bits(
+        pg.load(tmp_path / "next", device="cpu").params
+    )
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 10_000])
+def test_weights_with_the_configuration_of_others_are_an_incomplete_copy(tmp_path, shard_bytes):
+    cfg = CONFIGS["gemma"]
+    for name, text in {"a": cfg.text, "b": replace(cfg.text, theta=5_000.0)}.items():
+        model = pg.Model(replace(cfg, text=text), parameters(cfg), None)
+        pg.save(model, tmp_path / name, shard_bytes)
+    shutil.copy(tmp_path / "a" / "config.json", tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"an incomplete save or copy: .* was not saved with this config\.json"):
+        pg.load(tmp_path / "b")
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        pg.save(text_model(), tmp_path / name, shard_bytes=20_000)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("a", "b")]
+    assert files[0] == files[1]
+    index = json.loads((tmp_path / "a" / hf.INDEX).read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in (tmp_path / "a").glob("model-*")}
+
+
+def test_two_who_save_into_one_folder_leave_one_model_and_readers_see_one(tmp_path):
+    """As every rank of a distributed script does."""
+    models = [text_model(seed) for seed in (1, 2)]
+    pg.save(models[0], tmp_path)
+    expected = [bits(model.params) for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        saves = [pool.submit(pg.save, models[i % 2], tmp_path, (10**9, 20_000)[i % 3 == 0]) for i in range(30)]
+        found = [bits(pg.load(tmp_path, device="cpu").params) for _ in range(15)]
+        for save in saves:
+            save.result()
+    assert all(one in expected for one in [*found, bits(pg.load(tmp_path, device="cpu").params)])
+    assert not list(tmp_path.glob(".*"))
+
+
+# numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_no_number_is_not_saved(tmp_path, value, dtype):
+    model = text_model()
+    broken = tree.map(lambda leaf: leaf.to(dtype), model.params)
+    broken.language.layers[1].q[2, 3] = value
+    encoder, pairs = siglip(model.cfg.vision), lora.init(model.params, ["projector"], 1, 1.0)
+    encoder.params.text.embed[0, 0], pairs.pairs["projector"].b[0, 0] = value, value
+    codebook = VQ._replace(codebook=VQ.codebook.clone().fill_(value))
+    saves = {
+        "language.layers.1.q": lambda: pg.save(model._replace(params=broken), tmp_path / "a"),
+        r"language\.layers\.1\.q": lambda: bigvision.save(tmp_path / "a.npz", model.cfg, broken),
+        "text.embed": lambda: pg.save_siglip(encoder, tmp_path / "b"),
+        "projector.b": lambda: lora.save(tmp_path / "c", pairs, model.cfg, "base"),
+        "codebook": lambda: pg.segment.save(tmp_path / "d.safetensors", codebook),
+    }
+    for path, save in saves.items():
+        with pytest.raises(NumericalError, match=f"{path} holds nan or infinity, and is not saved"):
+            save()
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_numbers_whose_sum_is_not_finite_are_numbers(tmp_path):
+    full = torch.full((4, 4), 6e4, dtype=torch.float16)
+    tree.check_finite({"a": full, "b": torch.full((3,), 3e38), "c": torch.zeros(0), "d": torch.arange(3)}, "x")
+    with pytest.raises(NumericalError, match=r"x: e\.1 holds nan or infinity"):
+        tree.check_finite({"a": full, "e": [full, torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)]}, "x")

@@ -4,7 +4,6 @@ tokenizer_config.json lists them with their properties. Older folders have speci
 instead. Source: transformers `tokenization_utils_base.py` and `tokenization_utils_tokenizers.py`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from pgfunc.errors import CheckpointError
+from pgfunc.jsonfile import read_json
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -23,15 +23,15 @@ def declared(folder: Path, present: Mapping[int, AddedToken]) -> list[AddedToken
 
     Raises CheckpointError for a file that is not of that form.
     """
-    config = json_object(folder / CONFIG)
+    config = object_in(folder / CONFIG)
     try:
         if "added_tokens_decoder" in config:
             listed = {int(id): as_token(token) for id, token in config["added_tokens_decoder"].items()}
             special = special_tokens(config)
         else:
-            special = special_tokens(config | json_object(folder / MAP))
+            special = special_tokens(config | object_in(folder / MAP))
             names = {token.content for token in special}
-            old = {id: AddedToken(name, special=name in names) for name, id in json_object(folder / ADDED).items()}
+            old = {id: AddedToken(name, special=name in names) for name, id in object_in(folder / ADDED).items()}
             listed = old | dict(present)
         ordered = [listed[id] for id in sorted(listed)]
     except (TypeError, ValueError, AttributeError) as error:
@@ -58,12 +58,6 @@ def as_token(value: Any, special: bool = False) -> AddedToken:
     return AddedToken(**{"special": special, **{name: value[name] for name in PROPERTIES if name in value}})
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def object_in(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_json(path) if path.exists() else {}

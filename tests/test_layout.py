@@ -6,7 +6,7 @@ from pathlib import Path
 import pgfunc
 
 ORDER = [
-    "errors", "locks", "journal", "atomic", "outputs", "tree", "config", "lowbit", "quant", "ops", "cache",
+    "errors", "locks", "journal", "atomic", "outputs", "jsonfile", "tree", "config", "lowbit", "quant", "ops", "cache",
     "kernels.device", "kernels.device_attention", "kernels.launch", "kernels", "masks", "kernels.block", "siglip",
     "dual", "gemma", "paligemma", "image", "growth", "declared", "tokenizer", "dual_prompt", "prompt", "sample",
     "arguments", "reasons", "replay", "handles", "closures", "compilation", "codefolder", "jit", "generate", "floors",

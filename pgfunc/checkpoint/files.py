@@ -1,15 +1,13 @@
-"""Between files and values: named arrays, tables that say where in them each parameter lies, and JSON objects.
+"""Between files and values: named arrays, and tables that say where in them each parameter lies.
 
 A table is a tree shaped like the parameters whose leaves are `Slot`s. The same table reads (`gather`) and writes
 (`arrange`); the formats differ only in their tables and in how they name arrays. Nothing here knows about PaliGemma.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,8 +21,6 @@ from pgfunc.errors import CheckpointError
 T = TypeVar("T")
 
 DESCRIBED = "the model that config.json describes"
-
-MOST_BYTES = 2**22  # of a JSON file: the largest index of a published checkpoint has a thirtieth of it
 
 
 @dataclass(frozen=True)
@@ -138,23 +134,3 @@ def check_one_dtype(entries: Mapping[str, Entry], where: str) -> None:
     for other, found in others:
         if found.dtype != entry.dtype:
             raise CheckpointError(f"{where}: {key} is {entry.dtype}, {other} is {found.dtype}; choose one with dtype=")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, in UTF-8 or whatever else JSON may be written in."""
-    try:
-        check_file(path, MOST_BYTES)
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def check_file(path: Path, most: int | None = None) -> None:
-    """Raise CheckpointError for what is no file, or a larger one than its kind has: before any of it is read."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a file" if path.exists() else f"{path}: missing")
-    if most is not None and (size := path.stat().st_size) > most:
-        raise CheckpointError(f"{path}: has {size:,} bytes, expected at most {most:,}")

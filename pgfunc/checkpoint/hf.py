@@ -22,11 +22,12 @@ from torch import Tensor
 from pgfunc import gemma, lowbit, paligemma, quant, siglip, tree
 from pgfunc.atomic import Change
 from pgfunc.checkpoint import keys
-from pgfunc.checkpoint.files import Entry, Slot, arrange, check_file, gather, read_json
+from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
 from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.checkpoint.writing import CONFIGURED, INDEX, SINGLE, as_json, name_of, name_of_arrays, write_safetensors
 from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError, first_line
+from pgfunc.jsonfile import check_file, read_json
 
 # what a save replaces
 WEIGHTS = re.compile(r"model(-[0-9a-f]{16})?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
-from pgfunc.checkpoint.files import read_json
 from pgfunc.config import Config, TextConfig, VisionConfig, with_vocabulary
 from pgfunc.errors import CheckpointError, SettingError
+from pgfunc.jsonfile import read_json
 
 T = TypeVar("T")
 

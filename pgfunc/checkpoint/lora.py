@@ -15,12 +15,13 @@ from torch import Tensor
 
 from pgfunc import paligemma, quant, tree
 from pgfunc.checkpoint import hf, keys
-from pgfunc.checkpoint.files import Entry, check, read_json
+from pgfunc.checkpoint.files import Entry, check
 from pgfunc.checkpoint.hf_config import MOST
 from pgfunc.checkpoint.source import ADAPTER, find
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError
 from pgfunc.journal import reading
+from pgfunc.jsonfile import read_json
 from pgfunc.ops import widen
 from pgfunc.paligemma import Params
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pgfunc.checkpoint.files import read_json
 from pgfunc.config import Config, SiglipConfig, VisionConfig
 from pgfunc.errors import CheckpointError
+from pgfunc.jsonfile import read_json
 
 C = TypeVar("C", Config, SiglipConfig)
 

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pgfunc.checkpoint.files import read_json
 from pgfunc.errors import CheckpointError
+from pgfunc.jsonfile import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIGURED = "pgfunc_config"  # the key of the name of a configuration

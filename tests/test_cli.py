@@ -358,3 +358,16 @@ def test_a_flag_that_does_not_exist_is_a_usage_error(run):
     status, _, err = run("caption", "red.png", "--colour")
     assert status == 2
     assert "No such option" in err
+
+
+@pytest.mark.parametrize(
+    "command", [("caption",), ("score", "--prompt", "a", "--candidate", "yes")], ids=["caption", "score"]
+)
+def test_a_picture_that_cannot_be_read_loses_nothing_of_the_others(run, place, command):
+    (place / "torn.png").write_bytes((place / "red.png").read_bytes()[:40])
+    name, *more = command
+    status, out, err = run(name, "red.png", "torn.png", "blue.png", *more, "--json")
+    assert status == 1
+    assert [json.loads(line)["image"] for line in out.splitlines()] == ["red.png", "blue.png"]
+    assert "torn.png: not a picture" in err
+    assert run(name, "torn.png", *more)[0] == 2

@@ -13,7 +13,7 @@ import pgfunc as pg
 from pgfunc.atomic import replacing
 from pgfunc.checkpoint import shipped
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_file, each, end, say
+from pgfunc.cli.options import app, check_file, check_pictures, each, end, say
 from pgfunc.errors import NumericalError, SettingError
 from pgfunc.outputs import check_apart
 
@@ -35,6 +35,7 @@ def embed(
 ) -> None:
     """Give the unit vector of each picture, then of each --text."""
     images, texts = images or [], text or []
+    check_pictures(images)
     if not images and not texts:
         raise SettingError("embed needs a picture or a text: pgfunc embed photo.jpg --text 'two cats'")
     if out:
@@ -71,6 +72,7 @@ def classify(
 ) -> None:
     """Rank labels by the probability that each is in the picture; they need not add up to 1."""
     # SigLIP's authors prompt so; the shipped model was trained on descriptions such as "a red star"
+    check_pictures(images)
     template = template or ("this is a photo of {}" if model else "{}")
     if "{}" not in template:
         raise SettingError(f"--template {template!r}: expected a {{}} where the label goes")

@@ -9,7 +9,7 @@ import pgfunc as pg
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiling
-from pgfunc.cli.options import app, check_pictures, progress, say, say_length, unset, without
+from pgfunc.cli.options import app, check_pictures, each, end, say, say_length, unset, without
 from pgfunc.errors import PromptError, SettingError, harmless
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS, unmarked
@@ -46,9 +46,10 @@ def completing(name: str, template: str | None, about: str) -> None:
         as_json: options.Json = False,
     ) -> None:
         check_pictures(images)
-        prefixes = [as_prefix(name, template, prompt)] * len(images)
-        if box is not None:
-            prefixes = [region(box, image, prefix) for image, prefix in zip(images, prefixes, strict=True)]
+        asked = as_prefix(name, template, prompt)
+        prefixes = (
+            dict.fromkeys(images, asked) if box is None else {image: region(box, image, asked) for image in images}
+        )
         where = as_device(device)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed,
@@ -56,14 +57,16 @@ def completing(name: str, template: str | None, about: str) -> None:
         with compiling(sampling["compile"], compiled, where):
             loaded = pg.load(model, dtype, where, config, tokenizer, quantize, adapter=adapter)
             if len(images) == 1 and not as_json:
-                finish = show(pg.stream(loaded, images[0], prefixes[0], **sampling))
+                finish = show(pg.stream(loaded, images[0], prefixes[images[0]], **sampling))
                 say_length(images[0], finish, max_new_tokens)
                 return
-            for image, prefix in zip(progress(images), prefixes, strict=True):
-                (done,) = pg.generate(loaded, image, prefix, **sampling)
-                say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
+            unread: list[str] = []
+            for image, picture in each(images, open_image, unread):
+                (done,) = pg.generate(loaded, picture, prefixes[image], **sampling)
+                say({"image": image, "prompt": prefixes[image]} | done._asdict(), as_json, f"{image}: {done.text}")
                 if not as_json:
                     say_length(image, done.finish, max_new_tokens)
+        end(unread)
 
     app.command(name, help=about)(command if name == "caption" else without(command, "box"))
 
@@ -74,9 +77,9 @@ def show(pieces: Iterable[str]) -> Any:
     while True:
         try:
             print(harmless(next(coming), keep="\n\t"), end="", flush=True)
-        except StopIteration as end:
+        except StopIteration as stop:
             print()
-            return end.value
+            return stop.value
 
 
 def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
@@ -126,8 +129,10 @@ def score(
     """Compare given answers by their log-probability, most probable first."""
     check_pictures(images)
     loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
-    for image in progress(images):
-        (scores,) = pg.score(loaded, image, prompt, candidate).tolist()
+    unread: list[str] = []
+    for image, picture in each(images, open_image, unread):
+        (scores,) = pg.score(loaded, picture, prompt, candidate).tolist()
         ranked = sorted(zip(candidate, scores, strict=True), key=lambda pair: -pair[1])
         lines = [f"{image}: {answer}\t{value:.4f}" for answer, value in ranked]
         say({"image": image, "prompt": prompt, "scores": dict(ranked)}, as_json, *lines)
+    end(unread)

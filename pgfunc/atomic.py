@@ -21,13 +21,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from pgfunc.journal import TEMPORARY, flush, interrupted, names, placed, read_journal, settle
+from pgfunc.journal import TEMPORARY, flush, interrupted, names, placed, planned, settle
 from pgfunc.locks import AS_IT_IS, lock, unlocked
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write in place of another: the old is there until the block ends well. Raises OSError.
+    """A file to write in place of another: the old is there until the block ends well.
+
+    Raises OSError, and CheckpointError where an interrupted change of its folder cannot be carried out.
 
     It has the mode of the file that it replaces, else the umask's. A device or a pipe is written as it is.
     """
@@ -80,7 +82,7 @@ class Change:
             file.write(text.encode())
 
     def hide(self, name: str) -> None:
-        """A new file whose older one is gone while the others are exchanged: by it a program finds them."""
+        """Mark a file by which programs find the others, such as config.json: it is removed first, and back last."""
         self.hidden.append(name)
 
     def supersede(self, pattern: re.Pattern[str], inner: str = "") -> None:
@@ -90,7 +92,9 @@ class Change:
 
 @contextmanager
 def changing(folder: str | Path) -> Iterator[Change]:
-    """Files of a folder that all change when the block ends well, and none when it does not. Raises OSError.
+    """Files of a folder that all change when the block ends well, and none when it does not.
+
+    Raises OSError, and CheckpointError as `replacing`.
 
     Two that change one folder at a time leave it as the later of them does.
     """
@@ -110,8 +114,7 @@ def staged(folder: Path) -> Iterator[Change]:
         try:
             yield change
         finally:
-            pending = read_journal(folder)
-            for name in change.renames.keys() - pending.get("rename", {}).keys():
+            for name in change.renames.keys() - planned(folder):
                 (folder / name).unlink(missing_ok=True)
 
 
@@ -119,7 +122,7 @@ def commit(change: Change) -> None:
     """Change the folder: from the moment that the journal is in its place, whoever carries it out."""
     folder = change.folder
     for name in change.renames.values():
-        check_target(folder / name)
+        check_target(folder, folder / name)
     journal = folder / f".pgfunc-{change.token}.tmp"
     with journal.open("wb") as file:
         file.write(json.dumps({"rename": change.renames, "supersede": change.stale, "hidden": change.hidden}).encode())
@@ -131,8 +134,10 @@ def commit(change: Change) -> None:
     settle(folder)
 
 
-def check_target(path: Path) -> None:
+def check_target(folder: Path, path: Path) -> None:
     """Raise the OSError of a name that no file can have here, before the commit, which could not be finished then."""
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise OSError(f"{path.parent} is a link to another folder")
     with suppress(FileNotFoundError):
         if stat.S_ISDIR(os.lstat(path).st_mode):
             raise IsADirectoryError(f"{path} is a folder")

@@ -83,7 +83,7 @@ class Case:
         if needed > there:
             raise SettingError(
                 f"batch {self.batch:,} with {slots:,} slots needs {needed / 1e9:,.1f} GB, and {device} has "
-                f"{there / 1e9:,.1f}; lower --batch or --slots"
+                f"{there / 1e9:,.1f}; lower batch= or slots="
             )
 
     def length(self, cfg: Config) -> int:

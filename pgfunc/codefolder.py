@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock, get_ident
 from typing import IO
@@ -41,7 +41,10 @@ def code_in(folder: Path) -> Iterator[None]:
             mend(folder, register)
             with environment(folder):
                 yield
-            record(folder)
+            try:
+                record(folder)
+            except OSError as error:
+                raise SettingError(f"{folder}: the code cannot be kept ({error.strerror})") from error
     except OSError as error:
         if error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(folder):
             raise
@@ -85,7 +88,10 @@ def check_private(folder: Path) -> None:
         return
     closed = not folder.stat().st_mode & 0o011  # others cannot even enter
     for path in [folder] if closed else [folder, *folder.rglob("*")]:
-        found = path.stat() if path == folder else path.lstat()
+        try:
+            found = path.stat() if path == folder else path.lstat()
+        except FileNotFoundError:  # another process may be compiling
+            continue
         if found.st_uid not in (os.getuid(), 0):
             raise SettingError(f"{path}: belongs to another user, and what lies in a folder of code is run; copy it")
         if found.st_mode & 0o022 or stat.S_ISLNK(found.st_mode):
@@ -95,10 +101,25 @@ def check_private(folder: Path) -> None:
 def mend(folder: Path, register: IO[str]) -> None:
     """Throw away what a killed process left behind, and all code where some is not as it was written.
 
-    Not while another is in the folder, who has seen to it: each shares a lock as long as it is.
+    A process that is in the folder shares a lock on its register. Nothing is done while there is another one, which has
+    done so when it came; who comes meanwhile waits.
     """
-    if not alone(register):
+    if os.name != "posix":
+        clean(folder)
         return
+    import fcntl
+
+    try:
+        fcntl.flock(register, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(register, fcntl.LOCK_SH)  # waits while another one is at it
+        return
+    clean(folder)
+    fcntl.flock(register, fcntl.LOCK_SH)
+
+
+def clean(folder: Path) -> None:
+    """Remove code that is damaged, or was not finished."""
     known, there = registered(folder), contents(folder)
     if any(there.get(name) != digest for name, digest in known.items()):
         for place in VARIABLES.values():
@@ -106,21 +127,6 @@ def mend(folder: Path, register: IO[str]) -> None:
         (folder / FILES).write_text("")
     for name in there.keys() - known.keys():
         (folder / name).unlink(missing_ok=True)
-
-
-def alone(register: IO[str]) -> bool:
-    """Whether no other holds the lock, which is held from now on."""
-    if os.name != "posix":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(register, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        fcntl.flock(register, fcntl.LOCK_SH)
 
 
 def record(folder: Path) -> None:
@@ -141,7 +147,10 @@ def contents(folder: Path) -> dict[str, str]:
     """The digests of the files of code that are there. Locks, and what is being written, are none."""
     found = {}
     for path in (path for place in VARIABLES.values() for path in (folder / place).rglob("*")):
-        if path.is_file() and path.suffix not in (".lock", ".tmp"):
-            with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(folder)
+        unfinished = any(part.startswith("tmp.") for part in name.parts) or path.suffix in (".lock", ".tmp")
+        with suppress(FileNotFoundError):  # another process may be compiling
+            if not unfinished and path.is_file():
+                with path.open("rb") as file:
+                    found[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

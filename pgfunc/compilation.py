@@ -90,7 +90,7 @@ def regional(fn: Callable[..., Any], kinds: dict[str, Kind], count: int) -> Code
     functions = [fn, *(leaf for kind in kinds.values() for leaf in kind.fixed if callable(leaf))]
     held = len(reachable(functions))
 
-    def extra() -> list[Tensor] | None:  # what runs as it is reads them by itself, and a graph where they lie
+    def extra() -> list[Tensor] | None:  # code that is not compiled reads them itself; a CUDA graph, at their addresses
         found = reachable(functions)
         return found if len(found) == held else None
 

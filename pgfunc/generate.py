@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pgfunc import paligemma, tokenizer
+from pgfunc import paligemma, tokenizer, tree
 from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
@@ -27,7 +27,7 @@ from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, te
 from pgfunc.sample import Settings, choose, logprob, whole
 
 POLL = 8  # tokens
-AT_ONCE = 2**28  # bytes of logits of the answers that are scored together
+AT_ONCE = 2**30  # bytes of the logits and caches of the answers that are scored together
 
 
 class Completion(NamedTuple):
@@ -198,7 +198,7 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Te
 
     def run(places: list[int], prompt: Prompt) -> list[Tensor]:
         logits, cache = paligemma.prefill(model.params, prompt, model.cfg, size)
-        many = max(1, AT_ONCE // (4 * logits.numel() * size))
+        many = max(1, AT_ONCE // (4 * logits.numel() * size + tree.nbytes((cache.k, cache.v))))
         parts = [answers[i : i + many] for i in range(0, len(answers), many)]
         scores = torch.cat([answer_scores(model, logits, cache, part) for part in parts], 1).cpu()
         check_numbers(scores)

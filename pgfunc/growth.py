@@ -9,7 +9,7 @@ import re
 from math import prod
 from typing import Any
 
-MOST = 1000  # times: of a text of some kilobytes that is some megabytes
+MOST = 1000  # times: a text of some kilobytes then becomes some megabytes
 # Gemma's file of 30 MB has two rules that replace something; only one with more is read twice, to ask it
 RULE, TABLE = re.compile(r'"type"\s*:\s*"(?:Replace|ByteLevel|NFK?[CD])"'), "precompiled_charsmap"
 LONG = re.compile(r'"content"\s*:\s*"(?:[^"\\]|\\.){33}')

@@ -101,7 +101,8 @@ def living(cache: Cache) -> list[Handle]:
     lineage = known(cache)
     if lineage is None:
         return []
-    lineage.handles[:] = [handle for handle in lineage.handles if handle.alive()]
+    with LOCK:
+        lineage.handles[:] = [handle for handle in lineage.handles if handle.alive()]
     return lineage.handles
 
 
@@ -115,6 +116,8 @@ def copied(cache: Cache, arena: Arena, rows: Int[Tensor, "n"] | None = None) -> 
     kinds = [((count, slots, *x.shape[2:]), x.dtype, x.device) for x in old]
     with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
         length = cache.length if rows is None else cache.length[rows]
+        if slots > cache.slots:  # a row that overflowed stays one
+            length = torch.where(length > cache.slots, length + (slots - cache.slots), length)
         made = claimed(kinds, arena, length)
         for x, new in zip(old, buffers(made), strict=True):
             kept = new[:, : cache.slots]
@@ -142,11 +145,12 @@ def continued(cache: Cache, length: Tensor, lineage: Lineage) -> Cache:
     return registered(cache, length, lineage, len(lineage.handles), rewound=False)
 
 
-def registered(cache: Cache, length: Tensor, lineage: Lineage, place: int, rewound: bool) -> Cache:
-    """A handle of its own on the buffers of a cache, at a place among the others."""
+def registered(cache: Cache, length: Tensor, lineage: Lineage, position: int, rewound: bool) -> Cache:
+    """A handle of its own on the buffers of a cache, at a position among the others."""
     k, v = (tuple(x.detach() for x in side) for side in (cache.k, cache.v))  # new objects on the same memory
     _lineages[k[0]] = lineage
-    lineage.handles.insert(place, Handle(tuple(map(ref, (*k, *v))), ref(length), rewound))
+    with LOCK:
+        lineage.handles.insert(position, Handle(tuple(map(ref, (*k, *v))), ref(length), rewound))
     return Cache(k, v, length)
 
 
@@ -170,18 +174,18 @@ def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
     if lineage is None:
         return cache._replace(length=length)
     with lineage.lock, LOCK:
-        for place, handle in enumerate(lineage.handles):
+        for position, handle in enumerate(lineage.handles):
             if handle.of(cache):
-                return registered(cache, length, lineage, place, rewound=True)
+                return registered(cache, length, lineage, position, rewound=True)
     return cache._replace(length=length)
 
 
 def reorder(cache: Cache, rows: Int[Tensor, "n"]) -> Cache:
     """These rows of a cache, in this order; a row may stand there several times, or not at all.
 
-    Beams are reordered so, and one prompt becomes n samples. Eager or not, it is one copy: compiled code appends to the
-    result in place. It has up to a third more slots than the cache, see `bucket`. Differentiable. Raises SettingError
-    for what names no row, if that is known on the host; elsewhere the nearest row is taken.
+    Beams are reordered so, and one prompt becomes n samples. It is one copy, to which compiled code appends in place,
+    and has `bucket(slots)` slots; within a gradient or a transform it has as many as the cache, and is differentiable.
+    Raises SettingError for what names no row, if that is known on the host; elsewhere the nearest row is taken.
     """
     count = len(cache.length)
     if not isinstance(rows, Tensor) or rows.dim() != 1 or not len(rows) or rows.dtype not in WHOLE:

@@ -11,7 +11,7 @@ What its type leaves open is decided by what a picture holds, so that different 
     arrays of integers              uint8 or uint16, of either byte order; others say nothing about their range
     arrays of three axes            the channels are the last
 
-Values outside these ranges are an error. Of colours with 16 bits in a file Pillow keeps the upper 8.
+Values outside these ranges are an error. Pillow keeps the upper 8 bits of colours that have 16 in a file.
 
 To read a file takes 8 bytes of memory a pixel, up to 16 in rare modes and as WebP; Pillow opens 89 million pixels.
 Nothing that belongs to the whole process is changed: where a file's metadata are damaged, Pillow may warn, and the
@@ -54,15 +54,20 @@ def pixels(source: Source, cfg: Config | SiglipConfig) -> Float[Tensor, "3 y x"]
     Raises ImageError, naming the file, for what is missing, corrupt, truncated or a decompression bomb.
     """
     side = cfg.vision.image_size
-    image = open_image(source)
-    check_size(name_of(source), side, max(image.size))  # what resizing may take, for the length of a line
+    image = open_image(source, side)
     square = image.resize((side, side), Image.Resampling[cfg.resample.upper()])
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def open_image(source: Source) -> Image.Image:
-    """Any picture as an upright 8-bit RGB image, its first frame if there are several."""
+def open_image(source: Source, side: int = 0) -> Image.Image:
+    """Any picture as an upright 8-bit RGB image, its first frame if there are several.
+
+    Raises ImageError as `pixels`, and for a strip so long that resizing it to a square of that side takes too much.
+    """
     image = decoded(source)
+    if Image.MAX_IMAGE_PIXELS is not None and side * max(image.size) > Image.MAX_IMAGE_PIXELS:
+        size = f"{image.width} x {image.height}"
+        raise ImageError(f"{name_of(source)}: too many pixels in a row ({size}); cut the picture into parts")
     whole = Image.new("RGB", image.size)
     for rows in bands(*image.size):
         whole.paste(_rgb(image.crop((0, rows.start, image.width, rows.stop))), (0, rows.start))

@@ -71,9 +71,9 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     A token without a slot, or outside the vocabulary, is written nowhere and has nan for its logits; on a CPU a row
     without room is a CacheFullError, and `Cache.overflowed` tells such rows on a GPU.
 
-    Raises SettingError where `fn` has no such argument, or does not return a continuation, or does more than append, by
-    the graph of its operations and by what it gives for the first arguments, on which it runs once as it is; for what
-    PyTorch cannot compile; within a transform of torch.func; and where `wrap` is given.
+    Before each compilation a function that donates runs once as it is, and its result is looked at. Raises SettingError
+    where it has no such argument, or does not return a continuation, or does more than append, by that result or by the
+    graph of its operations; for what PyTorch cannot compile; within a transform of torch.func; where `wrap` is given.
     """
     return Jitted(fn, donate)
 
@@ -206,13 +206,13 @@ class Jitted(Generic[P, R]):
             repeated([*((each.tensors, each.ids) for each in read.values()), (donated, {*map(id, donated)})]),
             surroundings(),
         )  # fmt: skip
-        for code, run in self._compiled.get(key, ()):
+        others = self._compiled.get(key, [])
+        for code, run in others:
             if (extra := code.extra()) is not None:
                 return run.flat(tensors + extra, [*places, *map(Tensor.data_ptr, extra)], fresh, again)
         if cache is not None:
             self._check(given, cache)
         kinds = {name: self._arguments.kinds[each.kind] for name, each in read.items()}
-        self._describe(kinds, lineage_of(cache).shapes if cache is not None else ())
         count = len(tensors)
         code = regional(self.fn, kinds, count) if self.blocks else compiled(self.fn, self.donate, kinds, count)
         written = range(count - len(donated), count - 1)
@@ -224,7 +224,12 @@ class Jitted(Generic[P, R]):
                 raise said from None
             raise
         run.written |= {*range(count, count + len(code.extra() or ()))}
-        self._compiled.setdefault(key, []).append((code, run))
+        self._compiled[key] = [*others, (code, run)]
+        new = reasons.described(
+            kinds, self.donate, lineage_of(cache).shapes if cache is not None else (), surroundings()
+        )
+        self._note(new, "a value that it closes over is another" if others else reasons.difference(new, self._met))
+        self._warn_of_devices(kinds)
         return results
 
     def _check(self, given: dict[str, Any], cache: Cache) -> None:
@@ -235,13 +240,15 @@ class Jitted(Generic[P, R]):
         finally:
             _within.reset(token)
 
-    def _describe(self, kinds: dict[str, Kind], buffers: tuple[Any, ...]) -> None:
-        """Note what is compiled for, and warn of what makes it slow."""
-        new = reasons.described(kinds, self.donate, buffers, surroundings())
-        self.why = reasons.difference(new, self._met)
+    def _note(self, new: reasons.Description, why: str) -> None:
+        """Count a compilation, and warn of many."""
+        self.why = why
         self._met.append(new)
         if self.compilations >= MANY:
-            warn(f"{self.name} is compiled, time {self.compilations}: {self.why}", RuntimeWarning, stacklevel=5)
+            warn(f"{self.name} was compiled, time {self.compilations}: {why}", RuntimeWarning, stacklevel=5)
+
+    def _warn_of_devices(self, kinds: dict[str, Kind]) -> None:
+        """Warn of what is on the CPU where the rest is not."""
         devices = {name: {each[-1].type for each in kind.shapes} for name, kind in kinds.items()}
         slow = [name for name, found in devices.items() if "cpu" in found]
         if slow and any("cuda" in found for found in devices.values()):

@@ -109,9 +109,17 @@ def read_journal(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: an incomplete save, whose list {JOURNAL} is damaged ({error}); remove the "
-                              "folder and save again") from error  # fmt: skip
+        raise CheckpointError(f"{folder}: an incomplete save, whose list {JOURNAL} cannot be used ({error}); remove "
+                              "that file, and save again") from error  # fmt: skip
     return plan
+
+
+def planned(folder: Path) -> set[str]:
+    """The temporary files that the journal of a folder still needs."""
+    try:
+        return {*read_journal(folder).get("rename", {})}
+    except CheckpointError:
+        return set()
 
 
 def interrupted(folder: Path) -> bool:
@@ -127,12 +135,12 @@ def reading(folder: Path) -> Iterator[None]:
 
     Raises CheckpointError for one that cannot be finished, as in a folder that is read-only.
     """
-    patience = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             settle(folder)
         except OSError as error:
-            if time.monotonic() < patience:  # who may finish it may be about to
+            if time.monotonic() < deadline:  # another process may finish it soon
                 time.sleep(0.01)
                 continue
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """Locks on files and folders, by `flock`: they leave nothing behind, end with the process, and hold between threads.
 
-Where there are none (Windows, some network drives) everybody goes on, and nobody takes another for dead. Nothing here
-knows what is locked.
+Without locks (Windows, some network drives) nobody waits, and no writer is taken for dead. Nothing here knows what is
+locked.
 """
 
 import os

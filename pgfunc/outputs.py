@@ -42,7 +42,7 @@ def check_new(target: Path, force: bool) -> None:
     """Raise SettingError for a file that exists or a folder that is not empty, unless it may be replaced."""
     check_name(target)
     if not force and os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise SettingError(f"{target}: exists already; give another name, or replace it with --force (force=True)")
+        raise SettingError(f"{target}: exists already; give another name, or replace it with force=")
 
 
 def check_name(target: Path, name: str = "") -> None:

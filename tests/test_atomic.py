@@ -174,7 +174,7 @@ def plan(rename: Any, supersede: Any = (), hidden: Any = ()) -> dict[str, Any]:
 def test_a_journal_that_names_what_is_no_save_is_not_obeyed(pair, plan):
     (pair / "inner").symlink_to(pair.parent)
     (pair / JOURNAL).write_text(json.dumps(plan))
-    with pytest.raises(CheckpointError, match=r"an incomplete save, whose list .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"an incomplete save, whose list .* cannot be used"):
         reading(pair).__enter__()
     assert (pair / "a").read_text() == (pair / "b").read_text() == "old"
 

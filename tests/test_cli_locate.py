@@ -352,7 +352,7 @@ MISTAKES = {
     ),
     "no edge": (["caption", "red.png", "--box", ""], "--box : expected four numbers XMIN,YMIN,XMAX,YMAX"),
     "three edges": (["caption", "red.png", "--box", "1,2,3"], "--box 1,2,3: expected four numbers XMIN,YMIN,XMAX,YMAX"),
-    "outside": (["caption", "red.png", "--box", "1,2,201,4"], "inside red.png, which is 200 x 150 pixels"),
+    "outside": (["caption", "red.png", "--box", "1,2,201,4"], "inside red.png, of 200 x 150 pixels"),
     "mirrored": (["caption", "red.png", "--box", "5,2,3,4"], "is not XMIN,YMIN,XMAX,YMAX inside red.png"),
     "nan": (["caption", "red.png", "--box", "1,2,nan,4"], "is not XMIN,YMIN,XMAX,YMAX inside red.png"),
 }
@@ -363,7 +363,7 @@ ARGUMENTS = [name for name in MISTAKES if not name.startswith("masks")]
 
 @pytest.mark.parametrize("mistake", ARGUMENTS)
 def test_arguments_are_checked_before_anything_is_loaded(run, monkeypatch, mistake):
-    monkeypatch.setattr(pg, "load", lambda *given: pytest.fail("loaded"))
+    monkeypatch.setattr(pg, "load", lambda *given, **more: pytest.fail("loaded"))
     assert run(*MISTAKES[mistake][0])[0] == 2
 
 

@@ -116,7 +116,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("command", ["convert", "merge"])
 @pytest.mark.parametrize(("target", "said"), [
     ("whole", "would replace"), ("link", "would replace"), ("", "the current one"), (".", "the current one"),
-    ("taken", "exists already; give another name, or replace it with --force"), ("file", "is a file"),
+    ("taken", "exists already; give another name, or replace it with force="), ("file", "is a file"),
     ("a" * 300, "File name too long"), ("file/x", "Not a directory"), ("around", "is the folder of"),
 ])  # fmt: skip
 def test_a_target_that_is_read_or_exists_is_refused_before_anything_is_loaded(

@@ -365,7 +365,7 @@ FOUND = {
     "a shape that no tensor has": ("config", at("config", "text_config", "head_dim", new=10**30), "head_dim is 10000"),
     "a norm that divides by nan": ("config", at("config", "text_config", "rms_norm_eps", new=float("nan")),
                                    "rms_norm_eps is nan, expected a number above 0"),
-    "an end that is no token": ("config", at("config", "eos_token_id", new=12), "expected to be below 12"),
+    "an end that is no token": ("config", at("config", "eos_token_id", new=12), "expected ids below"),
     "a text in place of a part": ("config", at("config", "text_config", new="a"), "text_config is 'a', expected an"),
     "two lines": ("config", at("config", "text_config", "model_type", new="a\nb"), r"model_type is a\nb, expected"),
     "a megabyte": ("config", at("config", "model_type", new="x" * 10**6), "x ... x"),

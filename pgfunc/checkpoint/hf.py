@@ -24,7 +24,17 @@ from pgfunc.atomic import Change
 from pgfunc.checkpoint import keys
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
 from pgfunc.checkpoint.hf_config import CONFIG
-from pgfunc.checkpoint.writing import CONFIGURED, INDEX, SINGLE, as_json, name_of, name_of_arrays, write_safetensors
+from pgfunc.checkpoint.writing import (
+    CONFIGURED,
+    INDEX,
+    NAMES,
+    SINGLE,
+    as_json,
+    digest_of,
+    digest_of_arrays,
+    header,
+    write_safetensors,
+)
 from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError, first_line
 from pgfunc.jsonfile import check_file, read_json
@@ -32,9 +42,7 @@ from pgfunc.jsonfile import check_file, read_json
 # what a save replaces
 WEIGHTS = re.compile(r"model(-[0-9a-f]{16})?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-          "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
-MOST_HEADER = 2**23  # bytes; that of the largest published checkpoint, in one file, has a fortieth of it
+DTYPES = {name: dtype for dtype, name in NAMES.items() if dtype != torch.int64}  # of parameters
 
 # each part of the model is found by this key of it: what stands before is the layout's prefix
 ANCHORS = {
@@ -207,12 +215,10 @@ def open_file(path: Path) -> dict[str, Entry]:
     """The arrays of one safetensors file, memory-mapped when read."""
     check_file(path)
     try:
-        with path.open("rb") as start:
-            if (size := int.from_bytes(start.read(8), "little")) > min(MOST_HEADER, path.stat().st_size):
-                raise SafetensorError(f"its header has {size:,} bytes")
+        header(path)
         file = safe_open(path, framework="pt")
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); download it again") from error
     for key, piece in slices.items():
         if piece.get_dtype() not in DTYPES and not keys.UNREAD.fullmatch(key):
@@ -245,9 +251,9 @@ def write(
     `config.json` is written after them, and they say that they belong to it. The names of shards are those of no other
     weights, so that none replaces a shard that an older index names. `inner` is a folder in the folder that changes.
     """
-    said = {CONFIGURED: name_of(as_json(config))}
+    said = {CONFIGURED: digest_of(as_json(config))}
     many = len(arrays) > 1 and sum(map(_nbytes, arrays.values())) > shard_bytes
-    pattern = f"model-{name_of_arrays(arrays)}{{suffix}}.safetensors" if many else SINGLE
+    pattern = f"model-{digest_of_arrays(arrays)}{{suffix}}.safetensors" if many else SINGLE
     shards = split_state_dict_into_shards_factory(
         dict(arrays), get_storage_size=_nbytes, filename_pattern=pattern, max_shard_size=shard_bytes
     )

@@ -110,7 +110,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     )
     rows, ids = cfg.text.vocab, (cfg.pad, cfg.eos, cfg.bos)
     if max(ids) >= rows or image in ids:
-        raise ValueError(f"pad, eos, bos are {ids}, expected to be below {min(rows, image)}, or behind it below {rows}")
+        raise ValueError(f"pad, eos, bos are {ids}, expected ids below {rows}, and none that is <image>'s {image}")
     if raw.get("projection_dim", cfg.text.width) != cfg.text.width:
         raise ValueError(
             f"projection_dim is {raw['projection_dim']}, expected text_config.hidden_size {cfg.text.width}"

@@ -187,7 +187,8 @@ def tower_above(folder: Path, cfg: SiglipConfig) -> dict[str, Entry]:
         raise CheckpointError(f"{folder}: its vision_config is not that of {above}, whose vision encoder it takes")
     entries = hf.open_folder(above)
     prefix = hf.layout(entries, above)["vision"]
-    return {VISION + key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+    named = {VISION + key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+    return {key: entry for key, entry in named.items() if is_tower(key)}
 
 
 def fold(entries: Mapping[str, Entry], width: int) -> dict[str, Entry]:

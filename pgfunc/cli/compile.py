@@ -10,6 +10,7 @@ import torch
 import typer
 
 import pgfunc as pg
+from pgfunc.atomic import write_text
 from pgfunc.bench import Case, random_prompt
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
@@ -47,7 +48,7 @@ def compile(
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
         if made_for(folder) is None:
-            (folder / MADE_FOR).write_text(json.dumps(kind_of(where) | {MAKER: makers()[0]}))
+            write_text(folder / MADE_FOR, json.dumps(kind_of(where) | {MAKER: makers()[0]}))
     except OSError as error:
         raise SettingError(f"{folder}: cannot be a folder for compiled code ({error.strerror})") from error
     with enough_memory("lower --batch, or give --dtype bfloat16"), compiling(True, folder, where):

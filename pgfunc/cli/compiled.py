@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import pgfunc as pg
+from pgfunc.atomic import write_text
 from pgfunc.bench import hardware
 from pgfunc.cli.options import say_aside
 from pgfunc.errors import SettingError
@@ -101,8 +102,8 @@ def makers() -> list[str]:
     try:
         if not makers_file().exists():
             makers_file().parent.mkdir(parents=True, exist_ok=True)
-            makers_file().write_text(token_hex(16) + "\n")
-        return makers_file().read_text().split()
+            write_text(makers_file(), token_hex(16) + "\n")
+        return makers_file().read_text().split() or [""]
     except OSError:
         return [""]  # without a place to keep a number all folders come from elsewhere
 

@@ -3,6 +3,7 @@
 import shlex
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,7 @@ def locating(name: str, about: str) -> None:
         drawings = destinations(images, out, inputs)
         if coco_file:
             check_coco(coco_file, inputs, drawings)
+        prefix = TASKS[name].format(unmarked(wanted, 1))
         letters.candidates(font)  # raises for what is no font
         Settings(temperature, top_k, top_p, min_p)  # and for what is out of range
         decoder = decoder_of(masks, model) if name == "segment" else None
@@ -92,12 +94,11 @@ def locating(name: str, about: str) -> None:
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
-        prefix = TASKS[name].format(unmarked(wanted, 1))
         unread: list[str] = []
         unwritten: list[str] = []
 
         def pictures() -> Iterator[coco.Picture]:
-            for image, picture in each(images, open_image, unread):
+            for image, picture in each(images, partial(open_image, side=loaded.cfg.vision.image_size), unread):
                 (done,) = pg.generate(loaded, picture, prefix, **sampling)
                 found, left_out = read(loaded, done, picture, vq)
                 head = {"image": image, "prompt": prefix, "text": done.text, "finish": done.finish}

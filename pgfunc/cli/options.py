@@ -57,7 +57,7 @@ def remarking(name: str, command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(quiet: bool, **given: Any) -> None:
         command(**given)
-        for remark in () if quiet else remarks(name, given):  # behind it: of a mistake there is one line
+        for remark in () if quiet else remarks(name, given):  # after the command: a mistake prints its line alone
             say_aside(remark)
 
     whole = inspect.signature(command)
@@ -149,7 +149,10 @@ def exists(name: str) -> bool:
 
 
 def each(images: Sequence[str], read: Callable[[str], T], left_out: list[str]) -> Iterator[tuple[str, T]]:
-    """Each picture, and what `read` makes of it. Of several, one that cannot be read is left out, and said so."""
+    """Each picture, and what `read` makes of it. If there are several, one that cannot be read is named and left out.
+
+    `end` tells of it at the end.
+    """
     for image in progress(images):
         try:
             value = read(image)

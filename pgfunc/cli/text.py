@@ -1,18 +1,22 @@
 """Commands whose result is text: caption, ask, ocr, generate; and score, which compares texts."""
 
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 import typer
+from PIL.Image import Image
 
 import pgfunc as pg
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiling
 from pgfunc.cli.options import app, check_pictures, each, end, say, say_length, unset, without
-from pgfunc.errors import PromptError, SettingError, harmless
+from pgfunc.errors import ImageError, PromptError, SettingError, harmless
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS, unmarked
+from pgfunc.sample import Settings
 
 
 def completing(name: str, template: str | None, about: str) -> None:
@@ -46,26 +50,33 @@ def completing(name: str, template: str | None, about: str) -> None:
         as_json: options.Json = False,
     ) -> None:
         check_pictures(images)
+        Settings(temperature, top_k, top_p, min_p)  # raises for what is out of range
         asked = as_prefix(name, template, prompt)
-        prefixes = (
-            dict.fromkeys(images, asked) if box is None else {image: region(box, image, asked) for image in images}
-        )
+        part = None if box is None else edges(box)
+
+        def about(image: str, picture: Image) -> str:
+            return asked if part is None else region(part, image, picture, asked)
+
+        for image in images if part else ():
+            with suppress(ImageError):  # which is named when its turn comes
+                about(image, open_image(image))
         where = as_device(device)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed,
                                     "compile": compile or compiled is not None}  # fmt: skip
         with compiling(sampling["compile"], compiled, where):
             loaded = pg.load(model, dtype, where, config, tokenizer, quantize, adapter=adapter)
-            if len(images) == 1 and not as_json:
-                finish = show(pg.stream(loaded, images[0], prefixes[images[0]], **sampling))
-                say_length(images[0], finish, max_new_tokens)
-                return
             unread: list[str] = []
-            for image, picture in each(images, open_image, unread):
-                (done,) = pg.generate(loaded, picture, prefixes[image], **sampling)
-                say({"image": image, "prompt": prefixes[image]} | done._asdict(), as_json, f"{image}: {done.text}")
+            for image, picture in each(images, partial(open_image, side=loaded.cfg.vision.image_size), unread):
+                prefix = about(image, picture)
+                if len(images) == 1 and not as_json:
+                    finish = show(pg.stream(loaded, picture, prefix, **sampling))
+                else:
+                    (done,) = pg.generate(loaded, picture, prefix, **sampling)
+                    say({"image": image, "prompt": prefix} | done._asdict(), as_json, f"{image}: {done.text}")
+                    finish = done.finish
                 if not as_json:
-                    say_length(image, done.finish, max_new_tokens)
+                    say_length(image, finish, max_new_tokens)
         end(unread)
 
     app.command(name, help=about)(command if name == "caption" else without(command, "box"))
@@ -92,18 +103,23 @@ def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
     return (template or "{}").format(unmarked(prompt, 1))
 
 
-def region(box: str, image: str, task: str) -> str:
-    """The prompt about a part of a picture, given as XMIN,YMIN,XMAX,YMAX in its pixels."""
-    width, height = open_image(image).size
+def edges(box: str) -> pg.detect.Box:
+    """The part of a picture that XMIN,YMIN,XMAX,YMAX says, in pixels."""
     try:
         left, top, right, bottom = (float(edge) for edge in box.split(","))
     except ValueError:
         raise SettingError(f"--box {box}: expected four numbers XMIN,YMIN,XMAX,YMAX, in pixels") from None
+    return pg.detect.Box(top, left, bottom, right)
+
+
+def region(box: pg.detect.Box, name: str, picture: Image, task: str) -> str:
+    """The prompt about a part of a picture."""
+    top, left, bottom, right = box
+    width, height = picture.size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise SettingError(
-            f"--box {box}: is not XMIN,YMIN,XMAX,YMAX inside {image}, which is {width} x {height} pixels"
-        )
-    return pg.detect.region(pg.detect.Box(top, left, bottom, right), width, height, task)
+        said = ",".join(f"{edge:g}" for edge in (left, top, right, bottom))
+        raise SettingError(f"--box {said}: is not XMIN,YMIN,XMAX,YMAX inside {name}, of {width} x {height} pixels")
+    return pg.detect.region(box, width, height, task)
 
 
 completing("caption", TASKS["caption"], "Say what is in each picture. --prompt replaces 'caption en', the question.")
@@ -130,7 +146,7 @@ def score(
     check_pictures(images)
     loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
     unread: list[str] = []
-    for image, picture in each(images, open_image, unread):
+    for image, picture in each(images, partial(open_image, side=loaded.cfg.vision.image_size), unread):
         (scores,) = pg.score(loaded, picture, prompt, candidate).tolist()
         ranked = sorted(zip(candidate, scores, strict=True), key=lambda pair: -pair[1])
         lines = [f"{image}: {answer}\t{value:.4f}" for answer, value in ranked]

@@ -83,7 +83,7 @@ def check(model: Model, examples: Iterable[Example]) -> None:
     for example in examples:
         try:
             for image in set(example.images) - seen:
-                open_image(image)
+                open_image(image, model.cfg.vision.image_size)
             seen |= set(example.images)
             prepare(model, [[blank] * len(example.images)], [example.prefix], [example.suffix])
             check_tokens(model, example)

@@ -128,7 +128,9 @@ def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     axes = figure.subplots()
     steps, losses = [entry["step"] for entry in entries], [entry["loss"] for entry in entries]
     window = max(1, len(losses) // 20)
-    means = [float(np.mean(losses[max(0, i + 1 - window) : i + 1])) for i in range(len(losses))]
+    total, ends = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)
+    starts = np.maximum(ends - window, 0)
+    means = (total[ends] - total[starts]) / (ends - starts)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3 if window > 1 else 1, label="a batch")
     if window > 1:
         axes.plot(steps, means, color="tab:blue", label=f"mean of the last {window} batches")

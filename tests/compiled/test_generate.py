@@ -49,7 +49,7 @@ def test_code_that_was_compiled_ahead_serves_wherever_its_folder_is(tmp_path):
     assert said.startswith(f"{made} has the code after ")
     made.rename(moved)
     before = files(moved)
-    caption = "caption", str(ROOT / "examples/images/scene.png"), "--max-new-tokens", "12"
+    caption = "caption", str(ROOT / "examples/images/scene.png"), "--max-new-tokens", "12", "--json"
     assert run(*caption, "--compiled", str(moved)) == run(*caption) != ""
     assert files(moved) == before, "nothing was compiled"
     assert not made.exists()

@@ -6,6 +6,7 @@ nothing about compilers or caches.
 """
 
 from collections.abc import Sequence, Set
+from dataclasses import is_dataclass
 from itertools import combinations, compress
 from typing import Any, NamedTuple
 from weakref import ref
@@ -25,7 +26,7 @@ class Kind(NamedTuple):
     structure: pytree.TreeSpec
     moving: tuple[bool, ...]  # which leaves are tensors
     fixed: tuple[Any, ...]  # the other leaves
-    types: tuple[type, ...]  # theirs: 2 == 2.0 == True
+    types: tuple[Any, ...]  # what tells them apart where they are equal
     shapes: tuple[Any, ...]  # of the tensors, with strides, dtypes and devices
 
     def rebuilt(self, tensors: list[Tensor]) -> Any:
@@ -76,7 +77,7 @@ class Arguments:
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         fixed = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         tensors = [as_input(x) for x in given]
-        kind = self.number(Kind(structure, moving, fixed, tuple(map(type, fixed)), tuple(map(shape, tensors))))
+        kind = self.number(Kind(structure, moving, fixed, tuple(map(exact, fixed)), tuple(map(shape, tensors))))
         ids = frozenset(map(id, tensors))
         if constant and all(one is other for one, other in zip(given, tensors, strict=True)):
             forget = lambda _: self._last.pop(name, None)  # noqa: E731
@@ -93,6 +94,11 @@ class Arguments:
         if number == len(self.kinds):
             self.kinds.append(kind)
         return number
+
+
+def exact(value: Any) -> Any:
+    """What tells equal values apart: 2 == 2.0 == True, 0.0 == -0.0, and what a dataclass does not compare."""
+    return (type(value), repr(value)) if isinstance(value, float) or is_dataclass(value) else type(value)
 
 
 def spread(value: Any, parts: list[Any]) -> bool:

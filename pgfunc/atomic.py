@@ -34,7 +34,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     It has the mode of the file that it replaces, else the umask's. A device or a pipe is written as it is.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if (path.exists() and not path.is_file()) or is_stream(path):
         with path.open("wb") as file:  # a folder is an OSError here
             yield file
         return
@@ -45,6 +45,17 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         for temporary in change.renames:
             (path.parent / temporary).replace(path)
     flush(path.parent)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a name stands for a stream of a process, as /dev/stdout does, wherever that leads now."""
+    for _ in range(40):  # links, of which systems follow no more
+        if path.absolute().is_relative_to("/dev") or path.absolute().is_relative_to("/proc"):
+            return True
+        if not path.is_symlink():
+            return False
+        path = path.parent / path.readlink()
+    return False
 
 
 def write_text(path: str | Path, text: str) -> None:

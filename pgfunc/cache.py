@@ -40,7 +40,7 @@ class Cache(NamedTuple):
 
 def check_room(length: Int[Tensor, "b"], tokens: int, slots: int) -> None:
     """Raise CacheFullError where a row has no room for so many tokens more, if the lengths are known on the host."""
-    if on_host(length) and (longest := int(length.max())) + tokens > slots:
+    if on_host(length) and len(length) and (longest := int(length.max())) + tokens > slots:
         raise CacheFullError(
             f"a row of {longest} tokens has no room for {tokens} more in {slots} slots; prefill with a larger size"
         )

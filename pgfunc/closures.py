@@ -6,22 +6,16 @@ for anything else that is not what it was, the code is not the right one. Knows 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pgfunc.arguments import shape
 from pgfunc.errors import SettingError
 
-# the checks that PyTorch would make of what may change: tensors, constants, which function it is, lengths, keys
-WATCHED = frozenset({
-    "TENSOR_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "ID_MATCH", "CLOSURE_MATCH",
-    "FUNCTION_MATCH", "SEQUENCE_LENGTH", "DICT_LENGTH", "DICT_KEYS_MATCH", "DICT_CONTAINS",
-})  # fmt: skip
 MODULE = re.compile(r"G\['__import_(\w+?)(?:_dot_\w+)?'\]")
 LIBRARIES = frozenset({"pgfunc", "torch", "einops", "numpy", "builtins", "math", "typing"})
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -52,9 +46,9 @@ class Closed(NamedTuple):
             return []
         try:
             values = eval(self.code, self.scope)  # an expression of PyTorch's own
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # what held it is another
+        except Exception:  # what held it is another
             return None
-        return [x for x in values if isinstance(x, Tensor)] if [*map(kind, values)] == self.kinds else None
+        return [x for x in values if isinstance(x, Tensor)] if kinds_of(values) == self.kinds else None
 
 
 def closed(guards: Iterable[Any], scope: dict[str, Any]) -> Closed:
@@ -62,13 +56,14 @@ def closed(guards: Iterable[Any], scope: dict[str, Any]) -> Closed:
 
     `scope` has the names in the expressions. Raises SettingError for a tensor that cannot be read by its expression.
     """
-    values = {guard.name: guard.value for guard in guards if guard.guard_type in WATCHED and foreign(guard.name)}
-    names = tuple(name for name, value in values.items() if found_by(name, scope) is value)
-    for name, value in values.items():
-        if isinstance(value, Tensor) and name not in names:
+    guarded = {guard.name: guard.value for guard in guards if foreign(guard.name)}
+    values = {name: found_by(name, scope) for name in guarded}
+    for name, value in guarded.items():
+        if isinstance(value, Tensor) and values[name] is not value:
             raise SettingError(f"the function closes over a tensor ({name}) that may change: give it as an argument")
+    names = tuple(name for name, value in values.items() if not isinstance(value, Exception))
     code = compile(f"({''.join(f'{name}, ' for name in names)})", "<closed over>", "eval")
-    return Closed(names, code, scope, [kind(values[name]) for name in names])
+    return Closed(names, code, scope, kinds_of([values[name] for name in names]))
 
 
 def found_by(name: str, scope: dict[str, Any]) -> Any:
@@ -80,53 +75,79 @@ def found_by(name: str, scope: dict[str, Any]) -> Any:
 
 
 def foreign(name: str) -> bool:
-    """Whether an expression begins at the user's function, or at a global of the user's module."""
-    if name.startswith("fn"):
+    """Whether an expression begins at the user's function, at what is fixed among its arguments, or at a global of the
+    user's module."""
+    if name.startswith(("fn", "G['___unnamed_scope")):
         return True
-    if name.startswith("kinds["):  # a function among the arguments
-        return "__closure__" in name or "__defaults__" in name or "__self__" in name
+    if name.startswith("kinds["):
+        return ".fixed[" in name
     module = MODULE.match(name)
     return bool(module) and module[1] not in LIBRARIES
 
 
+def kinds_of(values: Iterable[Any]) -> list[Any]:
+    """What code is compiled for: the kind of each value, and which tensors are one."""
+    values = [*values]
+    tensors = [id(x) for x in values if isinstance(x, Tensor)]
+    return [*map(kind, values), [*map(tensors.index, tensors)]]
+
+
 def kind(value: Any) -> Any:
-    """What code is compiled for: a tensor's shape, a number, the length of a list, or the object itself."""
+    """What code is compiled for: a tensor's shape, a number, what a container holds, or the object itself."""
     if isinstance(value, Tensor):
         return shape(value)
     if isinstance(value, PLAIN):
-        return type(value), value
-    if isinstance(value, (list, tuple)):
-        return type(value), len(value)
-    if isinstance(value, dict):
+        return type(value), repr(value)  # -0.0 == 0.0, and nan is not nan
+    if isinstance(value, (set, frozenset, dict)):
         return type(value), [*value]
-    return Same(value)
+    if isinstance(value, Sized) and isinstance(value, Iterable):
+        return type(value), len(value)
+    return Same(value), type(value), [*getattr(value, "__dict__", ())]
 
 
-def reachable(functions: Iterable[Any]) -> list[Tensor]:
-    """The tensors that functions which run as they are may read beside their arguments.
+def reachable(functions: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors that functions which run as they are may read beside their arguments, and the kinds of all else.
 
-    They lie in the cells and defaults of the functions, and of the functions in those.
+    They lie in the cells, defaults, globals and attributes of the functions, and of the functions and objects in those.
     """
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
+    kinds: list[Any] = []
     seen: set[int] = set()
     waiting = [*functions]
     while waiting:
         value = waiting.pop()
-        if id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, Tensor):
-                found.append(value)
-            waiting += pytree.tree_leaves(held(value))
-    return found
+        if id(value) in seen or (not isinstance(value, Tensor) and of_library(value)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        kinds.append(kind(value))
+        waiting += held(value)
+    return tensors, kinds
 
 
-def held(fn: Any) -> list[Any]:
-    """What a function has beside its arguments."""
-    if isinstance(fn, FunctionType):
-        cells = [cell.cell_contents for cell in fn.__closure__ or () if cell != CellType()]  # an empty cell has none
-        return [cells, fn.__defaults__ or (), fn.__kwdefaults__ or {}]
-    if isinstance(fn, partial):
-        return [fn.func, fn.args, fn.keywords]
-    if isinstance(fn, MethodType):
-        return [fn.__func__, getattr(fn.__self__, "__dict__", {})]
-    return []
+def of_library(value: Any) -> bool:
+    """Whether a value is a module, a class, or a function of a library, which nobody changes."""
+    module = value.__module__ if isinstance(value, (FunctionType, BuiltinFunctionType)) else type(value).__module__
+    return isinstance(value, (ModuleType, type)) or (
+        callable(value)
+        and not isinstance(value, (partial, MethodType))
+        and str(module).split(".")[0] in LIBRARIES - {"builtins"}
+    )
+
+
+def held(value: Any) -> list[Any]:
+    """What a function or an object has."""
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # an empty cell has none
+        globals_ = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *globals_]
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, (list, tuple)):
+        return [*value]
+    if isinstance(value, dict):
+        return [*value.values()]
+    return [] if isinstance(value, (Tensor, *PLAIN)) else [*getattr(value, "__dict__", {}).values()]

@@ -24,7 +24,7 @@ from pgfunc.handles import buffers
 
 for fn in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
     torch.compiler.allow_in_graph(fn)  # whole: to trace how a pattern is parsed took most of a compilation
-CACHE = "the continuation"  # stands for it among the results of compiled code
+CACHE = "\0the continuation"  # stands for it among the results of compiled code
 # operations whose result is their first argument, with some elements written over
 OVER = {"index_put", "index_copy", "index_fill", "scatter", "slice_scatter", "select_scatter", "masked_fill",
         "masked_scatter", "clone", "contiguous", "detach"}  # fmt: skip
@@ -88,17 +88,19 @@ def regional(fn: Callable[..., Any], kinds: dict[str, Kind], count: int) -> Code
             return fn(**given, wrap=wrap), ()
 
     functions = [fn, *(leaf for kind in kinds.values() for leaf in kind.fixed if callable(leaf))]
-    held = len(reachable(functions))
+    _, then = reachable(functions)
 
     def extra() -> list[Tensor] | None:  # code that is not compiled reads them itself; a CUDA graph, at their addresses
-        found = reachable(functions)
-        return found if len(found) == held else None
+        tensors, now = reachable(functions)
+        return tensors if now == then else None
 
     return Code(body, count, extra)
 
 
 def whole(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
     """The function, compiled without a break. Torch keeps a few versions of a code object, so it has one of its own."""
+    if not isinstance(fn, FunctionType):  # a method, a partial, an object that is called
+        return whole(lambda *args, **kwargs: fn(*args, **kwargs), options)
     copy = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     copy.__kwdefaults__ = fn.__kwdefaults__
     return torch.compile(copy, dynamic=False, fullgraph=True, options=options, backend=checked)
@@ -171,7 +173,8 @@ def explained(error: Exception, name: str) -> SettingError | None:
     inner = getattr(error, "inner_exception", None)
     if isinstance(inner, SettingError):
         return inner
-    if not isinstance(error, (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.ObservedException)):
+    known = exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.ObservedException, exc.InternalTorchDynamoError
+    if not isinstance(error, known):
         return None
     said, stack = str(error), getattr(error, "real_stack", None)
     if "ata-dependent" in said:

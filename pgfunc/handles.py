@@ -163,7 +163,9 @@ def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
     """
     if not isinstance(length, Tensor) or length.shape != cache.length.shape or length.dtype not in WHOLE:
         given = f"{length.dtype} of shape {(*length.shape,)}" if isinstance(length, Tensor) else repr(length)
-        raise SettingError(f"length is {given:.60}, expected a whole number for each of {len(cache.length)} rows")
+        raise SettingError(
+            f"length is {' '.join(given.split()):.60}, expected a whole number for each of {len(cache.length)} rows"
+        )
     if on_host(length) and on_host(cache.length):
         if ((length < 0) | (length > cache.length)).any():
             raise SettingError(f"length is {length.tolist()}, expected 0 to {cache.length.tolist()}: rewind goes back")
@@ -189,7 +191,9 @@ def reorder(cache: Cache, rows: Int[Tensor, "n"]) -> Cache:
     """
     count = len(cache.length)
     if not isinstance(rows, Tensor) or rows.dim() != 1 or not len(rows) or rows.dtype not in WHOLE:
-        raise SettingError(f"rows are {rows!r:.60}, expected a list of one or more whole numbers as a tensor")
+        raise SettingError(
+            f"rows are {' '.join(repr(rows).split()):.60}, expected a list of one or more whole numbers as a tensor"
+        )
     if on_host(rows) and not ((rows >= 0) & (rows < count)).all():
         raise SettingError(f"rows are {rows.tolist()}, expected 0 to {count - 1}, as the cache has {count} rows")
     rows = rows.to(cache.length.device, torch.int64).clamp(0, count - 1)

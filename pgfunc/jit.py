@@ -122,6 +122,7 @@ class Jitted(Generic[P, R]):
         self._defaults = defaults if by_place and parameters else []
         required = sum(each is inspect.Parameter.empty for each in defaults)
         self._enough = range(max(1, required), len(self._positional) + 1)  # how many may be given by place alone
+        self._depth = 5 + (donate is not None)  # calls between a warning and the caller
         self.blocks = donate is None and "wrap" in named
         if donate is not None and donate not in named:
             raise SettingError(f"donate is {donate!r}, expected one of {', '.join(named)}")
@@ -165,11 +166,21 @@ class Jitted(Generic[P, R]):
     def _continued(self, given: dict[str, Any], read: dict[str, Argument], cache: Cache) -> R:
         """The results for a cache that may be written behind its length."""
         leaves, structure = self._run(given, read, cache)
-        lineage, length = lineage_of(cache), leaves[-1]
-        if on_host(length) and (length > cache.slots).any():  # nothing was written that a handle sees
-            raise CacheFullError(f"a row has no room in {cache.slots} slots; prefill with a larger size")
+        lineage, length = lineage_of(cache), leaves[-1].detach()  # an object of its own, which nothing else keeps
+        if on_host(length):
+            if (length > cache.slots).any():  # nothing was written that a handle sees
+                raise CacheFullError(f"a row has no room in {cache.slots} slots; prefill with a larger size")
+            if (length < cache.length).any():
+                raise SettingError("the function makes a donated cache shorter: rewind it outside of the function")
         new = continued(cache, length, lineage)
-        _origins[new.length] = self, {name: (given[name], each) for name, each in read.items() if each.known}
+        _origins[new.length] = (
+            self,
+            {
+                name: (given[name], each)
+                for name, each in read.items()
+                if each.known and not isinstance(given[name], Cache)  # which has an origin, and that one another
+            },
+        )
 
         def own(leaf: Any) -> Any:
             """A result as a value: the continuation in its place, a copy of what is written later."""
@@ -218,9 +229,13 @@ class Jitted(Generic[P, R]):
         written = range(count - len(donated), count - 1)
         run = replay.Replayed(code, written) if replay.possible(tensors) else replay.Direct(code)
         try:
-            results = run.flat(tensors, places, fresh, again)
+            # other objects than those that the function may close over, or PyTorch would take them for one
+            apart = {id(x): x.detach() for x in tensors}
+            results = run.flat([apart[id(x)] for x in tensors], places, fresh, again)
         except Exception as error:
             if said := explained(error, self.name):
+                if cache is None and not self.blocks:
+                    self.fn(**given)  # where it raises an error of its own, that one
                 raise said from None
             raise
         run.written |= {*range(count, count + len(code.extra() or ()))}
@@ -245,7 +260,7 @@ class Jitted(Generic[P, R]):
         self.why = why
         self._met.append(new)
         if self.compilations >= MANY:
-            warn(f"{self.name} was compiled, time {self.compilations}: {why}", RuntimeWarning, stacklevel=5)
+            warn(f"{self.name} was compiled, time {self.compilations}: {why}", RuntimeWarning, stacklevel=self._depth)
 
     def _warn_of_devices(self, kinds: dict[str, Kind]) -> None:
         """Warn of what is on the CPU where the rest is not."""
@@ -253,7 +268,7 @@ class Jitted(Generic[P, R]):
         slow = [name for name, found in devices.items() if "cpu" in found]
         if slow and any("cuda" in found for found in devices.values()):
             said = f"{self.name} runs without CUDA graphs, and slowly: on the CPU is {', '.join(slow)}; move it"
-            warn(said, RuntimeWarning, stacklevel=5)
+            warn(said, RuntimeWarning, stacklevel=self._depth)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by their names, those left out by their defaults."""

@@ -57,6 +57,8 @@ def candidates(file: str | os.PathLike | None) -> tuple[str, ...]:
         return OWN, *installed()
     try:
         given = str(Path(file).resolve())
+        if Path(given).exists() and not Path(given).is_file():
+            raise ValueError("it is no file")
         opened(given, PROBE)
     except (OSError, ValueError, TypeError) as error:
         raise SettingError(

@@ -22,14 +22,15 @@ Description = dict[str, str]
 def described(
     kinds: Mapping[str, Kind], donated: str | None, buffers: Sequence[Any], settings: Sequence[Any]
 ) -> Description:
-    """The lines of a call: its arguments, the donated cache by its first buffer, and PyTorch's settings."""
+    """The lines of a call: its arguments, the donated cache by its first buffer and its lengths, PyTorch's settings."""
     lines: Description = dict(zip(SETTINGS, map(str, settings), strict=True))
     for name, kind in kinds.items():
         moving, fixed = iter(kind.shapes), iter(kind.fixed)
         leaves = [Shown(tensor(next(moving))) if moves else next(fixed) for moves in kind.moving]
         for path, leaf in pytree.tree_leaves_with_path(pytree.tree_unflatten(leaves, kind.structure)):
             lines |= dict(spelled(".".join(filter(None, (name, join(path)))), leaf))
-    return lines | ({f"{donated}'s buffers": tensor(buffers[0])} if buffers else {})
+    named = zip(("buffers", "lengths"), buffers, strict=False)  # where nothing is donated there are none
+    return lines | {f"{donated}'s {name}": tensor(shape) for name, shape in named}
 
 
 class Shown(str):

@@ -27,7 +27,7 @@ from PIL import Image
 import pgfunc as pg
 from pgfunc import dual, tree, vqvae
 from pgfunc.checkpoint.conversion import MASKS
-from pgfunc.checkpoint.writing import name_of_arrays
+from pgfunc.checkpoint.writing import digest_of_arrays
 from pgfunc.cli import contrast, locate
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.errors import PgfuncError
@@ -194,7 +194,7 @@ STATE = run.start(JOB)
 
 def digest(params: Any) -> str:
     """What no other parameters have."""
-    return name_of_arrays(tree.flatten(params))
+    return digest_of_arrays(tree.flatten(params))
 
 
 def loaded(folder: Path, **more: Any) -> tuple[Any, ...]:

@@ -285,3 +285,11 @@ def test_the_bytes_are_those_of_safetensors(tmp_path):
         write_safetensors(file, made, {"format": "pt"})
     expected = {name: array.contiguous() for name, array in made.items()}
     assert (tmp_path / "a").read_bytes() == safetensors.torch.save(expected, {"format": "pt"})
+
+
+def test_a_stream_of_a_process_is_written_as_it_is(tmp_path):
+    with (tmp_path / "out").open("w+") as out:
+        (tmp_path / "link").symlink_to(f"/proc/self/fd/{out.fileno()}")
+        write_text(tmp_path / "link", "said")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out").read_text() == "said"

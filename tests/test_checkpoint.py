@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from cases import CONFIGS, configs, edit_arrays, params, seeds
+from cases import CONFIGS, configs, edit_arrays, params, seeds, text_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
@@ -21,6 +21,7 @@ import pgfunc as pg
 from pgfunc import paligemma
 from pgfunc.checkpoint import bigvision, hf, hf_config, source
 from pgfunc.errors import CheckpointError
+from pgfunc.train import lora
 
 
 def bits(tree) -> dict[str, bytes]:
@@ -364,3 +365,30 @@ def test_the_abstract_tree_of_a_file_is_read_without_its_weights(tmp_path):
     pg.save(model("gemma2", torch.bfloat16), tmp_path)
     tree = pg.load(tmp_path, device="meta").params
     assert all(leaf.is_meta and leaf.dtype == torch.bfloat16 for leaf in pg.tree.flatten(tree).values())
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    pg.save(model(), tmp_path)
+    (tmp_path / hf.SINGLE).write_text("version 1\noid sha256:00\nsize 3\n")
+    with pytest.raises(CheckpointError, match="a pointer of Git LFS: git lfs pull"):
+        pg.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_ends_that_are_not_heeded_are_named(tmp_path, caplog, file):
+    pg.save(model(), tmp_path)
+    raw = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps(raw | {"eos_token_id": [1, 7]}))
+    pg.load(tmp_path, device="cpu")
+    (record,) = caplog.records
+    assert record.getMessage() == f"{tmp_path / file}: eos_token_id has 7, which ends no answer here; 1 does"
+
+
+def test_an_adapter_may_bring_its_tokenizer(tmp_path):
+    base = text_model()
+    pg.save(base._replace(tokenizer=None), tmp_path / "base")
+    lora.save(tmp_path / "lora", lora.init(base.params, ["projector"], 1, 1.0), base.cfg, "base")
+    pg.save(base, tmp_path / "words")
+    shutil.copy(tmp_path / "words" / "tokenizer.json", tmp_path / "lora")
+    found = pg.load(tmp_path / "base", device="cpu", adapter=tmp_path / "lora")
+    assert pg.tokenizer.encode(found.tokenizer, "a") == pg.tokenizer.encode(base.tokenizer, "a")

@@ -132,7 +132,7 @@ def test_tensorboard_gets_every_number(folder):
         assert torch.allclose(torch.tensor(found), torch.tensor(expected))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_saves_and_the_same_command_goes_on(folder, number, status):
     """From the keyboard, and from a job's scheduler."""
     given = arguments(folder, "--steps", "40", "--learning-rate", "0.001")

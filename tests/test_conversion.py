@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from cases import CONFIGS, prompt, text_model
+from cases import CONFIGS, edit_arrays, prompt, text_model
 from cases import params as parameters
 from typer.testing import CliRunner
 
@@ -238,3 +238,53 @@ def test_large_numbers_whose_sum_is_not_finite_are_numbers(tmp_path):
     tree.check_finite({"a": full, "b": torch.full((3,), 3e38), "c": torch.zeros(0), "d": torch.arange(3)}, "x")
     with pytest.raises(NumericalError, match=r"x: e\.1 holds nan or infinity"):
         tree.check_finite({"a": full, "e": [full, torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)]}, "x")
+
+
+# what an older model leaves in a folder
+
+
+def test_a_save_is_not_read_with_the_settings_and_tokens_of_an_older_model(tmp_path):
+    model = text_model()
+    pg.save(model, tmp_path)
+    older = {"image_processor": {"resample": 0, "size": {"height": 7, "width": 7}}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(older))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<stale>": model.cfg.image + 1}))
+    (tmp_path / "special_tokens_map.json").write_text("{}")
+    pg.save(model, tmp_path)
+    again = pg.load(tmp_path, device="cpu")
+    assert again.cfg == model.cfg
+    assert pg.tokenizer.encode(again.tokenizer, "<stale>") == pg.tokenizer.encode(model.tokenizer, "<stale>")
+
+
+def test_a_conversion_over_a_model_leaves_nothing_of_it(whole, tmp_path):
+    bare = text_model(seed=3)._replace(tokenizer=None)
+    pg.save(bare, tmp_path / "bare")
+    (whole / "notes.txt").write_text("mine")
+    pg.convert(tmp_path / "bare", whole, force=True)
+    assert sorted(path.name for path in whole.rglob("*") if path.is_file()) == [
+        "config.json", "model.safetensors", "notes.txt", "preprocessor_config.json",
+    ]  # fmt: skip
+    assert pg.load(whole, device="cpu").tokenizer is None
+
+
+def test_a_conversion_says_the_bits_that_the_weights_have(whole, tmp_path):
+    assert pg.convert(whole, tmp_path / "small", quantize="int8").dtype == "int8"
+    assert pg.convert(tmp_path / "small", tmp_path / "again").dtype == "int8"
+
+
+def test_a_linked_folder_in_a_target_is_refused_and_nothing_is_lost(whole, tmp_path):
+    shutil.move(whole / "siglip", tmp_path / "elsewhere")
+    (whole / "siglip").symlink_to(tmp_path / "elsewhere")
+    pg.save(text_model(seed=3), tmp_path / "other")
+    pg.save_siglip(siglip(text_model().cfg.vision), tmp_path / "other" / "siglip", vision=False)
+    before = bits(pg.load(whole, device="cpu").params)
+    with pytest.raises(CheckpointError, match="siglip is a link to another folder"):
+        pg.convert(tmp_path / "other", whole, force=True)
+    assert bits(pg.load(whole, device="cpu", mmap=False).params) == before
+
+
+def test_a_pooling_head_beside_a_paligemma_is_not_that_of_its_dual_encoder(whole):
+    expected = pg.load_siglip(whole / "siglip", device="cpu").params.pool.probe.clone()
+    head = {"vision_tower.vision_model.head.probe": torch.zeros(1, 1, text_model().cfg.vision.width)}
+    edit_arrays(whole / hf.SINGLE, lambda arrays: arrays.update(head))
+    assert torch.equal(pg.load_siglip(whole / "siglip", device="cpu").params.pool.probe, expected)

@@ -104,6 +104,7 @@ def test_a_line_that_cannot_be_trained_on_is_named(row, said, folder):
 
 
 MISTAKES = [
+    "<locNone>", "<locnan>", "<loc{:04d}>", "<loc>0001</loc>", "<segment001>", "[loc0001]",
     "<loc1024>", "<loc-001>", "<loc475>", "<loc00475>", "<LOC0001>", "<Loc0001>", "<loc 0001>", "< loc0001>",
     "<loc0001 >", "<loc_0001>", "<loc0475.5>", "<loc0001", "loc0001>", "</loc0001>", "<loc0001/>", "&lt;loc0001&gt;",
     "<loc0004>", "<seg128>", "<seg4>", "<seg0001>", "<SEG001>", "<seg-1>", "<seg001", "seg001>", "<loc\u0661\u0662>",

@@ -1,5 +1,6 @@
 """Checkpoints: load, save, convert. Where a model comes from is decided here; how a format looks, in its own file."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from pgfunc.checkpoint.writing import as_json, check_save, written
 from pgfunc.config import Config, with_vocabulary
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.journal import reading
+from pgfunc.jsonfile import read_json
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+DECLARED = re.compile("special_tokens_map.json|added_tokens.json")  # which would add an older model's tokens
 GAPS = 100  # more than the ids of a tokenizer have; logits are masked gap by gap
 
 
@@ -43,7 +46,8 @@ def load(
     the source does not say it; and the path of a `tokenizer.json`.
     dtype: None keeps what the files hold. device: None is CUDA where there is one, else the CPU; "meta" reads only
     headers.
-    adapter: a LoRA adapter of that model, a folder or a hub id as PEFT writes it; its pairs are added to the weights.
+    adapter: a LoRA adapter of that model, a folder or a hub id as PEFT writes it; its pairs are added to the weights,
+    and where it has a tokenizer that one is taken.
     mmap: weights in Hugging Face layout are mapped from their files, and not copied while dtype and device stay.
     Whoever then writes into such a file changes the model, and whoever shortens it ends the process (SIGBUS); a file
     may be replaced by another of its name, as `save` does. False copies them.
@@ -55,6 +59,8 @@ def load(
     where, kind = as_device(device), as_dtype(dtype)
     first = torch.device("cpu") if where.type == "cuda" else where
     path = find(source)
+    if tokenizer is None and adapter is not None and (find(adapter) / TOKENIZER).exists():
+        tokenizer = find(adapter) / TOKENIZER  # which may have tokens of its own
     with reading(path if path.is_dir() else path.parent):
         if tokenizer is None and path.is_dir() and (path / TOKENIZER).exists():
             tokenizer = path / TOKENIZER
@@ -70,6 +76,7 @@ def load(
             if (path / ADAPTER).exists():
                 keys.note(f"{path}: {ADAPTER} is left out: the folder holds a model too, which is read without it")
             words, cfg = vocabulary(tokenizer, read_config(path))
+            note_ends(path, cfg)
             check_weights(path)
             check_save(path, CONFIG)
             params = hf.load(path, cfg, kind, first, *read_storage(path, cfg), mmap)
@@ -78,6 +85,17 @@ def load(
     params = quant.arranged(paligemma.packed(params, where), where) if where.type == "cuda" else params
     params = params if quantize is None else quant.quantize(params, quantize)
     return Model(cfg, params, words)
+
+
+def note_ends(folder: Path, cfg: Config) -> None:
+    """Say which ids end an answer in transformers and not here: a list has several."""
+    for name in (CONFIG, "generation_config.json"):
+        raw = read_json(folder / name) if (folder / name).exists() else {}
+        ends = raw.get("eos_token_id")
+        others = {*(ends if isinstance(ends, list) else [ends])} - {None, cfg.eos}
+        if others:
+            said = ", ".join(map(str, sorted(others, key=str)))
+            keys.note(f"{folder / name}: eos_token_id has {said}, which ends no answer here; {cfg.eos} does")
 
 
 def vocabulary(path: str | Path | None, cfg: Config) -> tuple[Tokenizer | None, Config]:
@@ -120,6 +138,7 @@ def put(change: Change, model: Model, shard_bytes: int) -> None:
     dtype, more = dtype_name(model.params.projector), {"image_seq_length": model.cfg.vision.tokens}
     settings = processor.render(model.cfg, processor_class="PaliGemmaProcessor", **more)
     change.write(processor.NAME, as_json(settings))
+    change.supersede(re.compile(re.escape(processor.IN_PROCESSOR)))  # which would count before
     if model.tokenizer is not None:
         put_tokenizer(change, model.tokenizer, model.cfg)
     config = with_methods(render(model.cfg, dtype), quant.methods(model.params))
@@ -137,6 +156,7 @@ def put_tokenizer(change: Change, tokenizer: Tokenizer, cfg: Config) -> None:
                 "extra_special_tokens": extra, "clean_up_tokenization_spaces": False}  # fmt: skip
     change.write(TOKENIZER, tokenizer.backend.to_str(pretty=True))
     change.write(TOKENIZER_CONFIG, as_json(names | settings))
+    change.supersede(DECLARED)
 
 
 def dtype_name(array: Tensor) -> str:

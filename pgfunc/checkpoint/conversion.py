@@ -1,12 +1,13 @@
 """Convert a checkpoint to the other format, another dtype or fewer bits, with the files that belong to it."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from pgfunc import outputs, tree
+from pgfunc import outputs, quant, tree
 from pgfunc.atomic import Change, changing
 from pgfunc.checkpoint import Source, bigvision, dtype_name, find, hf, load, siglip
 from pgfunc.checkpoint import check as check_model
@@ -18,6 +19,12 @@ from pgfunc.prompt import Model
 
 MASKS, SIGLIP = "masks.safetensors", "siglip"  # the mask decoder, and a dual encoder with the same vision encoder
 BESIDE = ("tokenizer.model", "generation_config.json")  # what other programs read in a folder
+
+TOKENS = "tokenizer.json|tokenizer_config.json|special_tokens_map.json|added_tokens.json"
+OWN = (
+    (re.compile("|".join(map(re.escape, (MASKS, *BESIDE))) + f"|{TOKENS}"), ""),
+    (re.compile(f"{hf.WEIGHTS.pattern}|{CONFIG}|(pre)?processor_config.json|{TOKENS}"), SIGLIP),
+)
 
 SHARD = 5 * 10**9
 
@@ -66,7 +73,8 @@ def convert(
     else:
         write_folder(target, model, found, dual_encoder(found, dtype))
     kind = "big_vision's npz" if archive else "Hugging Face layout"
-    return Converted(target, kind, quantize or dtype_name(model.params.projector), tree.nbytes(model.params))
+    numbers = sorted({*quant.methods(model.params).values()}) or [dtype_name(model.params.projector)]
+    return Converted(target, kind, ", ".join(numbers), tree.nbytes(model.params))
 
 
 def write_archive(target: Path, model: Model, masks: Path | None, force: bool) -> None:
@@ -91,6 +99,8 @@ def write_folder(target: Path, model: Model, source: Path | None, dual: Dual | N
     with written(target), changing(target) as change:
         for path in [companion(source, name) for name in (MASKS, *BESIDE)] if source else []:
             copy(change, path)
+        for pattern, inner in OWN:  # of the model that was here
+            change.supersede(pattern, inner)
         if dual:
             siglip.put(change, dual.model, dual.vision, SHARD, SIGLIP)
         put_model(change, model, SHARD)

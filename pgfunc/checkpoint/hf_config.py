@@ -184,7 +184,7 @@ def _text(raw: Mapping[str, Any]) -> TextConfig:
     )
     kinds = ["sliding_attention" if cfg.windowed(i) else "full_attention" for i in range(cfg.layers)]
     if gemma2 and raw.get("layer_types", kinds) != kinds:
-        raise ValueError("layer_types do not alternate sliding_attention and full_attention")
+        raise ValueError(f"layer_types are not those of sliding_window {raw['sliding_window']}")
     if cfg.heads % cfg.kv_heads or cfg.head_dim % 2:
         raise ValueError(f"{cfg.heads} heads of {cfg.head_dim} do not fit {cfg.kv_heads} kv heads and rotary positions")
     return cfg

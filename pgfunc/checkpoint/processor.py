@@ -34,7 +34,8 @@ def read(folder: Path, cfg: C) -> C:
 def parse(raw: Mapping[str, Any], vision: VisionConfig, path: Path) -> str:
     """The resize filter that an image processor's settings ask for."""
     for key, value in scaling(vision).items():
-        if raw.get(key) not in (None, value):
+        absent = raw.get(key) is None and not (key in raw and key.startswith("do_"))  # null is false
+        if not absent and raw[key] != value:
             raise CheckpointError(f"{path}: {key} is {raw[key]}, expected {value}")
     if raw.get("do_center_crop") and raw.get("crop_size") != scaling(vision)["size"]:
         raise CheckpointError(

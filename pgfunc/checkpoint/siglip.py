@@ -7,6 +7,7 @@ A folder may leave its vision encoder out, where it was trained as the other hal
 the names: transformers `models/siglip`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from pgfunc import dual, siglip, tree
 from pgfunc.atomic import Change, changing
 from pgfunc.checkpoint import (
+    DECLARED,
     TOKENIZER,
     TOKENIZER_CONFIG,
     as_device,
@@ -121,6 +123,7 @@ def put(change: Change, model: SiglipModel, vision: bool, shard_bytes: int, inne
     """Write a model's files among those of a folder that change at once; `inner` is a folder in it."""
     settings = processor.render(model.cfg, processor_class="SiglipProcessor")
     change.write(str(Path(inner, processor.NAME)), as_json(settings))
+    change.supersede(re.compile(re.escape(processor.IN_PROCESSOR)), inner)
     if model.tokenizer is not None:
         put_tokenizer(change, model.tokenizer, model.cfg.text.positions, inner)
     arrays = unfold(arrange(table(model.cfg), model.params))
@@ -143,6 +146,7 @@ def put_tokenizer(change: Change, tokenizer: TextTokenizer, length: int, inner: 
     }  # fmt: skip
     change.write(str(Path(inner, TOKENIZER)), backend.to_str(pretty=True))
     change.write(str(Path(inner, TOKENIZER_CONFIG)), as_json(settings))
+    change.supersede(DECLARED, inner)
 
 
 def table(cfg: SiglipConfig) -> dual.DualParams:

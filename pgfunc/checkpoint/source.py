@@ -30,6 +30,9 @@ KINDS = {
     "snapshots": "a folder of the hub's cache; give the hub id, or one of the folders in snapshots",
     "checkpoint-*": "a training run; give one of its checkpoints",
     "model.*.safetensors*": "a variant of the weights; give it the names without the variant",
+    "masks.safetensors": "a mask decoder alone; --masks takes it beside a model",
+    "adapter_model.safetensors": "the weights of a LoRA adapter, whose adapter_config.json is missing",
+    "run.safetensors": "an unfinished run of `pgfunc train`; the same command goes on",
     "*.safetensors": f"weights under another name; call them {SINGLE}, or shards of {INDEX}",
     "*.gguf": "weights of llama.cpp, which are not read; give those that they were made from",
     **dict.fromkeys(("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"), PICKLED),
@@ -94,7 +97,7 @@ def npz_in(path: Path) -> Path | None:
     """The `.npz` that a path is, or that a folder without safetensors holds."""
     if not path.is_dir():
         return path if path.suffix == ".npz" else None
-    found = [] if any(path.glob("*.safetensors")) else sorted(path.glob("*.npz"))
+    found = [] if any(path.glob("*.safetensors")) else sorted({*path.glob("*.npz")} - {*path.glob("vae*.npz")})  # masks
     if len(found) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(each.name for each in found)}; give the path of one")
     return found[0] if found else None

@@ -107,7 +107,10 @@ def metadata(path: Path) -> dict[str, Any]:
 def header(path: Path) -> bytes:
     """The header of a safetensors file; a ValueError where it is larger than the file, or than any model's."""
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == b"version ":
+            raise ValueError("it is a pointer of Git LFS: git lfs pull")
+        size = int.from_bytes(start, "little")
         if size > min(MOST_HEADER, path.stat().st_size):
             raise ValueError(f"its header has {size:,} bytes")
         return file.read(size)

@@ -135,24 +135,29 @@ def stopped(saved: int | None, done: int) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which job schedulers end a run."""
+    """A signal that ends a run; its argument is the number."""
 
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """SIGTERM interrupts the block as SIGINT does, unless somebody has said what it does; in the main thread."""
+    """SIGTERM, of job schedulers, and SIGHUP, of a terminal that closes, interrupt the block as SIGINT does.
+
+    In the main thread, and unless somebody has said what they do, as nohup does.
+    """
 
     def stop(number: int, frame: Any) -> None:
-        raise Terminated
+        raise Terminated(number)
 
-    mine = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if mine:
-        signal.signal(signal.SIGTERM, stop)
+    signals = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    main = current_thread() is main_thread()
+    mine = [number for number in signals if main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        if mine:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
@@ -184,7 +189,7 @@ def watching(
     except KeyboardInterrupt as stop:
         bar.close()
         tqdm.write(f"{harmless(str(out))}: {stopped(run.step_in(out / fit.STATE), done)}")
-        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+        raise typer.Exit(128 + (stop.args[0] if isinstance(stop, Terminated) else signal.SIGINT)) from None
     finally:
         bar.close()
         if writer:

@@ -23,7 +23,8 @@ from pgfunc.prompt import Model, prepare, tokenizer_of
 # what people write who mean a place or a mask code: in brackets and with a number, or with one bracket and all digits
 MEANT = re.compile(
     r"(?:<|&lt;)[\s/]*(?:loc|seg)[\s_:=#+.-]*\d[\d\s_+.-]*/?(?:>|&gt;)"
-    r"|<(?:loc\d{4}|seg\d{3})(?![\w>])|(?<![\w<])(?:loc\d{4}|seg\d{3})>",
+    r"|<(?:loc\d{4}|seg\d{3})(?![\w>])|(?<![\w<])(?:loc\d{4}|seg\d{3})>"
+    r"|<(?:loc|seg)(?:none|nan|\{[^{}]*\}|>\d+</(?:loc|seg))>|<segment\d+>|\[(?:loc\d{4}|seg\d{3})\]",
     re.IGNORECASE,
 )
 
@@ -44,6 +45,8 @@ def read(path: str | Path, images: str | Path | None = None) -> list[Example]:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: cannot be read, it is no file")
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,5 +1,7 @@
 """What a compiled function closes over is read at each call, and the result is that of the function as it is now."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import CONFIGS, params, prompt
@@ -97,3 +99,93 @@ def test_a_step_may_close_over_its_weights_and_an_edit_over_its_vector(graphs):
     amount = 2.0
     loops_agree()
     assert fast.compilations == 2
+
+
+def test_tensors_that_were_one_may_become_two():
+    amount = torch.tensor([10.0, 20.0, 30.0])
+    step = pg.jit(lambda x: x + 2 * amount)
+    same(step, step.fn, amount)
+    same(step, step.fn, torch.ones(3))
+    one = other = torch.full((3,), 4.0)
+    both = pg.jit(lambda x: x + 2 * one + 3 * other)
+    same(both, both.fn, torch.ones(3))
+    other = torch.ones(3)
+    same(both, both.fn, torch.ones(3))
+
+
+class Steer:
+    """A tap that is an object."""
+
+    def __init__(self, vector: torch.Tensor, amount: float):
+        self.vector, self.amount = vector, amount
+
+    def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x * self.vector * self.amount
+
+
+def test_objects_partials_and_modules_among_the_arguments_are_read_as_they_are_now():
+    x = torch.tensor([1.0, 2.0, 3.0])
+    step, tap = pg.jit(lambda x, tap: tap("a", x)), Steer(torch.ones(3), 2.0)
+    same(step, step.fn, x, tap)
+    tap.amount = 5.0
+    same(step, step.fn, x, tap)
+    tap.vector = torch.arange(3)
+    same(step, step.fn, x, tap)
+    given = partial(lambda x, by, n: x * by * n, by=torch.ones(3), n=2.0)
+    called = pg.jit(lambda x, fn: fn(x))
+    same(called, called.fn, x, given)
+    given.keywords.update(n=5.0, by=torch.arange(3))
+    same(called, called.fn, x, given)
+
+
+def test_what_a_set_an_object_or_a_class_holds_is_read_too():
+    class Base:
+        factor = 2.0
+
+    class Derived(Base):
+        pass
+
+    places, held, x = {"a"}, Derived(), torch.tensor([1.0, 2.0, 3.0])
+    fns = [
+        lambda x: x * (2.0 if "b" in places else 3.0),
+        lambda x: x * (7.0 if hasattr(held, "extra") else 1.0),
+        lambda x: x * held.factor,
+    ]
+    steps = [pg.jit(fn) for fn in fns]
+    for step in steps:
+        same(step, step.fn, x)
+    places.add("b")
+    held.extra, Base.factor = 1, 4.0
+    for step in steps:
+        same(step, step.fn, x)
+    held.factor = 9.0
+    same(steps[2], steps[2].fn, x)
+
+
+def test_numbers_that_are_equal_are_not_taken_for_one_another():
+    divided, x = pg.jit(lambda x, by: x / by), torch.tensor([1.0, 2.0])
+    assert [divided(x, by)[0].item() for by in (0.0, -0.0)] == [float("inf"), float("-inf")]
+
+
+def test_code_that_has_no_module_is_watched_as_well():
+    scope = {"TABLE": torch.ones(3), "FACTOR": 2.0}
+    exec("def scaled(x): return x * TABLE * FACTOR", scope)
+    step, x = pg.jit(scope["scaled"]), torch.tensor([1.0, 2.0, 3.0])
+    same(step, scope["scaled"], x)
+    scope.update(TABLE=torch.arange(3), FACTOR=5.0)
+    same(step, scope["scaled"], x)
+
+
+def test_blocks_by_graphs_are_captured_again_where_what_they_close_over_changed(monkeypatch):
+    counted, amount = played(monkeypatch), 1.0
+
+    def start(x, wrap=lambda part: part):
+        return wrap(torch.neg)(x) * amount
+
+    step, x = pg.jit(start), torch.tensor([1.0, 2.0])
+    for _ in range(3):
+        step(x)
+    amount = 5.0
+    assert step(x).tolist() == [-5.0, -10.0]
+    assert step.why == "a value that it closes over is another"
+    assert counted["captured"] == 1, "the new code has none yet"

@@ -1,8 +1,10 @@
 """What goes wrong in loops: full caches, foreign tokens, reordered rows, code that is compiled at each call."""
 
+import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from weakref import ref
 
 import pytest
 import torch
@@ -88,6 +90,13 @@ def test_a_token_outside_the_vocabulary_is_an_error_or_nan(wrong):
     assert after.length.tolist() == (cache.length + 1).tolist()
 
 
+def test_a_row_that_overflowed_stays_one_where_it_is_copied():
+    cache = filled([4, 2], size=1)._replace(length=torch.tensor([10, 7]))  # 9 slots
+    assert pg.reorder(cache, torch.tensor([0, 1, 0])).overflowed.tolist() == [True, False, True]
+    with pytest.raises(CacheFullError):
+        STEP(WEIGHTS, torch.tensor([1, 2]), cache, CFG)
+
+
 # --- rows that are reordered ------------------------------------------------------------------------------------------
 
 
@@ -123,6 +132,35 @@ def test_a_step_may_leave_rows_that_have_ended_as_they_are():
     expected, pure = step(*given)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(cache.length, pure.length)
+
+
+def test_a_step_that_shortens_its_cache_later_is_told_so():
+    def step(token, cache, back):
+        logits, new = pg.decode(WEIGHTS, token, cache, CFG)
+        return logits, new._replace(length=new.length - back)
+
+    fast, token = pg.jit(step, donate="cache"), torch.tensor([1, 2])
+    _, cache = fast(token, filled([3, 2]), torch.tensor([0, 0]))
+    with pytest.raises(SettingError, match="makes a donated cache shorter: rewind it outside"):
+        fast(token, cache, torch.tensor([4, 0]))
+
+
+def test_older_handles_are_freed_though_they_were_arguments():
+    def step(token, cache, anchor):
+        logits, new = pg.decode(WEIGHTS, token, cache, CFG)
+        return logits + 0 * anchor.k[0].sum(), new
+
+    fast, token, refs = pg.jit(step, donate="cache"), torch.tensor([1, 2]), []
+    cache = pg.reorder(filled([3, 3]), torch.tensor([0, 1]))
+    for _ in range(6):
+        anchor = cache
+        cache = pg.reorder(cache, torch.tensor([1, 0]))
+        refs.append(ref(anchor.k[0]))
+        for _ in range(2):
+            _, cache = fast(token, cache, anchor)
+    del anchor
+    gc.collect()
+    assert sum(each() is not None for each in refs) <= 1
 
 
 @settings(deadline=None, max_examples=20)
@@ -239,13 +277,19 @@ def printing(x):
     (branching, r"branching cannot be compiled \(test_mistakes.py, line \d+\): it branches on a number in a tensor"),
     (conditional, r"it branches on a number in a tensor; take torch\.where"),
     (printing, r"printing cannot be compiled .*`print`"),
-    (lambda x: x @ torch.ones(7, 7), r"cannot be compiled .*must have same reduction dim"),
 ])  # fmt: skip
 def test_what_cannot_be_compiled_is_one_line(fn, said):
     with pytest.raises(SettingError, match=said) as found:
         pg.jit(fn)(torch.ones(3))
     assert "\n" not in str(found.value)
     assert found.value.__suppress_context__
+
+
+def test_an_error_of_the_functions_own_is_that_error():
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied|size mismatch"):
+        pg.jit(lambda x: x @ torch.ones(7, 7))(torch.ones(3))
+    with pytest.raises(KeyError, match="nothing"):
+        pg.jit(lambda x: x * {}["nothing"])(torch.ones(3))
 
 
 def test_generators_are_refused_at_once():

@@ -61,7 +61,12 @@ def closed(guards: Iterable[Any], scope: dict[str, Any]) -> Closed:
     for name, value in guarded.items():
         if isinstance(value, Tensor) and values[name] is not value:
             raise SettingError(f"the function closes over a tensor ({name}) that may change: give it as an argument")
-    names = tuple(name for name, value in values.items() if not isinstance(value, Exception))
+    # what is another object at each look, as a slot of a class may be, says nothing
+    names = tuple(
+        name
+        for name, value in values.items()
+        if not isinstance(value, Exception) and kind(value) == kind(found_by(name, scope))
+    )
     code = compile(f"({''.join(f'{name}, ' for name in names)})", "<closed over>", "eval")
     return Closed(names, code, scope, kinds_of([values[name] for name in names]))
 
@@ -98,6 +103,8 @@ def kind(value: Any) -> Any:
         return shape(value)
     if isinstance(value, PLAIN):
         return type(value), repr(value)  # -0.0 == 0.0, and nan is not nan
+    if isinstance(value, MethodType):
+        return Same(value.__func__), Same(value.__self__)
     if isinstance(value, (set, frozenset, dict)):
         return type(value), [*value]
     if isinstance(value, Sized) and isinstance(value, Iterable):

@@ -189,3 +189,17 @@ def test_blocks_by_graphs_are_captured_again_where_what_they_close_over_changed(
     assert step(x).tolist() == [-5.0, -10.0]
     assert step.why == "a value that it closes over is another"
     assert counted["captured"] == 1, "the new code has none yet"
+
+
+def test_what_is_another_object_at_each_look_compiles_nothing_anew(graphs):
+    class Fresh(Holder):
+        @property
+        def parts(self):
+            return [self.amount]
+
+    held, x = Fresh(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0])
+    step = pg.jit(lambda x: held.scaled(x) + held.parts[0])
+    same(step, step.fn, x)
+    held.amount = torch.full((3,), 4.0)
+    same(step, step.fn, x)
+    assert step.compilations == 1

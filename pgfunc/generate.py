@@ -19,8 +19,8 @@ from pgfunc import paligemma, tokenizer, tree
 from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
-from pgfunc.handles import bucket, reorder
 from pgfunc.jit import jit
+from pgfunc.jit.donation import bucket, reorder
 from pgfunc.ops import plain, widen
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pgfunc import lowbit
 from pgfunc.errors import TokenError
-from pgfunc.lowbit import Float8, Int8, Quantized
+from pgfunc.quant import lowbit
+from pgfunc.quant.lowbit import Float8, Int8, Quantized
 
 T = TypeVar("T")
 AMX = torch.cpu._is_amx_tile_supported()

@@ -1,7 +1,7 @@
 """The SigLIP vision encoder (Zhai et al. 2023; big_vision `models/vit.py`): pictures -> one vector a patch.
 
-Also the transformer block, which SigLIP's text encoder shares (`dual.py`), and the head that pools the patches into one
-vector; PaliGemma does without that head. Axes: n pictures or texts, p patches or tokens, s the sequence that attention
+Also the transformer block, which SigLIP's text encoder shares (`siglip_dual`), and the head that pools the patches into
+one vector, which PaliGemma does not use. Axes: n pictures or texts, p patches or tokens, s the sequence that attention
 reads, d width, f hidden; `nh` heads and head dim fused.
 """
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from pgfunc import replay
+from pgfunc.jit import cuda_graphs
 
 
 def played(patch: pytest.MonkeyPatch) -> Counter:
@@ -31,6 +31,6 @@ def played(patch: pytest.MonkeyPatch) -> Counter:
 
         return again, results
 
-    patch.setattr(replay, "capture", capture)
-    patch.setattr(replay, "possible", lambda leaves: True)
+    patch.setattr(cuda_graphs, "capture", capture)
+    patch.setattr(cuda_graphs, "possible", lambda leaves: True)
     return counted

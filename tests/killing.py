@@ -25,12 +25,13 @@ from cases import text_model
 from PIL import Image
 
 import pgfunc as pg
-from pgfunc import dual, tree, vqvae
+from pgfunc import siglip_dual, tree
 from pgfunc.checkpoint.conversion import MASKS
 from pgfunc.checkpoint.writing import digest_of_arrays
 from pgfunc.cli import contrast, locate
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.errors import PgfuncError
+from pgfunc.objects import vqvae
 from pgfunc.train import fit, lora, run
 from pgfunc.train.data import Example
 
@@ -144,8 +145,8 @@ def left(writer: Writer, folder: Path, at: int, fault: str, old: Any, new: Any) 
     status, _, said = stopped(writer, folder, at, fault)
     if fault == "ENOSPC" and (status or "\n" in said or (said and not said.startswith("one line"))):
         yield f"status {status}, said {said!r}"
-    if fault in ("ENOSPC", "SIGINT") and not (folder / ".pgfunc-journal").exists() and large(folder):
-        yield f"left {large(folder)}"
+    if fault in ("ENOSPC", "SIGINT") and not (folder / ".pgfunc-journal").exists() and hidden(folder):
+        yield f"left {hidden(folder)}"
     try:
         found = writer.read(folder)
     except PgfuncError as error:
@@ -165,18 +166,13 @@ def hidden(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob(".*"))
 
 
-def large(folder: Path) -> list[str]:
-    """Hidden files that are more than the mark of a writer, which stays where its removal is interrupted."""
-    return [name for name in hidden(folder) if (folder / name).stat().st_size]
-
-
 # --- the writers
 
 VISION = text_model().cfg.vision
 DUAL = SiglipConfig(VISION, SiglipTextConfig(vocab=20, width=8, layers=1, heads=2, hidden=8, out=VISION.width,
                                              positions=8))  # fmt: skip
 MODELS = text_model(1), text_model(2)._replace(cfg=replace(text_model().cfg, resample="bilinear"))
-DUALS = [pg.SiglipModel(DUAL, dual.init(DUAL, seed), None) for seed in (1, 2)]
+DUALS = [pg.SiglipModel(DUAL, siglip_dual.init(DUAL, seed), None) for seed in (1, 2)]
 PAIRS = [lora.init(MODELS[0].params, ["language.*.q"], 2, alpha, seed) for seed, alpha in ((1, 2.0), (2, 4.0))]
 VQ = [vqvae.init(seed) for seed in (1, 2)]
 SOURCES = [Path(tempfile.mkdtemp()) for _ in MODELS]

@@ -18,12 +18,14 @@ import small
 from cases import text_model
 
 import pgfunc as pg
-from pgfunc import detect, dual, dual_prompt, image, paligemma, segment, tokenizer, vqvae
+from pgfunc import image, paligemma, siglip_dual, tokenizer
 from pgfunc.checkpoint import ADAPTER, bigvision, hf, processor
 from pgfunc.checkpoint.files import Entry
 from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.cli import compiled
 from pgfunc.errors import LONGEST, PgfuncError, PromptError
+from pgfunc.objects import detect, segment, vqvae
+from pgfunc.siglip_dual import prompt as dual_prompt
 from pgfunc.train import data, fit, lora, run
 
 HOSTILE = ("", "\n", "a en\n<loc0001> é<eos>", "\0▁☃🐈\u202e", "\ud800")
@@ -104,7 +106,7 @@ def npz_folder(path: Path) -> None:
 
 def siglip(path: Path) -> None:
     model = pg.load_siglip(path.parent, device="cpu")
-    found, expected = (pg.tree.flatten(each) for each in (model.params, dual.abstract(model.cfg)))
+    found, expected = (pg.tree.flatten(each) for each in (model.params, siglip_dual.abstract(model.cfg)))
     assert {path: leaf.shape for path, leaf in found.items()} == {path: leaf.shape for path, leaf in expected.items()}
     assert min(model.cfg.text.eps, model.cfg.vision.eps) > 0
 

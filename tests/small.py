@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import pgfunc as pg
-from pgfunc import dual
+from pgfunc import siglip_dual
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.config import SiglipConfig, SiglipTextConfig, TextConfig
@@ -62,7 +62,7 @@ SHARDS = files(lambda folder: pg.save(MODEL, folder, shard_bytes=4000))
 BIG_VISION = files(lambda folder: bigvision.save(folder / NPZ, CFG, MODEL.params)) | {
     name: content for name, content in HF.items() if name != hf.SINGLE
 }
-DUAL = files(lambda folder: pg.save_siglip(pg.SiglipModel(SIGLIP, dual.init(SIGLIP, 0), None), folder))
+DUAL = files(lambda folder: pg.save_siglip(pg.SiglipModel(SIGLIP, siglip_dual.init(SIGLIP, 0), None), folder))
 PAIRS = lora.init(MODEL.params, ["language.*.q", "projector"], 2, 4.0)
 ADAPTER = files(lambda folder: lora.save(folder, PAIRS, CFG, "base"))
 

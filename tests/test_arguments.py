@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from pgfunc.arguments import Arguments
+from pgfunc.jit.arguments import Arguments
 
 
 class Pair(NamedTuple):

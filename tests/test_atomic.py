@@ -15,11 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgfunc import atomic
-from pgfunc.atomic import changing, replacing, write_text
 from pgfunc.checkpoint.writing import NAMES, write_safetensors
 from pgfunc.errors import CheckpointError
-from pgfunc.journal import JOURNAL, reading
+from pgfunc.files import atomic
+from pgfunc.files.atomic import changing, replacing, write_text
+from pgfunc.files.journal import JOURNAL, reading
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -251,7 +251,7 @@ def test_without_hard_links_a_folder_still_changes_at_once(pair, monkeypatch):
 
 
 def test_without_locks_each_file_still_changes_at_once(pair, monkeypatch):
-    monkeypatch.setattr("pgfunc.locks.fcntl", None)
+    monkeypatch.setattr("pgfunc.files.locks.fcntl", None)
     (pair / f".pgfunc-{'0' * 16}.tmp").write_text("may be alive")
     replace_pair(pair, "new")
     with reading(pair):

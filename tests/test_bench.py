@@ -11,11 +11,11 @@ import torch
 from cases import text_model
 
 import pgfunc as pg
-from pgfunc import bench, floors, paligemma
-from pgfunc.bench import Case
+from pgfunc import bench, paligemma
+from pgfunc.bench import Case, roofline
+from pgfunc.bench.roofline import Machine, Work
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import PromptError, SettingError
-from pgfunc.floors import Machine, Work
 
 CPU = torch.device("cpu")
 MACHINE = Machine(bandwidth=1e9, rate=1e10)
@@ -63,9 +63,9 @@ def test_stages_are_measured_in_order_and_a_step_is_a_token(monkeypatch):
         assert {slots for _, slots, *_ in run} == {length + 4}
         assert [given for *_, given, _ in run][1:] == [said for *_, said in run][:-1], "what is said is fed back"
     decode, generate = found[2:]
-    works = [floors.decode_work(model.params, model.cfg, 2, length + i) for i in range(3)]
+    works = [roofline.decode_work(model.params, model.cfg, 2, length + i) for i in range(3)]
     assert decode.work == Work(*(sum(column) // 3 for column in zip(*works, strict=True)))
-    assert decode.floor == pytest.approx(floors.floor(works, MACHINE) / 3)
+    assert decode.floor == pytest.approx(roofline.floor(works, MACHINE) / 3)
     assert generate.floor == pytest.approx(found[1].floor + 3 * decode.floor)
     assert min(decode.seconds) < min(generate.seconds), "a token is less than all"
 

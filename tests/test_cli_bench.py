@@ -10,7 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 import pgfunc as pg
 from pgfunc import bench, cli
-from pgfunc.floors import Machine
+from pgfunc.bench.roofline import Machine
 
 MACHINE = Machine(bandwidth=2e9, rate=3e10)
 FEW = ("--tokens", "4", "--repeat", "2", "--prompt-tokens", "3", "--no-compile")

@@ -10,7 +10,8 @@ from PIL import Image
 from test_siglip import CFG, model
 
 import pgfunc as pg
-from pgfunc import cli, dual, dual_prompt
+from pgfunc import cli, siglip_dual
+from pgfunc.siglip_dual import prompt as dual_prompt
 
 MODEL = model()
 
@@ -43,8 +44,8 @@ def run(place, monkeypatch, capsys):
 
 def vectors(place, images: list[str], texts: list[str]) -> np.ndarray:
     pixels = dual_prompt.pixels(MODEL, [place / name for name in images])
-    found = [dual.embed_images(MODEL.params, pixels, CFG)]
-    found += [dual.embed_texts(MODEL.params, dual_prompt.text_ids(MODEL, texts), CFG)] if texts else []
+    found = [siglip_dual.embed_images(MODEL.params, pixels, CFG)]
+    found += [siglip_dual.embed_texts(MODEL.params, dual_prompt.text_ids(MODEL, texts), CFG)] if texts else []
     return torch.cat(found).numpy()
 
 
@@ -78,7 +79,7 @@ def test_classify_ranks_labels_by_their_own_probability(run, place):
     status, out, _ = run("classify", "blue.png", *asked, "--template", template, "--json")
     found = json.loads(out)
     image, *texts = torch.from_numpy(vectors(place, ["blue.png"], [template.format(label) for label in labels]))
-    expected = dual.logits(MODEL.params, image[None], torch.stack(texts))[0].sigmoid().tolist()
+    expected = siglip_dual.logits(MODEL.params, image[None], torch.stack(texts))[0].sigmoid().tolist()
     assert status == 0
     assert found["image"] == "blue.png"
     assert found["template"] == template

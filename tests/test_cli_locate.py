@@ -14,7 +14,8 @@ from cases import text_model
 from PIL import Image
 
 import pgfunc as pg
-from pgfunc import cli, coco, detect, draw, letters, segment, tokenizer, vqvae
+from pgfunc import cli, tokenizer
+from pgfunc.objects import coco, detect, draw, fonts, segment, vqvae
 
 MODEL, VQ = text_model(), vqvae.init(5)
 CODES = "".join(f"<seg{code:03d}>" for code in range(16))
@@ -192,7 +193,7 @@ def test_a_drawing_says_the_confidence_when_asked(run, asked, place, tmp_path):
 
 
 def test_letters_that_no_font_has_are_named_once_and_font_gives_them(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(letters, "installed", tuple)  # a system without fonts
+    monkeypatch.setattr(fonts, "installed", tuple)  # a system without fonts
     text = f"{UNSURE} кот ; {SURE} котик"
     monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [pg.Completion(text, [], [], "eos")])
     call = ["detect", "red.png", "blue.png", "cat", "--out", str(tmp_path / "drawn")]

@@ -15,9 +15,9 @@ from pycocotools import mask as reference
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pgfunc import coco, segment
-from pgfunc.detect import Box, Detection
-from pgfunc.segment import Segment
+from pgfunc.objects import coco, segment
+from pgfunc.objects.detect import Box, Detection
+from pgfunc.objects.segment import Segment
 
 # pycocotools 2.0.11 meets numpy 2 with an old protocol
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

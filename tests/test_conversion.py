@@ -15,10 +15,11 @@ from cases import params as parameters
 from typer.testing import CliRunner
 
 import pgfunc as pg
-from pgfunc import cli, dual, tree, vqvae
+from pgfunc import cli, siglip_dual, tree
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.errors import CheckpointError, NumericalError, PgfuncError, SettingError
+from pgfunc.objects import vqvae
 from pgfunc.train import lora
 
 VQ = vqvae.init(1)
@@ -31,7 +32,7 @@ def bits(params) -> dict[str, bytes]:
 def siglip(vision, seed: int = 0) -> pg.SiglipModel:
     text = SiglipTextConfig(vocab=20, width=8, layers=1, heads=2, hidden=8, out=vision.width, positions=8)
     cfg = SiglipConfig(vision, text)
-    return pg.SiglipModel(cfg, dual.init(cfg, seed), None)
+    return pg.SiglipModel(cfg, siglip_dual.init(cfg, seed), None)
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import pgfunc as pg
-from pgfunc import draw, image, paligemma, vqvae
+from pgfunc import image, paligemma
 from pgfunc.checkpoint import shipped
+from pgfunc.objects import draw, vqvae
 from pgfunc.train import contrastive, finetune, lora, optim
 
 SCENE = Path(__file__).parent.parent / "examples/images/scene.png"

@@ -10,9 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import pgfunc as pg
-from pgfunc import detect, tokenizer
-from pgfunc.detect import Box, Detection
+from pgfunc import tokenizer
 from pgfunc.errors import PromptError, SettingError
+from pgfunc.objects import detect
+from pgfunc.objects.detect import Box, Detection
 
 MODEL = text_model()
 sides = st.integers(1, 5000)

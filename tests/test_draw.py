@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageFont
 
-from pgfunc import draw, segment
-from pgfunc.detect import Box, Detection
 from pgfunc.errors import SettingError
 from pgfunc.image import open_image
-from pgfunc.letters import Letters
-from pgfunc.segment import Segment
+from pgfunc.objects import draw, segment
+from pgfunc.objects.detect import Box, Detection
+from pgfunc.objects.fonts import Letters
+from pgfunc.objects.segment import Segment
 
 
 def grey(width: int, height: int) -> Image.Image:

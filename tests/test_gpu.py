@@ -8,8 +8,9 @@ import torch
 from cases import CONFIGS, params, prompt, text_model
 
 import pgfunc as pg
-from pgfunc import bench, laws, ops, paligemma, tokenizer, vqvae
+from pgfunc import bench, laws, ops, paligemma, tokenizer
 from pgfunc.checkpoint import shipped
+from pgfunc.objects import vqvae
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

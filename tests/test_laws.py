@@ -18,12 +18,13 @@ from transformers import PaliGemmaForConditionalGeneration
 from typer.testing import CliRunner
 
 import pgfunc as pg
-from pgfunc import laws, tokenizer, vqvae
+from pgfunc import laws, tokenizer
 from pgfunc.checkpoint import shipped
 from pgfunc.cli import laws as command
 from pgfunc.cli.options import app
 from pgfunc.config import Config
 from pgfunc.laws import LAWS, System, adapters
+from pgfunc.objects import vqvae
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TOKENIZER, VQ = tokenizer.load(shipped() / "tokenizer.json"), vqvae.init(3)

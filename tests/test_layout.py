@@ -6,18 +6,20 @@ from pathlib import Path
 import pgfunc
 
 ORDER = [
-    "errors", "locks", "journal", "atomic", "outputs", "jsonfile", "tree", "config", "lowbit", "quant", "ops", "cache",
-    "kernels.device", "kernels.device_attention", "kernels.launch", "kernels", "masks", "kernels.block", "siglip",
-    "dual", "gemma", "paligemma", "image", "growth", "declared", "tokenizer", "dual_prompt", "prompt", "sample",
-    "arguments", "reasons", "replay", "handles", "closures", "compilation", "codefolder", "jit", "generate", "floors",
-    "bench", "written", "detect", "vqvae", "checkpoint.keys", "checkpoint.files", "checkpoint.writing",
-    "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf", "checkpoint.bigvision", "checkpoint.source",
-    "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip", "checkpoint.conversion", "segment",
-    "letters", "draw", "coco", "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune",
-    "train.lora", "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model",
-    "laws.transforms", "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses",
-    "laws.adapters", "laws.hf", "laws.check", "laws", "cli.options", "cli.compiled", "cli.text", "cli.contrast",
-    "cli.train", "cli.locate", "cli.checkpoints", "cli.compile", "cli.bench", "cli.laws", "cli", "cli.__main__",
+    "errors", "files", "files.locks", "files.journal", "files.atomic", "files.outputs", "files.jsonfile", "tree",
+    "config", "quant.lowbit", "quant", "ops", "cache", "kernels.device", "kernels.device_attention", "kernels.launch",
+    "kernels", "masks", "kernels.block", "siglip", "siglip_dual", "gemma", "paligemma", "image", "tokenizer.growth",
+    "tokenizer.special", "tokenizer", "siglip_dual.prompt", "prompt", "sample", "jit.arguments", "jit.reasons",
+    "jit.cuda_graphs", "jit.donation", "jit.closures", "jit.compilation", "jit.code_folder", "jit", "generate",
+    "bench.roofline", "bench", "objects", "objects.grammar", "objects.detect", "objects.vqvae", "checkpoint.keys",
+    "checkpoint.files", "checkpoint.writing", "checkpoint.processor", "checkpoint.hf_config", "checkpoint.hf",
+    "checkpoint.bigvision", "checkpoint.source", "checkpoint.lora", "checkpoint.vqvae", "checkpoint",
+    "checkpoint.siglip", "checkpoint.conversion", "objects.segment", "objects.fonts", "objects.draw", "objects.coco",
+    "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
+    "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms",
+    "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
+    "laws.hf", "laws.check", "laws", "cli.options", "cli.compiled", "cli.text", "cli.contrast", "cli.train",
+    "cli.locate", "cli.checkpoints", "cli.compile", "cli.bench", "cli.laws", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent
 

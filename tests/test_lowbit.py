@@ -9,8 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from pgfunc import lowbit, ops
-from pgfunc.lowbit import BLOCK, GROUPS, Float8, Int4, Int8
+from pgfunc import ops
+from pgfunc.quant import lowbit
+from pgfunc.quant.lowbit import BLOCK, GROUPS, Float8, Int4, Int8
 
 ROWS = " in rows"  # 4 bits in the order for GPUs
 METHODS = [*sorted(GROUPS), *(f"{method}{ROWS}" for method in sorted(GROUPS) if GROUPS[method])]

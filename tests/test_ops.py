@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from watched import Watched
 
-from pgfunc import lowbit, ops
+from pgfunc import ops
+from pgfunc.quant import lowbit
 
 seeds = st.integers(0, 2**31)
 

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgfunc as pg
-from pgfunc import lowbit, paligemma, quant
+from pgfunc import paligemma, quant
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
 from pgfunc.laws import ragged
-from pgfunc.lowbit import GROUPS, TYPES
+from pgfunc.quant import lowbit
+from pgfunc.quant.lowbit import GROUPS, TYPES
 from pgfunc.train import finetune, lora
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # float32, three layers; kernels sum in another order

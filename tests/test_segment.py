@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pgfunc as pg
-from pgfunc import detect, segment, tokenizer, vqvae
-from pgfunc.detect import Box
+from pgfunc import tokenizer
 from pgfunc.errors import PromptError, SettingError
-from pgfunc.segment import Segment
+from pgfunc.objects import detect, segment, vqvae
+from pgfunc.objects.detect import Box
+from pgfunc.objects.segment import Segment
 
 VQ, MODEL = vqvae.init(3), text_model()
 CODES = "".join(f"<seg{code:03d}>" for code in range(7, 23))

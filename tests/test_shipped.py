@@ -12,9 +12,9 @@ from transformers import AutoProcessor
 
 import pgfunc as pg
 from examples.tiny import evaluate, heldout
-from pgfunc import detect, segment
 from pgfunc.checkpoint import shipped as folder
-from pgfunc.detect import Box
+from pgfunc.objects import detect, segment
+from pgfunc.objects.detect import Box
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "examples/images"

@@ -20,23 +20,24 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 import pgfunc as pg
-from pgfunc import dual, dual_prompt, ops, siglip
+from pgfunc import ops, siglip, siglip_dual
 from pgfunc.checkpoint import hf
 from pgfunc.config import SiglipConfig, SiglipTextConfig
-from pgfunc.dual_prompt import canonical
 from pgfunc.errors import CheckpointError, ImageError, PromptError
+from pgfunc.siglip_dual import prompt as dual_prompt
+from pgfunc.siglip_dual.prompt import canonical
 
 VISION = CONFIGS["gemma"].vision
 CFG = SiglipConfig(VISION, SiglipTextConfig(vocab=40, width=16, layers=3, heads=4, hidden=20, out=24, positions=8))
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # float32, 3 layers
 
 
-def params(cfg: SiglipConfig = CFG, seed: int = 0) -> dual.DualParams:
+def params(cfg: SiglipConfig = CFG, seed: int = 0) -> siglip_dual.DualParams:
     """Random parameters of which none is zero, so that every leaf matters."""
     generator = torch.Generator().manual_seed(seed)
     return pg.tree.map(
         lambda leaf: leaf + 0.2 * torch.randn(leaf.shape, generator=generator) if leaf.dim() < 2 else leaf,
-        dual.init(cfg, seed),
+        siglip_dual.init(cfg, seed),
     )
 
 
@@ -80,12 +81,12 @@ def assert_parity(found: pg.SiglipModel, expected: transformers.SiglipModel) -> 
     with torch.no_grad():
         out = expected(pixel_values=pixels, input_ids=ids)
     images, texts = (
-        dual.embed_images(found.params, pixels, found.cfg),
-        dual.embed_texts(found.params, ids, found.cfg),
+        siglip_dual.embed_images(found.params, pixels, found.cfg),
+        siglip_dual.embed_texts(found.params, ids, found.cfg),
     )
     torch.testing.assert_close(images, out.image_embeds, **CLOSE)
     torch.testing.assert_close(texts, out.text_embeds, **CLOSE)
-    torch.testing.assert_close(dual.logits(found.params, images, texts), out.logits_per_image, **CLOSE)
+    torch.testing.assert_close(siglip_dual.logits(found.params, images, texts), out.logits_per_image, **CLOSE)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -149,7 +150,7 @@ def test_defaults_that_a_published_config_leaves_out(tmp_path):
     config = transformers.SiglipConfig()
     with torch.device("meta"):
         expected = transformers.SiglipModel(config)
-    assert pg.tree.count(dual.abstract(cfg)) == sum(p.numel() for p in expected.parameters()) == 203_155_970
+    assert pg.tree.count(siglip_dual.abstract(cfg)) == sum(p.numel() for p in expected.parameters()) == 203_155_970
     assert (cfg.text.eps, cfg.text.heads, cfg.vision.heads, cfg.resample) == (1e-6, 12, 12, "bicubic")
 
 
@@ -164,7 +165,7 @@ def test_pixels_beyond_the_last_whole_patch_are_not_read(tmp_path, side, patch):
     pixels, _ = inputs(found.cfg)
     cut = pixels.clone()
     cut[..., side // patch * patch :], cut[..., side // patch * patch :, :] = 9.0, 9.0
-    assert torch.equal(*(dual.embed_images(found.params, each, found.cfg) for each in (pixels, cut)))
+    assert torch.equal(*(siglip_dual.embed_images(found.params, each, found.cfg) for each in (pixels, cut)))
 
 
 def test_texts_of_another_width_than_pictures_are_projected(tmp_path):
@@ -221,7 +222,7 @@ def test_every_published_shape_has_transformers_parameters(name):
     cfg = pg.checkpoint.siglip.parse(raw)
     with torch.device("meta"):
         expected = transformers.SiglipModel(transformers.SiglipConfig(**raw))
-    counted = pg.tree.count(dual.abstract(cfg))
+    counted = pg.tree.count(siglip_dual.abstract(cfg))
     assert counted == sum(parameter.numel() for parameter in expected.parameters())
     assert millions is None or counted / 1e6 == pytest.approx(millions, abs=0.006)
     assert f"{cfg.vision.patch}-{cfg.vision.image_size}" in name
@@ -341,7 +342,7 @@ def test_a_failed_save_says_why_and_a_model_without_weights_is_not_saved(tmp_pat
     with pytest.raises(CheckpointError, match="cannot be written"):
         pg.save_siglip(model(), tmp_path / "file")
     with pytest.raises(CheckpointError, match="no weights to save"):
-        pg.save_siglip(model()._replace(params=dual.abstract(CFG)), tmp_path / "meta")
+        pg.save_siglip(model()._replace(params=siglip_dual.abstract(CFG)), tmp_path / "meta")
 
 
 # text and pictures
@@ -485,7 +486,7 @@ def test_pictures_are_those_of_paligemma():
 @given(seeds)
 def test_vectors_have_length_one_and_rows_do_not_mix(seed):
     pixels, ids = inputs(seed=seed)
-    for embed, x in ((dual.embed_images, pixels), (dual.embed_texts, ids)):
+    for embed, x in ((siglip_dual.embed_images, pixels), (siglip_dual.embed_texts, ids)):
         found = embed(params(), x, CFG)
         torch.testing.assert_close(found.norm(dim=-1), torch.ones(len(x)))
         torch.testing.assert_close(embed(params(), x[1:], CFG), found[1:], **CLOSE)
@@ -512,18 +513,22 @@ def test_pooling_does_not_see_the_order_of_the_patches(order, seed):
 
 def test_every_token_of_a_text_matters_padding_too():
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    whole = dual.embed_texts(params(), ids, CFG)
+    whole = siglip_dual.embed_texts(params(), ids, CFG)
     for place in range(8):
         changed = ids.clone()
         changed[0, place] = 1
-        assert (dual.embed_texts(params(), changed, CFG) - whole).abs().max() > 1e-3
+        assert (siglip_dual.embed_texts(params(), changed, CFG) - whole).abs().max() > 1e-3
 
 
 PIXELS, IDS = inputs()
 
 
-def objective(p: dual.DualParams) -> torch.Tensor:
-    return dual.logits(p, dual.embed_images(p, PIXELS, CFG), dual.embed_texts(p, IDS, CFG)).square().mean()
+def objective(p: siglip_dual.DualParams) -> torch.Tensor:
+    return (
+        siglip_dual.logits(p, siglip_dual.embed_images(p, PIXELS, CFG), siglip_dual.embed_texts(p, IDS, CFG))
+        .square()
+        .mean()
+    )
 
 
 def test_grad_reaches_every_parameter_and_jvp_agrees():
@@ -551,8 +556,8 @@ def test_taps_see_and_replace():
         names.append(name)
         return torch.zeros_like(x) if name.endswith("vector") else x
 
-    assert not dual.embed_images(params(), pixels, CFG, tap).any()
-    assert not dual.embed_texts(params(), ids, CFG, tap).any()
+    assert not siglip_dual.embed_images(params(), pixels, CFG, tap).any()
+    assert not siglip_dual.embed_texts(params(), ids, CFG, tap).any()
     block = ("q", "k", "v", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post")
     blocks = ["vision.0", "vision.1", "vision.pool", "text.0", "text.1", "text.2"]
     between = {f"{tower}.{value}" for tower in ("vision", "text") for value in ("embed", "out", "vector")}
@@ -563,15 +568,15 @@ def test_taps_see_and_replace():
 def test_half_precision_weights_give_vectors_in_float32():
     pixels, ids = inputs()
     half = pg.tree.map(lambda leaf: leaf.bfloat16(), params())
-    for embed, x in ((dual.embed_images, pixels), (dual.embed_texts, ids)):
+    for embed, x in ((siglip_dual.embed_images, pixels), (siglip_dual.embed_texts, ids)):
         found = embed(half, x, CFG)
         assert found.dtype == torch.float32
         assert (found * embed(params(), x, CFG)).sum(-1).min() > 0.99  # bf16
-    assert dual.logits(half, found, found).dtype == torch.float32
+    assert siglip_dual.logits(half, found, found).dtype == torch.float32
 
 
 def test_training_starts_at_factor_10_and_bias_minus_10():
-    start = dual.init(CFG)
-    torch.testing.assert_close(dual.logits(start, torch.eye(24)[:2], torch.eye(24)[:2]), torch.eye(2) * 10 - 10)
+    start = siglip_dual.init(CFG)
+    torch.testing.assert_close(siglip_dual.logits(start, torch.eye(24)[:2], torch.eye(24)[:2]), torch.eye(2) * 10 - 10)
     assert torch.equal(start.text.layers[0].norm1_scale, torch.ones(16))
     assert start.pool.probe.abs().max() > 0

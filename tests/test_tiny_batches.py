@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 import pgfunc as pg
 from examples.tiny import batches, masks, recipe, render, scenes, shapes, sprites, texts, tokenizer, world
 from examples.tiny.batches import BLANK, NUMBERS, Stream
-from pgfunc import detect, dual, dual_prompt, paligemma, segment, tree
+from pgfunc import paligemma, siglip_dual, tree
+from pgfunc.objects import detect, segment
+from pgfunc.siglip_dual import prompt as dual_prompt
 
 WORLD = world.small()
 CAT, BANK = WORLD.catalog, WORLD.bank("cpu")
@@ -193,7 +195,7 @@ def test_worker_processes_make_the_same_batches_in_the_same_order(vocab, written
 
 
 def test_descriptions_are_what_the_text_encoder_is_given_at_inference(vocab):
-    params = dual.init(RECIPE.siglip)
+    params = siglip_dual.init(RECIPE.siglip)
     siglip = dual_prompt.SiglipModel(RECIPE.siglip, params, dual_prompt.wrap(vocab.tokenizer.backend, "the tokenizer"))
     packed = stream(vocab, "description", size=80)[0].texts
     drawn = [scenes.draw(CAT, "train", index) for index in range(80)]

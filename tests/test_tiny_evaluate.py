@@ -16,9 +16,11 @@ from examples.tiny import evaluate, heldout, recipe, scenes, texts, tokenizer, w
 from examples.tiny.evaluate import figures
 from examples.tiny.heldout import Example, Truth
 from examples.tiny.texts import Row
-from pgfunc import detect, dual, dual_prompt, paligemma, segment, vqvae
+from pgfunc import paligemma, siglip_dual
 from pgfunc.checkpoint.siglip import save_siglip
-from pgfunc.detect import Box, Detection
+from pgfunc.objects import detect, segment, vqvae
+from pgfunc.objects.detect import Box, Detection
+from pgfunc.siglip_dual import prompt as dual_prompt
 
 SIDE = heldout.SIDE
 WORLD = world.small()
@@ -317,6 +319,6 @@ def save_checkpoint(folder) -> None:
     params = paligemma.init(at.model)
     pg.save(pg.Model(at.model, params, pg.tokenizer.wrap(words, "the tokenizer")), folder)
     segment.save(folder / "masks.safetensors", VQ)
-    both = dual.init(at.siglip)._replace(vision=params.vision)
+    both = siglip_dual.init(at.siglip)._replace(vision=params.vision)
     siglip = dual_prompt.SiglipModel(at.siglip, both, dual_prompt.wrap(words, "the tokenizer"))
     save_siglip(siglip, folder / "siglip", vision=False)

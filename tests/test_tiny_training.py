@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 import pgfunc as pg
 from examples.tiny import batches, export, fit, masks, recipe, render, scenes, texts, tokenizer, train, world
 from examples.tiny.recipe import Plan
-from pgfunc import detect, dual, dual_prompt, paligemma, segment, tree, vqvae
+from pgfunc import paligemma, siglip_dual, tree
 from pgfunc.checkpoint.siglip import load_siglip
 from pgfunc.config import SiglipTextConfig, TextConfig, VisionConfig
 from pgfunc.errors import NumericalError
+from pgfunc.objects import detect, segment, vqvae
+from pgfunc.siglip_dual import prompt as dual_prompt
 from pgfunc.train import finetune
 
 SMALL = recipe.small()
@@ -71,9 +73,9 @@ def test_what_is_exported_loads_and_runs(exported):
     (done,) = pg.generate(model, picture, "caption en", max_new_tokens=3)
     assert done.finish in ("eos", "length")
     assert segment.parse(detect.words((0, 0, 500, 500), range(16)), 224, 224, coder)[0].mask.shape == (224, 224)
-    images = dual.embed_images(siglip.params, dual_prompt.pixels(siglip, [picture]), siglip.cfg)
-    said = dual.embed_texts(siglip.params, dual_prompt.text_ids(siglip, ["a cup"]), siglip.cfg)
-    assert torch.isfinite(dual.logits(siglip.params, images, said)).all()
+    images = siglip_dual.embed_images(siglip.params, dual_prompt.pixels(siglip, [picture]), siglip.cfg)
+    said = siglip_dual.embed_texts(siglip.params, dual_prompt.text_ids(siglip, ["a cup"]), siglip.cfg)
+    assert torch.isfinite(siglip_dual.logits(siglip.params, images, said)).all()
 
 
 def test_what_is_exported_is_what_was_trained(trained, exported):
@@ -92,7 +94,7 @@ def test_speak_starts_from_the_vision_encoder_of_contrast_and_align_leaves_it_al
     contrast, align = (load_file(trained / f"{stage}.safetensors") for stage in ("contrast", "align"))
     spoken = load_file(trained / "speak.safetensors")
     name = "vision.patch"
-    before = dual.init(SMALL.siglip).vision.patch
+    before = siglip_dual.init(SMALL.siglip).vision.patch
     assert 0 < (spoken[name] - contrast[name]).abs().mean() < 0.1 * contrast[name].abs().mean()
     assert not torch.equal(contrast[name], before)
     assert not [key for key in align if key.startswith("vision.")]
@@ -254,7 +256,7 @@ def test_a_model_that_learned_four_scenes_by_heart_writes_their_captions_boxes_m
     start, plan = paligemma.init(LARGER.model), LARGER.plans["speak"]
     assert fit.fit("speak", start, loss, lambda n: itertools.repeat(batch, plan.steps - n), plan, tmp_path, 1e30)
     fit.write(tmp_path / "masks.safetensors", tree.flatten(coder))
-    fit.write(tmp_path / "align.safetensors", tree.flatten(dual.init(LARGER.siglip)._replace(vision=())))
+    fit.write(tmp_path / "align.safetensors", tree.flatten(siglip_dual.init(LARGER.siglip)._replace(vision=())))
     export.export(LARGER, at.catalog.names, tmp_path, tmp_path / "out")
     model = pg.load(tmp_path / "out", dtype="float32")
     pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in batch[0]]

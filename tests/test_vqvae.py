@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import pgfunc as pg
-from pgfunc import vqvae
 from pgfunc.checkpoint import vqvae as files
 from pgfunc.errors import CheckpointError
+from pgfunc.objects import vqvae
 
 VQ = vqvae.init(3)
 

@@ -13,9 +13,9 @@ import numpy as np, torch
 from PIL import Image
 import pgfunc as pg
 from pgfunc import coco, detect, draw, segment, vqvae
-from pgfunc.detect import Box, Detection
+from pgfunc.objects.detect import Box, Detection
 from pgfunc.errors import PgfuncError
-from pgfunc.segment import Segment
+from pgfunc.objects.segment import Segment
 
 done, box, picture, vq = pg.Completion("", [], [], "eos"), Box(0, 0, 1, 1), Image.new("RGB", (4, 4)), vqvae.init()
 text, mask = "<loc0000><loc0000><loc0009><loc0009> cat", np.ones((4, 4), bool)

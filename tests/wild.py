@@ -24,10 +24,10 @@ from transformers import Trainer, TrainingArguments
 
 import pgfunc as pg
 from pgfunc import checkpoint, tokenizer
-from pgfunc.atomic import changing
 from pgfunc.checkpoint import bigvision, hf, processor
 from pgfunc.checkpoint.writing import as_json
 from pgfunc.errors import CheckpointError, PgfuncError, SettingError
+from pgfunc.files.atomic import changing
 from pgfunc.train import lora
 
 SAME, OURS = "as transformers loads it", "as it was saved"

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 import pgfunc as pg
-from pgfunc import bench, paligemma, replay
+from pgfunc import bench, paligemma
 from pgfunc.cache import Cache, pad
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.errors import PgfuncError, first_line
 from pgfunc.generate import advance, compiled_advance
-from pgfunc.handles import bucket
+from pgfunc.jit import cuda_graphs
+from pgfunc.jit.donation import bucket
 from pgfunc.sample import greedy
 
 
@@ -53,7 +54,7 @@ def overwriting(model: pg.Model, token: torch.Tensor, cache: Cache, u: torch.Ten
         compiled(model.params, mine)
     once = lambda: compiled(model.params, mine)  # noqa: E731
     if token.is_cuda:
-        once, _ = replay.capture(lambda _: compiled(model.params, mine), [token])
+        once, _ = cuda_graphs.capture(lambda _: compiled(model.params, mine), [token])
 
     def write(count: int) -> torch.Tensor:
         said = []

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 import pgfunc as pg
-from pgfunc import kernels, lowbit, ops, replay
+from pgfunc import kernels, ops
+from pgfunc.jit import cuda_graphs
 from pgfunc.kernels import Chunk, Share, Tile
 from pgfunc.kernels.launch import shared_memory
+from pgfunc.quant import lowbit
 
 # rows, block and warps; keys, columns, warps and parts; queries, keys, warps and stages
 TILES = (
@@ -76,7 +78,7 @@ def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
     """A call's time within a graph that goes through all copies and makes at least 20 calls."""
     calls, times = copies * ceil(20 / len(copies)), []
     fn(*calls[0])
-    run, _ = replay.capture(lambda _: [fn(*given) for given in calls], [calls[0][0]])
+    run, _ = cuda_graphs.capture(lambda _: [fn(*given) for given in calls], [calls[0][0]])
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(8):
         for step in (begin.record, run, end.record, end.synchronize):

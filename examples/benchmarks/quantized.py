@@ -16,7 +16,8 @@ from statistics import median
 import torch
 
 import pgfunc as pg
-from pgfunc import lowbit, ops, paligemma
+from pgfunc import ops, paligemma
+from pgfunc.quant import lowbit
 
 KINDS = ("bf16", "int8", "int4")
 LAYERS = 4

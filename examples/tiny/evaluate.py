@@ -22,9 +22,11 @@ import pgfunc as pg
 from examples.tiny import heldout, world
 from examples.tiny.heldout import Example, Truth
 from examples.tiny.texts import NUMBERS, Row, article, plural
-from pgfunc import detect, dual, dual_prompt, segment, vqvae
-from pgfunc.detect import Box
-from pgfunc.segment import Segment
+from pgfunc import siglip_dual
+from pgfunc.objects import detect, segment, vqvae
+from pgfunc.objects.detect import Box
+from pgfunc.objects.segment import Segment
+from pgfunc.siglip_dual import prompt as dual_prompt
 from pgfunc.train import contrastive
 
 AT_ONCE, TOKENS = 64, 80
@@ -204,8 +206,8 @@ def retrieval(siglip: pg.SiglipModel, examples: Sequence[Example]) -> dict[str, 
         with torch.no_grad():
             pixels = dual_prompt.pixels(siglip, [e.picture for e in part])
             ids = dual_prompt.text_ids(siglip, [e.description for e in part])
-            images = dual.embed_images(siglip.params, pixels, siglip.cfg)
-            found.append(contrastive.recall(images, dual.embed_texts(siglip.params, ids, siglip.cfg)))
+            images = siglip_dual.embed_images(siglip.params, pixels, siglip.cfg)
+            found.append(contrastive.recall(images, siglip_dual.embed_texts(siglip.params, ids, siglip.cfg)))
     return {
         "retrieval: text, R@1": {"model": share(each.texts for each in found)},
         "retrieval: picture, R@1": {"model": share(each.images for each in found)},

@@ -14,8 +14,10 @@ import torch
 
 import pgfunc as pg
 from examples.tiny import fit, recipe, tokenizer, world
-from pgfunc import dual, dual_prompt, paligemma, segment, tree, vqvae
+from pgfunc import paligemma, siglip_dual, tree
 from pgfunc.checkpoint.siglip import save_siglip
+from pgfunc.objects import segment, vqvae
+from pgfunc.siglip_dual import prompt as dual_prompt
 
 
 def export(at: recipe.Recipe, names: tuple[str, ...], run: Path, out: Path) -> None:
@@ -26,7 +28,7 @@ def export(at: recipe.Recipe, names: tuple[str, ...], run: Path, out: Path) -> N
     params = tree.map(narrow, fit.read(run / "speak.safetensors", paligemma.init(at.model)))
     pg.save(pg.Model(at.model, params, pg.tokenizer.wrap(words, "the tokenizer")), out)
     segment.save(out / "masks.safetensors", tree.map(narrow, fit.read(run / "masks.safetensors", vqvae.init())))
-    half = fit.read(run / "align.safetensors", dual.init(at.siglip)._replace(vision=()))
+    half = fit.read(run / "align.safetensors", siglip_dual.init(at.siglip)._replace(vision=()))
     both = tree.map(narrow, half)._replace(vision=params.vision)
     siglip = dual_prompt.SiglipModel(at.siglip, both, dual_prompt.wrap(words, "the tokenizer"))
     save_siglip(siglip, out / "siglip", vision=False)

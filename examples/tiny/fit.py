@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.tiny.recipe import Plan
-from pgfunc import replay, tree
+from pgfunc import tree
 from pgfunc.errors import NumericalError
+from pgfunc.jit import cuda_graphs
 from pgfunc.train import finetune, optim
 
 Loss = Callable[[Any, Any], tuple[Tensor, Any]]  # of (parameters, batch), and a tree of numbers to watch
@@ -35,7 +36,9 @@ def fit(
     going, settings = folder / f"{stage}.going.safetensors", optim.Settings(beta2=0.98, weight_decay=plan.weight_decay)
     params, state = resume(going, params)
     done, began, watched = int(state.step), time.monotonic(), []
-    gradient = replay.graphed(lambda params, batch: finetune.grad_and_value(lambda given: loss(given, batch), params))
+    gradient = cuda_graphs.graphed(
+        lambda params, batch: finetune.grad_and_value(lambda given: loss(given, batch), params)
+    )
     for step, batch in enumerate(batches(done), done):
         grads, (value, seen) = gradient(params, batch)
         grads, _ = optim.clip(average(grads), 1.0)

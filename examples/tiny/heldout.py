@@ -20,7 +20,7 @@ from torch import Tensor
 from examples.tiny import fetch, render, scenes, texts, world
 from examples.tiny.scenes import Catalog, Scene
 from examples.tiny.texts import Row
-from pgfunc.detect import Box
+from pgfunc.objects.detect import Box
 
 AT_ONCE, SIDE = 50, 224
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from examples.tiny.fit import note
 from examples.tiny.recipe import Plan
-from pgfunc import tree, vqvae
+from pgfunc import tree
+from pgfunc.objects import vqvae
 from pgfunc.train import finetune, optim
 
 DECAY, COMMIT, DEAD = 0.99, 0.25, 0.05

@@ -20,8 +20,8 @@ from PIL import Image
 import pgfunc as pg
 from examples.tiny import heldout, scenes, world
 from examples.tiny.evaluate import iou, named_f1, share, singular
-from pgfunc import detect
-from pgfunc.detect import Box, Detection
+from pgfunc.objects import detect
+from pgfunc.objects.detect import Box, Detection
 
 NAME, FOLDER = "helicopter", Path("examples/helicopters")
 SPLITS = {"train": ("S0", 140, 60), "valid": ("S2", 60, 0)}  # the scenes, how many with the class, how many without

@@ -31,9 +31,10 @@ from torch import Tensor
 import pgfunc as pg
 from examples.tiny import batches, fit, masks, recipe, render, tokenizer, world
 from examples.tiny.recipe import Recipe
-from pgfunc import dual, gemma, paligemma, tree, vqvae
+from pgfunc import gemma, paligemma, siglip_dual, tree
 from pgfunc import masks as seen_by
 from pgfunc.config import Config, SiglipConfig
+from pgfunc.objects import vqvae
 from pgfunc.train import contrastive
 
 
@@ -92,9 +93,9 @@ def train_masks(job: Job) -> bool:
 # --- contrast and align ----------------------------------------------------------------------------------------------
 
 
-def start_contrast(job: Job) -> dual.DualParams:
+def start_contrast(job: Job) -> siglip_dual.DualParams:
     """Random, but patch positions begin as sines of row and column: neighbours are alike from the first step."""
-    params, vision = dual.init(job.recipe.siglip, job.seed), job.recipe.model.vision
+    params, vision = siglip_dual.init(job.recipe.siglip, job.seed), job.recipe.model.vision
     if vision.position != "learned":
         return params
     place = torch.arange(vision.grid)[:, None] * 0.01 ** torch.linspace(0, 1, vision.width // 4)
@@ -112,7 +113,7 @@ def train_contrast(job: Job) -> bool:
 
 def train_align(job: Job) -> bool:
     """The other half alone: the vision encoder is the one that learned to speak."""
-    params = dual.init(job.recipe.siglip, job.seed)
+    params = siglip_dual.init(job.recipe.siglip, job.seed)
     spoken = fit.read(job.folder / "speak.safetensors", paligemma.init(job.recipe.model))
     locked = tree.map(lambda leaf: leaf.to(job.device).bfloat16(), spoken.vision)
     half = tree.map(lambda leaf: leaf.to(job.device), params._replace(vision=()))
@@ -126,14 +127,14 @@ def pairs(job: Job, stage: str, first: int) -> Iterable[tuple[Tensor, Tensor]]:
 
 
 def contrast(
-    cfg: SiglipConfig, params: dual.DualParams, batch: tuple[Tensor, Tensor], vision: Any = ()
+    cfg: SiglipConfig, params: siglip_dual.DualParams, batch: tuple[Tensor, Tensor], vision: Any = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """SigLIP's loss of a batch of pictures and their descriptions, the encoders in bf16."""
     pixels, ids = batch
     low = tree.map(lambda leaf: leaf.bfloat16(), params)
     low = low._replace(vision=vision) if vision else low
-    images = dual.embed_images(low, rearrange(scaled(pixels), "s 1 c y x -> s c y x"), cfg)
-    texts = dual.embed_texts(low, ids, cfg)
+    images = siglip_dual.embed_images(low, rearrange(scaled(pixels), "s 1 c y x -> s c y x"), cfg)
+    texts = siglip_dual.embed_texts(low, ids, cfg)
     found = contrastive.recall(images.detach()[:100], texts.detach()[:100])
     return contrastive.sigmoid_loss(images, texts, params.scale, params.bias), {"recall": found.texts}
 
@@ -143,7 +144,7 @@ def contrast(
 
 def train_speak(job: Job) -> bool:
     params = paligemma.init(job.recipe.model, job.seed)
-    seen = fit.read(job.folder / "contrast.safetensors", dual.init(job.recipe.siglip)).vision
+    seen = fit.read(job.folder / "contrast.safetensors", siglip_dual.init(job.recipe.siglip)).vision
     params = tree.map(lambda leaf: leaf.to(job.device), params._replace(vision=seen))
     loss = torch.compile(partial(speak, job.recipe.model, job.recipe.prompts), disable=job.device == "cpu")
     return fit.fit("speak", params, loss, partial(prompts, job), job.recipe.plans["speak"], job.folder, job.until)

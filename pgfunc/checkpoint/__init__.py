@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pgfunc import paligemma, quant, tree
 from pgfunc import tokenizer as tokenizers
-from pgfunc.atomic import Change, changing
 from pgfunc.checkpoint import bigvision, hf, keys, lora, processor
 from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, with_methods
 from pgfunc.checkpoint.source import ADAPTER, Source, check_folder, check_weights, find, named_config, npz_in
@@ -17,8 +16,9 @@ from pgfunc.checkpoint.source import shipped as shipped
 from pgfunc.checkpoint.writing import as_json, check_save, written
 from pgfunc.config import Config, with_vocabulary
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
-from pgfunc.journal import reading
-from pgfunc.jsonfile import read_json
+from pgfunc.files.atomic import Change, changing
+from pgfunc.files.journal import reading
+from pgfunc.files.jsonfile import read_json
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 

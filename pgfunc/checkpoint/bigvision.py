@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from pgfunc import gemma, paligemma, quant, siglip, tree
-from pgfunc.atomic import changing
 from pgfunc.checkpoint import keys
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
 from pgfunc.checkpoint.writing import written
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
-from pgfunc.jsonfile import check_file
+from pgfunc.files.atomic import changing
+from pgfunc.files.jsonfile import check_file
 
 DTYPES = {"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "V2": torch.bfloat16}
 MOST_HEADER = 2**16  # bytes of a member that are read for its header

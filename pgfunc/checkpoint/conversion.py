@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 import torch
 
-from pgfunc import outputs, quant, tree
-from pgfunc.atomic import Change, changing
+from pgfunc import quant, tree
 from pgfunc.checkpoint import Source, bigvision, dtype_name, find, hf, load, siglip
 from pgfunc.checkpoint import check as check_model
 from pgfunc.checkpoint import put as put_model
 from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.checkpoint.writing import written
-from pgfunc.dual_prompt import SiglipModel
+from pgfunc.files import outputs
+from pgfunc.files.atomic import Change, changing
 from pgfunc.prompt import Model
+from pgfunc.siglip_dual.prompt import SiglipModel
 
 MASKS, SIGLIP = "masks.safetensors", "siglip"  # the mask decoder, and a dual encoder with the same vision encoder
 BESIDE = ("tokenizer.model", "generation_config.json")  # what other programs read in a folder

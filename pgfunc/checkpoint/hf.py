@@ -19,8 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pgfunc import gemma, lowbit, paligemma, quant, siglip, tree
-from pgfunc.atomic import Change
+from pgfunc import gemma, paligemma, quant, siglip, tree
 from pgfunc.checkpoint import keys
 from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
 from pgfunc.checkpoint.hf_config import CONFIG
@@ -37,7 +36,9 @@ from pgfunc.checkpoint.writing import (
 )
 from pgfunc.config import Config, VisionConfig
 from pgfunc.errors import CheckpointError, first_line
-from pgfunc.jsonfile import check_file, read_json
+from pgfunc.files.atomic import Change
+from pgfunc.files.jsonfile import check_file, read_json
+from pgfunc.quant import lowbit
 
 # what a save replaces
 WEIGHTS = re.compile(r"model(-[0-9a-f]{16})?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")

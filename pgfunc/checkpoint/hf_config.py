@@ -14,7 +14,7 @@ from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
 from pgfunc.config import Config, TextConfig, VisionConfig, with_vocabulary
 from pgfunc.errors import CheckpointError, SettingError
-from pgfunc.jsonfile import read_json
+from pgfunc.files.jsonfile import read_json
 
 T = TypeVar("T")
 

@@ -20,8 +20,8 @@ from pgfunc.checkpoint.hf_config import MOST
 from pgfunc.checkpoint.source import ADAPTER, find
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError
-from pgfunc.journal import reading
-from pgfunc.jsonfile import read_json
+from pgfunc.files.journal import reading
+from pgfunc.files.jsonfile import read_json
 from pgfunc.ops import widen
 from pgfunc.paligemma import Params
 

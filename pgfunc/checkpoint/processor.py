@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pgfunc.config import Config, SiglipConfig, VisionConfig
 from pgfunc.errors import CheckpointError
-from pgfunc.jsonfile import read_json
+from pgfunc.files.jsonfile import read_json
 
 C = TypeVar("C", Config, SiglipConfig)
 

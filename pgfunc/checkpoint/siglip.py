@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgfunc import dual, siglip, tree
-from pgfunc.atomic import Change, changing
+from pgfunc import siglip, siglip_dual, tree
 from pgfunc.checkpoint import (
     DECLARED,
     TOKENIZER,
@@ -43,9 +42,10 @@ from pgfunc.checkpoint.hf_config import (
 from pgfunc.checkpoint.source import Source, check_folder, check_weights, find, shipped
 from pgfunc.checkpoint.writing import as_json, check_save, written
 from pgfunc.config import SiglipConfig, SiglipTextConfig
-from pgfunc.dual_prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
 from pgfunc.errors import CheckpointError
-from pgfunc.journal import reading
+from pgfunc.files.atomic import Change, changing
+from pgfunc.files.journal import reading
+from pgfunc.siglip_dual.prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
 
 TEXT = {
     "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -92,7 +92,7 @@ def load_siglip(
         check_weights(folder)
         check_save(folder, CONFIG)
         entries = read_entries(folder, cfg) if mmap else hf.copied(read_entries(folder, cfg))
-        params = gather(table(cfg), dual.abstract(cfg), entries, str(folder), kind, where)
+        params = gather(table(cfg), siglip_dual.abstract(cfg), entries, str(folder), kind, where)
         tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
     return SiglipModel(cfg, params, tokenizer)
 
@@ -149,13 +149,13 @@ def put_tokenizer(change: Change, tokenizer: TextTokenizer, length: int, inner: 
     change.supersede(DECLARED, inner)
 
 
-def table(cfg: SiglipConfig) -> dual.DualParams:
+def table(cfg: SiglipConfig) -> siglip_dual.DualParams:
     """The key of every parameter. Query, key and value of the pooling head are parts of one array: see `fold`."""
     layers = (hf.layer_table(hf.SIGLIP_LAYER, f"text_model.encoder.layers.{i}.") for i in range(cfg.text.layers))
-    return dual.DualParams(
+    return siglip_dual.DualParams(
         vision=hf.vision_table(cfg.vision, VISION),
         pool=HEAD,
-        text=dual.TextParams(
+        text=siglip_dual.TextParams(
             embed=Slot("text_model.embeddings.token_embedding.weight"),
             position=Slot("text_model.embeddings.position_embedding.weight"),
             layers=tuple(layers),

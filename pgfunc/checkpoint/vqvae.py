@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from pgfunc import tree, vqvae
-from pgfunc.atomic import replacing
+from pgfunc import tree
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.checkpoint.files import Slot, arrange, gather
 from pgfunc.checkpoint.writing import write_safetensors, written
 from pgfunc.errors import CheckpointError
-from pgfunc.vqvae import Block, Conv, Params, Transposed
+from pgfunc.files.atomic import replacing
+from pgfunc.objects import vqvae
+from pgfunc.objects.vqvae import Block, Conv, Params, Transposed
 
 CODEBOOK = "_vq_vae._embedding"
 TRAINING = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # the codebook's running sums, of no use without training

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pgfunc.errors import CheckpointError
-from pgfunc.jsonfile import read_json
+from pgfunc.files.jsonfile import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIGURED = "pgfunc_config"  # the key of the name of a configuration

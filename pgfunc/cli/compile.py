@@ -10,13 +10,13 @@ import torch
 import typer
 
 import pgfunc as pg
-from pgfunc.atomic import write_text
 from pgfunc.bench import Case, random_prompt
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import MADE_FOR, MAKER, compiled_files, compiling, kind_of, made_for, makers
 from pgfunc.cli.options import app, enough_memory
 from pgfunc.errors import SettingError, harmless
+from pgfunc.files.atomic import write_text
 from pgfunc.generate import complete
 from pgfunc.sample import Settings
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 import pgfunc as pg
-from pgfunc.atomic import write_text
 from pgfunc.bench import hardware
 from pgfunc.cli.options import say_aside
 from pgfunc.errors import SettingError
+from pgfunc.files.atomic import write_text
 
 MADE_FOR = "made-for.json"  # in a folder of compiled code
 MAKER = "maker"  # in it: who made the folder, a random number that stands for a user on a machine

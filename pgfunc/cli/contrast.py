@@ -10,12 +10,12 @@ import typer
 from torch import Tensor
 
 import pgfunc as pg
-from pgfunc.atomic import replacing
 from pgfunc.checkpoint import shipped
 from pgfunc.cli import options
 from pgfunc.cli.options import app, check_file, check_pictures, each, end, say
 from pgfunc.errors import NumericalError, SettingError
-from pgfunc.outputs import check_apart
+from pgfunc.files.atomic import replacing
+from pgfunc.files.outputs import check_apart
 
 ModelName = Annotated[
     str | None, options.unset("--model", help="SigLIP: a folder or hub id; without it the shipped one.")

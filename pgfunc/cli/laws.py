@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 import pgfunc as pg
 from pgfunc import laws as pglaws
-from pgfunc import segment
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiles
@@ -27,6 +26,7 @@ from pgfunc.cli.options import app, enough_memory, unset
 from pgfunc.errors import DeviceError, SettingError
 from pgfunc.laws import LAWS, Law, Result, System
 from pgfunc.laws.check import EXAMPLES
+from pgfunc.objects import segment
 
 DEEP = 2000
 MOST_COPIED = 2**30  # bytes; the laws of parameters copy them for each example, in float64 or into files

@@ -11,8 +11,6 @@ import typer
 from PIL import Image
 
 import pgfunc as pg
-from pgfunc import atomic, coco, draw, letters, vqvae
-from pgfunc.atomic import replacing
 from pgfunc.checkpoint import find, shipped
 from pgfunc.checkpoint.conversion import MASKS
 from pgfunc.cli import options
@@ -30,13 +28,16 @@ from pgfunc.cli.options import (
     unset,
     without,
 )
-from pgfunc.detect import Detection, Malformed
 from pgfunc.errors import CheckpointError, PromptError, SettingError, first_line
+from pgfunc.files import atomic
+from pgfunc.files.atomic import replacing
+from pgfunc.files.outputs import check_apart, resolved
 from pgfunc.image import open_image
-from pgfunc.outputs import check_apart, resolved
+from pgfunc.objects import coco, draw, fonts, vqvae
+from pgfunc.objects.detect import Detection, Malformed
+from pgfunc.objects.segment import Segment
 from pgfunc.prompt import TASKS, tokenizer_of, unmarked
 from pgfunc.sample import Settings
-from pgfunc.segment import Segment
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")  # of a drawing
 
@@ -87,7 +88,7 @@ def locating(name: str, about: str) -> None:
         if coco_file:
             check_coco(coco_file, inputs, drawings)
         prefix = TASKS[name].format(unmarked(wanted, 1))
-        letters.candidates(font)  # raises for what is no font
+        fonts.candidates(font)  # raises for what is no font
         Settings(temperature, top_k, top_p, min_p)  # and for what is out of range
         decoder = decoder_of(masks, model) if name == "segment" else None
         loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
@@ -107,7 +108,7 @@ def locating(name: str, about: str) -> None:
                     say_length(image, done.finish, max_new_tokens)
                 if out:
                     write_picture(draw.objects(picture, found, font, confidence), drawings[image])
-                    unwritten.extend(letters.missing(draw.caption(item), font) for item in found)
+                    unwritten.extend(fonts.missing(draw.caption(item), font) for item in found)
                 yield coco.Picture(image, *picture.size, found)
 
         if coco_file:

@@ -18,8 +18,8 @@ import typer
 from tqdm import tqdm
 
 from pgfunc.errors import COMMANDS, ImageError, NumericalError, SettingError, harmless
-from pgfunc.lowbit import GROUPS
-from pgfunc.outputs import check_name
+from pgfunc.files.outputs import check_name
+from pgfunc.quant.lowbit import GROUPS
 
 T = TypeVar("T")
 

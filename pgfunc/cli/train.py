@@ -12,12 +12,13 @@ import typer
 from tqdm import tqdm
 
 import pgfunc as pg
-from pgfunc import outputs, tree
+from pgfunc import tree
 from pgfunc.checkpoint import dtype_name, find, shipped
 from pgfunc.checkpoint.conversion import write_folder
 from pgfunc.cli import options
 from pgfunc.cli.options import app, enough_memory, say_aside, unset
 from pgfunc.errors import SettingError, harmless
+from pgfunc.files import outputs
 from pgfunc.train import data, fit, run
 
 TARGETS = ("language.layers.*",)

@@ -23,7 +23,7 @@ from pgfunc import ops
 from pgfunc.cache import pad
 from pgfunc.errors import SettingError
 from pgfunc.kernels.launch import code, dense, early, shared_memory
-from pgfunc.lowbit import Int4, Quantized
+from pgfunc.quant.lowbit import Int4, Quantized
 
 
 class Tile(NamedTuple):

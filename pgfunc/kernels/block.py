@@ -17,11 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pgfunc import kernels, lowbit, ops
+from pgfunc import kernels, ops
 from pgfunc.config import TextConfig
 from pgfunc.kernels import Matrix
-from pgfunc.lowbit import Float8, Int4, Int8
 from pgfunc.masks import Span
+from pgfunc.quant import lowbit
+from pgfunc.quant.lowbit import Float8, Int4, Int8
 
 TRITON = find_spec("triton") is not None
 QUANTIZED = {torch.int8: Int8, torch.float8_e4m3fn: Float8, torch.uint8: Int4}  # what the values tell

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgfunc import detect, image, lowbit, masks, ops, paligemma, quant, sample, segment, tokenizer, tree, vqvae
-from pgfunc.atomic import changing
+from pgfunc import image, masks, ops, paligemma, quant, sample, tokenizer, tree
 from pgfunc.cache import Cache
 from pgfunc.checkpoint import bigvision, hf
 from pgfunc.config import Config
-from pgfunc.detect import Box, Detection
+from pgfunc.files.atomic import changing
 from pgfunc.jit import jit
 from pgfunc.laws.system import ROUNDING, Edges, System
+from pgfunc.objects import detect, segment, vqvae
+from pgfunc.objects.detect import Box, Detection
 from pgfunc.paligemma import Params
 from pgfunc.prompt import Prompt
-from pgfunc.quant import dequantize
+from pgfunc.quant import dequantize, lowbit
 from pgfunc.tokenizer import Tokenizer
 from pgfunc.train.contrastive import sigmoid_loss, softmax_loss
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pgfunc.atomic import replacing, write_text
 from pgfunc.checkpoint import ADAPTER, conversion
 from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.checkpoint.writing import written
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
+from pgfunc.files.atomic import replacing, write_text
 from pgfunc.train import lora, run
 from pgfunc.train.data import Example, steps_per_epoch
 from pgfunc.train.run import Job, State

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pgfunc import quant, tree
-from pgfunc.atomic import changing
 from pgfunc.checkpoint import ADAPTER, HUB_ID
 from pgfunc.checkpoint.lora import WEIGHTS, Lora, Pair, linear_paths, modules
 from pgfunc.checkpoint.lora import load as load
@@ -19,6 +18,7 @@ from pgfunc.checkpoint.lora import merge as merge
 from pgfunc.checkpoint.writing import as_json, write_safetensors, written
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
+from pgfunc.files.atomic import changing
 from pgfunc.paligemma import Params
 
 

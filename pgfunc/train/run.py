@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgfunc import tree
-from pgfunc.atomic import replacing
 from pgfunc.checkpoint.writing import write_safetensors, written
 from pgfunc.errors import CheckpointError, NumericalError, SettingError, first_line
+from pgfunc.files.atomic import replacing
 from pgfunc.paligemma import Params
 from pgfunc.prompt import Model
 from pgfunc.train import data, finetune, lora, optim

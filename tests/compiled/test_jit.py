@@ -16,8 +16,8 @@ import pgfunc as pg
 from pgfunc import bench
 from pgfunc.errors import SettingError
 from pgfunc.generate import begin, bucketed
-from pgfunc.handles import bucket
 from pgfunc.jit import Jitted
+from pgfunc.jit.donation import bucket
 from pgfunc.sample import Settings
 
 LIMIT = {"atol": 1e-5, "rtol": 1e-4}  # float32, sums in another order

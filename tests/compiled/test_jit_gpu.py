@@ -5,7 +5,8 @@ import torch
 from cases import CONFIGS, params, prompt
 
 import pgfunc as pg
-from pgfunc import bench, laws, replay
+from pgfunc import bench, laws
+from pgfunc.jit import cuda_graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LIMIT = {"atol": 1e-4, "rtol": 1e-4}  # float32, no tf32, sums in another order
@@ -38,7 +39,7 @@ def test_loops_forks_rewinds_and_other_weights(name):
         del cache, kept, mine
     assert step.compilations == 1
     (((_, run),),) = step._compiled.values()
-    assert isinstance(run, replay.Replayed)
+    assert isinstance(run, cuda_graphs.Replayed)
     assert len(run.graphs) > 1  # one for each tree of weights
 
 

@@ -10,9 +10,10 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils import _pytree as pytree
 
 import pgfunc as pg
-from pgfunc import bench, kernels, lowbit, ops
+from pgfunc import bench, kernels, ops
 from pgfunc.config import TextConfig, VisionConfig
 from pgfunc.kernels import block
+from pgfunc.quant import lowbit
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 
-from pgfunc import kernels, lowbit
+from pgfunc import kernels
 from pgfunc.errors import SettingError
 from pgfunc.kernels import Chunk, Share, Tile
+from pgfunc.quant import lowbit
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

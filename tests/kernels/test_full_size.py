@@ -7,7 +7,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 import pgfunc as pg
-from pgfunc import kernels, lowbit, masks, replay
+from pgfunc import kernels, masks
+from pgfunc.jit import cuda_graphs
+from pgfunc.quant import lowbit
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(interpreted or not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -118,7 +120,7 @@ def test_captured_they_see_new_values_and_lengths(name):
         return {part: getattr(kernels, part)(*arguments) for part, arguments in given.items()}
 
     every(given)
-    run, results = replay.capture(lambda _: every(given), [given["matvec"][0]])
+    run, results = cuda_graphs.capture(lambda _: every(given), [given["matvec"][0]])
     for length in (1, 64, 333):
         for arguments in given.values():
             arguments[0].copy_(normal(*arguments[0].shape).to(arguments[0].dtype))

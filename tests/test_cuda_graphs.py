@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from pgfunc import replay
+from pgfunc.jit import cuda_graphs
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ calls = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, ma
 
 @given(calls)
 def test_any_sequence_of_inputs_gives_what_the_function_gives(calls):
-    run, small, big = replay.Replayed(mixed), [SMALL + i for i in range(3)], [BIG + i for i in range(3)]
+    run, small, big = cuda_graphs.Replayed(mixed), [SMALL + i for i in range(3)], [BIG + i for i in range(3)]
     results, expected = [], []
     with pytest.MonkeyPatch.context() as patch:
         played(patch)
@@ -49,7 +49,7 @@ def test_any_sequence_of_inputs_gives_what_the_function_gives(calls):
 
 
 def test_a_loop_that_feeds_back_what_is_small_captures_once(graphs):
-    run, x = replay.Replayed(mixed), SMALL
+    run, x = cuda_graphs.Replayed(mixed), SMALL
     for _ in range(10):
         x = run([x, BIG])["sum"]
     assert torch.equal(x, SMALL + 10 * BIG[:4])
@@ -57,7 +57,7 @@ def test_a_loop_that_feeds_back_what_is_small_captures_once(graphs):
 
 
 def test_inputs_that_come_anew_are_copied_from_the_second_call_on_wherever_they_lie(graphs):
-    run = replay.Replayed(mixed)
+    run = cuda_graphs.Replayed(mixed)
     for _ in range(3):  # in one place, by chance
         run([SMALL, BIG], new=[[0]])
     assert equal(run([SMALL + 1, BIG], new=[[0]]), mixed([SMALL + 1, BIG]))
@@ -66,7 +66,10 @@ def test_inputs_that_come_anew_are_copied_from_the_second_call_on_wherever_they_
 
 @pytest.mark.parametrize("cut", [lambda x: x[:, ::2], lambda x: x.T, lambda x: x[:1].expand(4, -1)])
 def test_copies_have_the_strides_of_what_they_are_copies_of(graphs, cut):
-    strides, run = [], replay.Replayed(lambda tensors: strides.append(tensors[0].stride()) or tensors[0] + 1, few=1.0)
+    strides, run = (
+        [],
+        cuda_graphs.Replayed(lambda tensors: strides.append(tensors[0].stride()) or tensors[0] + 1, few=1.0),
+    )
     for i in range(4):
         x = cut(torch.arange(24.0).view(4, 6) * i)
         assert torch.equal(run([x], new=[[0]]), x + 1)
@@ -75,7 +78,7 @@ def test_copies_have_the_strides_of_what_they_are_copies_of(graphs, cut):
 
 
 def test_other_weights_are_another_graph_and_none_of_them_is_copied(graphs):
-    run = replay.Replayed(lambda tensors: torch.stack([x.sum() for x in tensors]))
+    run = cuda_graphs.Replayed(lambda tensors: torch.stack([x.sum() for x in tensors]))
     trees = [[torch.full((size,), float(seed)) for size in (1, 2, 3, 50, 60)] for seed in range(2)]
     for seed in (0, 0, 1, 1, 0, 1):
         found = run([torch.tensor([7.0]), *trees[seed]], new=[[0], range(1, 6)])
@@ -86,7 +89,7 @@ def test_other_weights_are_another_graph_and_none_of_them_is_copied(graphs):
 
 def test_few_bytes_are_copied_and_more_are_not():
     """A batch of pictures moves from call to call, and weights stay until there are others."""
-    run = replay.Replayed(mixed)
+    run = cuda_graphs.Replayed(mixed)
     small, picture, weights = torch.zeros(4), torch.zeros(100), torch.zeros(1000)
     calls = [[small.clone(), picture.clone(), weights.clone()] for _ in range(3)]  # all alive: in places of their own
     for tensors in calls:
@@ -95,12 +98,12 @@ def test_few_bytes_are_copied_and_more_are_not():
 
 
 def test_as_many_graphs_are_kept_as_said(graphs):
-    run, places = replay.Replayed(mixed), [BIG + i for i in range(replay.KEPT + 1)]
+    run, places = cuda_graphs.Replayed(mixed), [BIG + i for i in range(cuda_graphs.KEPT + 1)]
     for x in places:
         for _ in range(2):  # the first call in a new place is no graph's
             run([SMALL, x])
     assert graphs["captured"] == len(places)
-    assert len(run.graphs) == replay.KEPT
+    assert len(run.graphs) == cuda_graphs.KEPT
 
 
 def test_what_is_written_stays_where_it_is(graphs):
@@ -108,7 +111,7 @@ def test_what_is_written_stays_where_it_is(graphs):
         tensors[0][int(tensors[1])] = tensors[1]
         return tensors[0].sum()
 
-    run, mine, other = replay.Replayed(note, written=[0]), torch.zeros(5), torch.zeros(5)
+    run, mine, other = cuda_graphs.Replayed(note, written=[0]), torch.zeros(5), torch.zeros(5)
     for i in range(5):
         assert run([mine, torch.tensor(float(i))]) == sum(range(i + 1))
     assert run([other, torch.tensor(3.0)]) == 3
@@ -117,7 +120,10 @@ def test_what_is_written_stays_where_it_is(graphs):
 
 
 def test_inputs_that_begin_to_move_leave_no_graph_that_no_call_can_find(graphs):
-    run, small = replay.Replayed(lambda tensors: torch.stack(tensors).sum()), [torch.tensor(float(i)) for i in range(6)]
+    run, small = (
+        cuda_graphs.Replayed(lambda tensors: torch.stack(tensors).sum()),
+        [torch.tensor(float(i)) for i in range(6)],
+    )
     for first in range(6):
         for _ in range(3):
             small = [x.clone() if i == first else x for i, x in enumerate(small)]
@@ -126,21 +132,21 @@ def test_inputs_that_begin_to_move_leave_no_graph_that_no_call_can_find(graphs):
 
 
 def test_results_elsewhere_are_no_graphs(graphs, monkeypatch):
-    monkeypatch.setattr(replay, "possible", lambda leaves: len(leaves) == 1)  # as if only inputs were there
-    run = replay.Replayed(lambda tensors: tensors[0] + 1)
+    monkeypatch.setattr(cuda_graphs, "possible", lambda leaves: len(leaves) == 1)  # as if only inputs were there
+    run = cuda_graphs.Replayed(lambda tensors: tensors[0] + 1)
     assert [int(run([torch.tensor(i)])) for i in range(4)] == [1, 2, 3, 4]
     assert not graphs
 
 
 def test_other_shapes_are_other_graphs(graphs):
-    total = replay.graphed(lambda x: x.sum() + torch.zeros(4))
+    total = cuda_graphs.graphed(lambda x: x.sum() + torch.zeros(4))
     for size in (4, 4, 4, 1, 1, 1, 4):
         assert torch.equal(total(torch.full((size,), 2.0)), torch.full((4,), 2.0 * size))
     assert graphs["captured"] == 2
 
 
 def test_a_function_of_trees_is_captured_once_a_structure(graphs):
-    @replay.graphed
+    @cuda_graphs.graphed
     def step(params, batch):
         return {"w": params["w"] - 0.5 * batch[0]}, {"seen": batch[1].sum()}
 
@@ -156,6 +162,6 @@ def test_a_function_of_trees_is_captured_once_a_structure(graphs):
 
 def test_without_a_gpu_the_function_runs_as_it_is():
     called = []
-    run = replay.graphed(lambda x: called.append(x) or x + 1)
+    run = cuda_graphs.graphed(lambda x: called.append(x) or x + 1)
     assert [run(torch.tensor(i)).item() for i in range(3)] == [1, 2, 3]
     assert len(called) == 3

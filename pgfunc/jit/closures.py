@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pgfunc.arguments import shape
 from pgfunc.errors import SettingError
+from pgfunc.jit.arguments import shape
 
 MODULE = re.compile(r"G\['__import_(\w+?)(?:_dot_\w+)?'\]")
 LIBRARIES = frozenset({"pgfunc", "torch", "einops", "numpy", "builtins", "math", "typing"})

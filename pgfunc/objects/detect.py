@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 from pgfunc import tokenizer as tokenizers
 from pgfunc.errors import PromptError, SettingError
 from pgfunc.generate import Completion
+from pgfunc.objects.grammar import PLACE, STEPS, checked
+from pgfunc.objects.grammar import Malformed as Malformed
+from pgfunc.objects.grammar import Written as Written
+from pgfunc.objects.grammar import malformed as malformed
+from pgfunc.objects.grammar import read as read
+from pgfunc.objects.grammar import unique as unique
+from pgfunc.objects.grammar import words as words
+from pgfunc.objects.grammar import write as write
+from pgfunc.objects.grammar import written as written
 from pgfunc.prompt import TASKS
 from pgfunc.tokenizer import Tokenizer
-from pgfunc.written import PLACE, STEPS, checked
-from pgfunc.written import Malformed as Malformed
-from pgfunc.written import Written as Written
-from pgfunc.written import malformed as malformed
-from pgfunc.written import read as read
-from pgfunc.written import unique as unique
-from pgfunc.written import words as words
-from pgfunc.written import write as write
-from pgfunc.written import written as written
 
 
 class Box(NamedTuple):

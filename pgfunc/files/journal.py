@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pgfunc.errors import CheckpointError
-from pgfunc.locks import locked
+from pgfunc.files.locks import locked
 
 JOURNAL = ".pgfunc-journal"
 TEMPORARY = re.compile(r"\.pgfunc-([0-9a-f]{16})(\.\d+)?\.tmp")  # short: the target's name may have all of 255 bytes

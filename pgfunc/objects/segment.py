@@ -15,12 +15,12 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pgfunc import detect, vqvae
 from pgfunc.checkpoint.vqvae import load as load
 from pgfunc.checkpoint.vqvae import save as save
-from pgfunc.detect import Box, Malformed, Written
 from pgfunc.errors import SettingError
 from pgfunc.generate import Completion
+from pgfunc.objects import detect, vqvae
+from pgfunc.objects.detect import Box, Malformed, Written
 from pgfunc.prompt import TASKS
 from pgfunc.tokenizer import Tokenizer
 

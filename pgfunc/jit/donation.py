@@ -18,10 +18,11 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pgfunc import replay, tree
-from pgfunc.arguments import shape
+from pgfunc import tree
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
+from pgfunc.jit import cuda_graphs
+from pgfunc.jit.arguments import shape
 from pgfunc.ops import on_host, transformed
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -48,7 +49,7 @@ class Arena:
     """Buffers that may be used again when no handle on them is alive: the graphs of a step read them where they are."""
 
     def __init__(self):
-        self.caches: deque[Cache] = deque(maxlen=replay.KEPT)
+        self.caches: deque[Cache] = deque(maxlen=cuda_graphs.KEPT)
 
 
 class Lineage(NamedTuple):
@@ -135,7 +136,7 @@ def claimed(kinds: list[tuple[Any, torch.dtype, torch.device]], arena: Arena, le
         made = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in kinds]
         base = Cache(tuple(made[: len(made) // 2]), tuple(made[len(made) // 2 :]), length)
         _lineages[base.k[0]] = lineage = Lineage.on(buffers(base), arena)
-        if replay.possible(made):
+        if cuda_graphs.possible(made):
             arena.caches.append(base)
         return registered(base, length, lineage, 0, rewound=False)
 

@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from pgfunc.journal import TEMPORARY, flush, interrupted, names, placed, planned, settle
-from pgfunc.locks import AS_IT_IS, lock, unlocked
+from pgfunc.files.journal import TEMPORARY, flush, interrupted, names, placed, planned, settle
+from pgfunc.files.locks import AS_IT_IS, lock, unlocked
 
 
 @contextmanager
@@ -168,8 +168,11 @@ def alive(folder: Path) -> Iterator[str]:
     try:
         yield token
     finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:
+            path.unlink(missing_ok=True)
+        finally:  # again, if Ctrl-C came before the file was gone
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:

@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pgfunc import paligemma, tree
+from pgfunc.bench.roofline import Machine, Work, decode_work, floor, prefill_work, vision_work
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
-from pgfunc.floors import Machine, Work, decode_work, floor, prefill_work, vision_work
 from pgfunc.generate import advance, bucketed, compiled_advance, compiled_begin, complete
 from pgfunc.jit import compiled_in
 from pgfunc.paligemma import Params, Prompt

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from pgfunc import image
 from pgfunc.config import SiglipConfig
-from pgfunc.dual import DualParams
 from pgfunc.errors import CheckpointError, PromptError
+from pgfunc.siglip_dual import DualParams
 from pgfunc.tokenizer import MISSING, Reader, control_of, fix, read
 from pgfunc.tokenizer import encode as plain_ids
 

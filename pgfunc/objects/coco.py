@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from pgfunc.detect import Detection, checked_objects
 from pgfunc.errors import SettingError
-from pgfunc.segment import Segment, check_mask
+from pgfunc.objects.detect import Detection, checked_objects
+from pgfunc.objects.segment import Segment, check_mask
 
 
 class Picture(NamedTuple):

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from pgfunc import letters
 from pgfunc.errors import SettingError
-from pgfunc.letters import Letters
+from pgfunc.objects import fonts
+from pgfunc.objects.fonts import Letters
 
 DEJAVU = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
 TABLE = TTFont(DEJAVU).getBestCmap()
@@ -22,13 +22,13 @@ TABLE = TTFont(DEJAVU).getBestCmap()
 @pytest.fixture
 def bare(monkeypatch):
     """A system without fonts."""
-    monkeypatch.setattr(letters, "installed", tuple)
+    monkeypatch.setattr(fonts, "installed", tuple)
 
 
 @given(st.characters(exclude_categories=["C", "M", "Z"]) | st.sampled_from([chr(code) for code in TABLE]))
 def test_a_font_has_the_letters_of_its_table(letter):
-    if letters.needs_font(letter):
-        assert letters.has(DEJAVU, letter) == (ord(letter) in TABLE)
+    if fonts.needs_font(letter):
+        assert fonts.has(DEJAVU, letter) == (ord(letter) in TABLE)
 
 
 def drawn(text: str, file: str | None) -> Image.Image:
@@ -39,29 +39,29 @@ def drawn(text: str, file: str | None) -> Image.Image:
 
 @pytest.mark.parametrize("word", ["кошка", "γάτα", "قطة", "mèo ế", "😀"])
 def test_a_word_is_drawn_whole_in_the_first_font_that_has_its_letters(word, bare):
-    assert letters.runs(word, (letters.OWN, DEJAVU)) == [(DEJAVU, word)]
-    assert letters.missing(word, DEJAVU) == ""
+    assert fonts.runs(word, (fonts.OWN, DEJAVU)) == [(DEJAVU, word)]
+    assert fonts.missing(word, DEJAVU) == ""
     assert drawn(word, DEJAVU).getbbox() is not None
     assert drawn(word, DEJAVU) != drawn(word, None)
-    assert set(letters.missing(word)) == {c for c in word if not (c.isspace() or c in "mo")}
+    assert set(fonts.missing(word)) == {c for c in word if not (c.isspace() or c in "mo")}
 
 
 def test_a_word_that_no_font_has_whole_is_drawn_in_parts(bare):
-    own = letters.OWN
-    assert letters.runs("猫 кошка 🐈 cat", (own, DEJAVU)) == [(own, "猫 "), (DEJAVU, "кошка "), (own, "🐈 cat")]
-    assert letters.missing("猫 кошка 猫", DEJAVU) == "猫"
-    assert letters.runs("", (own,)) == [(own, "")]
+    own = fonts.OWN
+    assert fonts.runs("猫 кошка 🐈 cat", (own, DEJAVU)) == [(own, "猫 "), (DEJAVU, "кошка "), (own, "🐈 cat")]
+    assert fonts.missing("猫 кошка 猫", DEJAVU) == "猫"
+    assert fonts.runs("", (own,)) == [(own, "")]
 
 
 def test_marks_and_joiners_stay_with_their_letter(bare):
     word = "к\u0301\u200d\u0301猫"
     assert unicodedata.category("\u200d") == "Cf"
-    assert letters.runs(word, (letters.OWN, DEJAVU)) == [(DEJAVU, word[:-1]), (letters.OWN, "猫")]
+    assert fonts.runs(word, (fonts.OWN, DEJAVU)) == [(DEJAVU, word[:-1]), (fonts.OWN, "猫")]
 
 
 def test_a_given_font_comes_first():
-    assert letters.runs("cat", letters.candidates(DEJAVU)) == [(DEJAVU, "cat")]
-    assert letters.runs("cat", letters.candidates(None)) == [(letters.OWN, "cat")]
+    assert fonts.runs("cat", fonts.candidates(DEJAVU)) == [(DEJAVU, "cat")]
+    assert fonts.runs("cat", fonts.candidates(None)) == [(fonts.OWN, "cat")]
 
 
 def test_lengths_are_those_of_what_is_drawn(bare):
@@ -78,9 +78,9 @@ def test_the_fonts_of_the_system_are_found_regular_ones_first(system, monkeypatc
     (tmp_path / folder / "deep").mkdir(parents=True)
     for name in ("A-Bold.ttf", "LastResort.otf", "deep/B.ttc", "C-Regular.otf", "notes.txt"):
         (tmp_path / folder / name).touch()
-    found = [Path(name).name for name in letters.installed.__wrapped__() if name.startswith(str(tmp_path))]
+    found = [Path(name).name for name in fonts.installed.__wrapped__() if name.startswith(str(tmp_path))]
     assert found == ["B.ttc", "C-Regular.otf", "A-Bold.ttf"]
-    assert not letters.has(str(tmp_path / folder / "A-Bold.ttf"), "c"), "an empty file has no letters"
+    assert not fonts.has(str(tmp_path / folder / "A-Bold.ttf"), "c"), "an empty file has no letters"
 
 
 @pytest.mark.parametrize("file", ["no.ttf", __file__, str(Path(__file__).parent)])

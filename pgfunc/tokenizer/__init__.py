@@ -18,9 +18,9 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from pgfunc import growth
-from pgfunc.declared import declared
 from pgfunc.errors import CheckpointError, PromptError
+from pgfunc.tokenizer import growth
+from pgfunc.tokenizer.special import declared
 
 FILE = "tokenizer.json"
 MISSING = (

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from pgfunc.errors import CheckpointError
-from pgfunc.jsonfile import read_json
+from pgfunc.files.jsonfile import read_json
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))

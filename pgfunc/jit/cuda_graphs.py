@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pgfunc.arguments import shape
+from pgfunc.jit.arguments import shape
 
 FEW = 0.25  # of all bytes that go in: so many may be copied
 KEPT = 4  # graphs

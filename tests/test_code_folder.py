@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import pgfunc as pg
-from pgfunc.codefolder import FILES, VARIABLES, contents
 from pgfunc.errors import SettingError
+from pgfunc.jit.code_folder import FILES, VARIABLES, contents
 
 CODE = {"torchinductor/ab/one.so": b"machine code", "torchinductor/fx/two": b"a pickle", "triton/three.cubin": b"more"}
 

@@ -4,13 +4,13 @@
     logits, cache = step(params, token, cache, cfg)
 
 A cache is append-only: a handle does not see what is written behind its length. So its buffers may be written in place
-there, unless a newer handle on them is alive (`handles.py`). A continuation keeps the trees alive that came again and
+there, unless a newer handle on them is alive (`donation.py`). A continuation keeps the trees alive that came again and
 again while it was made: a loop comes with the same ones. Knows nothing about models.
 
 A function that takes `wrap`, which it applies to the blocks that it repeats, is compiled a block at a time: the code of
 one serves all layers, and what stands around them runs as it is.
 
-On CUDA compiled code is captured in a graph and replayed (`replay.py`), on one stream. There the last few sets of
+On CUDA compiled code is captured in a graph and replayed (`cuda_graphs.py`), on one stream. There the last few sets of
 buffers are kept, and used again when all handles on them are gone: a loop over the next prompt finds the graph of the
 last.
 """
@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pgfunc import reasons, replay
-from pgfunc.arguments import Argument, Arguments, Kind, as_input, repeated, shape
 from pgfunc.cache import Cache
-from pgfunc.codefolder import code_in
-from pgfunc.compilation import CACHE, Code, check_appends, compiled, continuation, explained, regional
 from pgfunc.errors import CacheFullError, SettingError
-from pgfunc.handles import Arena, buffers, continued, copied, is_newest, known, lineage_of
+from pgfunc.jit import cuda_graphs, reasons
+from pgfunc.jit.arguments import Argument, Arguments, Kind, as_input, repeated, shape
+from pgfunc.jit.code_folder import code_in
+from pgfunc.jit.compilation import CACHE, Code, check_appends, compiled, continuation, explained, regional
+from pgfunc.jit.donation import Arena, buffers, continued, copied, is_newest, known, lineage_of
 from pgfunc.ops import on_host, transformed
 
 P = ParamSpec("P")
@@ -106,7 +106,7 @@ class Jitted(Generic[P, R]):
         self.donate, self.signature = donate, inspect.signature(fn)
         self.why, self.copies = "", 0
         self._arguments = Arguments()
-        self._compiled: dict[Any, list[tuple[Code, replay.Replayed | replay.Direct]]] = {}
+        self._compiled: dict[Any, list[tuple[Code, cuda_graphs.Replayed | cuda_graphs.Direct]]] = {}
         self._met: list[reasons.Description] = []
         self._arena = Arena()  # buffers that graphs write, to be used again
         self._lock = RLock()  # one call at a time
@@ -198,7 +198,7 @@ class Jitted(Generic[P, R]):
             for name, value in given.items()
         }
 
-    def _run(self, given: dict[str, Any], read: dict[str, Argument], cache: Cache | None) -> replay.Flat:
+    def _run(self, given: dict[str, Any], read: dict[str, Argument], cache: Cache | None) -> cuda_graphs.Flat:
         """The results of the code for these arguments, which is compiled where there is none."""
         tensors, places, fresh, again = [], [], [], []
         for each in read.values():
@@ -227,7 +227,7 @@ class Jitted(Generic[P, R]):
         count = len(tensors)
         code = regional(self.fn, kinds, count) if self.blocks else compiled(self.fn, self.donate, kinds, count)
         written = range(count - len(donated), count - 1)
-        run = replay.Replayed(code, written) if replay.possible(tensors) else replay.Direct(code)
+        run = cuda_graphs.Replayed(code, written) if cuda_graphs.possible(tensors) else cuda_graphs.Direct(code)
         try:
             # other objects than those that the function may close over, or PyTorch would take them for one
             apart = {id(x): x.detach() for x in tensors}

@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import pgfunc as pg
-from pgfunc import bench, floors, paligemma
-from pgfunc.floors import Machine, Work
+from pgfunc import bench, paligemma
+from pgfunc.bench import roofline
+from pgfunc.bench.roofline import Machine, Work
 
 CPU = torch.device("cpu")
 UNWINDOWED = {name: replace(cfg, text=replace(cfg.text, window=0)) for name, cfg in CONFIGS.items()}
@@ -32,12 +33,13 @@ def test_flops_are_those_that_pytorch_counts(name, batch, tokens):
     tree, prompt = params(cfg), bench.random_prompt(cfg, batch, tokens, CPU)
     length = cfg.vision.tokens + tokens
     assert (
-        counted(lambda: paligemma.encode_images(tree, prompt.pixels, cfg)) == floors.vision_work(tree, cfg, batch).flops
+        counted(lambda: paligemma.encode_images(tree, prompt.pixels, cfg))
+        == roofline.vision_work(tree, cfg, batch).flops
     )
-    assert counted(lambda: pg.prefill(tree, prompt, cfg, 1)) == floors.prefill_work(tree, cfg, batch, tokens).flops
+    assert counted(lambda: pg.prefill(tree, prompt, cfg, 1)) == roofline.prefill_work(tree, cfg, batch, tokens).flops
     _, cache = pg.prefill(tree, prompt, cfg, 1)  # full after one step, so that no empty slot is computed
     token = torch.zeros(batch, dtype=torch.long)
-    assert counted(lambda: pg.decode(tree, token, cache, cfg)) == floors.decode_work(tree, cfg, batch, length).flops
+    assert counted(lambda: pg.decode(tree, token, cache, cfg)) == roofline.decode_work(tree, cfg, batch, length).flops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,12 +52,12 @@ def test_bytes_are_those_of_the_tensors_that_are_read(name, dtype):
     language = sum(size for path, size in leaves.items() if path.startswith("language."))
     _, cache = pg.prefill(tree, bench.random_prompt(cfg, 2, 3, CPU), cfg, 1)
     live = sum(buffer.numel() * buffer.element_size() for buffer in (*cache.k, *cache.v))
-    assert floors.decode_work(tree, cfg, 2, cfg.vision.tokens + 3).nbytes == language + live
+    assert roofline.decode_work(tree, cfg, 2, cfg.vision.tokens + 3).nbytes == language + live
     vision = sum(size for path, size in leaves.items() if not path.startswith("language."))
-    assert floors.vision_work(tree, cfg, 2).nbytes == vision
+    assert roofline.vision_work(tree, cfg, 2).nbytes == vision
     _, cache = pg.prefill(tree, bench.random_prompt(cfg, 2, 3, CPU), cfg, 0)
     written = sum(buffer.numel() * buffer.element_size() for buffer in (*cache.k, *cache.v))
-    assert floors.prefill_work(tree, cfg, 2, 3).nbytes == vision + language + written
+    assert roofline.prefill_work(tree, cfg, 2, 3).nbytes == vision + language + written
 
 
 @given(st.integers(0, 40), st.integers(1, 3))
@@ -64,7 +66,7 @@ def test_a_window_bounds_what_the_even_layers_read(length, batch):
     tree = paligemma.abstract(cfg)
     unseen = max(0, length + 1 - cfg.text.window) * 2  # of the layers 0 and 2
     kv = 2 * cfg.text.kv_heads * cfg.text.head_dim * 4
-    few, all_ = floors.decode_work(tree, cfg, batch, length), floors.decode_work(tree, whole, batch, length)
+    few, all_ = roofline.decode_work(tree, cfg, batch, length), roofline.decode_work(tree, whole, batch, length)
     assert all_.nbytes - few.nbytes == batch * unseen * kv
     assert (all_.flops > few.flops) == (unseen > 0)
 
@@ -78,7 +80,7 @@ PUBLISHED = {"paligemma-3b-224": (5.02e9, 18_432), "paligemma2-3b-224": (5.23e9,
 def test_the_bytes_of_a_token_are_the_published_ones_and_nothing_is_allocated(name):
     cfg, (weights, kv) = pg.PUBLISHED[name], PUBLISHED[name]
     tree = pg.tree.map(lambda leaf: leaf.to(torch.bfloat16), paligemma.abstract(cfg))
-    read = [floors.decode_work(tree, cfg, 1, length).nbytes for length in (271, 272)]
+    read = [roofline.decode_work(tree, cfg, 1, length).nbytes for length in (271, 272)]
     assert read[0] - 272 * kv == pytest.approx(weights, rel=0.01)
     assert read[1] - read[0] == kv
 
@@ -88,4 +90,4 @@ def test_a_floor_is_the_longer_of_reading_and_computing_one_piece_after_another(
     expected = 0.0
     for flops, nbytes in pieces:
         expected += flops / 1e10 if flops / 1e10 > nbytes / 1e9 else nbytes / 1e9
-    assert floors.floor(pieces, Machine(bandwidth=1e9, rate=1e10)) == pytest.approx(expected)
+    assert roofline.floor(pieces, Machine(bandwidth=1e9, rate=1e10)) == pytest.approx(expected)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pgfunc import lowbit, tree
+from pgfunc import tree
 from pgfunc.errors import NumericalError, SettingError
-from pgfunc.lowbit import BLOCK, GROUPS, Int4, Quantized
+from pgfunc.quant import lowbit
+from pgfunc.quant.lowbit import BLOCK, GROUPS, Int4, Quantized
 
 T = TypeVar("T")
 

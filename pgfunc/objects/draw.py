@@ -18,11 +18,11 @@ from jaxtyping import Bool
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pgfunc.detect import Box, Detection, checked_objects, edges
 from pgfunc.errors import SettingError
 from pgfunc.image import Source, open_image
-from pgfunc.letters import Letters
-from pgfunc.segment import Segment, check_mask, extent
+from pgfunc.objects.detect import Box, Detection, checked_objects, edges
+from pgfunc.objects.fonts import Letters
+from pgfunc.objects.segment import Segment, check_mask, extent
 
 # apart in hue and lightness, the most different first (Okabe & Ito 2008, and four more)
 COLOURS = ((230, 159, 0), (0, 114, 178), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),

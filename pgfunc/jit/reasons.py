@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from pgfunc.arguments import Kind, strides
+from pgfunc.jit.arguments import Kind, strides
 from pgfunc.tree import join
 
 MOST = 3  # differences that a reason names

@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from pgfunc.arguments import Kind
 from pgfunc.cache import Cache
-from pgfunc.closures import Closed, closed, reachable
 from pgfunc.errors import SettingError, first_line
-from pgfunc.handles import buffers
+from pgfunc.jit.arguments import Kind
+from pgfunc.jit.closures import Closed, closed, reachable
+from pgfunc.jit.donation import buffers
 
 for fn in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
     torch.compiler.allow_in_graph(fn)  # whole: to trace how a pattern is parsed took most of a compilation

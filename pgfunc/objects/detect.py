@@ -136,6 +136,7 @@ def to_locations(box: Box, width: int, height: int) -> tuple[int, ...]:
 
 
 def _two_locations(low: float, high: float, side: int) -> tuple[int, int]:
+    """The locations of two opposite edges, at least one step apart."""
     first, last = (min(max(round(edge / side * STEPS), 0), STEPS) for edge in (low, high))
     if first < last:
         return first, last

@@ -1,9 +1,9 @@
 """Boxes, labels and masks drawn on a picture with Pillow. The cost grows no faster than the number of pixels.
 
 Lines and letters are larger in larger pictures. Boxes with the same label have the same colour; every mask has its own.
-A label stands beside or in its box, inside the picture, where it hides the least of other labels and then of other
-boxes; one that is wider than the picture is truncated. Labels hide at most an eighth of the picture: if there are many,
-their letters are smaller, and labels that still do not fit are left out, as in pictures of 32 pixels.
+A label stands beside or in its box, inside the picture, where it hides the least of other labels and then of boxes; one
+that is wider than the picture is truncated. Labels hide at most an eighth of the picture: if there are many, their
+letters are smaller, and labels that still do not fit are left out, as in pictures of 32 pixels.
 """
 
 from bisect import bisect_right
@@ -185,14 +185,19 @@ def place_labels(
             labels.append(None)
             continue
         area_left -= width * height
-        rows, columns = (box.ymin - height, box.ymin, box.ymax - height, box.ymax), (box.xmin, box.xmax - width)
-        corners = [*product(columns, rows), (box.xmin - width, box.ymin), (box.xmax, box.ymin)]
-        inside = [(min(max(round(x), 0), size[0] - width), min(max(round(y), 0), size[1] - height)) for x, y in corners]
-        spots = rectangles([(x, y, x + width, y + height) for x, y in inside])
+        spots = label_spots(box, width, height, size)
         others = rectangles([other[1:] for other in labels if other])
         costs = zip(overlaps(spots, others), overlaps(spots, objects), range(len(spots)), strict=True)
         labels.append(Label(text, *map(int, spots[min(costs)[2]])))
     return labels
+
+
+def label_spots(box: Box, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
+    """The rectangles that a label of this size may fill, moved into the picture; the preferred one first."""
+    rows, columns = (box.ymin - height, box.ymin, box.ymax - height, box.ymax), (box.xmin, box.xmax - width)
+    corners = [*product(columns, rows), (box.xmin - width, box.ymin), (box.xmax, box.ymin)]
+    inside = [(min(max(round(x), 0), size[0] - width), min(max(round(y), 0), size[1] - height)) for x, y in corners]
+    return rectangles([(x, y, x + width, y + height) for x, y in inside])
 
 
 def rectangles(sides: Sequence[Sequence[int | float]]) -> np.ndarray:

@@ -26,8 +26,8 @@ Every complete box is kept, whatever stands beside it. `malformed` lists the res
     text or segmentation tokens without locations of their own    `a cat in the grass`
 
 Eight adjacent locations are two boxes, and the label belongs to the second. Five adjacent locations are malformed,
-except at the end of the text: there the token limit has cut off the second box, and the first is kept. The last label
-of such a text may be incomplete. `unique` drops an object that repeats the label and the box of an earlier one, because
+except at the end of the text: there the token limit has cut off the second box, and the first is kept. A text may also
+be cut off within its last label. `unique` drops an object that repeats the label and the box of an earlier one, because
 models can loop.
 """
 

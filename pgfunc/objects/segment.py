@@ -76,7 +76,7 @@ def _check_codes(item: WellFormed) -> WellFormed | Malformed:
 def _decode(
     items: Sequence[tuple[WellFormed, float | None]], width: int, height: int, vq: vqvae.Params
 ) -> list[Segment]:
-    """The masks of these objects, each of which comes with its confidence."""
+    """The masks of these pairs of an object and its confidence."""
     detect.check_size(width, height)
     check_vqvae(vq)
     codes = torch.tensor([item.codes for item, _ in items], device=vq.codebook.device).reshape(-1, CODES_PER_MASK)

@@ -21,7 +21,8 @@ from torch import Tensor
 from pgfunc import tree
 
 SIDE, GRID, CODES, WIDTH = 64, 4, 128, 512
-DOWN, UP = (1, 16, 32, 64, 128), (128, 128, 64, 32, 16)  # channels around the layers that halve, that double the side
+# channels before and after each layer that halves or doubles the side
+DOWN, UP = (1, 16, 32, 64, 128), (128, 128, 64, 32, 16)
 BLOCKS = 2  # residual blocks in the encoder, and in the decoder
 
 

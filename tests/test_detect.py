@@ -292,3 +292,11 @@ def test_locations_spelled_in_several_tokens_have_no_confidence():
     assert detect.with_confidence(spelled, MODEL.tokenizer, 40, 30) == detect.parse(CAT, 40, 30)
     half = completion("<loc0000><loc0001><loc0002><loc0900> cat")
     assert detect.with_confidence(half, MODEL.tokenizer, 40, 30)[0].confidence is None
+
+
+def test_former_names_still_work():
+    assert detect.written(CAT) == detect.well_formed(CAT)
+    assert detect.written(CAT)[0].places == (10, 20, 500, 600)
+    assert detect.words((10, 20, 500, 600)) + " cat" == CAT
+    assert detect.to_places(Box(0, 0, 1, 1), 1, 1) == (0, 0, 1023, 1023)
+    assert detect.wanted(["cat", "bus"]) == "cat ; bus"

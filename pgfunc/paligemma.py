@@ -31,6 +31,9 @@ class Params(NamedTuple):
     projector_bias: Float[Tensor, "d"]
     language: gemma.Params
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Prompt(NamedTuple):
     """What goes in. Tokens are bos, prefix, newline (then suffix, eos), padded; `causal` marks suffix tokens."""
@@ -39,6 +42,9 @@ class Prompt(NamedTuple):
     tokens: Int[Tensor, "b t"]
     valid: Bool[Tensor, "b t"]
     causal: Bool[Tensor, "b t"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 class Embedded(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pgfunc import image, tokenizer
+from pgfunc import image, tokenizer, tree
 from pgfunc.config import Config
 from pgfunc.errors import PromptError
 from pgfunc.paligemma import Params, Prompt
@@ -35,6 +35,9 @@ class Model(NamedTuple):
     cfg: Config
     params: Params
     tokenizer: Tokenizer | None
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 class Row(NamedTuple):

@@ -288,6 +288,10 @@ def test_threads_read_the_same_ids():
     assert found == [tokenizer.encode(PLAIN, "a<eos>b<loc0001>"), tokenizer.encode(PLAIN, "a en")] * 100
 
 
+def test_the_repr_of_a_tokenizer_is_its_size():
+    assert repr(tokenizer.wrap(google(), "a test's tokenizer")) == f"Tokenizer({len(IDS):,} tokens)"
+
+
 # --- ids to text
 
 

@@ -25,6 +25,8 @@ from jaxtyping import Float, Int, Shaped, UInt
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pgfunc import tree
+
 GROUPS = {"int8": 0, "fp8": 0, "int4": 128, "int4-64": 64, "int4-32": 32}  # inputs that share a scale; 0: all of a row
 BLOCK = 64
 
@@ -35,6 +37,9 @@ class Int8(NamedTuple):
     values: Int[Tensor, "o i"]  # int8, from -127 to 127
     scale: Float[Tensor, "o"]
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Float8(NamedTuple):
     """values · scale: 3 bits of a mantissa, where an Int8 has even steps (Micikevicius et al. 2022)."""
@@ -42,12 +47,18 @@ class Float8(NamedTuple):
     values: Float[Tensor, "o i"]  # float8_e4m3fn, from -448 to 448
     scale: Float[Tensor, "o"]
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Int4(NamedTuple):
     """(level - 8) · scale + zero, with levels from 0 to 15."""
 
     values: UInt[Tensor, "n i d"] | UInt[Tensor, "o j"]  # uint8, two levels each, in blocks or in rows
     scale: Float[Tensor, "g o z"] | Float[Tensor, "o g z"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
     @property
     def blocked(self) -> bool:

@@ -33,6 +33,9 @@ class TextParams(NamedTuple):
     head: Float[Tensor, "e d"]
     head_bias: Float[Tensor, "e"]
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class DualParams(NamedTuple):
     """Both encoders, and the two numbers that make a cosine a logit."""
@@ -42,6 +45,9 @@ class DualParams(NamedTuple):
     text: TextParams
     scale: Float[Tensor, ""]  # the logarithm of the factor
     bias: Float[Tensor, ""]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 def abstract(cfg: SiglipConfig) -> DualParams:

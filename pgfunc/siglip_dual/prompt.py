@@ -22,7 +22,7 @@ from tokenizers import Regex, normalizers, processors
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from pgfunc import image
+from pgfunc import image, tree
 from pgfunc.config import SiglipConfig
 from pgfunc.errors import CheckpointError, PromptError
 from pgfunc.siglip_dual import DualParams
@@ -32,7 +32,7 @@ from pgfunc.tokenizer import encode as plain_ids
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TextTokenizer(Reader):
     """A loaded `tokenizer.json`, the ids that end and fill a text, and whether punctuation is dropped before."""
 
@@ -47,6 +47,9 @@ class SiglipModel(NamedTuple):
     cfg: SiglipConfig
     params: DualParams
     tokenizer: TextTokenizer | None
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:

@@ -35,12 +35,15 @@ IDS, LARGE = 10**7, re.compile(r":\s*[0-9]{8}")  # more ids than any model has, 
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reader:
     """A backend as its file describes it, and the ids that text never becomes. A copy reads as the original does."""
 
     backend: Backend
     control: frozenset[int]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.backend.get_vocab_size():,} tokens)"
 
     @cached_property
     def spelling(self) -> Backend:
@@ -57,7 +60,7 @@ class Reader:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tokenizer(Reader):
     """A loaded `tokenizer.json`: reads text, and writes all ids but the control tokens."""
 

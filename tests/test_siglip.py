@@ -460,7 +460,7 @@ def test_control_tokens_cannot_be_written():
 def test_a_text_that_does_not_fit_is_an_error():
     full = model()
     assert dual_prompt.text_ids(full, ["a " * 7]).tolist()[0] == [3] * 7 + [1]
-    with pytest.raises(PromptError, match="is 8 tokens, this model has room for 7"):
+    with pytest.raises(PromptError, match="is 8 tokens, this model reads up to 7"):
         dual_prompt.text_ids(full, ["a " * 8])
     with pytest.raises(PromptError, match="not text that can be encoded"):
         dual_prompt.text_ids(full, ["\ud800"])

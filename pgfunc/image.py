@@ -37,7 +37,7 @@ from pgfunc.errors import ImageError, first_line
 Source = str | PathLike | bytes | Image.Image | np.ndarray | Tensor
 
 BAND = 2**20  # pixels converted at a time: the conversion has several steps, and each would copy the whole picture
-MAX_READS = 20_000  # of a header: Pillow takes quadratic time to join EXIF blocks and comments
+MAX_READS = 20_000  # calls of read for one header: Pillow takes quadratic time to join EXIF blocks and comments
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -35,14 +35,14 @@ from pgfunc.siglip_dual.prompt import canonical
     ],
 )
 def test_text_is_normalized_as_in_training(text, siglip1, siglip2):
-    assert canonical(text, bare=True) == siglip1
-    assert canonical(text, bare=False) == siglip2
+    assert canonical(text, drop_punctuation=True) == siglip1
+    assert canonical(text, drop_punctuation=False) == siglip2
 
 
 @given(st.text(st.sampled_from("aBÉ .,'!▁\t\n<>/")), st.booleans())
-def test_canonical_text_is_not_changed_again(text, bare):
-    once = canonical(text, bare)
-    assert canonical(once, bare) == once
+def test_canonical_text_is_not_changed_again(text, drop_punctuation):
+    once = canonical(text, drop_punctuation)
+    assert canonical(once, drop_punctuation) == once
 
 
 def test_texts_get_an_end_token_and_padding():

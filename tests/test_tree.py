@@ -86,11 +86,11 @@ def test_a_summary_is_the_totals_then_a_line_for_each_part():
         "  left: dict(9 elements, 30 B, bfloat16 and float32 on cpu)\n"
         "  right: 2 x Pair(1.02 k elements, 4.1 kB, float32 on cpu)"
     )
-    assert repr(layers[0]) == (
-        "Pair(1.02 k elements, 4.1 kB, float32 on cpu)\n"  #
-        "  left: float32[64, 16] on cpu\n"
-        "  right: ()"
-    )
+    assert repr(layers[0]).splitlines() == [
+        "Pair(1.02 k elements, 4.1 kB, float32 on cpu)",
+        "  left: float32[64, 16] on cpu",
+        "  right: ()",
+    ]
 
 
 def test_a_cache_shows_its_layers_its_slots_and_its_lengths():
@@ -121,17 +121,16 @@ def test_parts_that_differ_are_listed_and_those_that_are_too_many_are_counted():
 @pytest.mark.parametrize("name", ["paligemma-3b-224", "paligemma2-28b-896"])
 def test_the_parameters_of_a_published_model_have_short_reprs(name):
     cfg = pg.PUBLISHED[name]
-    whole = paligemma.abstract(cfg)
-    model = pg.Model(cfg, whole, None)
-    small = pg.quant.quantize(tree.map(lambda leaf: leaf.bfloat16(), whole), "int4", ["language.layers.3.*"])
-    vision, language = whole.vision, whole.language
-    parts = [whole, vision, vision.layers[0], language, language.layers[0], model, small, small.language,
-             small.language.layers[3], small.language.layers[3].q]  # fmt: skip
-    for part in parts:
-        assert repr(part) == tree.summary(part)
-        assert is_short(repr(part))
+    plain = paligemma.abstract(cfg)
+    model = pg.Model(cfg, plain, None)
+    small = pg.quant.quantize(tree.map(lambda leaf: leaf.bfloat16(), plain), "int4", ["language.layers.3.*"])
+    vision, language = plain.vision, plain.language
+    values = [plain, vision, vision.layers[0], language, language.layers[0], model, small, small.language,
+              small.language.layers[3], small.language.layers[3].q]  # fmt: skip
+    for value in values:
+        assert repr(value) == tree.summary(value)
+        assert is_short(repr(value))
     assert f"layers: {cfg.text.layers} x Layer(" in repr(language)
-    assert "int4" not in repr(small)
     assert "q: Int4(" in repr(small.language.layers[3])
 
 

@@ -38,7 +38,7 @@ class TextTokenizer(Reader):
 
     eos: int
     pad: int
-    bare: bool  # whether punctuation is removed before a text is encoded
+    drop_punctuation: bool  # whether punctuation is removed before a text is encoded
 
 
 class SiglipModel(NamedTuple):
@@ -63,7 +63,7 @@ def wrap(backend: Backend, where: str) -> TextTokenizer:
 
 
 def from_backend(backend: Backend, where: str) -> TextTokenizer:
-    """A tokenizer that owns a backend, whose settings are changed.
+    """A tokenizer from a backend, whose settings are changed in place.
 
     Raises CheckpointError, which names `where`, if the backend has no end token.
     """
@@ -71,22 +71,22 @@ def from_backend(backend: Backend, where: str) -> TextTokenizer:
     eos, pad, end = (backend.token_to_id(name) for name in ("<eos>", "<pad>", "</s>"))
     control = control_of(backend)
     if eos is not None and pad is not None:  # tested first: Gemma's vocabulary has </s> too, for struck-out text
-        return TextTokenizer(backend, control, eos, pad, bare=False)
+        return TextTokenizer(backend, control, eos, pad, drop_punctuation=False)
     if end is not None:
-        return TextTokenizer(backend, control | {end}, end, end, bare=True)
+        return TextTokenizer(backend, control | {end}, end, end, drop_punctuation=True)
     raise CheckpointError(f"{where}: has neither </s>, like SigLIP's tokenizer, nor <eos> and <pad>, like SigLIP 2's")
 
 
-def canonical(text: str, bare: bool) -> str:
+def canonical(text: str, drop_punctuation: bool) -> str:
     """The text in the form that the model was trained on. Applying this twice gives the same text as once."""
     text = text.lower()
-    return " ".join(text.replace("▁", " ").translate(PUNCTUATION).split()) if bare else text
+    return " ".join(text.replace("▁", " ").translate(PUNCTUATION).split()) if drop_punctuation else text
 
 
 def self_contained(tokenizer: TextTokenizer) -> Backend:
     """A backend that itself makes texts canonical and adds the end token, for programs that use only the backend."""
     rules: list[normalizers.Normalizer] = [normalizers.Lowercase()]
-    if tokenizer.bare:
+    if tokenizer.drop_punctuation:
         rules += [normalizers.Replace("▁", " "), normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
                   normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]  # fmt: skip
     raw = json.loads(tokenizer.backend.to_str())
@@ -127,7 +127,7 @@ def text_ids(model: SiglipModel, texts: Sequence[str]) -> Int[Tensor, "b t"]:
 
 def encode(tokenizer: TextTokenizer, text: str) -> list[int]:
     """The token ids of a text in canonical form, without end token and padding."""
-    return plain_ids(tokenizer, canonical(text, tokenizer.bare))
+    return plain_ids(tokenizer, canonical(text, tokenizer.drop_punctuation))
 
 
 def pixels(model: SiglipModel, images: Sequence[image.Source]) -> Float[Tensor, "n 3 y x"]:

@@ -107,7 +107,7 @@ def wrap(backend: Backend, where: str) -> Tokenizer:
 
 
 def from_backend(backend: Backend, where: str, control: Iterable[int] = ()) -> Tokenizer:
-    """A tokenizer that owns a backend, whose settings are changed.
+    """A tokenizer from a backend, whose settings are changed in place.
 
     Raises CheckpointError, which names `where`, if a newline is not one token.
     """

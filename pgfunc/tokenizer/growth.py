@@ -46,7 +46,7 @@ def rule_factor(rule: Any) -> int:
 
 
 def replacement_factor(pattern: Any, content: int) -> int:
-    """The factor of replacing a pattern by `content` bytes. A regular expression may also match between letters."""
+    """The factor of replacing a pattern by `content` bytes. Regular expressions, and "", may match between letters."""
     literal = _bytes(pattern.get("String")) if isinstance(pattern, dict) else 0
     return max(1, -(-content // literal)) if literal else 1 + content
 

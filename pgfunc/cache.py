@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pgfunc import tree
 from pgfunc.errors import CacheFullError
 from pgfunc.lowering import on_host
 
@@ -27,6 +28,9 @@ class Cache(NamedTuple):
     k: tuple[Float[Tensor, "b s k h"], ...]
     v: tuple[Float[Tensor, "b s k h"], ...]
     length: Int[Tensor, "b"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
     @property
     def slots(self) -> int:

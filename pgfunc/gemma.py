@@ -41,6 +41,9 @@ class Layer(NamedTuple):
     down: Float[Tensor, "d f"]
     post_mlp_norm: Float[Tensor, "d"]  # () in Gemma 1
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Params(NamedTuple):
     """`embed` is read by `embed` and, tied, by `unembed`."""
@@ -48,6 +51,9 @@ class Params(NamedTuple):
     embed: Float[Tensor, "v d"]
     layers: tuple[Layer, ...]
     norm: Float[Tensor, "d"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 def abstract(cfg: TextConfig) -> Params:

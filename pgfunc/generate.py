@@ -27,6 +27,7 @@ from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, te
 from pgfunc.sample import Settings, choose, logprob, whole
 
 POLL = 8  # tokens
+LONGEST = 400  # characters of the text in the repr of a completion
 AT_ONCE = 2**30  # bytes of the logits and caches of the answers that are scored together
 
 
@@ -37,6 +38,11 @@ class Completion(NamedTuple):
     tokens: list[int]
     logprobs: list[float]  # of each token, before temperature and filters
     finish: Literal["eos", "length"]
+
+    def __repr__(self) -> str:
+        text = repr(self.text)
+        text = text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+        return f"Completion({text}, {len(self.tokens)} tokens, log-probability {sum(self.logprobs):.2f}, {self.finish})"
 
 
 def generate(

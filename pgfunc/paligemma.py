@@ -29,6 +29,9 @@ class Params(NamedTuple):
     projector_bias: Float[Tensor, "d"]
     language: gemma.Params
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Prompt(NamedTuple):
     """The input. Tokens are bos, prefix, newline (then suffix, eos), padded; `causal` marks suffix tokens."""
@@ -37,6 +40,9 @@ class Prompt(NamedTuple):
     tokens: Int[Tensor, "b t"]
     valid: Bool[Tensor, "b t"]
     causal: Bool[Tensor, "b t"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 class Embedded(NamedTuple):

@@ -39,6 +39,9 @@ class Layer(NamedTuple):
     down: Float[Tensor, "d f"]
     down_bias: Float[Tensor, "d"]
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Params(NamedTuple):
     """The encoder."""
@@ -49,6 +52,9 @@ class Params(NamedTuple):
     layers: tuple[Layer, ...]
     norm_scale: Float[Tensor, "d"]
     norm_bias: Float[Tensor, "d"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 class Head(NamedTuple):
@@ -69,6 +75,9 @@ class Head(NamedTuple):
     up_bias: Float[Tensor, "f"]
     down: Float[Tensor, "d f"]
     down_bias: Float[Tensor, "d"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 def abstract(cfg: VisionConfig) -> Params:

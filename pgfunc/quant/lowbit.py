@@ -26,6 +26,8 @@ from torch import Tensor
 
 from pgfunc.lowering import transformed
 
+from pgfunc import tree
+
 GROUPS = {"int8": 0, "fp8": 0, "int4": 128, "int4-64": 64, "int4-32": 32}  # inputs that share a scale; 0: all of a row
 BLOCK = 64
 
@@ -36,6 +38,9 @@ class Int8(NamedTuple):
     values: Int[Tensor, "o i"]  # int8, from -127 to 127
     scale: Float[Tensor, "o"]
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Float8(NamedTuple):
     """values · scale, with a mantissa of 3 bits; the steps of an Int8 are even (Micikevicius et al. 2022)."""
@@ -43,12 +48,18 @@ class Float8(NamedTuple):
     values: Float[Tensor, "o i"]  # float8_e4m3fn, from -448 to 448
     scale: Float[Tensor, "o"]
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Int4(NamedTuple):
     """(level - 8) · scale + zero, with levels from 0 to 15."""
 
     values: UInt[Tensor, "n i d"] | UInt[Tensor, "o j"]  # uint8, two levels each, in blocks or in rows
     scale: Float[Tensor, "g o z"] | Float[Tensor, "o g z"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
     @property
     def blocked(self) -> bool:

@@ -24,9 +24,8 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped, UInt
 from torch import Tensor
 
-from pgfunc.lowering import transformed
-
 from pgfunc import tree
+from pgfunc.lowering import transformed
 
 GROUPS = {"int8": 0, "fp8": 0, "int4": 128, "int4-64": 64, "int4-32": 32}  # inputs that share a scale; 0: all of a row
 BLOCK = 64

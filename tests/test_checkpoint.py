@@ -347,10 +347,10 @@ def test_ignored_arrays_are_reported_once(tmp_path, caplog):
     assert (record.name, record.levelname, record.getMessage()) == ("pgfunc", "WARNING", message)
 
 
-@pytest.mark.parametrize("kind", ["paligemma", "siglip"])
-def test_only_a_copied_model_survives_writing_into_its_file(tmp_path, kind):
+@pytest.mark.parametrize("family", ["paligemma", "siglip"])
+def test_only_a_copied_model_survives_writing_into_its_file(tmp_path, family):
     """A mapped model changes, as the docstring of `load` says."""
-    if kind == "siglip":
+    if family == "siglip":
         shutil.copytree(pg.checkpoint.shipped() / "siglip", tmp_path / "siglip")
         shutil.copy(pg.checkpoint.shipped() / hf.SINGLE, tmp_path)
         shutil.copy(pg.checkpoint.shipped() / "config.json", tmp_path)

@@ -66,7 +66,7 @@ def saved(base) -> tuple[Tensor, str]:
 def test_a_checkpoint_from_the_wild_loads_or_is_refused_in_one_line(name, base, saved, tmp_path):
     row, folder = wild.ROWS[name], tmp_path / "model"
     shutil.copytree(base[0], folder)
-    row.make(folder, copy.deepcopy(base[1]))
+    row.change(folder, copy.deepcopy(base[1]))
     source = f"{folder}/{row.source}" if row.source else folder
     options = {key: folder / value if key == "config" else value for key, value in row.options.items()}
     if row.expected not in (wild.SAME, wild.OURS):
@@ -85,7 +85,7 @@ def test_an_adapter_from_the_wild_loads_or_is_refused(name, base, tmp_path):
     row, (folder, model) = wild.ADAPTERS[name], base
     wrapped = wild.with_lora(copy.deepcopy(model))
     wrapped.save_pretrained(tmp_path)
-    row.make(tmp_path, copy.deepcopy(wrapped))
+    row.change(tmp_path, copy.deepcopy(wrapped))
     if row.expected not in (wild.SAME, wild.OURS):
         with pytest.raises(row.error, match=row.expected):
             pg.load(folder, device="cpu", adapter=tmp_path)

@@ -32,11 +32,11 @@ from pgfunc.train import lora
 
 SAME, OURS = "as transformers loads it", "as it was saved"
 
-Make = Callable[[Path, nn.Module], Any]
+FolderChange = Callable[[Path, nn.Module], Any]
 
 
 class Row(NamedTuple):
-    make: Make  # changes the folder; it is given a copy of the folder's model
+    change: FolderChange  # changes the folder; it is given a copy of the folder's model
     expected: str = SAME
     source: str = ""  # the path inside the folder that is loaded
     options: Mapping[str, Any] = {}  # arguments of pg.load
@@ -77,9 +77,9 @@ def unchanged(folder: Path, model: nn.Module) -> None:
     """Leave the folder as transformers saved it, in its newest form."""
 
 
-def in_turn(*makes: Make) -> Make:
+def in_turn(*changes: FolderChange) -> FolderChange:
     """Apply several changes, one after another."""
-    return lambda folder, model: [make(folder, model) for make in makes]
+    return lambda folder, model: [change(folder, model) for change in changes]
 
 
 def without_weights(folder: Path) -> Path:
@@ -89,24 +89,24 @@ def without_weights(folder: Path) -> Path:
     return folder
 
 
-def save_pretrained(dtype: torch.dtype = torch.float32, **options: Any) -> Make:
+def save_pretrained(dtype: torch.dtype = torch.float32, **options: Any) -> FolderChange:
     """Save the model again by save_pretrained."""
     return lambda folder, model: model.to(dtype).save_pretrained(without_weights(folder), **options)
 
 
-def save_state_dict(part: str = "", prefix: str = "", drop: str = "none") -> Make:
+def save_state_dict(part: str = "", prefix: str = "", drop: str = "none") -> FolderChange:
     """Save the state_dict of the model, or of a part of it, by save_file, with a prefix before every key."""
 
-    def make(folder: Path, model: nn.Module) -> None:
+    def change_folder(folder: Path, model: nn.Module) -> None:
         arrays = {
             prefix + key: x.clone() for key, x in model.get_submodule(part).state_dict().items() if drop not in key
         }
         save_file(arrays, without_weights(folder) / hf.SINGLE)
 
-    return make
+    return change_folder
 
 
-def rename_keys(old: str, new: str) -> Make:
+def rename_keys(old: str, new: str) -> FolderChange:
     """Replace a text in the keys by another."""
 
     def change(arrays: dict[str, Tensor]) -> None:
@@ -116,37 +116,37 @@ def rename_keys(old: str, new: str) -> Make:
     return change_arrays(change)
 
 
-def change_arrays(change: Callable[[dict[str, Tensor]], object]) -> Make:
+def change_arrays(change: Callable[[dict[str, Tensor]], object]) -> FolderChange:
     """Change the arrays in the file."""
     return lambda folder, model: edit_arrays(folder / hf.SINGLE, change)
 
 
-def add_arrays(*names: str, array: Tensor = torch.ones(2, 3)) -> Make:  # noqa: B008
+def add_arrays(*names: str, array: Tensor = torch.ones(2, 3)) -> FolderChange:  # noqa: B008
     """Add arrays to the file."""
     return change_arrays(lambda arrays: arrays.update({name: array.clone() for name in names}))
 
 
-def add_head(key: str, factor: float = 1.0) -> Make:
+def add_head(key: str, factor: float = 1.0) -> FolderChange:
     """Save the embedding a second time as the head, multiplied by a factor, in float32."""
     return change_arrays(lambda arrays: arrays.update({key: factor * arrays[EMBED].float()}))
 
 
-def relayout(name: str) -> Make:
+def relayout(name: str) -> FolderChange:
     """Rename the keys to another key layout."""
     return lambda folder, model: reference.relayout(folder, name)
 
 
-def change_json(name: str = "config.json", part: str = "", drop: str = "", **changes: Any) -> Make:
+def change_json(name: str = "config.json", part: str = "", drop: str = "", **changes: Any) -> FolderChange:
     """Change fields of a JSON file, or of an object in it, and drop one."""
 
-    def make(folder: Path, model: nn.Module) -> None:
+    def change_folder(folder: Path, model: nn.Module) -> None:
         raw = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         inner = raw[part] if part else raw
         inner |= changes
         inner.pop(drop, None)
         (folder / name).write_text(json.dumps(raw))
 
-    return make
+    return change_folder
 
 
 def minimal_config(folder: Path, model: nn.Module) -> None:
@@ -196,40 +196,40 @@ def save_pickled(folder: Path, model: nn.Module) -> None:
     torch.save(model.state_dict(), without_weights(folder) / "pytorch_model.bin")
 
 
-def other_file(name: str) -> Make:
+def other_file(name: str) -> FolderChange:
     """Replace the safetensors by a file of another format."""
     return lambda folder, model: (without_weights(folder) / name).write_bytes(b"GGUF")
 
 
-def delete(name: str) -> Make:
+def delete(name: str) -> FolderChange:
     return lambda folder, model: (folder / name).unlink()
 
 
-def rename_weights(name: str) -> Make:
+def rename_weights(name: str) -> FolderChange:
     """Give the file of the weights another name."""
     return lambda folder, model: (folder / hf.SINGLE).rename(folder / name)
 
 
-def encode_json(encoding: str) -> Make:
+def encode_json(encoding: str) -> FolderChange:
     """Rewrite the JSON files in another text encoding, as some editors do."""
 
-    def make(folder: Path, model: nn.Module) -> None:
+    def change_folder(folder: Path, model: nn.Module) -> None:
         for path in folder.glob("*.json"):
             path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
 
-    return make
+    return change_folder
 
 
-def change_index(change: Callable[[dict[str, Any]], object]) -> Make:
+def change_index(change: Callable[[dict[str, Any]], object]) -> FolderChange:
     """Save shards, and change their index."""
 
-    def make(folder: Path, model: nn.Module) -> None:
+    def change_folder(folder: Path, model: nn.Module) -> None:
         model.save_pretrained(without_weights(folder), max_shard_size="40KB")
         raw = json.loads((folder / hf.INDEX).read_text())
         change(raw)
         (folder / hf.INDEX).write_text(json.dumps(raw))
 
-    return make
+    return change_folder
 
 
 def reverse_weight_map(raw: dict[str, Any]) -> None:
@@ -246,32 +246,32 @@ def as_hub_cache(folder: Path, model: nn.Module) -> None:
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
 
 
-def move_into(name: str) -> Make:
+def move_into(name: str) -> FolderChange:
     """Move all files into a subfolder."""
 
-    def make(folder: Path, model: nn.Module) -> None:
+    def change_folder(folder: Path, model: nn.Module) -> None:
         files = list(folder.iterdir())
         (folder / name).mkdir()
         for path in files:
             shutil.move(path, folder / name)
 
-    return make
+    return change_folder
 
 
-def image_side(pixels: int) -> Make:
+def image_side(pixels: int) -> FolderChange:
     """Configure an image size that is not a multiple of the patch size."""
     return in_turn(change_json(part="vision_config", image_size=pixels), preprocessor(size=square(pixels)))
 
 
-def text_config(**changes: Any) -> Make:
+def text_config(**changes: Any) -> FolderChange:
     return change_json(part="text_config", **changes)
 
 
-def preprocessor(**changes: Any) -> Make:
+def preprocessor(**changes: Any) -> FolderChange:
     return change_json("preprocessor_config.json", **changes)
 
 
-def bfloat16_matrices() -> Make:
+def bfloat16_matrices() -> FolderChange:
     """Cast matrices to bfloat16 but not vectors, as low-precision training keeps its norms."""
     return change_arrays(lambda a: a.update({key: x.bfloat16() for key, x in a.items() if x.dim() > 1}))
 
@@ -280,10 +280,10 @@ def square(pixels: int) -> dict[str, int]:
     return {"height": pixels, "width": pixels}
 
 
-def npz(change: Callable[[dict[str, np.ndarray]], object] = dict, name: str = "model.npz") -> Make:
+def npz(change: Callable[[dict[str, np.ndarray]], object] = dict, name: str = "model.npz") -> FolderChange:
     """Replace the safetensors by a `.npz` in big_vision's layout, written by numpy, with changed arrays."""
 
-    def make(folder: Path, model: nn.Module) -> None:
+    def change_folder(folder: Path, model: nn.Module) -> None:
         ours = pg.load(folder, device="cpu", mmap=False)
         without_weights(folder)
         bigvision.save(folder / name, ours.cfg, ours.params)
@@ -292,7 +292,7 @@ def npz(change: Callable[[dict[str, np.ndarray]], object] = dict, name: str = "m
         change(arrays)
         np.savez(folder / name, **arrays)  # pyright: ignore[reportArgumentType]
 
-    return make
+    return change_folder
 
 
 def change_all(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict[str, np.ndarray]], object]:
@@ -468,22 +468,22 @@ def use_processor_config(folder: Path, stale: bool = False) -> None:
 # --- adapters: a row changes a folder that PEFT saved, given the wrapped model in it ----------------------------------
 
 
-def save_adapter(**options: Any) -> Make:
+def save_adapter(**options: Any) -> FolderChange:
     """Save an adapter by PEFT with other options of LoRA; options that begin with `_` are save_pretrained's."""
     save_options = {key.removeprefix("_"): options.pop(key) for key in [*options] if key.startswith("_")}
 
-    def make(folder: Path, wrapped: Any) -> None:
+    def change_folder(folder: Path, wrapped: Any) -> None:
         with_lora(wrapped.unload(), **options).save_pretrained(folder, **save_options)
 
-    return make
+    return change_folder
 
 
-def change_pairs(change: Callable[[dict[str, Tensor]], object]) -> Make:
+def change_pairs(change: Callable[[dict[str, Tensor]], object]) -> FolderChange:
     """Change the arrays in the adapter's file."""
     return lambda folder, wrapped: edit_arrays(folder / lora.WEIGHTS, change)
 
 
-def rename_pairs(old: str, new: str) -> Make:
+def rename_pairs(old: str, new: str) -> FolderChange:
     return change_pairs(lambda arrays: [arrays.update({key.replace(old, new): arrays.pop(key)}) for key in [*arrays]])
 
 
@@ -492,14 +492,14 @@ def save_state_with_name(folder: Path, wrapped: Any) -> None:
     save_file({key: x for key, x in wrapped.state_dict().items() if "lora_" in key}, folder / lora.WEIGHTS)
 
 
-def add_embedding(name: str, factor: float = 1.0) -> Make:
+def add_embedding(name: str, factor: float = 1.0) -> FolderChange:
     """Save the embedding beside the pairs, multiplied by a factor."""
 
-    def make(folder: Path, wrapped: Any) -> None:
+    def change_folder(folder: Path, wrapped: Any) -> None:
         embed = factor * wrapped.get_input_embeddings().weight.detach()
         edit_arrays(folder / lora.WEIGHTS, lambda arrays: arrays.update({name: embed}))
 
-    return make
+    return change_folder
 
 
 def pickle_pairs(folder: Path, wrapped: Any) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgfunc import paligemma, quant, tree
+from pgfunc import paligemma, quant
 from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf, keys, lora, processor, shards
 from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, with_methods
 from pgfunc.checkpoint.source import ADAPTER, Source, check_model_folder, check_weights, find, named_config, npz_in
 from pgfunc.checkpoint.source import HUB_ID as HUB_ID
 from pgfunc.checkpoint.source import shipped as shipped
-from pgfunc.checkpoint.writing import as_json, check_same_save, reporting_write_errors
+from pgfunc.checkpoint.writing import as_json, check_params, check_same_save, reporting_write_errors
 from pgfunc.config import Config, with_vocabulary
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.files.atomic import Change, changing
@@ -139,9 +139,7 @@ def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None
 def check_saveable(model: Model, where: Path) -> None:
     """Raise if a model cannot be saved, before anything is written."""
     render(model.cfg, "")
-    if model.params.projector.is_meta:
-        raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
-    tree.check_finite(model.params, str(where))
+    check_params(model.params, where)
 
 
 def write_model(change: Change, model: Model, shard_bytes: int) -> None:

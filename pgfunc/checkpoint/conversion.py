@@ -20,7 +20,7 @@ from pgfunc.checkpoint import (
     write_model,
 )
 from pgfunc.checkpoint.hf_config import CONFIG
-from pgfunc.checkpoint.writing import reporting_write_errors
+from pgfunc.checkpoint.writing import check_params, reporting_write_errors
 from pgfunc.files import outputs
 from pgfunc.files.atomic import Change, changing
 from pgfunc.prompt import Model
@@ -106,7 +106,7 @@ def write_folder(target: Path, model: Model, source: Path | None, dual: DualEnco
     """Write a folder in Hugging Face layout: a model, the files that belong to its source, and a dual encoder."""
     check_saveable(model, target)
     if dual:
-        siglip.check_saveable(dual.model, target / SIGLIP)
+        check_params(dual.model.params, target / SIGLIP)
     with reporting_write_errors(target), changing(target) as change:
         for path in [companion(source, name) for name in (MASKS, *FOLDER_ONLY)] if source else []:
             copy(change, path)

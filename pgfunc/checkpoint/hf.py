@@ -3,8 +3,9 @@
 """PaliGemma in Hugging Face layout: which array of a folder's safetensors holds which parameter.
 
 Three key layouts are in use. They differ only in the prefixes of the three parts of the model; `find_prefixes` reads
-each prefix off one key of the part. `HUB` is the layout that `save` writes. The files themselves are read and written
-by `shards`. Source of the names: transformers `models/paligemma`, `models/siglip`, `models/gemma`, `models/gemma2`.
+each prefix off one key of the part, so a new layout with other prefixes needs no code. `save` writes the layout `HUB`.
+The files themselves are read and written by `shards`. Source of the names: transformers `models/paligemma`,
+`models/siglip`, `models/gemma`, `models/gemma2`.
 """
 
 from collections.abc import Mapping

@@ -200,7 +200,7 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
 
 
 def _token(raw: Mapping[str, Any], text: Mapping[str, Any], key: str) -> int:
-    """A token id at the top level or in text_config; the first of a list, as Gemma lists the end of a turn too."""
+    """A token id at the top level or in text_config; the first of a list, as Gemma also lists the end of a turn."""
     id = raw[key] if raw.get(key) is not None else text[key]
     return integer({key: id[0] if isinstance(id, list) and id else id}, key)
 

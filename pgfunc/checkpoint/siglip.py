@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgfunc import siglip, siglip_dual, tree
+from pgfunc import siglip, siglip_dual
 from pgfunc.checkpoint import (
     TOKEN_DECLARATIONS,
     TOKENIZER,
@@ -31,7 +31,7 @@ from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.checkpoint.siglip_config import read_config, render
 from pgfunc.checkpoint.source import Source, check_model_folder, check_weights, find, shipped
 from pgfunc.checkpoint.tables import Entry, Slot, from_arrays, to_arrays
-from pgfunc.checkpoint.writing import as_json, check_same_save, reporting_write_errors
+from pgfunc.checkpoint.writing import as_json, check_params, check_same_save, reporting_write_errors
 from pgfunc.config import SiglipConfig
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import Change, changing
@@ -92,16 +92,9 @@ def save_siglip(model: SiglipModel, folder: str | Path, vision: bool = True, sha
     Raises CheckpointError for a folder that cannot be written, NumericalError for a parameter that is not finite.
     """
     folder = Path(folder)
-    check_saveable(model, folder)
+    check_params(model.params, folder)
     with reporting_write_errors(folder), changing(folder) as change:
         write_model(change, model, vision, shard_bytes)
-
-
-def check_saveable(model: SiglipModel, where: Path) -> None:
-    """Raise if a model cannot be saved, before anything is written."""
-    if model.params.scale.is_meta:
-        raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
-    tree.check_finite(model.params, str(where))
 
 
 def write_model(change: Change, model: SiglipModel, vision: bool, shard_bytes: int, subfolder: str = "") -> None:

@@ -97,8 +97,8 @@ def from_arrays(
 ) -> T:
     """The parameters, read from the arrays that the table names; on the meta device no array is read.
 
-    Arrays that no model uses (`keys.UNUSED`) are ignored. `where` is the file or folder that errors name; `model` says
-    what its arrays are expected to be.
+    `abstract` is the tree on the meta device, with the expected shapes. Arrays that no model uses (`keys.UNUSED`) are
+    ignored. `where` is the file or folder that errors name; `model` says what its arrays are expected to be.
     Raises CheckpointError for a missing key, an unknown key or a wrong shape, naming the key and both shapes.
     """
     expected = to_arrays(table, abstract)

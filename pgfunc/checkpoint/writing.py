@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from pgfunc import tree
 from pgfunc.errors import CheckpointError
 from pgfunc.files.jsonfile import read_json
 
@@ -26,6 +27,13 @@ DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
+
+
+def check_params(params: Any, where: Path) -> None:
+    """Raise if parameters cannot be saved: CheckpointError on the meta device, NumericalError if one is not finite."""
+    if any(leaf.is_meta for leaf in tree.flatten(params).values()):
+        raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
+    tree.check_finite(params, str(where))
 
 
 @contextmanager

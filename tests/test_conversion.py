@@ -197,7 +197,7 @@ def test_saving_a_model_twice_gives_the_same_bytes(tmp_path):
 
 
 def test_concurrent_saves_leave_one_model_and_readers_see_one(tmp_path):
-    """As every rank of a distributed script does."""
+    """Every rank of a distributed script may save into the same folder."""
     models = [text_model(seed) for seed in (1, 2)]
     pg.save(models[0], tmp_path)
     expected = [bits(model.params) for model in models]

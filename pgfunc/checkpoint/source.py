@@ -27,7 +27,7 @@ PICKLED = (
 )
 # pattern of a file name -> what such a file is, and what to do; the first that matches is used
 HINTS = {
-    ADAPTER: "a LoRA adapter, not a model; `pgfunc merge` makes a model of it and its base, and adapter= takes it beside the base",
+    ADAPTER: "a LoRA adapter, not a model; `pgfunc merge` merges it into its base, and adapter= takes it beside one",
     "snapshots": "a folder of the hub's cache; give the hub id, or one of the folders in snapshots",
     "checkpoint-*": "a training run; give one of its checkpoints",
     "model.*.safetensors*": "a variant of the weights; rename them without the variant",

@@ -172,7 +172,7 @@ def parse_boxes(path: Path) -> None:
 def parse_masks(path: Path) -> None:
     text = path.read_bytes().decode(errors="surrogateescape")
     segments = segment.parse(text, 9, 7, VQ)
-    assert len(segments) == len(detect.unique(segment.written(text)))
+    assert len(segments) == len(detect.unique(segment.well_formed(text)))
     assert all(item.mask.shape == (7, 9) for item in segments)
 
 

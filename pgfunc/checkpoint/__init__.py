@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgfunc import paligemma, quant
+from pgfunc import packing, quant
 from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf, keys, lora, processor, shards
 from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, with_methods
@@ -81,7 +81,7 @@ def load(
             params = hf.load(path, cfg, cast, read_to, *read_storage(path, cfg), mmap)
     if adapter is not None:
         params = lora.merge(params, lora.load(adapter, cfg, params))
-    params = quant.arranged(paligemma.packed(params, target), target) if target.type == "cuda" else params
+    params = quant.to_device_layout(packing.packed(params, target), target) if target.type == "cuda" else params
     params = params if quantize is None else quant.quantize(params, quantize)
     return Model(cfg, params, loaded_tokenizer)
 

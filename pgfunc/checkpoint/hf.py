@@ -172,5 +172,5 @@ def find_prefixes(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
 
 def arrays(cfg: Config, params: paligemma.Params) -> dict[str, Tensor]:
     """Key -> array, as files hold the parameters."""
-    params = quant.arranged(params, torch.device("cpu"))  # files hold the memory order of a CPU
+    params = quant.to_device_layout(params, torch.device("cpu"))  # files hold the memory order of a CPU
     return to_arrays(with_quantized(table(cfg), quant.methods(params)), params)

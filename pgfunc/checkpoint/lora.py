@@ -22,7 +22,7 @@ from pgfunc.config import Config
 from pgfunc.errors import CheckpointError
 from pgfunc.files.journal import reading
 from pgfunc.files.jsonfile import read_json
-from pgfunc.ops import widen
+from pgfunc.ops import upcast
 from pgfunc.paligemma import Params
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -60,7 +60,7 @@ def merge(params: Params, lora: Lora) -> Params:
     leaves = tree.flatten(params)
 
     def added(leaf: Tensor, pair: Pair) -> Tensor:
-        return (widen(leaf) + lora.scale * (pair.b @ pair.a).to(leaf.device)).to(leaf.dtype)
+        return (upcast(leaf) + lora.scale * (pair.b @ pair.a).to(leaf.device)).to(leaf.dtype)
 
     return tree.replace(params, {path: added(leaves[path], pair) for path, pair in lora.pairs.items()})
 
@@ -95,7 +95,7 @@ def load(folder: str | Path, cfg: Config, params: Params | None = None) -> Lora:
     check_full_weights(full_weights, cfg, params, folder / WEIGHTS)
     check_arrays(expected, pairs, str(folder / WEIGHTS), "the adapter that adapter_config.json describes")
     paths = [path for path in shapes if f"{path} A" in pairs]
-    return Lora({path: Pair(*(widen(pairs[f"{path} {part}"].read()) for part in "AB")) for path in paths}, scale)
+    return Lora({path: Pair(*(upcast(pairs[f"{path} {part}"].read()) for part in "AB")) for path in paths}, scale)
 
 
 def open_adapter(folder: Path) -> dict[str, Entry]:

@@ -1,4 +1,4 @@
-"""The benchmark against transformers: same tensors, same tokens; an error in transformers is one line, not a crash."""
+"""The comparison with transformers: on the same tensors, token for token; who cannot take part is a line, no crash."""
 
 import json
 
@@ -17,19 +17,19 @@ MODELS = {"gemma": pg.Model(CONFIGS["gemma"], params(CONFIGS["gemma"]), None), "
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
-    for name, folder in folders.items():
-        pg.save(MODELS[name], folder)
-    return folders
+    places = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, place in places.items():
+        pg.save(MODELS[name], place)
+    return places
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_implementations_write_the_same_tokens_in_float32(name, folders, capsys):
+def test_everyone_says_the_same_in_float32(name, folders, capsys):
     status = vs_transformers.main(["--model", str(folders[name]), "--json", *FEW])
-    report = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
     assert status == 0
-    assert (report["dtype"], report["layers"], report["tokens"]) == ("float32", [2, 3], 6)
-    rows = {(row["batch"], row["who"]): row for row in report["rows"]}
+    assert (found["dtype"], found["layers"], found["tokens"]) == ("float32", [2, 3], 6)
+    rows = {(row["batch"], row["who"]): row for row in found["rows"]}
     assert list(rows) == [(batch, who) for batch in (1, 2) for who in (DYNAMIC, PGFUNC, STATIC)]
     for (_, who), row in rows.items():
         if who == STATIC and name == "gemma2" and "raises" in row:
@@ -43,62 +43,62 @@ def test_all_implementations_write_the_same_tokens_in_float32(name, folders, cap
         assert row["first_ms"]["median"] > 0
 
 
-def test_both_models_share_their_weights():
+def test_both_compute_on_the_same_memory():
     model = vs_transformers.bare(MODELS["gemma2"])
-    ours = {leaf.data_ptr() for leaf in pg.tree.flatten(model.params).values()}
+    mine = {leaf.data_ptr() for leaf in pg.tree.flatten(model.params).values()}
     theirs = dict(vs_transformers.peer(model).named_parameters())
-    assert {weight.data_ptr() for weight in theirs.values()} == ours
-    assert ours <= {leaf.data_ptr() for leaf in pg.tree.flatten(MODELS["gemma2"].params).values()}
+    assert {weight.data_ptr() for weight in theirs.values()} == mine
+    assert mine <= {leaf.data_ptr() for leaf in pg.tree.flatten(MODELS["gemma2"].params).values()}
 
 
-def test_layers_limits_the_random_model(monkeypatch, capsys):
+def test_layers_are_those_of_the_small_machine(monkeypatch, capsys):
     monkeypatch.setitem(pg.PUBLISHED, "paligemma-3b-224", CONFIGS["gemma"])
     assert vs_transformers.main(["--layers", "1", "--dtype", "float32", *FEW]) == 0
     assert capsys.readouterr().out.startswith("paligemma-3b-224, 1 + 1 layers, float32, 6 tokens, 2 turns\n")
 
 
-def test_a_differing_token_gives_exit_status_1(folders, monkeypatch, capsys):
-    writers = vs_transformers.writers
+def test_another_token_is_exit_status_1(folders, monkeypatch, capsys):
+    everyone = vs_transformers.writers
 
-    def wrong(*args):
-        right = writers(*args)
-        return right | {DYNAMIC: lambda tokens: right[PGFUNC](tokens) + (torch.arange(tokens) == 4)}
+    def liar(*given):
+        honest = everyone(*given)
+        return honest | {DYNAMIC: lambda tokens: honest[PGFUNC](tokens) + (torch.arange(tokens) == 4)}
 
-    monkeypatch.setattr(vs_transformers, "writers", wrong)
+    monkeypatch.setattr(vs_transformers, "writers", liar)
     assert vs_transformers.main(["--model", str(folders["gemma"]), *FEW]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert ["0.833, not token 4: margin " in line for line in lines if DYNAMIC in line] == [True, True]
 
 
-def test_the_margin_is_taken_where_a_row_first_differs():
+def test_the_margin_is_of_the_logits_where_a_row_first_differs():
     model = MODELS["gemma"]
     prompt = bench.random_prompt(model.cfg, 2, 3, torch.device("cpu"))
     expected = torch.tensor([[5, 6, 7], [8, 9, 1]])
-    agreement = vs_transformers.agreement(torch.tensor([[5, 6, 7], [8, 2, 3]]), expected, model, prompt)
-    assert (agreement["agree"], agreement["differs_at"]) == (pytest.approx(4 / 6), 1)
+    found = vs_transformers.agreement(torch.tensor([[5, 6, 7], [8, 2, 3]]), expected, model, prompt)
+    assert (found["agree"], found["differs_at"]) == (pytest.approx(4 / 6), 1)
     _, cache = pg.prefill(model.params, prompt, model.cfg, 1)
     logits = pg.decode(model.params, expected[:, 0], cache, model.cfg)[0][1]
-    assert agreement["margin"] == pytest.approx(float((logits[2] - logits[9]).abs() / logits.std()), rel=1e-3)
+    assert found["margin"] == pytest.approx(float((logits[2] - logits[9]).abs() / logits.std()), rel=1e-3)
 
 
-def test_an_error_in_transformers_is_one_line_and_is_not_repeated():
-    calls = []
+def test_where_transformers_raises_is_a_line_and_no_turn_more():
+    turns = []
 
     def broken(tokens):
-        calls.append(tokens)
+        turns.append(tokens)
         raise AttributeError("no ndim\nand more")
 
-    writers = {"pgfunc": lambda tokens: torch.zeros(1, tokens), "transformers": broken}
-    results = vs_transformers.contest(writers, torch.device("cpu"), 4, 3)
-    _, other = vs_transformers.rows(results, 1, lambda tokens, expected: {})
-    assert calls == [4]
+    everyone = {"pgfunc": lambda tokens: torch.zeros(1, tokens), "transformers": broken}
+    found = vs_transformers.contest(everyone, torch.device("cpu"), 4, 3)
+    _, other = vs_transformers.rows(found, 1, lambda said, expected: {})
+    assert turns == [4]
     assert vs_transformers.line(other) == "    1  transformers                        raises AttributeError: no ndim"
     with pytest.raises(AttributeError):
         vs_transformers.contest({"pgfunc": broken}, torch.device("cpu"), 4, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "said"),
     {
         ("--batch", "0"): "batch is 0, expected 1 or more",
         ("--layers", "0"): "layers is 0, expected 1 or more",
@@ -106,6 +106,6 @@ def test_an_error_in_transformers_is_one_line_and_is_not_repeated():
     }.items(),
     ids=str,
 )
-def test_a_user_mistake_is_one_line_and_exit_status_2(arguments, message, capsys):
+def test_a_mistake_is_one_line(arguments, said, capsys):
     assert vs_transformers.main(list(arguments)) == 2
-    assert capsys.readouterr().err == f"vs_transformers.py: {message}\n"
+    assert capsys.readouterr().err == f"vs_transformers.py: {said}\n"

@@ -1,4 +1,4 @@
-"""Faults that the laws must catch. Each one changes a system so that it returns wrong numbers and raises nothing."""
+"""The faults that the laws are meant to catch: for each a change of a system that gives wrong numbers, not a raise."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ import pgfunc as pg
 from pgfunc.laws import System
 
 
-def shared_cache(system: System) -> System:
-    """Every handle refers to one cache, which each step overwrites."""
+def boxed(system: System) -> System:
+    """A cache that is overwritten: all handles on it are the newest."""
 
     def prefill(prompt, size):
         logits, cache = system.prefill(prompt, size)
@@ -26,7 +26,7 @@ def shared_cache(system: System) -> System:
 
 
 def overwriting(system: System) -> System:
-    """A step also writes the new keys into the first slot of its input cache."""
+    """A step that writes the newest keys into the first slot of the cache that it was given."""
 
     def decode(token, cache):
         logits, new = system.decode(token, cache)
@@ -37,7 +37,6 @@ def overwriting(system: System) -> System:
 
 
 def counting(system: System) -> System:
-    """The logits depend on the number of earlier calls."""
     calls: list[int] = []
 
     def forward(prompt):
@@ -48,7 +47,7 @@ def counting(system: System) -> System:
 
 
 class Doubled(torch.autograd.Function):
-    """The identity, whose gradient is doubled in reverse mode but correct in forward mode."""
+    """The identity, with a gradient that is twice as large as it is in reverse mode alone."""
 
     generate_vmap_rule = True
 
@@ -70,24 +69,24 @@ class Doubled(torch.autograd.Function):
 
 
 def swapped(params: Any) -> Any:
-    """The parameters with gate and up of the first layer exchanged."""
+    """The parameters with the two matrices of the first layer's MLP exchanged."""
     first = params.language.layers[0]
     layers = (first._replace(gate=first.up, up=first.gate), *params.language.layers[1:])
     return params._replace(language=params.language._replace(layers=layers))
 
 
 def in_steps_of_1024(read: Callable[..., Any]) -> Callable[..., Any]:
-    """Read boxes with 1024 steps instead of 1023, as some programs do."""
-    return lambda *args: [(label, tuple(edge * 1023 / 1024 for edge in box)) for label, box in read(*args)]
+    """What reads boxes as some readers do."""
+    return lambda *given: [(label, tuple(edge * 1023 / 1024 for edge in box)) for label, box in read(*given)]
 
 
 def darker_at_the_edge(pixels: torch.Tensor) -> torch.Tensor:
-    """The pixels of a picture that was padded with black before it was resized."""
+    """As of a picture that was padded with black before it was resized."""
     return torch.cat([pixels[:, :1] * 0.9 - 0.1, pixels[:, 1:]], 1)
 
 
-def full_chunks_only(contrast: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A loss that ignores the rows of an incomplete last chunk."""
+def whole_chunks_alone(contrast: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A loss that leaves out the rows of a chunk that is not full."""
 
     def loss(kind, x, y, scale, bias, chunk):
         rows = len(x) // chunk * chunk if chunk else len(x)
@@ -97,12 +96,11 @@ def full_chunks_only(contrast: Callable[..., torch.Tensor]) -> Callable[..., tor
 
 
 def change(**changes: Callable[[System], Any]) -> Callable[[System], System]:
-    """A fault that replaces some functions of a system; each value makes the new function from the system."""
+    """The system with some of its functions exchanged, each by one made from the system."""
     return lambda system: system._replace(**{name: make(system) for name, make in changes.items()})
 
 
 def on_prompt(edit: Callable[[pg.Prompt], pg.Prompt]) -> Callable[[System], System]:
-    """A fault in which `forward` sees an edited prompt."""
     return change(forward=lambda system: lambda prompt: system.forward(edit(prompt)))
 
 
@@ -112,14 +110,14 @@ FAULTS: dict[str, Callable[[System], System]] = {
     ),
     "prefill-equals-forward": change(prefill=lambda s: lambda p, size: (s.forward(p)[:, -1], s.prefill(p, size)[1])),
     "chunks-equal-whole": change(extend=lambda s: lambda tokens, cache: s.extend(tokens.sort(-1).values, cache)),
-    "an-old-handle-stays-valid": shared_cache,
-    "forks-are-apart": shared_cache,
+    "an-old-handle-stays-valid": boxed,
+    "forks-are-apart": boxed,
     "a-suffix-is-causal": on_prompt(lambda p: p._replace(causal=torch.zeros_like(p.causal))),
     "a-prefix-sees-itself": on_prompt(lambda p: p._replace(causal=p.valid)),
     "padding-is-not-read": on_prompt(lambda p: p._replace(valid=torch.ones_like(p.valid))),
     "a-row-is-alone": change(forward=lambda s: lambda p: (x := s.forward(p)) + x[:1, :1]),
     "the-order-of-rows-does-not-matter": change(forward=lambda s: lambda p: (x := s.forward(p)) + 0.1 * x[:1, :1]),
-    "the-order-of-pictures-matters": change(  # symmetric in the order, up to rounding
+    "the-order-of-pictures-matters": change(  # the same but for rounding
         forward=lambda s: lambda p: s.forward(p) + s.forward(p._replace(pixels=p.pixels.flip(1)))
     ),
     "forward-is-pure": counting,
@@ -135,7 +133,7 @@ FAULTS: dict[str, Callable[[System], System]] = {
     "the-gradient-equals-finite-differences": change(
         apply=lambda s: lambda params, p: Doubled.apply(s.apply(params, p))
     ),
-    "the-head-is-the-embedding": change(  # the head adds a bias
+    "the-head-is-the-embedding": change(  # a bias of its own
         apply=lambda s: lambda params, p: s.apply(params, p) + torch.linspace(0, 1, s.vocab)
     ),
     "rms-norm-is-scale-invariant": change(rms_norm=lambda s: lambda x, scale: s.rms_norm(x, scale) * x.abs().amax()),
@@ -148,8 +146,8 @@ FAULTS: dict[str, Callable[[System], System]] = {
             lambda q, k, v, mask: s.attend(q, *(x.repeat(1, 1, q.shape[2] // x.shape[2], 1) for x in (k, v)), mask)
         )
     ),
-    "attention-is-a-mean": change(attend=lambda s: lambda *args: 1.001 * s.attend(*args)),
-    "hidden-keys-are-not-read": change(  # every query sees the keys that any query sees
+    "attention-is-a-mean": change(attend=lambda s: lambda *given: 1.001 * s.attend(*given)),
+    "hidden-keys-are-not-read": change(  # those that any query sees are seen by all
         attend=lambda s: lambda q, k, v, mask: s.attend(q, k, v, mask.any(1, keepdim=True).expand_as(mask))
     ),
     "a-window-that-covers-all-is-none": change(
@@ -169,11 +167,11 @@ FAULTS: dict[str, Callable[[System], System]] = {
     "cold-is-greedy": change(choose=lambda s: lambda logits, u, t: s.choose(logits, u, max(t, 1.0))),
     "heat-is-uniform": change(choose=lambda s: lambda logits, u, t: s.choose(logits, u, min(t, 10.0))),
     "frequencies-fit-probabilities": change(draw=lambda s: lambda logits, u: s.draw(logits, u**1.2)),
-    "what-is-loaded-is-what-was-saved": change(  # the files hold bfloat16
+    "what-is-loaded-is-what-was-saved": change(  # files of bfloat16
         reload=lambda s: lambda params: pytree.tree_map(lambda x: x.bfloat16().to(x.dtype), s.reload(params))
     ),
     "a-conversion-and-back-changes-nothing": change(convert=lambda s: lambda params: swapped(s.convert(params))),
-    "quantized-within-half-a-step": change(  # groups are twice as large
+    "quantized-within-half-a-step": change(  # groups that are twice as large
         quantize=lambda s: lambda w, bits, group: s.quantize(w, bits, min(2 * group, 128))
     ),
     "text-comes-back": change(to_text=lambda s: lambda ids: s.to_text(ids).strip()),
@@ -181,19 +179,19 @@ FAULTS: dict[str, Callable[[System], System]] = {
     "a-box-comes-back-within-half-a-step": change(read_boxes=lambda s: in_steps_of_1024(s.read_boxes)),
     "text-of-boxes-comes-back": change(read_boxes=lambda s: in_steps_of_1024(s.read_boxes)),
     "a-mask-comes-back-inside-its-box": change(
-        read_masks=lambda s: lambda *args: [(label, box, mask.roll(1, 0)) for label, box, mask in s.read_masks(*args)]
+        read_masks=lambda s: lambda *given: [(label, box, mask.roll(1, 0)) for label, box, mask in s.read_masks(*given)]
     ),
     "mask-codes-come-back": change(features=lambda s: lambda codes: s.features(codes.flip(1))),
     "pixels-lie-between-black-and-white": change(pixels=lambda s: lambda picture: s.pixels(picture) * 1.001),
     "one-colour-stays-what-it-is": change(pixels=lambda s: lambda picture: darker_at_the_edge(s.pixels(picture))),
-    "a-loss-is-its-formula-at-any-logits": change(  # like log(sigmoid(x)), which underflows
-        contrast=lambda s: lambda *args: s.contrast(*args).exp().log()
+    "a-loss-is-its-formula-at-any-logits": change(  # log of sigmoid, log of softmax
+        contrast=lambda s: lambda *given: s.contrast(*given).exp().log()
     ),
-    "chunks-of-a-loss-equal-the-whole": change(contrast=lambda s: full_chunks_only(s.contrast)),
+    "chunks-of-a-loss-equal-the-whole": change(contrast=lambda s: whole_chunks_alone(s.contrast)),
     "the-order-of-pairs-does-not-matter": change(
-        contrast=lambda s: lambda *args: s.contrast(*args) + 1e-3 * args[1][0, 0]
+        contrast=lambda s: lambda *given: s.contrast(*given) + 1e-3 * given[1][0, 0]
     ),
     "the-gradient-of-a-loss-equals-finite-differences": change(
-        contrast=lambda s: lambda *args: Doubled.apply(s.contrast(*args))
+        contrast=lambda s: lambda *given: Doubled.apply(s.contrast(*given))
     ),
 }

@@ -304,10 +304,16 @@ def test_a_damaged_file_is_one_line_that_names_key_and_shapes(what, tmp_path):
 
 
 ENTRIES = {
-    "another library's": ({"quant_method": "bitsandbytes"}, "quantization_config is not of pgfunc; load the original"),
-    "no table": ({"format": "pgfunc", "weights": ["q"]}, "quantization_config is not of pgfunc"),
-    "another's table": ({"quant_method": "x", "weights": {"language.embed": "int8"}}, "is not of pgfunc"),
-    "no names": ({"format": "pgfunc", "weights": {"language.embed": [8]}}, "quantization_config is not of pgfunc"),
+    "another library's": (
+        {"quant_method": "bitsandbytes"},
+        "was not written by pgfunc; load the original",
+    ),
+    "no table": ({"format": "pgfunc", "weights": ["q"]}, "was not written by pgfunc"),
+    "another's table": ({"quant_method": "x", "weights": {"language.embed": "int8"}}, "was not written by pgfunc"),
+    "no names": (
+        {"format": "pgfunc", "weights": {"language.embed": [8]}},
+        "was not written by pgfunc",
+    ),
     "no such method": ({"format": "pgfunc", "weights": {"language.embed": "8"}}, "quantize is '8', expected"),
     "no such weight": ({"format": "pgfunc", "weights": {"language.q": "int8"}}, "language.q is no matrix"),
     "a size": ({"format": "pgfunc", "weights": {"vision.layers.0.q": "int4"}}, "found 24 x 24"),

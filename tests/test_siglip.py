@@ -139,7 +139,7 @@ def test_defaults_that_a_published_config_leaves_out(tmp_path):
     """google/siglip-base-patch16-224 says little more than its model types."""
     parts = {"text_config": {"model_type": "siglip_text_model"}, "vision_config": {"model_type": "siglip_vision_model"}}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"} | parts))
-    cfg = pg.checkpoint.siglip.read_config(tmp_path)
+    cfg = pg.checkpoint.siglip_config.read_config(tmp_path)
     config = transformers.SiglipConfig()
     with torch.device("meta"):
         expected = transformers.SiglipModel(config)
@@ -212,7 +212,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_shape_has_transformers_parameters(name):
     raw, millions = PUBLISHED[name]
-    cfg = pg.checkpoint.siglip.parse(raw)
+    cfg = pg.checkpoint.siglip_config.parse(raw)
     with torch.device("meta"):
         expected = transformers.SiglipModel(transformers.SiglipConfig(**raw))
     counted = pg.tree.count(siglip_dual.abstract(cfg))
@@ -255,11 +255,11 @@ def test_the_shipped_model_lies_in_the_folder_of_the_shipped_paligemma(nested, m
 
 def test_a_tower_that_is_nowhere_or_another_is_named(nested):
     shutil.copytree(nested / "siglip", nested / "alone" / "siglip")
-    with pytest.raises(CheckpointError, match=r"holds no vision encoder, nor is there a PaliGemma in .*alone"):
+    with pytest.raises(CheckpointError, match=r"holds no vision encoder, and .*alone holds no PaliGemma"):
         pg.load_siglip(nested / "alone" / "siglip")
     other = replace(CONFIGS["gemma"], vision=replace(VISION, heads=4))
     pg.save(pg.Model(other, paligemma_params(other), None), nested)
-    with pytest.raises(CheckpointError, match="its vision_config is not that of"):
+    with pytest.raises(CheckpointError, match="its vision_config differs from that of"):
         pg.load_siglip(nested / "siglip")
 
 
@@ -305,7 +305,7 @@ DAMAGE = {
     "odd heads": (lambda d: edit_config(d, "text_config", num_attention_heads=3), "16 is not a multiple of its 3"),
     "lengths that differ": (
         lambda d: edit_config(d, "text_config", projection_size=16),
-        "text vectors have length 16, those of pictures 24",
+        "text embeddings have length 16, image embeddings 24",
     ),
     "not a number": (lambda d: edit_config(d, "text_config", vocab_size="40"), "vocab_size is '40', expected a whole"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: missing"),
@@ -326,7 +326,7 @@ def test_damage_is_named_in_one_line(tmp_path, damage, said):
 
 def test_a_source_that_is_no_folder(tmp_path):
     (tmp_path / "a.npz").touch()
-    with pytest.raises(CheckpointError, match="not a folder in Hugging Face layout"):
+    with pytest.raises(CheckpointError, match="not a folder; expected a SigLIP checkpoint"):
         pg.load_siglip(tmp_path / "a.npz")
 
 

@@ -1,20 +1,20 @@
-"""A toy of one's own, and five laws that it keeps: `python examples/laws_of_a_toy.py`."""
+"""Check five laws on a toy implementation: `python examples/laws_of_a_toy.py`."""
 
 import torch
 
 from pgfunc import laws
 
-words = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+table = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def forward(prompt):
-    """Sums: of the prefix, of the suffix up to each token, and of the pictures, each with another weight."""
-    prefix = words[prompt.tokens].where((prompt.valid & ~prompt.causal)[..., None], 0).sum(1, keepdim=True)
-    suffix = words[prompt.tokens].where(prompt.causal[..., None], 0).cumsum(1)
+    """Logits are sums: the prefix, the suffix up to each token, and the pictures, each with a weight of its own."""
+    prefix = table[prompt.tokens].where((prompt.valid & ~prompt.causal)[..., None], 0).sum(1, keepdim=True)
+    suffix = table[prompt.tokens].where(prompt.causal[..., None], 0).cumsum(1)
     pictures = sum(prompt.pixels[:, i].mean((1, 2, 3)) * (i + 1) for i in range(prompt.pixels.shape[1]))
     return prefix + suffix + torch.as_tensor(pictures).reshape(-1, 1, 1)
 
 
 toy = laws.System("a toy", vocab=64, image_size=28, forward=forward)
-for result in laws.check(toy, laws.MODEL[5:10]):  # who sees whom
+for result in laws.check(toy, laws.MODEL[5:10]):  # the laws of masks
     print(f"{result.law.name:40} {result.verdict} {result.counterexample}")

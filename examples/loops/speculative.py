@@ -22,17 +22,14 @@ def speculative(model: pg.Model, image, prefix: str, max_tokens: int = 64, ahead
     prompt = pg.prepare(model, image, prefix)
     with torch.no_grad():
         logits, cache = pg.prefill(model.params, prompt, model.cfg, max_tokens + ahead)
-    known, tokens, steps = prompt.tokens[0].tolist(), [int(logits.argmax())], 0
+    prompt_ids, tokens, steps = prompt.tokens[0].tolist(), [int(logits.argmax())], 0
     while tokens[-1] != model.cfg.eos and len(tokens) < max_tokens:
-        guess = draft(known + tokens, ahead)
+        guess = draft(prompt_ids + tokens, ahead)
         inputs = torch.tensor([[tokens[-1], *guess]], device=logits.device)
         logits, longer = step(model.params, inputs, cache, model.cfg)
         right = logits[0].argmax(-1).tolist()
         count = next((i for i, (one, other) in enumerate(zip(guess, right, strict=False)) if one != other), ahead) + 1
-        cache, longer = (
-            pg.rewind(longer, cache.length + count),
-            None,
-        )  # later steps overwrite the slots of wrong guesses
+        cache, longer = pg.rewind(longer, cache.length + count), None  # wrong guesses are overwritten
         tokens, steps = tokens + right[:count], steps + 1
     end = tokens.index(model.cfg.eos) if model.cfg.eos in tokens else max_tokens
     return pg.tokenizer.decode(tokenizer_of(model), tokens[:end][:max_tokens]), steps

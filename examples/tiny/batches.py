@@ -123,7 +123,7 @@ class Stream(Dataset):
         self,
         cat: Catalog,
         vocab: Vocabulary,
-        written: str,
+        text_kind: str,
         size: int,
         prompts: int,
         width: int,
@@ -131,16 +131,16 @@ class Stream(Dataset):
         start: int,
         stride: int = 0,
     ):
-        self.cat, self.vocab, self.written, self.size, self.side = cat, vocab, written, size, side
+        self.cat, self.vocab, self.text_kind, self.size, self.side = cat, vocab, text_kind, size, side
         self.prompts, self.width, self.start, self.stride = prompts, width, start, stride or size
 
     def __getitem__(self, number: int) -> Batch:
         first = self.start + number * self.stride
         drawn = [scenes.draw(self.cat, "train", first + i, self.side) for i in range(self.size)]
         layout = render.layout(drawn)
-        if self.written == "prompts":
+        if self.text_kind == "prompts":
             return Batch(layout, self.asked(drawn, first))
-        if self.written == "description":
+        if self.text_kind == "description":
             return Batch(layout, self.described(drawn, first))
         return Batch(layout, pack([], [], self.width))
 

@@ -69,11 +69,11 @@ def make(data: Path, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def check(model: pg.Model, folder: Path, known: Path) -> dict[str, float]:
+def check(model: pg.Model, folder: Path, heldout_folder: Path) -> dict[str, float]:
     """The figures on pictures that have the class, and on the held-out scenes, which do not have it."""
     rows = [json.loads(line) for line in (folder / "valid.jsonl").read_text().splitlines()]
     captions, boxes = ([row for row in rows if row["prefix"] == asked] for asked in ("caption en", f"detect {NAME}"))
-    without = [(e, row) for e in heldout.read(known)["S0"] for row in e.rows if row.task == "caption"]
+    without = [(e, row) for e in heldout.read(heldout_folder)["S0"] for row in e.rows if row.task == "caption"]
     others = [e.picture for e, _ in without]
 
     def answered(rows: list[dict[str, str]]) -> list[str]:
@@ -82,7 +82,7 @@ def check(model: pg.Model, folder: Path, known: Path) -> dict[str, float]:
     old_captions = answers(model, others, "caption en")
     return {
         "captions that name it": share(singular(text, [NAME])[NAME] > 0 for text in answered(captions)),
-        "things found, IoU > 0.5": share(found(boxes, answered(boxes))),
+        "things found, IoU > 0.5": share(hits(boxes, answered(boxes))),
         "captions that name it where there is none": share(NAME in text for text in old_captions),
         "boxes where there is none": share(bool(text) for text in answers(model, others, f"detect {NAME}")),
         "F1 of the old names": named_f1((e, row, text) for (e, row), text in zip(without, old_captions, strict=True)),
@@ -93,7 +93,7 @@ def answers(model: pg.Model, pictures: Sequence[Image.Image], prefix: str) -> li
     return [done.text for done in pg.generate(model, list(pictures), prefix)]
 
 
-def found(rows: Sequence[dict[str, str]], texts: Sequence[str]) -> Iterator[bool]:
+def hits(rows: Sequence[dict[str, str]], texts: Sequence[str]) -> Iterator[bool]:
     """For each thing, whether a box overlaps it with an IoU above 0.5."""
     side = heldout.SIDE
     for row, text in zip(rows, texts, strict=True):

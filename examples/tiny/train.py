@@ -54,20 +54,20 @@ class Job(NamedTuple):
     processes: int
 
 
-def stream(job: Job, stage: str, written: str) -> batches.Stream:
+def stream(job: Job, stage: str, text_kind: str) -> batches.Stream:
     """This process's share of the batches of a stage."""
     plan, number = job.recipe.plans[stage], recipe.STAGES.index(stage)
     share = plan.scenes // job.processes
-    prompts = job.recipe.prompts if written == "prompts" else 0
+    prompts = job.recipe.prompts if text_kind == "prompts" else 0
     start = ((job.seed * len(recipe.STAGES) + number) << 32) + job.process * share
-    return batches.Stream(job.world.catalog, job.vocab, written, share, prompts, job.recipe.width, job.recipe.side,
+    return batches.Stream(job.world.catalog, job.vocab, text_kind, share, prompts, job.recipe.width, job.recipe.side,
                           start, stride=plan.scenes)  # fmt: skip
 
 
-def painted(job: Job, stage: str, written: str, first: int) -> Iterable[tuple[render.Rendered, batches.Texts]]:
+def painted(job: Job, stage: str, text_kind: str, first: int) -> Iterable[tuple[render.Rendered, batches.Texts]]:
     """The rendered batches of a stage from number `first` on, with their texts, on the device."""
     last = job.recipe.plans[stage].steps
-    for i, batch in enumerate(batches.loader(stream(job, stage, written), first, last, job.workers), first):
+    for i, batch in enumerate(batches.loader(stream(job, stage, text_kind), first, last, job.workers), first):
         layout, texts = tree.map(lambda leaf: leaf.to(job.device, non_blocking=True), tuple(batch))
         yield render.render(job.bank, layout, job.recipe.side, seed=i * job.processes + job.process), texts
 

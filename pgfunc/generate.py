@@ -21,7 +21,7 @@ from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
 from pgfunc.jit import jit
 from pgfunc.jit.donation import bucket, reorder
-from pgfunc.ops import plain, widen
+from pgfunc.ops import plain, upcast
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
 from pgfunc.sample import Settings, choose, logprob, whole
@@ -214,7 +214,7 @@ def answer_scores(
     count, width, device = len(answers), max(map(len, answers)), logits.device
     tokens = torch.tensor([[*answer, *[model.cfg.pad] * (width - len(answer))] for answer in answers], device=device)
     real = torch.tensor([[i < len(answer) for i in range(width)] for answer in answers], device=device)
-    scores = widen(logits).log_softmax(-1)[:, tokens[:, 0]]
+    scores = upcast(logits).log_softmax(-1)[:, tokens[:, 0]]
     if width == 1:
         return scores
     rows = torch.arange(len(logits), device=device).repeat_interleave(count)  # answers of a row beside one another

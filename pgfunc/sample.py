@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc.errors import SettingError
-from pgfunc.ops import widen
+from pgfunc.ops import upcast
 
 PART = 512  # logits
 
@@ -95,7 +95,7 @@ def greedy(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
 
 def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     """The log-probability of each token under its logits."""
-    parts = split(widen(logits))
+    parts = split(upcast(logits))
     peaks = parts.amax(-1).clamp(min=torch.finfo(parts.dtype).min)  # finite where all of a part are excluded
     sums = (parts - rearrange(peaks, "... -> ... 1")).exp().sum(-1)
     peak = peaks.amax(-1)

@@ -168,7 +168,7 @@ def places(path: Path) -> None:
 def codes(path: Path) -> None:
     text = path.read_bytes().decode(errors="surrogateescape")
     found = segment.parse(text, 9, 7, VQ)
-    assert len(found) == len(detect.unique(segment.written(text)))
+    assert len(found) == len(detect.unique(segment.well_formed(text)))
     assert all(item.mask.shape == (7, 9) for item in found)
 
 

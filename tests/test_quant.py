@@ -136,7 +136,7 @@ def test_int4_takes_whole_groups_and_whole_blocks(method, inputs):
 def test_a_gpu_without_fp8_says_so(monkeypatch):
     small, cuda = quant.quantize(params(WIDE_CONFIGS["gemma"]), "fp8", ["*.gate"]), torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for refused in (lambda: quant.check_device("fp8", cuda), lambda: quant.arranged(small, cuda)):
+    for refused in (lambda: quant.check_device("fp8", cuda), lambda: quant.to_device_layout(small, cuda)):
         with pytest.raises(SettingError, match=r"fp8 needs .* 8\.9 or more, cuda:0 has 8\.0; take int8"):
             refused()
     quant.check_device("int8", cuda)

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pgfunc import paligemma, tree
+from pgfunc import packing, paligemma, tree
 from pgfunc.bench.roofline import Machine, Work, decode_work, floor, prefill_work, vision_work
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
@@ -175,7 +175,7 @@ def random_params(cfg: Config, dtype: torch.dtype, device: torch.device, seed: i
 
     abstract = tree.map(lambda leaf: leaf.to(dtype), paligemma.abstract(cfg))
     if device.type == "cuda":
-        return tree.map_with_path(draw, paligemma.packed(abstract, device))
+        return tree.map_with_path(draw, packing.packed(abstract, device))
     return tree.map_with_path(draw, tree.map(lambda leaf: torch.empty_like(leaf, device=device), abstract))
 
 

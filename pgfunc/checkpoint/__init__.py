@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgfunc import paligemma, quant, tree
+from pgfunc import packing, quant, tree
 from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf, keys, lora, processor
 from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, with_methods
@@ -82,7 +82,7 @@ def load(
             params = hf.load(path, cfg, kind, first, *read_storage(path, cfg), mmap)
     if adapter is not None:
         params = lora.merge(params, lora.load(adapter, cfg, params))
-    params = quant.arranged(paligemma.packed(params, where), where) if where.type == "cuda" else params
+    params = quant.to_device_layout(packing.packed(params, where), where) if where.type == "cuda" else params
     params = params if quantize is None else quant.quantize(params, quantize)
     return Model(cfg, params, words)
 

@@ -240,7 +240,7 @@ def _read(file: Any, path: Path, key: str) -> Tensor:
 
 def arrays(cfg: Config, params: paligemma.Params) -> dict[str, Tensor]:
     """Key -> array, as files hold the parameters."""
-    params = quant.arranged(params, torch.device("cpu"))  # the order of files
+    params = quant.to_device_layout(params, torch.device("cpu"))  # the order of files
     return arrange(with_parts(table(cfg), quant.methods(params)), params)
 
 

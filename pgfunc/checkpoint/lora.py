@@ -22,7 +22,7 @@ from pgfunc.config import Config
 from pgfunc.errors import CheckpointError
 from pgfunc.files.journal import reading
 from pgfunc.files.jsonfile import read_json
-from pgfunc.ops import widen
+from pgfunc.ops import upcast
 from pgfunc.paligemma import Params
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -60,7 +60,7 @@ def merge(params: Params, lora: Lora) -> Params:
     leaves = tree.flatten(params)
 
     def added(leaf: Tensor, pair: Pair) -> Tensor:
-        return (widen(leaf) + lora.scale * (pair.b @ pair.a).to(leaf.device)).to(leaf.dtype)
+        return (upcast(leaf) + lora.scale * (pair.b @ pair.a).to(leaf.device)).to(leaf.dtype)
 
     return tree.replace(params, {path: added(leaves[path], pair) for path, pair in lora.pairs.items()})
 
@@ -92,7 +92,7 @@ def load(folder: str | Path, cfg: Config, params: Params | None = None) -> Lora:
     check_whole(whole, cfg, params, folder / WEIGHTS)
     check(expected, entries, str(folder / WEIGHTS), "the adapter that adapter_config.json describes")
     chosen = [path for path in shapes if f"{path} A" in entries]
-    return Lora({path: Pair(*(widen(entries[f"{path} {part}"].read()) for part in "AB")) for path in chosen}, scale)
+    return Lora({path: Pair(*(upcast(entries[f"{path} {part}"].read()) for part in "AB")) for path in chosen}, scale)
 
 
 def open_pairs(folder: Path) -> dict[str, Entry]:

@@ -36,7 +36,7 @@ from pgfunc.jit.arguments import Argument, Arguments, Kind, as_input, repeated, 
 from pgfunc.jit.code_folder import code_in
 from pgfunc.jit.compilation import CACHE, Code, check_appends, compiled, continuation, explained, regional
 from pgfunc.jit.donation import Arena, buffers, continued, copied, is_newest, known, lineage_of
-from pgfunc.ops import on_host, transformed
+from pgfunc.lowering import on_host, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")

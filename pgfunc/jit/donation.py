@@ -23,7 +23,7 @@ from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
 from pgfunc.jit import cuda_graphs
 from pgfunc.jit.arguments import shape
-from pgfunc.ops import on_host, transformed
+from pgfunc.lowering import on_host, transformed
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOCK = RLock()  # held for moments, and nothing is waited for with it

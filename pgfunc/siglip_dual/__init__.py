@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pgfunc import siglip, tree
 from pgfunc.config import SiglipConfig, SiglipTextConfig
-from pgfunc.ops import identity, layer_norm, linear, widen
+from pgfunc.ops import identity, layer_norm, linear, upcast
 
 
 class TextParams(NamedTuple):
@@ -81,14 +81,14 @@ def embed_images(
     """Pictures with values in [-1, 1] -> unit vectors, in float32."""
     x = siglip.encode_image(params.vision, pixels, cfg.vision, tap)
     x = siglip.pool(params.pool, x, cfg.vision, lambda name, value: tap(f"vision.pool.{name}", value))
-    return tap("vision.vector", F.normalize(widen(x), dim=-1))
+    return tap("vision.vector", F.normalize(upcast(x), dim=-1))
 
 
 def embed_texts(params: DualParams, ids: Int[Tensor, "b t"], cfg: SiglipConfig, tap=identity) -> Float[Tensor, "b e"]:
     """Texts of `cfg.text.positions` tokens -> unit vectors, in float32."""
-    return tap("text.vector", F.normalize(widen(encode_text(params.text, ids, cfg.text, tap)), dim=-1))
+    return tap("text.vector", F.normalize(upcast(encode_text(params.text, ids, cfg.text, tap)), dim=-1))
 
 
 def logits(params: DualParams, images: Float[Tensor, "n e"], texts: Float[Tensor, "b e"]) -> Float[Tensor, "n b"]:
     """The log-odds, as SigLIP was trained, that a picture and a text belong together; from unit vectors, in float32."""
-    return widen(params.scale).exp() * linear(images, texts) + widen(params.bias)
+    return upcast(params.scale).exp() * linear(images, texts) + upcast(params.bias)

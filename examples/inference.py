@@ -1,8 +1,8 @@
-"""One picture, one prompt, one answer, with the flags of the classic PaliGemma script.
+"""Answer one prompt about one picture, with the flags of the classic PaliGemma script.
 
     python examples/inference.py --prompt "caption en" --image_file_path examples/images/scene.png
 
-`--model_path` is a folder in Hugging Face layout or a hub id; without it the shipped checkpoint answers.
+`--model_path` is a folder in Hugging Face layout or a hub id; the default is the shipped checkpoint.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pgfunc.errors import PgfuncError
 
 
 def switch(text: str) -> bool:
-    """The value of a flag that may be written `--do_sample`, `--do_sample True` or `--do_sample False`."""
+    """Parse the value of a flag: `--do_sample`, `--do_sample True` or `--do_sample False`."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected True or False, found {text}")
     return text.lower() == "true"

@@ -1,4 +1,4 @@
-"""What stands under examples/ runs, and says what its documentation says."""
+"""The files in examples/ run, and print what their documentation says."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_loading_a_sharded_checkpoint_of_1_gb_takes_less_than_1_2_times_its_size
     assert found["read"] < 1.2
 
 
-def test_the_classic_script_says_what_the_command_line_says():
+def test_the_classic_script_prints_what_the_command_line_prints():
     flags = ["--prompt", "caption en", "--image_file_path", "examples/images/scene.png", "--only_cpu", "True"]
     classic = run(sys.executable, "examples/inference.py", *flags, "--do_sample", "False")
     assert classic.stdout == run(sys.executable, "-m", "pgfunc.cli", "caption", "examples/images/scene.png").stdout

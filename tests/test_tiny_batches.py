@@ -1,4 +1,4 @@
-"""The tiny checkpoint's batches: what training reads is what inference writes, token by token."""
+"""The tiny checkpoint's batches: the tokens that training reads are the tokens that inference writes."""
 
 from itertools import islice
 
@@ -49,7 +49,7 @@ def equal(a, b) -> bool:
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 
-def test_ids_stand_in_the_order_of_googles(vocab):
+def test_ids_have_the_order_of_googles_vocabulary(vocab):
     ids = vocab.tokenizer.backend.get_vocab()
     assert [ids[name] for name in ("<pad>", "<eos>", "<bos>", "<unk>")] == [0, 1, 2, 3]
     assert (ids["<loc0000>"], ids["<loc1023>"], ids["<seg000>"], ids["<seg127>"]) == (2048, 3071, 3072, 3199)
@@ -58,7 +58,7 @@ def test_ids_stand_in_the_order_of_googles(vocab):
     assert max(id for name, id in ids.items() if not name.startswith("<")) < RECIPE.siglip.text.vocab
 
 
-def test_the_tokenizer_is_learned_the_same_again(vocab):
+def test_learning_the_tokenizer_again_gives_the_same_vocabulary(vocab):
     assert tokenizer.build(CAT.names).get_vocab() == vocab.tokenizer.backend.get_vocab()
 
 
@@ -95,7 +95,7 @@ def test_a_template_is_the_prompt_of_its_text_once_its_blanks_are_filled(vocab, 
 
 
 def written(row: texts.Row, places: list[list[int]], codes: list[list[int]]) -> tuple[str, str]:
-    """A row's texts as pgfunc writes them: each thing's box and mask in place of its blank."""
+    """The texts of a row as pgfunc writes them, with each thing's box and mask instead of its blank."""
     known = iter(row.things)
 
     def fill(text: str) -> str:
@@ -111,14 +111,14 @@ def written(row: texts.Row, places: list[list[int]], codes: list[list[int]]) -> 
 
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=26))
-def test_what_is_read_is_learned_letter_by_letter(vocab, text):
+def test_signs_are_spelled_with_one_token_a_letter(vocab, text):
     _, suffix = batches.template(vocab, texts.Row("ocr", "ocr", text))
     assert len(suffix) == len(text) + 1
     assert suffix[-1] == vocab.eos
     assert pg.tokenizer.decode(vocab.tokenizer, suffix[:-1]) == text
 
 
-def test_a_blank_names_its_thing_and_the_place_of_the_number(vocab):
+def test_a_blank_encodes_its_thing_and_the_index_of_its_number(vocab):
     row = texts.Row("segment", "segment cup", " ; ".join([f"{texts.PLACE}{texts.CODES} cup"] * 2), (3, 1))
     _, suffix = batches.template(vocab, row)
     found = [id - BLANK for id in suffix if id >= BLANK]
@@ -129,7 +129,7 @@ def test_a_blank_names_its_thing_and_the_place_of_the_number(vocab):
 
 
 def decoded(vocab, filled, packed) -> list[tuple[str, str]]:
-    """Prefix and suffix of each row as text."""
+    """The prefix and suffix of each row, as text."""
     found = []
     for tokens, valid, causal in zip(filled, packed.valid, packed.causal, strict=True):
         parts = tokens[valid & ~causal][1:-1], tokens[causal][:-1]
@@ -137,7 +137,7 @@ def decoded(vocab, filled, packed) -> list[tuple[str, str]]:
     return found
 
 
-def test_boxes_and_codes_of_a_batch_are_those_of_what_was_rendered(vocab):
+def test_boxes_and_codes_of_a_batch_are_those_of_the_rendered_scenes(vocab):
     layout, packed = stream(vocab, "prompts", size=12, prompts=8)[3]
     drawn = render.render(BANK, layout, SIDE, 0)
     codes = torch.randint(0, 128, (12, 4, 16))
@@ -165,7 +165,7 @@ def test_boxes_and_codes_of_a_batch_are_those_of_what_was_rendered(vocab):
     assert seen["segment"] > 5
 
 
-def test_rows_hold_what_the_stream_was_asked_for(vocab):
+def test_the_rows_of_a_batch_are_complete_prompts(vocab):
     packed = stream(vocab, "prompts", size=6, prompts=4)[0].texts
     assert packed.tokens.shape == (24, WIDTH)
     assert packed.scene.tolist() == [i for i in range(6) for _ in range(4)]
@@ -178,7 +178,7 @@ def test_rows_hold_what_the_stream_was_asked_for(vocab):
         assert causal.int().diff().abs().sum() <= 2, "one stretch"
 
 
-def test_a_batch_is_a_function_of_its_number_and_the_stages_start(vocab):
+def test_a_batch_depends_only_on_its_number_and_the_start_of_the_stage(vocab):
     first = stream(vocab, "prompts")[2]
     assert equal(first, stream(vocab, "prompts")[2])
     assert equal(first, stream(vocab, "prompts", start=12)[0])
@@ -194,7 +194,7 @@ def test_worker_processes_make_the_same_batches_in_the_same_order(vocab, written
     assert all(equal(*pair) for pair in zip(alone, shared, strict=True))
 
 
-def test_descriptions_are_what_the_text_encoder_is_given_at_inference(vocab):
+def test_training_descriptions_have_the_ids_that_inference_uses(vocab):
     params = siglip_dual.init(RECIPE.siglip)
     siglip = dual_prompt.SiglipModel(RECIPE.siglip, params, dual_prompt.wrap(vocab.tokenizer.backend, "the tokenizer"))
     packed = stream(vocab, "description", size=80)[0].texts
@@ -208,7 +208,7 @@ def test_descriptions_are_what_the_text_encoder_is_given_at_inference(vocab):
 # --- masks, as training and inference crop them -----------------------------------------------------------------------
 
 
-def test_training_and_inference_crop_a_mask_nearly_alike():
+def test_training_and_inference_crop_a_mask_in_nearly_the_same_way():
     drawn = render.render(BANK, render.layout([scenes.draw(CAT, "train", i) for i in range(30)]), SIDE, 0)
     there = drawn.masks.flatten(2).any(-1)
     found, boxes = drawn.masks[there], drawn.boxes[there]

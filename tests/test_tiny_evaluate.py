@@ -1,4 +1,4 @@
-"""The figures of the tiny checkpoint, on answers made by hand; and the folder of held-out scenes, there and back."""
+"""The figures of the tiny checkpoint on handmade answers; and the folder of held-out scenes, written and read."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def example(*things: Truth, rows: list[Row]) -> Example:
 
 
 def boxes(*found: tuple[Truth, float]) -> str:
-    """Detections of things, moved to the right by so many pixels."""
+    """The text of detections, each moved to the right by a number of pixels."""
     moved = [Detection(t.name, t.box._replace(xmin=t.box.xmin + by, xmax=t.box.xmax + by)) for t, by in found]
     return detect.render(moved, SIDE, SIDE)
 
@@ -52,7 +52,7 @@ def caption_f1(things: list[Truth], text: str) -> float:
 
 
 def located(things: list[Truth], text: str) -> tuple[float, float]:
-    """Recall and precision of boxes."""
+    """The recall and precision of boxes."""
     found = figures([example(*things, rows=[Row("detect", "detect cat ; dog", "")])], [text], VQ)
     return found["detect: IoU > 0.5"], found["detect: precision"]
 
@@ -88,7 +88,7 @@ def test_f1_counts_plurals_units_and_articles():
     assert caption_f1([bow], "bow and arrow") == 1, "the bare name will do"
 
 
-def test_f1_is_taken_over_all_captions_together():
+def test_f1_counts_all_captions_together():
     asked = Row("caption", "caption en", "")
     found = figures([example(CAT, rows=[asked]), example(DOG, STAR, rows=[asked])], ["a cat", "a cup"], VQ)
     assert found["objects named, F1"] == pytest.approx(2 * 1 / (2 + 3))
@@ -131,14 +131,14 @@ def test_recall_and_precision_of_boxes_of_a_cat_and_a_dog(text, recall, precisio
     assert located([CAT, DOG], text) == pytest.approx((recall, precision), nan_ok=True)
 
 
-def test_each_of_two_alike_things_needs_a_box_of_its_own():
+def test_each_of_two_equal_things_needs_a_box_of_its_own():
     near = truth("cat", 0, 20, 100, 120)
     assert located([CAT, near], boxes((CAT, 0), (CAT, 0)))[0] == 0.5, "one box, said twice"
     assert located([CAT, near], boxes((near, 0), (CAT, 0))) == (1, 1), "in any order"
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 20)] * 4), min_size=2, max_size=2))
-def test_iou_is_that_of_the_pixels(corners):
+def test_the_iou_of_boxes_is_the_iou_of_their_pixels(corners):
     a, b = (Box(min(y), min(x), max(y) + 1, max(x) + 1) for y, x in ((c[:2], c[2:]) for c in corners))
     filled = [torch.zeros(24, 24, dtype=torch.bool) for _ in range(2)]
     for mask, box in zip(filled, (a, b), strict=True):
@@ -151,7 +151,7 @@ def test_iou_is_that_of_the_pixels(corners):
 
 @pytest.fixture(scope="module")
 def full() -> vqvae.Params:
-    """A mask VQ-VAE of which every code says: all of the box."""
+    """A mask VQ-VAE whose codes all fill the box."""
     p = vqvae.init(0)
     return p._replace(to_map=vqvae.Conv(torch.zeros_like(p.to_map.weight), torch.ones_like(p.to_map.bias)))
 
@@ -171,12 +171,12 @@ def masked(*found: tuple[str, Box]) -> str:
         (boxes((CAT, 0)), 0.0),  # a box without a mask
     ],
 )
-def test_the_iou_of_masks_where_codes_say_the_whole_box(full, text, mean):
+def test_the_iou_of_masks_whose_codes_fill_the_box(full, text, mean):
     row = Row("segment", "segment cat", "", (0,))
     assert figures([example(CAT, rows=[row])], [text], full)["segment: mean IoU"] == pytest.approx(mean, abs=0.02)
 
 
-def test_the_bound_is_what_the_true_boxes_and_the_codes_give(full):
+def test_the_bound_is_the_iou_of_true_boxes_with_their_codes(full):
     half = CAT._replace(mask=CAT.mask & (torch.arange(SIDE) < 30))
     row = Row("segment", "segment cat", "", (0,))
     examples = [example(CAT, rows=[row]), example(half, rows=[row])]
@@ -187,7 +187,7 @@ def test_the_bound_is_what_the_true_boxes_and_the_codes_give(full):
 
 
 def reference_distance(a: str, b: str) -> int:
-    """The definition, without a table."""
+    """The recursive definition, without a table."""
     if not a or not b:
         return len(a) + len(b)
     change = reference_distance(a[1:], b[1:]) + (a[0] != b[0])
@@ -195,7 +195,7 @@ def reference_distance(a: str, b: str) -> int:
 
 
 @given(st.text("abc", max_size=5), st.text("abc", max_size=5))
-def test_distance_is_levenshteins(a, b):
+def test_distance_is_the_levenshtein_distance(a, b):
     assert evaluate.distance(a, b) == reference_distance(a, b)
 
 
@@ -213,7 +213,7 @@ def test_questions_are_right_or_wrong_by_kind():
     assert math.isnan(found["question: position"]), "nothing was asked"
 
 
-def test_what_cannot_be_read_is_counted_by_answer():
+def test_invalid_answers_are_counted_one_by_one():
     rows = [Row("detect", "detect cat", "")] * 3 + [Row("segment", "segment cat", "")] * 2
     given = [boxes((CAT, 0)), "", "<loc0001> cat", masked(("cat", CAT.box)), boxes((CAT, 0))]
     assert figures([example(CAT, rows=rows)], given, VQ)["invalid boxes or masks"] == pytest.approx(2 / 5)
@@ -224,7 +224,7 @@ def examples() -> list[Example]:
     return heldout.draw(WORLD, "S1", 24)
 
 
-def test_true_answers_are_worth_one_and_no_error(examples, full):
+def test_true_answers_have_perfect_figures(examples, full):
     given = []
     for at in examples:
         for row in at.rows:
@@ -260,7 +260,7 @@ def test_the_majority_gives_the_most_frequent_answer_and_the_median_box():
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.integers(0, 2**32))
-def test_runs_and_back(start, seed):
+def test_a_mask_survives_run_length_encoding(start, seed):
     mask = torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) < 0.5
     mask.view(-1)[: len(start)] = torch.tensor(start)
     for each in (mask, torch.zeros_like(mask), torch.ones_like(mask)):
@@ -270,7 +270,7 @@ def test_runs_and_back(start, seed):
         assert torch.equal(heldout.unrun(lengths), each)
 
 
-def test_what_is_written_is_read_again(tmp_path, examples):
+def test_written_scenes_are_read_back(tmp_path, examples):
     entries = heldout.write(tmp_path, "S1", examples)
     (tmp_path / "scenes.json").write_text(json.dumps(entries))
     (found,) = heldout.read(tmp_path).values()

@@ -20,7 +20,7 @@ SIDE = 224
 def placed(
     texture: int, centre=(0.5, 0.5), axes=(0.5, 0.5), turn: float = 0.0, tint=(1.0, 1.0, 1.0), off=(0.0, 0.0)
 ) -> Thing:
-    """A thing by hand: `theta` is the inverse of scaling, turning and moving a texture, which is read `off` there."""
+    """A handmade thing: `theta` inverts the scaling, turning and moving of a texture; `off` offsets its reading."""
     cos, sin = np.cos(turn), np.sin(turn)
     ahead = np.array([[cos, -sin], [sin, cos]]) * axes
     back = np.linalg.inv(ahead)
@@ -50,13 +50,13 @@ def box_of(mask: np.ndarray) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("texture", [0, 7, SQUARE, FIRST_SHAPE + 6])
-def test_a_texture_put_where_it_is_comes_out_as_it_is(texture):
+def test_the_identity_map_leaves_a_texture_unchanged(texture):
     found = render.things(BANK, render.layout([Scene((placed(texture, axes=(1, 1)),), None, FLAT)]), 128)[0, 0]
     torch.testing.assert_close(found, WORLD.textures[texture] / 255, atol=1e-5, rtol=0)  # bilinear weights, float32
 
 
 @given(st.floats(-0.2, 0.2), st.floats(-0.2, 0.2), st.floats(-1, 1), st.sampled_from([2, 5, SQUARE]))
-def test_a_warp_that_is_the_same_everywhere_moves_the_thing(x, y, turn, texture):
+def test_a_constant_warp_moves_the_thing(x, y, turn, texture):
     warped = placed(texture, axes=(0.5, 0.3), turn=turn, off=(x, y))
     moved = placed(texture, axes=(0.5, 0.3), turn=turn)
     moved.theta[:, 2] += (x, y)
@@ -76,7 +76,7 @@ def test_moving_a_thing_by_whole_pixels_moves_its_mask_and_box(x, y, turn, textu
 
 
 @given(st.floats(0.25, 0.75), st.floats(0.25, 0.75), st.floats(0.2, 0.4), st.floats(0.2, 0.4), st.floats(-0.5, 0.5))
-def test_the_box_of_a_turned_square_is_the_one_that_its_reach_claims(x, y, wide, tall, turn):
+def test_the_box_of_a_turned_square_agrees_with_its_reach(x, y, wide, tall, turn):
     thing = placed(SQUARE, (x, y), (wide, tall), turn)
     claimed = y - thing.reach[1], x - thing.reach[0], y + thing.reach[1], x + thing.reach[0]
     found = painted(thing).boxes[0, 0].tolist()
@@ -84,7 +84,7 @@ def test_the_box_of_a_turned_square_is_the_one_that_its_reach_claims(x, y, wide,
 
 
 @pytest.mark.parametrize("split", ["train", "S2", "S3"])
-def test_things_are_seen_where_their_scene_says_and_nowhere_else(split):
+def test_things_appear_only_at_their_positions(split):
     found = drawn(split, 40)
     boxes = render.render(BANK, render.layout(found), SIDE, 0).boxes
     for i, scene in enumerate(found):
@@ -175,7 +175,7 @@ def test_a_picture_is_painted_from_back_to_front():
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_painted_as_its_scenes_one_by_one():
+def test_a_batch_is_painted_like_its_scenes_one_by_one():
     found = drawn("train", 25, grain=0.0)
     together = render.render(BANK, render.layout(found), SIDE, 0)
     for i, scene in enumerate(found):
@@ -199,7 +199,7 @@ def test_a_batch_without_things_signs_or_photographs_is_painted_too():
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (SIDE - 20, SIDE - 30), (17, 101)])
-def test_a_sign_lands_with_its_first_pixel_on_its_corner_and_hides_what_is_behind(corner):
+def test_a_sign_starts_at_its_corner_and_hides_what_is_behind_it(corner):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4)).astype(np.uint8)
     pixels[..., 3] = 255
     found = painted(placed(SQUARE, axes=(1.02, 1.02)), sign=Sign("", pixels, corner))
@@ -213,7 +213,7 @@ def test_a_sign_lands_with_its_first_pixel_on_its_corner_and_hides_what_is_behin
     assert torch.equal(found.pixels[0][:, ~hidden], alone.pixels[0][:, ~hidden])
 
 
-def test_a_crop_of_a_photograph_is_the_part_it_names():
+def test_a_crop_is_the_right_part_of_a_photograph():
     photo, size = WORLD.photos[0], world.PHOTO
     ground = FLAT._replace(photo=0)
     whole = painted(ground=ground, side=size).pixels[0]
@@ -243,7 +243,7 @@ def test_grain_has_the_stated_deviation_and_follows_the_seed():
 # --- the world --------------------------------------------------------------------------------------------------------
 
 
-def test_the_extent_of_a_texture_holds_what_is_opaque_on_both_sides_of_its_centre():
+def test_the_extent_of_a_texture_contains_its_opaque_part_around_the_centre():
     alpha = np.zeros((3, 8, 8), np.uint8)
     alpha[0, 3:5, 2:6] = 255  # centred
     alpha[1, 1:3, 5:8] = 255  # off the centre: as far as it reaches, on both sides
@@ -251,7 +251,7 @@ def test_the_extent_of_a_texture_holds_what_is_opaque_on_both_sides_of_its_centr
     np.testing.assert_allclose(world.extent(alpha), [[0.5, 0.25], [1, 0.75], [1, 0.25]])
 
 
-def test_the_stand_in_world_has_every_split_and_textures_that_are_premultiplied():
+def test_the_small_world_has_every_split_and_premultiplied_textures():
     assert all(set(CAT.sprites[split]) == set(CAT.names) for split in scenes.SPRITES.values())
     assert (WORLD.textures[:, :3] <= WORLD.textures[:, 3:]).all()
     assert (BANK.soft[:, :3] <= BANK.soft[:, 3:]).all()

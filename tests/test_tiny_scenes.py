@@ -1,4 +1,4 @@
-"""The scenes of the tiny checkpoint: what each split may hold, and where things stand."""
+"""The scenes of the tiny checkpoint: the contents of each split, and the positions of things."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ places = st.integers(0, 2**40)  # training numbers its scenes so
 
 
 def crowd(count: int = 40) -> Catalog:
-    """A catalog of many classes, each with three textures a split, of random extent; nothing to paint with."""
+    """A catalog of many classes, each with three textures in each split, of random extent, without pixels."""
     names = [f"class{i:02d}" for i in range(count)]
     numbers = iter(range(3 * count * 4))
     sprites = {
@@ -42,7 +42,7 @@ def names(scene: Scene) -> list[str]:
 
 
 def held_out(cat: Catalog, present: list[str]) -> bool:
-    """Whether a combination of the catalog's tables is there, looked up one by one."""
+    """Whether the names contain a held-out combination, looked up one by one."""
     numbers = [cat.names.index(name) for name in present if name in cat.names]
     coloured = [tuple(name.split(" ")) for name in present if name not in cat.names]
     return any(cat.pairs[pair] for pair in combinations(numbers, 2)) or any(each in cat.coloured for each in coloured)
@@ -53,7 +53,7 @@ def corners(centre, reach) -> tuple[float, ...]:
 
 
 def fingerprint() -> str:
-    """Of some scenes of every split."""
+    """A hash of some scenes of every split."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in (0, 1, 2**33):
@@ -88,7 +88,7 @@ def test_scenes_of_different_numbers_and_splits_differ():
 
 @pytest.mark.parametrize("cat", CATALOGS.values(), ids=CATALOGS)
 @pytest.mark.parametrize("split", [split for split in SPLITS if split != "S1"])
-def test_no_scene_but_s1s_has_a_held_out_combination(cat, split):
+def test_only_scenes_of_s1_have_a_held_out_combination(cat, split):
     assert not any(held_out(cat, names(scenes.draw(cat, split, index))) for index in range(400))
 
 
@@ -97,7 +97,7 @@ def test_every_scene_of_s1_has_a_held_out_combination(cat):
     assert all(held_out(cat, names(scenes.draw(cat, "S1", index))) for index in range(1000))
 
 
-def test_what_is_held_out_is_an_eighth_of_the_pairs_and_of_the_coloured_shapes():
+def test_an_eighth_of_the_pairs_and_of_the_coloured_shapes_is_held_out():
     assert (CAT.pairs == CAT.pairs.T).all()
     assert not CAT.pairs.diagonal().any(), "two of a kind are never held out"
     assert CAT.pairs[np.triu_indices(40, 1)].mean() == pytest.approx(scenes.HELD_OUT, abs=0.035)  # 780 draws, 3 sigma
@@ -107,7 +107,7 @@ def test_what_is_held_out_is_an_eighth_of_the_pairs_and_of_the_coloured_shapes()
         assert all(sum(pair[i] == kind for pair in CAT.coloured) < 4 for kind in kinds)
 
 
-def test_splits_share_no_sprites_but_those_meant_to():
+def test_only_the_intended_splits_share_sprites():
     seen = {split: set() for split in SPLITS}
     first_shape = len(CAT.extent) - len(shapes.OUTLINES)
     for split in SPLITS:
@@ -123,13 +123,13 @@ def test_splits_share_no_sprites_but_those_meant_to():
     assert len(seen["train"]) == 120
 
 
-def test_photographs_behind_s3_are_never_behind_another_split():
+def test_s3_has_background_photographs_of_its_own():
     for split in SPLITS:
         behind = {scenes.draw(CAT, split, index).background.photo for index in range(100)}
         assert behind == ({3, 4} if split == "S3" else {-1, 0, 1, 2})
 
 
-def test_plain_shapes_stand_among_what_training_has_seen_and_nowhere_else():
+def test_plain_shapes_occur_only_in_splits_with_training_sprites():
     for split in SPLITS:
         plain = [bool(t.colour) for index in range(200) for t in scenes.draw(CAT, split, index).things]
         assert any(plain) == (split in ("train", "S0", "S1"))
@@ -165,12 +165,12 @@ def test_no_two_things_share_more_than_the_allowed_part_of_the_smaller(index, sp
 
 
 def forward(thing: Thing) -> np.ndarray:
-    """Where the texture's right and down edges lie from its centre, as fractions of the picture: columns."""
+    """The vectors from the texture's centre to its right and lower edge, as fractions of the picture, in columns."""
     return np.linalg.inv(thing.theta[:, :2].astype(np.float64)) / 2
 
 
 @given(places)
-def test_theta_takes_the_centre_of_the_picture_of_a_thing_to_the_centre_of_its_texture(index):
+def test_theta_maps_the_centre_of_a_thing_to_the_centre_of_its_texture(index):
     for thing in scenes.draw(CAT, "train", index).things:
         place = 2 * np.asarray(thing.centre) - 1
         np.testing.assert_allclose(thing.theta @ [*place, 1], 0, atol=1e-5)  # float32, values up to 10
@@ -180,7 +180,7 @@ def test_theta_takes_the_centre_of_the_picture_of_a_thing_to_the_centre_of_its_t
 
 
 @given(places, st.sampled_from(["train", "S0"]))
-def test_shapes_are_turned_no_further_than_their_name_bears_and_only_sprites_of_training_lean_or_warp(index, split):
+def test_shapes_tilt_within_their_limits_and_only_training_sprites_lean_or_warp(index, split):
     for thing in scenes.draw(CAT, split, index).things:
         right, down = forward(thing).T
         mirrored = np.cross([*right, 0], [*down, 0])[2] < 0
@@ -195,18 +195,18 @@ def test_shapes_are_turned_no_further_than_their_name_bears_and_only_sprites_of_
         assert thing.warp.any() == varied
 
 
-def test_in_training_sprites_do_lean():
+def test_training_sprites_lean():
     leans = [right @ down for index in range(100) for thing in scenes.draw(CAT, "train", index).things
              if not thing.colour for right, down in [forward(thing).T]]  # fmt: skip
     assert np.mean(np.abs(leans) > 1e-4) > 0.8
 
 
-def test_in_training_sprites_are_warped_by_a_few_hundredths_of_their_size():
+def test_training_sprites_are_warped_by_a_few_hundredths_of_their_size():
     things = [thing for index in range(100) for thing in scenes.draw(CAT, "train", index).things if not thing.colour]
     assert np.std([thing.warp for thing in things]) == pytest.approx(scenes.WARP, rel=0.05)
 
 
-def test_crowds_come_in_the_stated_shares_and_no_scene_is_empty():
+def test_the_numbers_of_things_have_the_stated_shares_and_no_scene_is_empty():
     drawn = [scenes.draw(CAT, "train", index) for index in range(2000)]
     shares = np.bincount([len(scene.things) for scene in drawn], minlength=5) / len(drawn)
     np.testing.assert_allclose(shares, scenes.CROWDS, atol=0.04)  # 3 sigma, and some find no room
@@ -228,7 +228,7 @@ def test_a_shape_keeps_its_colour_and_a_sprite_never_turns_dark(split, least, mo
 
 
 @given(st.floats(-4, 4))
-def test_a_turn_of_the_hue_keeps_grey_and_lengths_and_a_third_of_a_circle_swaps_the_channels(angle):
+def test_a_hue_rotation_keeps_grey_and_lengths_and_a_third_of_a_turn_swaps_the_channels(angle):
     turn = scenes._hue(angle)
     np.testing.assert_allclose(turn @ np.ones(3), 1, atol=1e-9)
     np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-9)
@@ -244,7 +244,7 @@ def test_a_sixth_of_the_words_is_held_out():
     assert len(test) / len(train | test) == pytest.approx(1 / 6, abs=0.02)
 
 
-def test_signs_of_held_out_words_stand_in_every_split_but_training():
+def test_every_split_but_training_has_signs_with_held_out_words():
     for split in SPLITS:
         drawn = [scenes.draw(CAT, split, index).sign for index in range(300)]
         said = {word.lower() for sign in drawn if sign for word in sign.text.split(" ")}
@@ -262,7 +262,7 @@ def test_a_phrase_is_one_to_three_items_of_one_case(seed, unseen):
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["i", "WWWWWWWW MMMMMMMM WWWWWWWW", "gjpqy", "12345", "Tax Fly Quay"]))
-def test_a_sign_holds_its_whole_text_and_is_premultiplied(seed, text):
+def test_a_sign_shows_its_complete_text_and_is_premultiplied(seed, text):
     pixels = plates.sign(text, np.random.default_rng(seed), ()).astype(int)
     height, width = pixels.shape[:2]
     assert height <= plates.HEIGHT
@@ -296,5 +296,5 @@ def test_a_ring_has_a_hole_and_no_seam():
     ("name", "share"),
     [("circle", np.pi / 4), ("square", 1.0), ("triangle", 0.866 / 2), ("cross", 5 / 9), ("ring", np.pi / 4 * 0.6975)],
 )  # fmt: skip
-def test_a_shape_covers_what_geometry_says_of_its_square(name, share):
+def test_a_shape_covers_the_geometric_share_of_its_square(name, share):
     assert shapes.mask(name, 128).mean() / 255 * (128 / 124) ** 2 == pytest.approx(share, abs=0.015)

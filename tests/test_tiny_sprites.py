@@ -1,4 +1,4 @@
-"""The curated table and how a picture becomes a sprite."""
+"""The curated table, and the way from a picture to a sprite."""
 
 import numpy as np
 import pytest
@@ -11,17 +11,17 @@ TRAINED = [row for row in ROWS if row.split in ("train", "unseen")]
 PERMISSIVE = {"MIT", "Apache-2.0", "OFL-1.1", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "public domain"}
 
 
-def test_what_training_and_the_held_out_scenes_draw_is_permissively_licensed():
+def test_the_drawings_of_training_and_of_held_out_scenes_are_permissively_licensed():
     assert {row.licence for row in TRAINED} <= PERMISSIVE
     assert all(row.author for row in TRAINED), "CC-BY asks for the author"
 
 
-def test_no_picture_stands_twice_in_the_table():
+def test_no_picture_occurs_twice_in_the_table():
     pictures = [(row.source, row.file) for row in ROWS]
     assert len(set(pictures)) == len(pictures)
 
 
-def test_every_sprite_has_a_drawer():
+def test_every_source_of_sprites_can_be_drawn():
     assert {row.source for row in ROWS if row.split in sprites.SPLITS} == set(sprites.DRAW)
 
 

@@ -1,4 +1,4 @@
-"""What is said of the tiny checkpoint's scenes is true of them, and is English."""
+"""The texts about the tiny checkpoint's scenes are true and are correct English."""
 
 import re
 from collections import Counter
@@ -30,7 +30,7 @@ def scene(*things: tuple[str, float, float]) -> Scene:
 
 
 def many(make, count: int = 300, split: str = "train") -> list[tuple[Scene, Row]]:
-    """Rows of one kind about many scenes."""
+    """Rows of one task about many scenes."""
     rng, found = np.random.default_rng(0), []
     for index in range(count):
         at = scenes.draw(CAT, split, index)
@@ -45,14 +45,14 @@ def names(at: Scene) -> Counter[str]:
 
 
 def counted(phrase: str) -> tuple[str, int]:
-    """`two boxes` -> box, 2; by every name's own forms."""
+    """`two boxes` -> box, 2; by the forms of every name."""
     number, _, said = phrase.partition(" ")
     forms = {texts.plural(name) if NUMBERS[number] != 1 else texts.noun(name): name for name in every_name()}
     return forms[said], NUMBERS[number]
 
 
 def asked(pattern: str, row: Row) -> str:
-    """What a question asks for."""
+    """The name that a question asks for."""
     found = re.fullmatch(pattern, row.prefix)
     assert found
     return found[1]
@@ -79,7 +79,7 @@ FORMS = {  # looked up in a dictionary, all that a rule would get wrong
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS.items())
-def test_plurals_are_those_of_the_dictionary(name, form):
+def test_plurals_are_correct(name, form):
     assert texts.plural(name) == form
 
 
@@ -100,7 +100,7 @@ def test_every_class_has_forms_of_its_own():
     assert odd == ["computer mouse", "deer", "die", "fish", "mouse", "sheep", "snowman"]
 
 
-def test_what_has_no_singular_or_cannot_be_counted_has_a_unit():
+def test_uncountable_names_have_a_unit():
     ends = {name for name in CLASSES if name.endswith("s") and not name.endswith("ss")} - set(texts.UNITS)
     assert ends == {"bus", "cactus", "hippopotamus", "octopus", "rhinoceros"}, "these are singular"
     assert {"bacon", "bread", "broccoli", "corn", "popcorn", "spaghetti", "lightning", "garlic"} <= set(texts.UNITS)
@@ -123,11 +123,11 @@ def test_what_has_no_singular_or_cannot_be_counted_has_a_unit():
         ([("kite", 0.7, 0.1), ("cup", 0.5, 0.5), ("box", 0.1, 0.9)], "a box, a cup and a kite"),
     ],
 )
-def test_captions_of_scenes_made_by_hand(things, said):
+def test_captions_of_handmade_scenes(things, said):
     assert texts.caption(scene(*things)) == said
 
 
-def test_a_caption_names_all_things_and_no_others_from_left_to_right():
+def test_a_caption_names_exactly_the_things_of_the_scene_from_left_to_right():
     for at, row in many(texts.captions):
         parts = re.split(r", | and | left of | above ", row.suffix)
         found = dict(counted(part) for part in parts)
@@ -137,7 +137,7 @@ def test_a_caption_names_all_things_and_no_others_from_left_to_right():
             assert left == sorted(left)
 
 
-def test_a_relation_is_said_only_where_it_is_clear_and_then_it_is_true():
+def test_a_caption_states_a_relation_only_if_it_is_clear_and_true():
     said = Counter()
     for at, row in many(texts.captions, 600):
         for word, axis in ((" left of ", 0), (" above ", 1)):
@@ -151,7 +151,7 @@ def test_a_relation_is_said_only_where_it_is_clear_and_then_it_is_true():
     assert min(said[" left of "], said[" above "]) > 20
 
 
-def test_a_description_is_the_caption_and_what_the_sign_says():
+def test_a_description_is_the_caption_and_the_words_on_the_sign():
     for index in range(200):
         at = scenes.draw(CAT, "train", index)
         parts = [texts.caption(at)] if at.things else []
@@ -172,7 +172,7 @@ def test_a_count_is_the_number_of_things():
     assert set(answers) == set("01234"), "every answer occurs"
 
 
-def test_what_is_asked_for_is_there_exactly_when_the_answer_is_yes():
+def test_the_answer_is_yes_exactly_if_the_thing_is_present():
     answers = Counter()
     for at, row in many(texts.existence):
         said = asked(r"answer en is there (.*)\?", row)
@@ -181,7 +181,7 @@ def test_what_is_asked_for_is_there_exactly_when_the_answer_is_yes():
     assert answers["yes"] == pytest.approx(150, abs=40), "blind answers are worth a half"
 
 
-def test_a_name_that_is_said_to_be_absent_is_no_broader_than_one_that_is_there():
+def test_an_absent_name_never_covers_a_present_thing():
     cat = CAT._replace(names=("clock", "alarm clock", "cup", "polar bear"))
     at = scene(("alarm clock", 0.5, 0.5), ("polar bear", 0.2, 0.2))
     rows = [texts.existence(at, cat, np.random.default_rng(seed)) for seed in range(200)]
@@ -190,14 +190,14 @@ def test_a_name_that_is_said_to_be_absent_is_no_broader_than_one_that_is_there()
     assert {f"answer en is there {known}?" for known in ("an alarm clock", "a polar bear", "a cup")} <= said
 
 
-def test_a_colour_is_asked_of_the_only_shape_of_its_outline():
+def test_a_question_of_colour_is_about_the_only_shape_of_its_outline():
     for at, row in many(texts.color):
         outline = asked(r"answer en what color is the (.*)\?", row)
         (only,) = [t for t in at.things if t.colour and t.name.split(" ")[1] == outline]
         assert only.name == f"{row.suffix} {outline}"
 
 
-def test_a_position_is_the_third_that_the_centre_of_the_only_one_lies_in():
+def test_a_position_is_the_third_of_the_picture_with_the_centre_of_a_single_thing():
     answers = Counter()
     for at, row in many(texts.position, 600):
         said = asked(r"answer en where is the (.*)\?", row)
@@ -210,7 +210,7 @@ def test_a_position_is_the_third_that_the_centre_of_the_only_one_lies_in():
     assert len(answers) == 9
 
 
-def test_signs_are_read_as_they_are_written():
+def test_the_answer_to_ocr_is_the_text_of_the_sign():
     for make, prefix in ((texts.ocr, "ocr"), (texts.sign, "answer en what does the sign say?")):
         for at, row in many(make):
             assert at.sign
@@ -225,7 +225,7 @@ def blanks(text: str) -> int:
 
 
 def check_located(at: Scene, row: Row) -> None:
-    """Each piece is a thing's, name after name in the order asked for, from left to right."""
+    """Checks that the pieces name the requested things in order, name by name and from left to right."""
     task, _, asked = row.prefix.partition(" ")
     labels = asked.split(" ; ")
     mask = "<seg000>" * 16 if task == "segment" else ""
@@ -235,7 +235,7 @@ def check_located(at: Scene, row: Row) -> None:
     assert Counter(at.things[i].name for i in row.things) == Counter({label: names(at)[label] for label in labels})
 
 
-def test_detect_has_a_box_for_each_thing_of_each_name_or_is_empty_for_a_name_that_is_not_there():
+def test_detect_has_a_box_for_each_thing_of_each_name_and_is_empty_for_an_absent_name():
     kinds = Counter()
     for at, row in many(texts.detect, 1200):
         kinds[row.task if row.things else "empty"] += 1
@@ -251,7 +251,7 @@ def test_detect_has_a_box_for_each_thing_of_each_name_or_is_empty_for_a_name_tha
     assert min(kinds[kind] for kind in ("detect", "region", "empty", 0, 1, 2)) > 20
 
 
-def test_segment_has_the_masks_of_all_of_one_name_or_of_two_single_things_or_is_empty():
+def test_segment_has_all_masks_of_one_name_or_of_two_single_things_or_is_empty():
     kinds = Counter()
     for at, row in many(texts.segment, 800):
         labels = row.prefix.removeprefix("segment ").split(" ; ")
@@ -279,7 +279,7 @@ def test_a_part_of_a_scene_has_some_of_its_things_and_is_never_empty():
 
 
 @given(places, seeds, st.sampled_from(list(scenes.SPLITS)))
-def test_blanks_and_the_things_they_belong_to_are_equally_many(index, seed, split):
+def test_there_is_one_thing_for_each_blank(index, seed, split):
     at = scenes.draw(CAT, split, index)
     for row in islice(texts.rows(at, CAT, np.random.default_rng(seed)), 6):
         assert blanks(row.prefix + row.suffix) == len(row.things)
@@ -289,7 +289,7 @@ def test_blanks_and_the_things_they_belong_to_are_equally_many(index, seed, spli
 
 
 @given(places, seeds)
-def test_no_text_of_a_training_scene_speaks_of_a_held_out_colour_of_a_shape(index, seed):
+def test_no_text_of_a_training_scene_mentions_a_held_out_coloured_shape(index, seed):
     at = scenes.draw(CAT, "train", index)
     rows = islice(texts.rows(at, CAT, np.random.default_rng(seed)), 8)
     said = " | ".join(row.prefix + " " + row.suffix for row in rows)
@@ -298,8 +298,8 @@ def test_no_text_of_a_training_scene_speaks_of_a_held_out_colour_of_a_shape(inde
         assert not re.search(rf"\b{texts.plural(f'{colour} {shape}')}\b", said)
 
 
-def test_tasks_come_in_the_shares_of_the_mix():
-    """Of scenes with both things and a sign, where no task is impossible."""
+def test_tasks_have_the_shares_of_the_mix():
+    """The scenes have things and a sign, so that every task is possible."""
     rng, made = np.random.default_rng(0), Counter()
     for index in range(1200):
         at = scenes.draw(CAT, "train", index)
@@ -314,7 +314,7 @@ def test_tasks_come_in_the_shares_of_the_mix():
 
 
 @given(places, seeds)
-def test_no_two_prompts_of_a_scene_are_alike(index, seed):
+def test_the_prompts_of_a_scene_all_differ(index, seed):
     asked = list(islice(texts.rows(scenes.draw(CAT, "train", index), CAT, np.random.default_rng(seed)), 6))
     assert len({(row.prefix, row.things) for row in asked}) == 6
 
@@ -322,7 +322,7 @@ def test_no_two_prompts_of_a_scene_are_alike(index, seed):
 # --- what is asked of held-out scenes ---------------------------------------------------------------------------------
 
 
-def test_a_held_out_scene_is_asked_each_thing_once_and_detect_for_all_its_things():
+def test_a_held_out_scene_has_each_question_once_and_detect_asks_for_all_things():
     for index in range(100):
         at = scenes.draw(CAT, "S1", index)
         rows = heldout.asked(at, CAT, np.random.default_rng(index))

@@ -1,4 +1,4 @@
-"""The training of the tiny checkpoint on a CPU: from the first stage to a model that writes what it was taught."""
+"""The training of the tiny checkpoint on a CPU: from the first stage to a model that writes what it has learned."""
 
 import itertools
 import shutil
@@ -28,7 +28,7 @@ SMALL = recipe.small()
 
 
 def command(module, folder: Path, *words: str) -> None:
-    """Run a module's `main` as the shell does, at toy sizes."""
+    """Run the `main` of a module at toy sizes, with arguments as from the shell."""
     before, sys.argv = sys.argv, [module.__name__, *words, "--small", "--run", str(folder)]
     try:
         module.main()
@@ -38,7 +38,7 @@ def command(module, folder: Path, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """All stages at toy sizes, by the command of the recipe."""
+    """The folder after all stages at toy sizes, run by the command of the recipe."""
     folder = tmp_path_factory.mktemp("run")
     command(train, folder, *recipe.STAGES)
     return folder
@@ -59,14 +59,14 @@ def job(folder: Path, until: float = float("inf"), seed: int = 0) -> train.Job:
 # --- all stages, at toy sizes -----------------------------------------------------------------------------------------
 
 
-def test_every_stage_leaves_its_parameters_and_a_log(trained):
+def test_every_stage_writes_its_parameters_and_a_log(trained):
     left = {path.name for path in trained.iterdir()}
     assert {f"{stage}.safetensors" for stage in recipe.STAGES} | {"log.jsonl"} <= left
     assert not [name for name in left if "going" in name or "part" in name]
     assert [line.count('"step": 4') for line in (trained / "log.jsonl").read_text().splitlines()] == [1] * 4
 
 
-def test_what_is_exported_loads_and_runs(exported):
+def test_the_exported_folder_loads_and_runs(exported):
     model, siglip = pg.load(exported, dtype="float32"), load_siglip(exported / "siglip", dtype="float32")
     coder = segment.load(exported / "masks.safetensors")
     picture = Image.new("RGB", (224, 224), "navy")
@@ -78,7 +78,7 @@ def test_what_is_exported_loads_and_runs(exported):
     assert torch.isfinite(siglip_dual.logits(siglip.params, images, said)).all()
 
 
-def test_what_is_exported_is_what_was_trained(trained, exported):
+def test_the_exported_weights_are_the_trained_weights(trained, exported):
     spoken = load_file(trained / "speak.safetensors")
     loaded = tree.flatten(pg.load(exported, dtype="bfloat16").params)
     assert set(loaded) == set(spoken)
@@ -90,7 +90,7 @@ def test_what_is_exported_is_what_was_trained(trained, exported):
     assert all(torch.equal(leaf, loaded[f"vision.{name}"]) for name, leaf in tree.flatten(siglip.vision).items())
 
 
-def test_speak_starts_from_the_vision_encoder_of_contrast_and_align_leaves_it_alone(trained):
+def test_speak_starts_from_the_vision_encoder_of_contrast_and_align_does_not_train_it(trained):
     contrast, align = (load_file(trained / f"{stage}.safetensors") for stage in ("contrast", "align"))
     spoken = load_file(trained / "speak.safetensors")
     name = "vision.patch"
@@ -107,7 +107,7 @@ def test_a_finished_stage_is_not_trained_again(trained, capsys):
     assert not capsys.readouterr().out
 
 
-def test_patch_positions_start_alike_for_neighbours(tmp_path):
+def test_patch_positions_of_neighbours_start_similar(tmp_path):
     vision = VisionConfig(width=32, layers=1, heads=2, hidden=8, image_size=224, patch=28)
     cfg = recipe.recipe(vision, SMALL.model.text, SMALL.siglip.text, {})
     place = train.start_contrast(job(tmp_path)._replace(recipe=cfg)).vision.position.reshape(8, 8, 32)
@@ -121,7 +121,7 @@ def test_patch_positions_start_alike_for_neighbours(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["contrast", "speak", "align"])
-def test_a_stage_interrupted_after_each_step_ends_with_the_same_bits(trained, tmp_path, stage):
+def test_a_stage_that_is_interrupted_after_each_step_gives_the_same_bits(trained, tmp_path, stage):
     for needed in ("masks", "contrast", "speak"):
         if needed != stage:
             shutil.copy(trained / f"{needed}.safetensors", tmp_path)
@@ -138,7 +138,7 @@ def test_another_seed_gives_other_scenes(tmp_path):
     assert not torch.equal(first.masks, second.masks)
 
 
-def test_a_loss_that_is_no_number_stops_the_stage(tmp_path):
+def test_a_loss_of_nan_stops_the_stage(tmp_path):
     plan = Plan(steps=3, scenes=1, peak=1.0, warmup=0)
     with pytest.raises(NumericalError, match="masks: the loss is nan at step 3"):
         fit.fit("masks", {"x": torch.ones(1)}, lambda p, _: (p["x"].sum() * float("nan"), {}),
@@ -148,7 +148,7 @@ def test_a_loss_that_is_no_number_stops_the_stage(tmp_path):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_learn_what_one_would(tmp_path):
+def test_two_processes_learn_the_same_as_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     (alone := tmp_path / "alone").mkdir()
     both = torch.cat([SHARES, SHARES.flip(1)], 1)
@@ -180,7 +180,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "written"), [("contrast", "description"), ("speak", "prompts")])
-def test_processes_share_out_the_scenes_of_one(tmp_path, stage, written):
+def test_processes_divide_the_scenes_of_a_batch(tmp_path, stage, written):
     def batch(process: int, processes: int) -> batches.Batch:
         at = job(tmp_path)._replace(process=process, processes=processes)
         return train.stream(at, stage, written)[1]
@@ -193,7 +193,7 @@ def test_processes_share_out_the_scenes_of_one(tmp_path, stage, written):
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def test_speak_is_the_fine_tuning_loss_of_every_prompt_with_its_own_picture(trained):
+def test_the_loss_of_speak_is_the_fine_tuning_loss_of_its_prompts(trained):
     at = job(trained)
     params = tree.map(lambda leaf: leaf.bfloat16(), paligemma.init(SMALL.model, 1))
     batch = next(iter(train.prompts(at, 0)))
@@ -216,7 +216,7 @@ LARGER = recipe.recipe(
 
 
 def lesson(vocab: batches.Vocabulary, at: world.World, coder: vqvae.Params):
-    """Four scenes with a sign, a batch of what is asked of them, and the answers as text."""
+    """Questions about four scenes with a sign, a batch of them, and the answers as text."""
     drawn = [scenes.draw(at.catalog, "train", index) for index in range(60)]
     drawn = [scene for scene in drawn if scene.sign and 1 <= len(scene.things) <= 2][:4]
     painted = render.render(at.bank("cpu"), render.layout(drawn), 224, seed=0)
@@ -235,7 +235,7 @@ def lesson(vocab: batches.Vocabulary, at: world.World, coder: vqvae.Params):
 
 
 def answers(asked, drawn, painted: render.Rendered, codes: torch.Tensor) -> list[str]:
-    """The suffixes with their boxes and masks, written by pgfunc's own functions."""
+    """The suffixes with their boxes and masks, as pgfunc's own functions write them."""
     said = []
     for i, row in asked:
         boxes = [detect.Box(*(painted.boxes[i, j] * 224).tolist()) for j in row.things]
@@ -248,7 +248,7 @@ def answers(asked, drawn, painted: render.Rendered, codes: torch.Tensor) -> list
     return said
 
 
-def test_a_model_that_learned_four_scenes_by_heart_writes_their_captions_boxes_masks_and_signs(tmp_path):
+def test_an_overfitted_model_writes_captions_boxes_masks_and_signs_of_its_scenes(tmp_path):
     at, coder = world.small(), vqvae.init(3)
     vocab = batches.vocabulary(pg.tokenizer.wrap(tokenizer.build(at.catalog.names), "the tokenizer"))
     asked, batch, expected = lesson(vocab, at, coder)
@@ -284,7 +284,7 @@ def test_follow_keeps_running_means_of_the_features_that_choose_a_code():
     np.testing.assert_allclose(found.book, total / chosen[:, None], atol=1e-4)
 
 
-def test_a_code_that_nothing_chooses_starts_anew_at_a_feature():
+def test_a_code_that_no_feature_chooses_restarts_at_a_feature():
     chosen = torch.ones(128)
     chosen[7] = 0.01
     codes = masks.Codes(chosen, chosen[:, None] * torch.randn(128, 512))
@@ -302,7 +302,7 @@ def blobs(count: int, generator: torch.Generator) -> torch.Tensor:
     return ((y**2 + x**2 + tilt * x * y < 1 - 0.3 * tilt.abs()) & (y > cut - 0.5)).float()
 
 
-def test_the_codes_learn_to_say_masks(tmp_path):
+def test_the_codes_learn_to_describe_masks(tmp_path):
     generator, plan = torch.Generator().manual_seed(0), Plan(steps=80, scenes=0, peak=2e-3, warmup=5)
     learned = masks.train((blobs(12, generator) for _ in range(plan.steps)), plan, 0, tmp_path, "cpu")
     found = blobs(64, generator)
@@ -324,11 +324,11 @@ def test_the_iou_of_masks():
     assert masks.iou(a, b).tolist() == pytest.approx([1 / 3, 1, 0])
 
 
-def test_time_is_up_is_said_and_the_same_command_goes_on(tmp_path, capsys, trained):
+def test_a_stage_that_runs_out_of_time_says_so_and_the_same_command_continues(tmp_path, capsys, trained):
     for needed in ("masks", "contrast"):
         shutil.copy(trained / f"{needed}.safetensors", tmp_path)
     command(train, tmp_path, "speak", "--seconds", "0")
-    assert capsys.readouterr().out.endswith("speak: time is up; the same command goes on\n")
+    assert capsys.readouterr().out.endswith("speak: time is up; the same command continues\n")
     assert (tmp_path / "speak.going.safetensors").exists()
     command(train, tmp_path, "speak")
     assert (tmp_path / "speak.safetensors").read_bytes() == (trained / "speak.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""The comparison with transformers: on the same tensors, token for token; who cannot take part is a line, no crash."""
+"""The comparison with transformers uses the same tensors and compares tokens; a competitor that fails is a line."""
 
 import json
 
@@ -17,19 +17,19 @@ MODELS = {"gemma": pg.Model(CONFIGS["gemma"], params(CONFIGS["gemma"]), None), "
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    places = {name: tmp_path_factory.mktemp(name) for name in MODELS}
-    for name, place in places.items():
-        pg.save(MODELS[name], place)
-    return places
+    paths = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, path in paths.items():
+        pg.save(MODELS[name], path)
+    return paths
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_everyone_says_the_same_in_float32(name, folders, capsys):
+def test_all_competitors_generate_the_same_tokens_in_float32(name, folders, capsys):
     status = vs_transformers.main(["--model", str(folders[name]), "--json", *FEW])
-    found = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert status == 0
-    assert (found["dtype"], found["layers"], found["tokens"]) == ("float32", [2, 3], 6)
-    rows = {(row["batch"], row["who"]): row for row in found["rows"]}
+    assert (report["dtype"], report["layers"], report["tokens"]) == ("float32", [2, 3], 6)
+    rows = {(row["batch"], row["who"]): row for row in report["rows"]}
     assert list(rows) == [(batch, who) for batch in (1, 2) for who in (DYNAMIC, PGFUNC, STATIC)]
     for (_, who), row in rows.items():
         if who == STATIC and name == "gemma2" and "raises" in row:
@@ -57,11 +57,11 @@ def test_layers_are_those_of_the_small_machine(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("paligemma-3b-224, 1 + 1 layers, float32, 6 tokens, 2 turns\n")
 
 
-def test_another_token_is_exit_status_1(folders, monkeypatch, capsys):
-    everyone = vs_transformers.writers
+def test_a_different_token_in_float32_is_exit_status_1(folders, monkeypatch, capsys):
+    writers = vs_transformers.writers
 
-    def liar(*given):
-        honest = everyone(*given)
+    def liar(*args):
+        honest = writers(*args)
         return honest | {DYNAMIC: lambda tokens: honest[PGFUNC](tokens) + (torch.arange(tokens) == 4)}
 
     monkeypatch.setattr(vs_transformers, "writers", liar)
@@ -74,23 +74,23 @@ def test_the_margin_is_of_the_logits_where_a_row_first_differs():
     model = MODELS["gemma"]
     prompt = bench.random_prompt(model.cfg, 2, 3, torch.device("cpu"))
     expected = torch.tensor([[5, 6, 7], [8, 9, 1]])
-    found = vs_transformers.agreement(torch.tensor([[5, 6, 7], [8, 2, 3]]), expected, model, prompt)
-    assert (found["agree"], found["differs_at"]) == (pytest.approx(4 / 6), 1)
+    agreement = vs_transformers.agreement(torch.tensor([[5, 6, 7], [8, 2, 3]]), expected, model, prompt)
+    assert (agreement["agree"], agreement["differs_at"]) == (pytest.approx(4 / 6), 1)
     _, cache = pg.prefill(model.params, prompt, model.cfg, 1)
     logits = pg.decode(model.params, expected[:, 0], cache, model.cfg)[0][1]
-    assert found["margin"] == pytest.approx(float((logits[2] - logits[9]).abs() / logits.std()), rel=1e-3)
+    assert agreement["margin"] == pytest.approx(float((logits[2] - logits[9]).abs() / logits.std()), rel=1e-3)
 
 
-def test_where_transformers_raises_is_a_line_and_no_turn_more():
+def test_an_error_of_transformers_is_a_line_and_ends_its_turns():
     turns = []
 
     def broken(tokens):
         turns.append(tokens)
         raise AttributeError("no ndim\nand more")
 
-    everyone = {"pgfunc": lambda tokens: torch.zeros(1, tokens), "transformers": broken}
-    found = vs_transformers.contest(everyone, torch.device("cpu"), 4, 3)
-    _, other = vs_transformers.rows(found, 1, lambda said, expected: {})
+    competitors = {"pgfunc": lambda tokens: torch.zeros(1, tokens), "transformers": broken}
+    results = vs_transformers.contest(competitors, torch.device("cpu"), 4, 3)
+    _, other = vs_transformers.rows(results, 1, lambda tokens, expected: {})
     assert turns == [4]
     assert vs_transformers.line(other) == "    1  transformers                        raises AttributeError: no ndim"
     with pytest.raises(AttributeError):
@@ -98,14 +98,14 @@ def test_where_transformers_raises_is_a_line_and_no_turn_more():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     {
         ("--batch", "0"): "batch is 0, expected 1 or more",
         ("--layers", "0"): "layers is 0, expected 1 or more",
-        ("--model", "nowhere", "--layers", "2"): "--layers is for random weights; a checkpoint has all of its own",
+        ("--model", "nowhere", "--layers", "2"): "--layers is for random weights; a checkpoint keeps all of its layers",
     }.items(),
     ids=str,
 )
-def test_a_mistake_is_one_line(arguments, said, capsys):
+def test_a_mistake_is_one_line(arguments, message, capsys):
     assert vs_transformers.main(list(arguments)) == 2
-    assert capsys.readouterr().err == f"vs_transformers.py: {said}\n"
+    assert capsys.readouterr().err == f"vs_transformers.py: {message}\n"

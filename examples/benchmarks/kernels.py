@@ -1,11 +1,12 @@
-"""How fast are the kernels that decode one row? Each checked, then timed beside cuBLAS and with other settings.
+"""Check the kernels that decode one row, then time them beside cuBLAS and with other settings.
 
-    python examples/benchmarks/kernels.py geglu  # those with this in the name; without, all of PaliGemma 3B and 2-3B
+    python examples/benchmarks/kernels.py geglu  # those with this in the name; default: all of PaliGemma 3B and 2-3B
 
-Needs a CUDA device. A call is one of many in a CUDA graph, each on weights of its own, 400 MB in all or more, so that
-none lie in the L2 cache. Printed are microseconds a call, GB/s of weights (or live keys and values), and their share of
-the bandwidth of a copy (bytes read plus written) measured first. `=` marks the setting in `pgfunc.kernels.tuning`,
-`*` the fastest one: edit `TILES`, `CHUNKS` and `SHARES` there. An error against float64 beyond bf16's ends the run.
+Needs a CUDA device. A CUDA graph makes many calls, each on weights of its own, 400 MB or more in all, so that none are
+in the L2 cache. Prints microseconds a call, GB/s of weights (or of live keys and values), and their share of the
+bandwidth of a copy (bytes read plus written), which is measured first. `=` marks the setting in
+`pgfunc.kernels.tuning`, `*` the fastest setting: edit `TILES`, `CHUNKS` and `SHARES` there. The run ends if an error
+against float64 is larger than bf16 explains.
 """
 
 import sys
@@ -37,13 +38,13 @@ SHARES = (
     "128 32 8 2, 128 32 8 3, 128 64 8 2"
 )
 
-KINDS = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}  # bytes of a weight
+FORMATS = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}  # bytes a weight
 
 
 def arguments(shapes: Iterable[tuple[int, ...]], more: tuple, kind: str = "bf16") -> tuple:
-    """Tensors of these shapes, the matrices scaled to keep lengths, or quantized; and what else a function takes."""
-    made = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    matrices = [x.mul_(x.shape[-1] ** -0.5) if x.dim() == 2 else x for x in made]
+    """Tensors of these shapes, matrices scaled to keep lengths and perhaps quantized; then the further arguments."""
+    tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    matrices = [x.mul_(x.shape[-1] ** -0.5) if x.dim() == 2 else x for x in tensors]
     return *(lowbit.quantize(x, kind) if kind != "bf16" and x.dim() == 2 else x for x in matrices), *more
 
 
@@ -59,14 +60,14 @@ def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
         "down": ("matvec", ((f,), (d, f), (d,)), ()),
         "head": ("norm_matvec", ((d,), (d,), (v, d)), (c.eps,)),
     }
-    for kind, size in KINDS.items():
+    for kind, size in FORMATS.items():
         for part, (fn, shapes, rest) in products.items():
             if kind != "int4" or part != "head":
                 make = partial(arguments, shapes, rest, kind)
                 yield f"{name} {kind} {part}", fn, int(size * sum(map(prod, shapes))), make
     for slots, length in ((384, 300), (1536, 1100), (6144, 4200), (6144, 300)):
-        kv, seen = (slots, c.kv_heads, c.head_dim), torch.tensor([length - 1], device="cuda")
-        make = partial(arguments, [(c.heads, c.head_dim), kv, kv], (seen, c.query_scale, c.attention_softcap))
+        kv, last = (slots, c.kv_heads, c.head_dim), torch.tensor([length - 1], device="cuda")
+        make = partial(arguments, [(c.heads, c.head_dim), kv, kv], (last, c.query_scale, c.attention_softcap))
         yield f"{name} attend {length} of {slots}", "decode_attention", 4 * length * c.kv_heads * c.head_dim, make
     for rows, tokens in ((1, 288), (64, 288), (1, 1088)):
         shapes = [(rows, tokens, heads, c.head_dim) for heads in (c.heads, c.kv_heads, c.kv_heads)]
@@ -77,10 +78,10 @@ def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
 
 
 def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
-    """A call's time within a graph that goes through all copies and makes at least 20 calls."""
+    """The time of one call within a graph that uses all copies and makes at least 20 calls."""
     calls, times = copies * ceil(20 / len(copies)), []
     fn(*calls[0])
-    run, _ = cuda_graphs.capture(lambda _: [fn(*given) for given in calls], [calls[0][0]])
+    run, _ = cuda_graphs.capture(lambda _: [fn(*args) for args in calls], [calls[0][0]])
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(8):
         for step in (begin.record, run, end.record, end.synchronize):
@@ -89,17 +90,17 @@ def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
     return min(times[2:])
 
 
-def error(fn: str, given: tuple) -> float:
-    """Relative to the norm of the result."""
-    found = getattr(calls, fn)(*given)
-    plain = [lowbit.dequantize(x) if isinstance(x, lowbit.Quantized) else x for x in given]
+def error(fn: str, args: tuple) -> float:
+    """The norm of the error of a kernel, relative to the norm of the exact result."""
+    result = getattr(calls, fn)(*args)
+    plain = [lowbit.dequantize(x) if isinstance(x, lowbit.Quantized) else x for x in args]
     exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in plain]
     expected = getattr(reference, fn)(*exact)
-    return float((found - expected).norm() / expected.norm())
+    return float((result - expected).norm() / expected.norm())
 
 
 def standard_share(q: Tensor, k: Tensor) -> Share:
-    """The setting of `pgfunc.kernels.tuning` for the attention of a prompt."""
+    """The setting that `pgfunc.kernels.tuning` uses for the attention of a prompt."""
     return tuning.share(q[..., 0].numel(), tuning.power(q.shape[-1]) * q.element_size(), shared_memory(k))
 
 
@@ -118,17 +119,17 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
             cublas = lambda x, *rest: [ops.linear(x, w) for w in rest if isinstance(w, Tensor) and w.dim() == 2]  # noqa: E731
             line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
     print(line)
-    kept, times = getattr(tuning, part), {}
-    numbers: list[Any] = [tuple(map(int, each.split())) for each in tried.split(", ")]
-    settings = [kind(*each) for each in numbers]
-    if part == "tile" and "int4" not in name:  # with their rows in one tensor, and apart
+    original, times = getattr(tuning, part), {}
+    numbers: list[Any] = [tuple(map(int, text.split())) for text in tried.split(", ")]
+    settings = [kind(*values) for values in numbers]
+    if part == "tile" and "int4" not in name:  # rows in one tensor, and in tensors of their own
         settings += [Tile(rows, block, warps, True) for rows, block, warps in numbers if rows > 1]
     for setting in (standard, *settings):
         setattr(tuning, part, lambda *_, setting=setting: setting)
         wrong = error(fn, copies[0])
         assert wrong < 2**-6, f"{name}: {setting} is wrong by {wrong}"  # bf16, rounded three times
         times[setting] = microseconds(getattr(calls, fn), copies)
-    setattr(tuning, part, kept)
+    setattr(tuning, part, original)
     for setting, time in times.items():
         mark, speed = " ="[setting == standard] + " *"[time == min(times.values())], size / time / 1e3
         share = f"{speed:6.0f} GB/s {speed / bandwidth:6.3f} of a copy"

@@ -1,10 +1,10 @@
-"""How much memory does loading take? Peak resident memory over the size of a sharded bf16 checkpoint of 1 GB.
+"""The memory that loading takes: peak resident memory over the size of a sharded bf16 checkpoint of 1 GB.
 
     python examples/benchmarks/load_memory.py
 
 Makes a random PaliGemma of about 0.5 billion parameters in a temporary folder, in shards of 300 MB, and loads it in a
-process of its own. Printed are the process's peak above what it held before `pg.load`: once loaded (the files are
-mapped), and once every weight has been read. Linux only: the peak is the kernel's VmHWM.
+process of its own. Prints how far the process's peak rises above its memory before `pg.load`: once loaded (the files
+are mapped), and once every weight has been read. Linux only: the peak is the kernel's VmHWM.
 """
 
 import json
@@ -22,12 +22,12 @@ from pgfunc import paligemma
 
 
 def peak() -> int:
-    """The most bytes that this process ever had in memory."""
+    """The largest number of bytes that this process has ever had in memory."""
     return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
 
 
 def measure(folder: str) -> None:
-    """Load, then read every weight; print the peaks over the size."""
+    """Load, then read every weight; print the peaks divided by the size."""
     before = peak()
     model = pg.load(folder, device="cpu")
     size, loaded = pg.tree.nbytes(model.params), peak() - before
@@ -37,7 +37,7 @@ def measure(folder: str) -> None:
 
 
 def make(folder: str) -> None:
-    """A checkpoint of 1 GB in shards."""
+    """Write a checkpoint of 1 GB in shards."""
     cfg = pg.PUBLISHED["paligemma-3b-224"]
     text = replace(cfg.text, vocab=65_536, layers=3)
     cfg = replace(cfg, vision=replace(cfg.vision, layers=4), text=text, image=text.vocab)

@@ -1,14 +1,14 @@
-"""pgfunc beside transformers: the same weights in memory once, the same prompt, one process, taking turns.
+"""pgfunc beside transformers: the same weights in memory once, the same prompt, one process, in turns.
 
     python examples/benchmarks/vs_transformers.py --config paligemma-3b-224 --batch 64
     python examples/benchmarks/vs_transformers.py --config paligemma-3b-224 --dtype float32 --layers 2 --tokens 16
 
-Everyone writes the same number of greedy tokens after a random prompt of one picture and 16 tokens a row: transformers
-with its dynamic cache, and with its static one, whose step it compiles; pgfunc as it is, and compiled. Printed are
-medians of the time to the first token, of one token more and of the whole, and their ratios to those of compiled
-pgfunc; then how many tokens are those of pgfunc as it is. Where a row first differs, the margin says by how much: in
-bfloat16 rounding decides between near ties, and from there on a row goes its own way. In float32 a margin that rounding
-does not explain is exit status 1.
+Four competitors generate the same number of greedy tokens after a random prompt of one picture and 16 tokens a row:
+transformers with its dynamic cache, transformers with its static cache (whose step it compiles), eager pgfunc and
+compiled pgfunc. The script prints medians of the time to the first token, of one more token and of the whole answer,
+and their ratios to those of compiled pgfunc; then the share of tokens that equal those of eager pgfunc. The margin says
+how far apart the logits are where a row first differs: in bfloat16, rounding decides between near ties, and the rest of
+the row differs. In float32 the exit status is 1 if rounding does not explain the margin.
 """
 
 import argparse
@@ -38,15 +38,15 @@ HEAD = """{model}, {layers[0]} + {layers[1]} layers, {dtype}, {tokens} tokens, {
 {hardware}, {threads} threads, torch {torch}, transformers {transformers}
 
 batch  who                                  first, ms (x)  a token, ms (x) whole, ms (x)  equal tokens"""
-Writer = Callable[[int], Tensor]  # how many tokens -> those of each row
+Writer = Callable[[int], Tensor]  # number of tokens -> the tokens of each row
 
 
 def chosen(options: argparse.Namespace) -> pg.Model:
-    """A checkpoint, or random weights of a published configuration, of fewer layers if so asked."""
+    """The checkpoint, or random weights of a published configuration, with fewer layers if asked."""
     device, dtype = as_device(options.device), as_dtype(options.dtype)
     case = bench.Case(options.batch, TEXT_TOKENS, options.tokens, repeat=options.repeat)
     if options.model and options.layers:
-        raise SettingError("--layers is for random weights; a checkpoint has all of its own")
+        raise SettingError("--layers is for random weights; a checkpoint keeps all of its layers")
     if options.layers is not None and options.layers < 1:
         raise SettingError(f"layers is {options.layers}, expected 1 or more")
     if options.model:
@@ -62,7 +62,7 @@ def chosen(options: argparse.Namespace) -> pg.Model:
 
 
 def bare(model: pg.Model) -> pg.Model:
-    """The model without rows that are no tokens, which transformers might say, and never at an end."""
+    """The model without embedding rows that have no token, which transformers might generate; it never stops at eos."""
     cfg, params = model.cfg, model.params
     embed = params.language.embed[: cfg.text.vocab]
     cfg = replace(cfg, eos=-1, text=replace(cfg.text, padding=0))
@@ -70,7 +70,7 @@ def bare(model: pg.Model) -> pg.Model:
 
 
 def peer(model: pg.Model) -> PaliGemmaForConditionalGeneration:
-    """The model in transformers, on the very tensors."""
+    """The model in transformers, on the same tensors."""
     cfg, params = replace(model.cfg, eos=1), model.params
     dtype = str(params.projector.dtype).removeprefix("torch.")
     with torch.device("meta"):
@@ -79,13 +79,13 @@ def peer(model: pg.Model) -> PaliGemmaForConditionalGeneration:
                 for key in other.state_dict() if key.endswith(anchor)}  # fmt: skip
     arrays = to_arrays(hf.table(cfg, prefixes), params) | {"lm_head.weight": params.language.embed}
     other.load_state_dict(arrays, assign=True)
-    # what it computes when it is made, such as frequencies: a small one has the same, and not on the meta device
+    # buffers that its constructor computes, such as frequencies: take them from a small model, not from the meta device
     small = replace(cfg, text=replace(cfg.text, vocab=8, layers=1, hidden=8), vision=replace(cfg.vision, layers=1))
     twin = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(render(small, dtype)))
     for name, buffer in twin.named_buffers():
-        place, _, leaf = name.rpartition(".")
-        setattr(other.get_submodule(place), leaf, buffer.to(params.projector.device))
-    if cfg.text.attention_softcap:  # which its other attention does not know, and some versions leave out unsaid
+        path, _, leaf = name.rpartition(".")
+        setattr(other.get_submodule(path), leaf, buffer.to(params.projector.device))
+    if cfg.text.attention_softcap:  # sdpa does not support it, and some versions leave it out silently
         other.set_attn_implementation({"text_config": "eager"})
     assert other.generation_config is not None
     other.generation_config.eos_token_id = None
@@ -93,14 +93,14 @@ def peer(model: pg.Model) -> PaliGemmaForConditionalGeneration:
 
 
 def writers(model: pg.Model, other: Any, prompt: pg.Prompt, compile: bool) -> dict[str, Writer]:
-    """Everyone who takes part, by name."""
+    """The competitors by name."""
     batch, device = len(prompt.tokens), prompt.tokens.device
     marks = torch.full((batch, model.cfg.vision.tokens), model.cfg.image, device=device)
     ids = torch.cat([marks, prompt.tokens], 1)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids),
-             "pixel_values": prompt.pixels.flatten(0, 1).to(model.params.projector.dtype)}  # fmt: skip
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids),
+              "pixel_values": prompt.pixels.flatten(0, 1).to(model.params.projector.dtype)}  # fmt: skip
     everywhere = CompileConfig()
-    setattr(everywhere, "_compile_all_devices", True)  # noqa: B010  else it compiles on accelerators alone
+    setattr(everywhere, "_compile_all_devices", True)  # noqa: B010  without it, it compiles on accelerators only
     compiling = {"compile_config": everywhere} if device.type == "cpu" and compile else {"disable_compile": not compile}
 
     def ours(compile: bool) -> Writer:
@@ -112,71 +112,76 @@ def writers(model: pg.Model, other: Any, prompt: pg.Prompt, compile: bool) -> di
 
     def theirs(**settings: Any) -> Writer:
         def write(tokens: int) -> Tensor:
-            out = other.generate(**given, max_new_tokens=tokens, do_sample=False, **settings)
+            out = other.generate(**inputs, max_new_tokens=tokens, do_sample=False, **settings)
             assert out.shape[1] == ids.shape[1] + tokens, "it stopped early"
             return out[:, ids.shape[1] :].cpu()
 
         return write
 
-    found = {"transformers, dynamic cache": theirs(), "pgfunc": ours(False)}
-    kind = "compiled" if compile else "eager"
-    found[f"transformers, static cache, {kind}"] = theirs(cache_implementation="static", **compiling)
-    return found | ({"pgfunc, compiled": ours(True)} if compile else {})
+    result = {"transformers, dynamic cache": theirs(), "pgfunc": ours(False)}
+    mode = "compiled" if compile else "eager"
+    result[f"transformers, static cache, {mode}"] = theirs(cache_implementation="static", **compiling)
+    return result | ({"pgfunc, compiled": ours(True)} if compile else {})
 
 
-def contest(everyone: dict[str, Writer], device: torch.device, tokens: int, repeat: int) -> dict[str, dict[str, Any]]:
-    """Everyone's tokens and times: milliseconds, a list of all turns. Where transformers raises it is out, and says so.
+def contest(
+    competitors: dict[str, Writer], device: torch.device, tokens: int, repeat: int
+) -> dict[str, dict[str, Any]]:
+    """The tokens of each competitor and its times in milliseconds, one for each turn.
 
-    One token more is the whole less the first, over the tokens after it.
+    The time of one more token is the time of the whole answer minus that of the first token, over the number of tokens
+    after the first. If transformers raises an error, it drops out, and its entry has the error instead.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for name, write in everyone.items():
+    results: dict[str, dict[str, Any]] = {}
+    for name, write in competitors.items():
         try:
-            found[name] = {"said": write(tokens), "first": [], "token": [], "whole": []}
+            results[name] = {"tokens": write(tokens), "first": [], "token": [], "whole": []}
             for n in (1, tokens, 1):  # twice each: the first call compiles, the second may capture a graph
                 write(n)
         except Exception as error:
             if name.startswith("pgfunc"):
                 raise
-            found[name] = {"raises": f"{type(error).__name__}: {first_line(error)}"}
+            results[name] = {"raises": f"{type(error).__name__}: {first_line(error)}"}
     for _ in range(repeat):
-        for name in [name for name, one in found.items() if "raises" not in one]:
-            first, whole = (1e3 * bench.timed(lambda n=n, name=name: everyone[name](n), device) for n in (1, tokens))
+        for name in [name for name, one in results.items() if "raises" not in one]:
+            first, whole = (1e3 * bench.timed(lambda n=n, name=name: competitors[name](n), device) for n in (1, tokens))
             for key, value in {"first": first, "token": (whole - first) / (tokens - 1), "whole": whole}.items():
-                found[name][key].append(value)
-    return found
+                results[name][key].append(value)
+    return results
 
 
-def agreement(said: Tensor, expected: Tensor, model: pg.Model, prompt: pg.Prompt) -> dict[str, Any]:
-    """The share of tokens that are equal, the first place where a row differs, and by how much it was decided there:
-    the widest margin of pgfunc's logits for the one over the other, in their standard deviations."""
-    equal = said == expected
-    places = {row: int((~same).nonzero()[0]) for row, same in enumerate(equal) if not same.all()}
-    margins = [margin(model, prompt, row, expected[row, :place], said[row, place], expected[row, place])
-               for row, place in places.items()]  # fmt: skip
-    return {"agree": equal.float().mean().item(), "differs_at": min(places.values(), default=None),
+def agreement(tokens: Tensor, expected: Tensor, model: pg.Model, prompt: pg.Prompt) -> dict[str, Any]:
+    """The share of equal tokens, the first position where a row differs, and the largest margin of these positions.
+
+    The margin is the difference of pgfunc's logits between the two tokens, in standard deviations of the logits.
+    """
+    equal = tokens == expected
+    positions = {row: int((~same).nonzero()[0]) for row, same in enumerate(equal) if not same.all()}
+    margins = [margin(model, prompt, row, expected[row, :i], tokens[row, i], expected[row, i])
+               for row, i in positions.items()]  # fmt: skip
+    return {"agree": equal.float().mean().item(), "differs_at": min(positions.values(), default=None),
             "margin": max(margins, default=None)}  # fmt: skip
 
 
 @torch.no_grad()
 def margin(model: pg.Model, prompt: pg.Prompt, row: int, before: Tensor, one: Tensor, other: Tensor) -> float:
-    """How far apart the logits of two tokens are after a row of the prompt and the tokens that followed it."""
-    given = pg.tree.map(lambda leaf: leaf[row : row + 1], prompt)
+    """The distance of two tokens' logits after a row of the prompt and `before`, in standard deviations."""
+    single = pg.tree.map(lambda leaf: leaf[row : row + 1], prompt)
     more = before[None].to(prompt.tokens.device)
     flags = torch.ones_like(more, dtype=torch.bool)
-    longer = given._replace(tokens=torch.cat([given.tokens, more], 1), valid=torch.cat([given.valid, flags], 1),
-                            causal=torch.cat([given.causal, flags], 1))  # fmt: skip
+    longer = single._replace(tokens=torch.cat([single.tokens, more], 1), valid=torch.cat([single.valid, flags], 1),
+                             causal=torch.cat([single.causal, flags], 1))  # fmt: skip
     logits, _ = pg.prefill(model.params, longer, model.cfg, 0)
     return ((logits[0, one] - logits[0, other]).abs() / logits.std()).item()
 
 
 def rows(
-    found: dict[str, dict[str, Any]], batch: int, judge: Callable[[Tensor, Tensor], dict[str, Any]]
+    results: dict[str, dict[str, Any]], batch: int, judge: Callable[[Tensor, Tensor], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Everyone's result as JSON: medians and ranges in milliseconds, ratios to the last pgfunc, tokens to the first."""
-    ours = [one for name, one in found.items() if name.startswith("pgfunc")]
+    """The results as JSON: medians and ranges in milliseconds, ratios to the last pgfunc, tokens against the first."""
+    ours = [one for name, one in results.items() if name.startswith("pgfunc")]
     rendered = []
-    for name, one in found.items():
+    for name, one in results.items():
         row: dict[str, Any] = {"batch": batch, "who": name}
         if "raises" in one:
             rendered.append(row | {"raises": one["raises"]})
@@ -184,12 +189,12 @@ def rows(
         for key in ("first", "token", "whole"):
             row[f"{key}_ms"] = {"median": median(one[key]), "least": min(one[key]), "most": max(one[key])}
             row[f"{key}_ratio"] = median(one[key]) / median(ours[-1][key])
-        rendered.append(row | judge(one["said"], ours[0]["said"]))
+        rendered.append(row | judge(one["tokens"], ours[0]["tokens"]))
     return rendered
 
 
 def line(row: dict[str, Any]) -> str:
-    """A result as a line of text."""
+    """One result as a line of text."""
     start = f"{row['batch']:>5}  {row['who']:<35}"
     if "raises" in row:
         return f"{start} raises {row['raises']}"
@@ -201,37 +206,39 @@ def line(row: dict[str, Any]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--config", choices=pg.PUBLISHED, default="paligemma-3b-224", help="random weights of this")
-    source.add_argument("--model", help="a checkpoint, in their place")
-    parser.add_argument("--layers", type=int, help="so many of each tower: for a small machine")
-    parser.add_argument("--batch", type=int, default=1, help="rows, after a turn with one")
-    parser.add_argument("--tokens", type=int, default=128, help="to write")
-    parser.add_argument("--repeat", type=int, default=5, help="turns")
-    parser.add_argument("--dtype", help="of the weights; else the checkpoint's, bfloat16 if random")
-    parser.add_argument("--device", help="cpu, cuda; else CUDA where there is one")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="everyone as it is")
+    source.add_argument(
+        "--config", choices=pg.PUBLISHED, default="paligemma-3b-224", help="random weights of this size"
+    )
+    source.add_argument("--model", help="use a checkpoint instead")
+    parser.add_argument("--layers", type=int, help="keep so many layers of each tower, for a small machine")
+    parser.add_argument("--batch", type=int, default=1, help="rows; one row is measured first")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--repeat", type=int, default=5, help="number of turns")
+    parser.add_argument("--dtype", help="dtype of the weights; default: the checkpoint's, bfloat16 if random")
+    parser.add_argument("--device", help="cpu or cuda; default: CUDA if available")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="compile nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Everyone's times and tokens, for one row and for the batch."""
+    """Times and tokens of all competitors, for one row and for the batch."""
     model = bare(chosen(options))
     other, device = peer(model), model.params.projector.device
-    found = []
+    measured = []
     for batch in sorted({1, options.batch}):
-        torch.compiler.reset()  # or the second batch would be compiled for any, and the first is not
+        torch.compiler.reset()  # otherwise the second batch would be compiled for any size, and the first is not
         prompt = bench.random_prompt(model.cfg, batch, TEXT_TOKENS, device)
-        everyone = writers(model, other, prompt, options.compile)
-        found += rows(
-            contest(everyone, device, options.tokens, options.repeat), batch,
+        competitors = writers(model, other, prompt, options.compile)
+        measured += rows(
+            contest(competitors, device, options.tokens, options.repeat), batch,
             partial(agreement, model=model, prompt=prompt),
         )  # fmt: skip
     return {
         "model": options.model or options.config, "layers": [model.cfg.vision.layers, model.cfg.text.layers],
         "dtype": str(model.params.projector.dtype).removeprefix("torch."), "hardware": bench.hardware(device),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "tokens": options.tokens, "repeat": options.repeat, "rows": found,
+        "tokens": options.tokens, "repeat": options.repeat, "rows": measured,
     }  # fmt: skip
 
 
@@ -239,14 +246,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     transformers.logging.set_verbosity_error()
     try:
-        found = run(options)
+        report = run(options)
     except (PgfuncError, torch.OutOfMemoryError) as error:
         print(f"vs_transformers.py: {first_line(error)}", file=sys.stderr)
         return 2
-    print(json.dumps(found) if options.json else "\n".join([HEAD.format(**found), *map(line, found["rows"])]))
-    # further apart than float32 rounds, after all layers
-    wrong = [row for row in found["rows"] if (row.get("margin") or 0.0) > 1e-3]
-    return int(found["dtype"] == "float32" and bool(wrong))
+    print(json.dumps(report) if options.json else "\n".join([HEAD.format(**report), *map(line, report["rows"])]))
+    # a larger difference than float32 rounding explains, after all layers
+    wrong = [row for row in report["rows"] if (row.get("margin") or 0.0) > 1e-3]
+    return int(report["dtype"] == "float32" and bool(wrong))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Samples on one prefix, and the most likely of them: `python examples/loops/best_of_n.py IMAGE PREFIX`."""
+"""Draw n samples from one prefix and return the most probable: `python examples/loops/best_of_n.py IMAGE PREFIX`."""
 
 import sys
 
@@ -19,21 +19,21 @@ def advance(params, token, cache, cfg, temperature, u):
 step = pg.jit(advance, donate="cache")
 
 
-def best_of_n(model: pg.Model, image, prefix: str, n: int = 8, tokens: int = 64, temperature: float = 0.7) -> str:
+def best_of_n(model: pg.Model, image, prefix: str, n: int = 8, max_tokens: int = 64, temperature: float = 0.7) -> str:
     with torch.no_grad():
-        logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, tokens)
+        logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, max_tokens)
     rows = torch.zeros(n, dtype=torch.int64, device=logits.device)
-    logits, cache = logits[rows], pg.reorder(cache, rows)  # n rows of one prefix
-    u = uniform(0, range(tokens), n).to(logits.device)
+    logits, cache = logits[rows], pg.reorder(cache, rows)  # n rows that share one prefix
+    u = uniform(0, range(max_tokens), n).to(logits.device)
     token = draw(logits / temperature, u[0])
-    said, total, open_ = [token], logprob(logits, token), token != model.cfg.eos
+    tokens, total, active = [token], logprob(logits, token), token != model.cfg.eos
     for numbers in u[1:]:
-        if not open_.any():
+        if not active.any():
             break
-        token, likely, cache = step(model.params, token, cache, model.cfg, temperature, numbers)
-        said.append(torch.where(open_, token, model.cfg.eos))
-        total, open_ = total + likely * open_, open_ & (token != model.cfg.eos)
-    best = torch.stack(said, 1)[total.argmax()].tolist()
+        token, token_logprob, cache = step(model.params, token, cache, model.cfg, temperature, numbers)
+        tokens.append(torch.where(active, token, model.cfg.eos))
+        total, active = total + token_logprob * active, active & (token != model.cfg.eos)
+    best = torch.stack(tokens, 1)[total.argmax()].tolist()
     return pg.tokenizer.decode(tokenizer_of(model), [id for id in best if id != model.cfg.eos])
 
 

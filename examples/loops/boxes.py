@@ -1,4 +1,4 @@
-"""Boxes, whose places are chosen among places alone: `python examples/loops/boxes.py IMAGE "cat ; bus"`."""
+"""Boxes with coordinates chosen among `<loc>` tokens only: `python examples/loops/boxes.py IMAGE "cat ; bus"`."""
 
 import sys
 
@@ -17,19 +17,19 @@ def advance(params, token, cache, cfg, allowed=None):
 step = pg.jit(advance, donate="cache")
 
 
-def boxes(model: pg.Model, image, names: str, tokens: int = 64) -> str:
-    """After a box's first place come three more: their steps read 1,024 rows of the head, not all of it."""
+def boxes(model: pg.Model, image, names: str, max_tokens: int = 64) -> str:
+    """The answer to `detect`. After a box's first coordinate, three steps read only 1,024 rows of the head."""
     first = text_ids(model, "<loc0000>")[0]
-    places = range(first, first + 1024)
+    coordinates = range(first, first + 1024)
     with torch.no_grad():
-        logits, cache = pg.prefill(model.params, pg.prepare(model, image, f"detect {names}"), model.cfg, tokens)
-    token, said, open_ = pg.sample.greedy(logits), [], 0
-    while (id := token.item()) != model.cfg.eos and len(said) < tokens:
-        said.append(id)
-        open_ = (open_ + 1) % 4 if id in places else 0
-        allowed = places if open_ else None
+        logits, cache = pg.prefill(model.params, pg.prepare(model, image, f"detect {names}"), model.cfg, max_tokens)
+    token, tokens, in_box = pg.sample.greedy(logits), [], 0  # in_box: coordinates of an unfinished box
+    while (id := token.item()) != model.cfg.eos and len(tokens) < max_tokens:
+        tokens.append(id)
+        in_box = (in_box + 1) % 4 if id in coordinates else 0
+        allowed = coordinates if in_box else None
         token, cache = step(model.params, token, cache, model.cfg, allowed)
-    return pg.tokenizer.decode(tokenizer_of(model), said)
+    return pg.tokenizer.decode(tokenizer_of(model), tokens)
 
 
 if __name__ == "__main__":

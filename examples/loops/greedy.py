@@ -1,4 +1,4 @@
-"""Greedy decoding, the loop that everything else varies: `python examples/loops/greedy.py IMAGE PREFIX`."""
+"""Greedy decoding, the loop that the others vary: `python examples/loops/greedy.py IMAGE PREFIX`."""
 
 import sys
 
@@ -16,14 +16,14 @@ def advance(params, token, cache, cfg):
 step = pg.jit(advance, donate="cache")
 
 
-def greedy(model: pg.Model, image, prefix: str, tokens: int = 64) -> str:
+def greedy(model: pg.Model, image, prefix: str, max_tokens: int = 64) -> str:
     with torch.no_grad():
-        logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, tokens)
-    token, said = pg.sample.greedy(logits), []
-    while token.item() != model.cfg.eos and len(said) < tokens:
-        said.append(token.item())
+        logits, cache = pg.prefill(model.params, pg.prepare(model, image, prefix), model.cfg, max_tokens)
+    token, tokens = pg.sample.greedy(logits), []
+    while token.item() != model.cfg.eos and len(tokens) < max_tokens:
+        tokens.append(token.item())
         token, cache = step(model.params, token, cache, model.cfg)
-    return pg.tokenizer.decode(tokenizer_of(model), said)
+    return pg.tokenizer.decode(tokenizer_of(model), tokens)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Greedy, with drafts from what was said (prompt lookup): `python examples/loops/speculative.py IMAGE PREFIX`."""
+"""Greedy decoding with drafts from earlier text: `python examples/loops/speculative.py IMAGE PREFIX`."""
 
 import sys
 
@@ -11,27 +11,28 @@ step = pg.jit(pg.extend, donate="cache")
 
 
 def draft(history: list[int], ahead: int) -> list[int]:
-    """What followed the last token where it stood before; padded, for a wrong guess costs nothing but its place."""
-    places = [i for i, id in enumerate(history[:-1]) if id == history[-1]]
-    found = history[places[-1] + 1 :][:ahead] if places else []
-    return found + [0] * (ahead - len(found))
+    """The tokens that followed the last token at its previous occurrence, padded to length `ahead`."""
+    earlier = [i for i, id in enumerate(history[:-1]) if id == history[-1]]
+    guess = history[earlier[-1] + 1 :][:ahead] if earlier else []
+    return guess + [0] * (ahead - len(guess))
 
 
-def speculative(model: pg.Model, image, prefix: str, tokens: int = 64, ahead: int = 4) -> tuple[str, int]:
+def speculative(model: pg.Model, image, prefix: str, max_tokens: int = 64, ahead: int = 4) -> tuple[str, int]:
+    """The text, and the number of steps after the first token."""
     prompt = pg.prepare(model, image, prefix)
     with torch.no_grad():
-        logits, cache = pg.prefill(model.params, prompt, model.cfg, tokens + ahead)
-    known, said, steps = prompt.tokens[0].tolist(), [int(logits.argmax())], 0
-    while said[-1] != model.cfg.eos and len(said) < tokens:
-        guess = draft(known + said, ahead)
-        given = torch.tensor([[said[-1], *guess]], device=logits.device)
-        logits, longer = step(model.params, given, cache, model.cfg)
+        logits, cache = pg.prefill(model.params, prompt, model.cfg, max_tokens + ahead)
+    prompt_ids, tokens, steps = prompt.tokens[0].tolist(), [int(logits.argmax())], 0
+    while tokens[-1] != model.cfg.eos and len(tokens) < max_tokens:
+        guess = draft(prompt_ids + tokens, ahead)
+        inputs = torch.tensor([[tokens[-1], *guess]], device=logits.device)
+        logits, longer = step(model.params, inputs, cache, model.cfg)
         right = logits[0].argmax(-1).tolist()
         count = next((i for i, (one, other) in enumerate(zip(guess, right, strict=False)) if one != other), ahead) + 1
-        cache, longer = pg.rewind(longer, cache.length + count), None  # the slots of wrong guesses are written again
-        said, steps = said + right[:count], steps + 1
-    end = said.index(model.cfg.eos) if model.cfg.eos in said else tokens
-    return pg.tokenizer.decode(tokenizer_of(model), said[:end][:tokens]), steps
+        cache, longer = pg.rewind(longer, cache.length + count), None  # wrong guesses are overwritten
+        tokens, steps = tokens + right[:count], steps + 1
+    end = tokens.index(model.cfg.eos) if model.cfg.eos in tokens else max_tokens
+    return pg.tokenizer.decode(tokenizer_of(model), tokens[:end][:max_tokens]), steps
 
 
 if __name__ == "__main__":

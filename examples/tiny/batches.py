@@ -1,7 +1,7 @@
-"""Scenes and texts as batches of arrays, made by worker processes; blanks are filled once the scenes are painted.
+"""Scenes and texts as batches of arrays, made by worker processes. Blanks are filled once the scenes are rendered.
 
-A template's token from `BLANK` on stands for a number of some thing: 20 a thing, four places of its box, then sixteen
-codes of its mask.
+A template token of `BLANK` or more stands for a number of one thing. Each thing has 20 numbers: four coordinates of its
+box, then sixteen codes of its mask.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,11 @@ from examples.tiny.scenes import Catalog, Scene
 from pgfunc.tokenizer import Tokenizer
 
 BLANK = 1 << 16
-NUMBERS = 20  # of a thing: 4 places and 16 codes
-SPELLED = ("ocr", "sign")  # answered letter by letter: a token of several letters is guessed from words, not read
+NUMBERS = 20  # for each thing: 4 coordinates and 16 codes
+SPELLED = (
+    "ocr",
+    "sign",
+)  # answered letter by letter: the model would guess a token of several letters from known words, not read it
 
 
 class Texts(NamedTuple):
@@ -32,7 +35,7 @@ class Texts(NamedTuple):
     tokens: Int[Tensor, "r t"]
     valid: Bool[Tensor, "r t"]
     causal: Bool[Tensor, "r t"]
-    scene: Int[Tensor, "r"]  # the scene of each row
+    scene: Int[Tensor, "r"]  # the index of each row's scene
 
 
 class Batch(NamedTuple):
@@ -65,40 +68,40 @@ def template(vocab: Vocabulary, row: texts.Row) -> tuple[list[int], list[int]]:
 
 
 def _spelled(vocab: Vocabulary, text: str) -> list[int]:
-    """One token a letter."""
+    """One token for each letter."""
     return [id for letter in text for id in _ids(vocab.tokenizer, letter)]
 
 
 @lru_cache(1 << 14)
 def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Letters and questions come again and again."""
+    """Cached, because letters and questions repeat."""
     return tuple(pg.tokenizer.encode(tokenizer, text))
 
 
 def _blanked(vocab: Vocabulary, text: str, owners: Iterator[int]) -> list[int]:
-    """The ids of a text; every fourth place begins the box of the next owner."""
-    found, thing, place, code = [], 0, 0, 0
+    """The ids of a text, with blanks; every fourth coordinate begins the box of the next owner."""
+    ids, thing, coordinate, code = [], 0, 0, 0
     for id in _ids(vocab.tokenizer, text):
         if id == vocab.loc:
-            thing = next(owners) if place % 4 == 0 else thing
-            found.append(BLANK + NUMBERS * thing + place % 4)
-            place, code = place + 1, 0
+            thing = next(owners) if coordinate % 4 == 0 else thing
+            ids.append(BLANK + NUMBERS * thing + coordinate % 4)
+            coordinate, code = coordinate + 1, 0
         elif id == vocab.seg:
-            found.append(BLANK + NUMBERS * thing + 4 + code)
+            ids.append(BLANK + NUMBERS * thing + 4 + code)
             code += 1
         else:
-            found.append(id)
-    return found
+            ids.append(id)
+    return ids
 
 
 def pack(pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[int], width: int) -> Texts:
-    """Prefixes and suffixes as padded rows."""
+    """Prefixes and suffixes as padded rows; `owners` are the scenes of the rows."""
     tokens, ends = np.zeros((len(pairs), width), np.int64), np.zeros((len(pairs), 2), np.int64)
     for i, (prefix, suffix) in enumerate(pairs):
         tokens[i, : len(prefix) + len(suffix)] = prefix + suffix
         ends[i] = len(prefix), len(prefix) + len(suffix)
-    place = np.arange(width)
-    valid, causal = place < ends[:, 1:], (place >= ends[:, :1]) & (place < ends[:, 1:])
+    position = np.arange(width)
+    valid, causal = position < ends[:, 1:], (position >= ends[:, :1]) & (position < ends[:, 1:])
     scene = np.array(owners, np.int64)
     return Texts(*(torch.from_numpy(array) for array in (tokens, valid, causal, scene)))
 
@@ -106,21 +109,21 @@ def pack(pairs: Sequence[tuple[list[int], list[int]]], owners: Sequence[int], wi
 def fill(
     texts: Texts, boxes: Float[Tensor, "s k 4"], codes: Int[Tensor, "s k 16"], vocab: Vocabulary
 ) -> Int[Tensor, "r t"]:
-    """The tokens, with every blank replaced by the place or code that it stands for."""
-    places = vocab.loc + (boxes * 1023).round().long()
-    numbers = rearrange(torch.cat([places, vocab.seg + codes], -1), "s k c -> s (k c)")
+    """The tokens, with every blank replaced by the coordinate or code that it stands for."""
+    coordinates = vocab.loc + (boxes * 1023).round().long()
+    numbers = rearrange(torch.cat([coordinates, vocab.seg + codes], -1), "s k c -> s (k c)")
     known = numbers[texts.scene].gather(1, (texts.tokens - BLANK).clamp(min=0))
     return torch.where(texts.tokens >= BLANK, known, texts.tokens)
 
 
 class Stream(Dataset):
-    """Batch number i, for DataLoader's workers: a function of i alone."""
+    """Batch number i, for the workers of a DataLoader; it depends on i only."""
 
     def __init__(
         self,
         cat: Catalog,
         vocab: Vocabulary,
-        written: str,
+        text_kind: str,
         size: int,
         prompts: int,
         width: int,
@@ -128,40 +131,40 @@ class Stream(Dataset):
         start: int,
         stride: int = 0,
     ):
-        self.cat, self.vocab, self.written, self.size, self.side = cat, vocab, written, size, side
+        self.cat, self.vocab, self.text_kind, self.size, self.side = cat, vocab, text_kind, size, side
         self.prompts, self.width, self.start, self.stride = prompts, width, start, stride or size
 
     def __getitem__(self, number: int) -> Batch:
         first = self.start + number * self.stride
         drawn = [scenes.draw(self.cat, "train", first + i, self.side) for i in range(self.size)]
         layout = render.layout(drawn)
-        if self.written == "prompts":
+        if self.text_kind == "prompts":
             return Batch(layout, self.asked(drawn, first))
-        if self.written == "description":
+        if self.text_kind == "description":
             return Batch(layout, self.described(drawn, first))
         return Batch(layout, pack([], [], self.width))
 
     def asked(self, drawn: Sequence[Scene], first: int) -> Texts:
-        """As many prompts of each scene as asked for, from the mix; none that is too long."""
+        """`prompts` prompts of each scene, drawn from the mix of tasks; prompts that are too long are left out."""
         pairs = []
         for i, scene in enumerate(drawn):
             rng = np.random.default_rng((99, first + i))
-            made = (template(self.vocab, row) for row in texts.rows(scene, self.cat, rng))
-            pairs += islice((pair for pair in made if sum(map(len, pair)) <= self.width), self.prompts)
+            templates = (template(self.vocab, row) for row in texts.rows(scene, self.cat, rng))
+            pairs += islice((pair for pair in templates if sum(map(len, pair)) <= self.width), self.prompts)
         return pack(pairs, np.repeat(range(len(drawn)), self.prompts).tolist(), self.width)
 
     def described(self, drawn: Sequence[Scene], first: int) -> Texts:
-        """What the text encoder reads of each scene: of two fifths it may be a part alone."""
+        """The text of each scene for the text encoder; two fifths of the scenes are described only in part."""
         ids = []
         for i, scene in enumerate(drawn):
             rng = np.random.default_rng((98, first + i))
-            told = texts.partly(scene, rng) if rng.random() < 0.4 else scene
-            ids.append(description(self.vocab, told, self.width))
+            described = texts.partly(scene, rng) if rng.random() < 0.4 else scene
+            ids.append(description(self.vocab, described, self.width))
         return pack([(row, []) for row in ids], range(len(drawn)), self.width)
 
 
 def description(vocab: Vocabulary, scene: Scene, width: int) -> list[int]:
-    """In lower case, ended and padded to one length, as SigLIP 2's text encoder is given its texts."""
+    """The ids of a scene's description: lower case, eos, padding, as SigLIP 2's text encoder reads texts."""
     ids = pg.tokenizer.encode(vocab.tokenizer, texts.description(scene).lower())[: width - 1]
     return [*ids, vocab.eos, *[vocab.pad] * (width - 1 - len(ids))]
 

@@ -1,4 +1,4 @@
-"""Draws of one value from a short list: what numpy's `choice` does, without making an array of the list each time."""
+"""Draw one value from a short list, as numpy's `choice` does, but without making an array of the list each time."""
 
 from bisect import bisect
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
-    """One of the items, all equally likely."""
+    """Draw one of the items; all are equally likely."""
     return items[int(rng.random() * len(items))]
 
 
 def weighted(rng: np.random.Generator, items: Sequence[T], shares: Sequence[float]) -> T:
-    """One of the items, each with its share, whose sum is 1."""
+    """Draw one of the items; each has its probability in `shares`, whose sum is 1."""
     return items[min(bisect(list(accumulate(shares)), rng.random()), len(items) - 1)]

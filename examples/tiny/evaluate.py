@@ -1,10 +1,10 @@
-"""What `weights/tiny` gets right on scenes it has not seen, beside what it gets right without looking.
+"""Evaluate `weights/tiny` on scenes that it has not seen, beside the same model without the picture.
 
     python -m examples.tiny.evaluate                                    # the scenes in examples/tiny/heldout
-    python -m examples.tiny.evaluate --data runs/tiny --scenes 1000     # any number, drawn from the fetched pictures
+    python -m examples.tiny.evaluate --data runs/tiny --scenes 1000     # scenes drawn from the fetched pictures
 
-Owns the figures. All greedy. `blind` is the same model before a grey picture; `majority` always gives the most frequent
-answer of the split, and the median box.
+Owns the figures. Decoding is greedy. `blind` is the same model on a grey picture; `majority` always gives the most
+frequent answer of the split, and the median box.
 """
 
 import argparse
@@ -35,7 +35,7 @@ QUESTIONS = ("color", "count", "existence", "position")
 
 APART = re.compile(r", | and (?=(?:an?|two|three|four) )| left of | above ")  # `bow and arrow` is one thing
 
-Said = Iterator[tuple[Example, Row, str]]  # what was asked of which scene, and the answer
+Answers = Iterator[tuple[Example, Row, str]]  # (example, prompt, answer)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def answers(model: pg.Model, examples: Sequence[Example], blind: bool = False) -
 
 
 def majority(examples: Sequence[Example], vq: vqvae.Params) -> list[str]:
-    """The most frequent answer to each kind of row; where things are asked for, the median box, filled."""
+    """The most frequent answer to each task; for `detect` and `segment`, the median box, filled."""
     common = Counter[tuple[str, str]]((row.task, row.suffix) for e in examples for row in e.rows)
     best = {task: suffix for (task, suffix), _ in reversed(common.most_common())}
     box = Box(*torch.tensor([thing.box for e in examples for thing in e.things]).median(0).values.tolist())
@@ -76,54 +76,55 @@ def majority(examples: Sequence[Example], vq: vqvae.Params) -> list[str]:
 
 
 def figures(examples: Sequence[Example], texts: Sequence[str], vq: vqvae.Params) -> dict[str, float]:
-    """Every figure of one column."""
-    said = list(zip([(e, row) for e in examples for row in e.rows], texts, strict=True))
+    """All figures of one column."""
+    answered = list(zip([(e, row) for e in examples for row in e.rows], texts, strict=True))
 
-    def of(task: str) -> Said:
-        return ((example, row, text) for (example, row), text in said if row.task == task)
+    def of(task: str) -> Answers:
+        return ((example, row, text) for (example, row), text in answered if row.task == task)
 
-    found = {"objects named, F1": named_f1(of("caption")), "exact caption": exact(of("caption"))}
-    found |= {f"question: {kind}": exact(of(kind)) for kind in QUESTIONS}
+    results = {"objects named, F1": named_f1(of("caption")), "exact caption": exact(of("caption"))}
+    results |= {f"question: {kind}": exact(of(kind)) for kind in QUESTIONS}
     pairs = [matched(example, text) for example, _, text in of("detect")]
-    found |= {"detect: IoU > 0.5": share(hit for things, _ in pairs for hit in things)}
-    found |= {"detect: precision": share(right for _, boxes in pairs for right in boxes)}
-    found |= {"segment: mean IoU": share(overlaps(of("segment"), vq))}
-    found |= {"ocr: character error rate": error_rate(of("ocr")), "ocr: exact": exact(of("ocr"))}
+    results |= {"detect: IoU > 0.5": share(hit for things, _ in pairs for hit in things)}
+    results |= {"detect: precision": share(right for _, boxes in pairs for right in boxes)}
+    results |= {"segment: mean IoU": share(overlaps(of("segment"), vq))}
+    results |= {"ocr: character error rate": error_rate(of("ocr")), "ocr: exact": exact(of("ocr"))}
     invalid = [bool(detect.malformed(text)) for _, _, text in of("detect")]
     invalid += [bool(segment.malformed(text)) for _, _, text in of("segment")]
-    return found | {"invalid boxes or masks": share(invalid)}
+    return results | {"invalid boxes or masks": share(invalid)}
 
 
 def share(values) -> float:
-    found = [float(value) for value in values]
-    return sum(found) / len(found) if found else float("nan")
+    """The mean of the values; nan if there are none."""
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
-def exact(said: Said) -> float:
-    return share(row.suffix == text for _, row, text in said)
+def exact(answers: Answers) -> float:
+    return share(row.suffix == text for _, row, text in answers)
 
 
-def named_f1(said: Said) -> float:
-    """Over all captions together, a thing and its colour being one name."""
+def named_f1(answers: Answers) -> float:
+    """F1 of the names in all captions together; a thing with its colour is one name."""
     hits = total = 0
-    for example, _, text in said:
+    for example, _, text in answers:
         expected = Counter(thing.name for thing in example.things)
-        given = singular(text, expected)
-        hits += (expected & given).total()
-        total += (expected + given).total()
+        named = singular(text, expected)
+        hits += (expected & named).total()
+        total += (expected + named).total()
     return 2 * hits / total if total else float("nan")
 
 
 def singular(text: str, expected: Iterable[str]) -> Counter[str]:
-    """What a caption names; a phrase that fits no expected name is one wrong thing, or as many as it says."""
+    """The names in a caption with their counts; a phrase that fits no expected name counts as wrong things."""
     phrases = {article(name): (name, 1) for name in expected}
     phrases |= {f"{NUMBERS[n]} {plural(name)}": (name, n) for name in expected for n in range(2, 5)}
-    given: Counter[str] = Counter()
+    named: Counter[str] = Counter()
     for phrase in filter(None, APART.split(text)):
         first = phrase.split(" ")[0]
         name, count = phrases.get(phrase, (phrase, NUMBERS.index(first) if first in NUMBERS else 1))
-        given[name] += count
-    return given
+        named[name] += count
+    return named
 
 
 def iou(a: Box, b: Box) -> float:
@@ -134,7 +135,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def matched(example: Example, text: str) -> tuple[list[bool], list[bool]]:
-    """For each thing and for each box: whether it has its own among the others, of its name, with an IoU above 0.5."""
+    """For each thing and for each box: whether it has a partner of the same name with an IoU above 0.5."""
     boxes = detect.parse(text, heldout.SIDE, heldout.SIDE)
     hit, used = [], [False] * len(boxes)
     for thing in example.things:
@@ -150,12 +151,12 @@ def wanted(example: Example, row: Row) -> list[Truth]:
     return [example.things[i] for i in row.things]
 
 
-def overlaps(said: Said, vq: vqvae.Params) -> Iterator[float]:
-    """For each thing asked for, the IoU of its mask with the best of its name; 0 where there is none."""
-    for example, row, text in said:
-        found = segment.parse(text, heldout.SIDE, heldout.SIDE, vq)
+def overlaps(answers: Answers, vq: vqvae.Params) -> Iterator[float]:
+    """For each requested thing, the IoU of its mask with the best mask of its name; 0 if there is none."""
+    for example, row, text in answers:
+        segments = segment.parse(text, heldout.SIDE, heldout.SIDE, vq)
         for thing in wanted(example, row):
-            yield max((mask_iou(s.mask, thing.mask) for s in found if s.label == thing.name), default=0.0)
+            yield max((mask_iou(s.mask, thing.mask) for s in segments if s.label == thing.name), default=0.0)
 
 
 def mask_iou(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -169,15 +170,15 @@ def bound(examples: Sequence[Example], vq: vqvae.Params) -> float:
     return share(overlaps(((e, row, text) for (e, row), text in zip(asked, texts, strict=True)), vq))
 
 
-def error_rate(said: Said) -> float:
-    """Edits over characters, all signs together."""
-    pairs = [(row.suffix, text) for _, row, text in said]
+def error_rate(answers: Answers) -> float:
+    """The number of edits over the number of characters, for all signs together."""
+    pairs = [(row.suffix, text) for _, row, text in answers]
     length = sum(len(expected) for expected, _ in pairs)
     return sum(distance(*pair) for pair in pairs) / length if length else float("nan")
 
 
 def distance(a: str, b: str) -> int:
-    """Levenshtein's."""
+    """The Levenshtein distance."""
     row = list(range(len(b) + 1))
     for i, left in enumerate(a, 1):
         last, row[0] = row[0], i
@@ -190,27 +191,27 @@ def distance(a: str, b: str) -> int:
 
 
 def evaluate(model: pg.Model, vq: vqvae.Params, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """Figure -> model, blind, majority."""
-    given = {"model": answers(model, examples), "blind": answers(model, examples, blind=True)}
-    given["majority"] = majority(examples, vq)
-    columns = {who: figures(examples, texts, vq) for who, texts in given.items()}
+    """Figure -> column (model, blind, majority) -> value."""
+    texts = {"model": answers(model, examples), "blind": answers(model, examples, blind=True)}
+    texts["majority"] = majority(examples, vq)
+    columns = {who: figures(examples, column, vq) for who, column in texts.items()}
     table = {name: {who: column[name] for who, column in columns.items()} for name in columns["model"]}
     return table | {"segment: what the codes can say": {"model": bound(examples, vq)}}
 
 
 def retrieval(siglip: pg.SiglipModel, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """How often the nearest of 100 texts is the picture's own, and of 100 pictures the text's; over all hundreds."""
-    found = []
+    """How often the nearest of 100 texts is the picture's own, and the nearest of 100 pictures the text's own."""
+    recalls = []
     for start in range(0, len(examples) - len(examples) % 100, 100):
         part = examples[start : start + 100]
         with torch.no_grad():
             pixels = dual_prompt.pixels(siglip, [e.picture for e in part])
             ids = dual_prompt.text_ids(siglip, [e.description for e in part])
             images = siglip_dual.embed_images(siglip.params, pixels, siglip.cfg)
-            found.append(contrastive.recall(images, siglip_dual.embed_texts(siglip.params, ids, siglip.cfg)))
+            recalls.append(contrastive.recall(images, siglip_dual.embed_texts(siglip.params, ids, siglip.cfg)))
     return {
-        "retrieval: text, R@1": {"model": share(each.texts for each in found)},
-        "retrieval: picture, R@1": {"model": share(each.images for each in found)},
+        "retrieval: text, R@1": {"model": share(recall.texts for recall in recalls)},
+        "retrieval: picture, R@1": {"model": share(recall.images for recall in recalls)},
     }
 
 
@@ -227,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("weights/tiny"))
     parser.add_argument("--heldout", type=Path, default=Path("examples/tiny/heldout"))
-    parser.add_argument("--data", type=Path, help="what examples.tiny.fetch left, to draw scenes from")
+    parser.add_argument("--data", type=Path, help="folder written by examples.tiny.fetch, to draw scenes from")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--splits", nargs="+", default=["S0", "S1", "S2", "style", "S3"])
     parser.add_argument("--dtype", default="float32")
@@ -237,13 +238,14 @@ def main() -> None:
     vq = pg.tree.map(lambda leaf: leaf.float(), segment.load(args.model / "masks.safetensors"))
     source = sets(args, str(model.params.projector.device))
     siglip = pg.load_siglip(args.model / "siglip", dtype=args.dtype)
-    found = {split: evaluate(model, vq, examples) | retrieval(siglip, examples) for split, examples in source}
+    tables = {split: evaluate(model, vq, examples) | retrieval(siglip, examples) for split, examples in source}
     if args.data and (args.data / "photos.npz").exists():
-        found["S4"] = photographs(model, args.data / "photos.npz")
-    print(json.dumps(numbers(found)) if args.json else "\n".join(lines(found)))
+        tables["S4"] = photographs(model, args.data / "photos.npz")
+    print(json.dumps(numbers(tables)) if args.json else "\n".join(lines(tables)))
 
 
 def sets(args: argparse.Namespace, device: str) -> Iterator[tuple[str, list[Example]]]:
+    """Each split and its examples: the committed ones, or drawn anew with --data."""
     if not args.data:
         yield from heldout.read(args.heldout).items()
         return
@@ -252,14 +254,14 @@ def sets(args: argparse.Namespace, device: str) -> Iterator[tuple[str, list[Exam
         yield split, heldout.draw(at, split, args.scenes, device)
 
 
-def numbers(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The table without what a split does not have, which JSON has no number for."""
-    kept = {s: {f: {w: x for w, x in row.items() if not isnan(x)} for f, row in t.items()} for s, t in found.items()}
-    return {split: {figure: row for figure, row in table.items() if row} for split, table in kept.items()}
+def numbers(tables: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The tables without nan, which JSON does not have: figures that do not apply to a split."""
+    finite = {s: {f: {w: x for w, x in row.items() if not isnan(x)} for f, row in t.items()} for s, t in tables.items()}
+    return {split: {figure: row for figure, row in table.items() if row} for split, table in finite.items()}
 
 
-def lines(found: dict[str, dict[str, dict[str, float]]]) -> Iterator[str]:
-    for split, rows in found.items():
+def lines(tables: dict[str, dict[str, dict[str, float]]]) -> Iterator[str]:
+    for split, rows in tables.items():
         yield f"{split:34}   model   blind  majority"
         for name, row in rows.items():
             yield f"  {name:32}" + "".join(f"  {row[who]:6.3f}" for who in ("model", "blind", "majority") if who in row)

@@ -1,4 +1,4 @@
-"""What the stages left -> the folder that is shipped.
+"""Turn the results of the training stages into the folder that is shipped.
 
 python -m examples.tiny.export --run runs/tiny --out weights/tiny
 
@@ -28,8 +28,8 @@ def export(at: recipe.Recipe, names: tuple[str, ...], run: Path, out: Path) -> N
     params = tree.map(narrow, fit.read(run / "speak.safetensors", paligemma.init(at.model)))
     pg.save(pg.Model(at.model, params, pg.tokenizer.wrap(words, "the tokenizer")), out)
     segment.save(out / "masks.safetensors", tree.map(narrow, fit.read(run / "masks.safetensors", vqvae.init())))
-    half = fit.read(run / "align.safetensors", siglip_dual.init(at.siglip)._replace(vision=()))
-    both = tree.map(narrow, half)._replace(vision=params.vision)
+    text_half = fit.read(run / "align.safetensors", siglip_dual.init(at.siglip)._replace(vision=()))
+    both = tree.map(narrow, text_half)._replace(vision=params.vision)
     siglip = dual_prompt.SiglipModel(at.siglip, both, dual_prompt.wrap(words, "the tokenizer"))
     save_siglip(siglip, out / "siglip", vision=False)
 
@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     chosen = (recipe.small if args.small else recipe.full)(args.position)
-    found = world.small() if args.small else world.load(args.data)
-    export(chosen, found.catalog.names, args.run, args.out)
+    source = world.small() if args.small else world.load(args.data)
+    export(chosen, source.catalog.names, args.run, args.out)
 
 
 if __name__ == "__main__":

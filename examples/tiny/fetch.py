@@ -1,11 +1,11 @@
-"""The data of the tiny checkpoint, from packages to four things that training reads.
+"""Fetch the data of the tiny checkpoint: packages become the files that training reads.
 
     python -m examples.tiny.fetch --out runs/tiny
 
-Needs npm, apt-get and dpkg-deb on the path, `pip install resvg-py OpenEXR` and about 1.5 GB of disk; what is already
-unpacked is not fetched again. Writes `sprites.npz`, `backgrounds.npz`, `photos.npz`, `fonts/` and `words.txt`. What
-each package holds and its licence: `DATA.md`. Owns downloading, backgrounds, whole photographs, fonts and words;
-`sprites.py` the sprites.
+Needs npm, apt-get and dpkg-deb on the path, `pip install resvg-py OpenEXR` and about 1.5 GB of disk. Packages that are
+already unpacked are not fetched again. Writes `sprites.npz`, `backgrounds.npz`, `photos.npz`, `fonts/` and `words.txt`.
+`DATA.md` lists the packages, their contents and licences. Owns downloading, backgrounds, whole photographs, fonts and
+words; `sprites.py` owns the sprites.
 """
 
 import argparse
@@ -56,7 +56,7 @@ FONTS = (
     *("LiberationSans-BoldItalic.ttf", "Lato-Regular.ttf", "Lato-Black.ttf", "ComicNeue-Bold.otf"),
     *("EBGaramond12-Regular.otf", "Quicksand-Medium.ttf", "RobotoSlab-Bold.otf"),
 )
-WALLPAPERS = (  # those without an object of some class in front
+WALLPAPERS = (  # only wallpapers without an object of a class in the foreground
     *("Bridge_by_Sander_Klootwijk", "aitzgorri_by_Aitzol_Berasategi", "analogpattern_by_Peter_Nerlich"),
     *("life_by_Aitzol_Berasategi", "picosdeeuropa_by_Aitzol_Berasategi", "seeding_by_Clements_Engelhardt"),
     *("sunset_by_Aitzol_Berasategi", "umang_by_Abhishek_Mudgal", "Fossa_by_Jasper_Roks"),
@@ -72,7 +72,7 @@ class Backgrounds(NamedTuple):
 
 
 class Photos(NamedTuple):
-    rgb: UInt8[np.ndarray, "n 224 224 3"]  # squashed, as the model's own resize does
+    rgb: UInt8[np.ndarray, "n 224 224 3"]  # resized without keeping the aspect, as the model's own resize does
     label: Int[np.ndarray, "n"]  # index into classes
     name: np.ndarray
     classes: tuple[str, ...]  # those of sprites.npz
@@ -107,7 +107,7 @@ def _debian(folder: Path) -> None:
 
 
 def download(packages: Path) -> None:
-    """Every package into a folder of its own; one that exists is left as it is."""
+    """Unpack every package into a folder of its own; existing folders are left as they are."""
     packages.mkdir(parents=True, exist_ok=True)
     for name, package in NPM.items():
         if not (packages / name).exists():
@@ -124,7 +124,7 @@ def download(packages: Path) -> None:
 
 
 def _squares(picture: Image.Image, count: int) -> list[UInt8[np.ndarray, "512 512 3"]]:
-    """`count` squares side by side, as high as the picture."""
+    """`count` squares from left to right, as high as the picture."""
     width, height = picture.size
     lefts = np.linspace(0, width - height, count) if width > height else [0.0]
     boxes = [(left, 0, left + min(height, width), min(height, width)) for left in lefts]
@@ -133,8 +133,8 @@ def _squares(picture: Image.Image, count: int) -> list[UInt8[np.ndarray, "512 51
 
 
 def _exr(module: Path) -> Float[np.ndarray, "h w 3"]:
-    """Linear light of a panorama that is base64 inside a JavaScript module."""
-    # only whoever builds the backgrounds needs it
+    """The linear light of a panorama that is stored as base64 inside a JavaScript module."""
+    # imported here: only building the backgrounds needs it
     import OpenEXR  # pyright: ignore[reportMissingImports]
 
     with NamedTemporaryFile(suffix=".exr") as file:
@@ -145,7 +145,7 @@ def _exr(module: Path) -> Float[np.ndarray, "h w 3"]:
 
 
 def tonemap(light: Float[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Reinhard's curve after the log-average luminance is set to 0.18, then sRGB's gamma, nearly."""
+    """Set the log-average luminance to 0.18, then apply Reinhard's curve and roughly sRGB's gamma."""
     # the sun can be infinite in half precision
     light = np.nan_to_num(light, posinf=1e4).clip(0, 1e4)
     light = light * 0.18 / np.exp(np.log(light.mean(-1) + 1e-4).mean())
@@ -153,19 +153,19 @@ def tonemap(light: Float[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def backgrounds(packages: Path, out: Path) -> None:
-    """Train: panoramas and textures. Test: wallpapers. Squares of 512 px."""
-    found: list[tuple[str, str, np.ndarray]] = []
+    """Squares of 512 px. Training has panoramas and textures, testing has wallpapers."""
+    squares: list[tuple[str, str, np.ndarray]] = []
     for path in sorted((packages / "pmndrs-assets/hdri").glob("*.exr.js")):
         # the top and bottom rows of a panorama are stretched beyond recognition
         view = Image.fromarray(tonemap(_exr(path))[24:216])
-        found += [("train", path.name.split(".")[0], square) for square in _squares(view, 6)]
+        squares += [("train", path.name.split(".")[0], square) for square in _squares(view, 6)]
     for name in TEXTURES:
         path = next((packages / "scikit-image/skimage/data").glob(f"{name}.*"))
-        found += [("train", name, square) for square in _squares(Image.open(path), 2)]
+        squares += [("train", name, square) for square in _squares(Image.open(path), 2)]
     for name in WALLPAPERS:
         path = next(packages.glob(f"lomiri-wallpapers-*/usr/share/backgrounds/{name}.jpg"))
-        found += [("test", name, square) for square in _squares(Image.open(path), 3)]
-    split, name, pixels = zip(*found, strict=True)
+        squares += [("test", name, square) for square in _squares(Image.open(path), 3)]
+    split, name, pixels = zip(*squares, strict=True)
     files = [sprites.encode(square, quality=88) for square in pixels]
     sprites.write(out, files, {"split": np.array(split), "name": np.array(name)})
 
@@ -179,7 +179,7 @@ def load_backgrounds(path: Path | str = "runs/tiny/backgrounds.npz") -> Backgrou
 
 
 def _resource(packages: Path, name: str) -> Image.Image:
-    """`name` is archive@offset: Qt's resource archives hold their WebP files as they are."""
+    """`name` is archive@offset: Qt's resource archives store WebP files unchanged."""
     archive, offset = name.split("@")
     data = next((packages / "gcompris-qt-data").rglob(archive)).read_bytes()[int(offset) :]
     return Image.open(io.BytesIO(data[: 8 + int.from_bytes(data[4:8], "little")]))
@@ -215,9 +215,9 @@ def fonts(packages: Path, out: Path) -> None:
 
 
 def words(packages: Path, out: Path) -> None:
-    """One English word of lower-case letters a line."""
-    listed = (packages / "wamerican-small/usr/share/dict/american-english-small").read_text().split()
-    out.write_text("".join(f"{word}\n" for word in listed if re.fullmatch("[a-z]+", word)))
+    """Write English words of lower-case letters, one a line."""
+    dictionary = (packages / "wamerican-small/usr/share/dict/american-english-small").read_text().split()
+    out.write_text("".join(f"{word}\n" for word in dictionary if re.fullmatch("[a-z]+", word)))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""One stage of training: the loop over batches, and the file in which an interrupted one goes on.
+"""One stage of training: the loop over batches, and the file from which an interrupted stage continues.
 
-A stage is its loss and its first parameters; the optimizer, the schedule and the gradient are `pgfunc.train`'s.
+A stage is its loss and its first parameters; optimizer, schedule and gradient come from `pgfunc.train`.
 """
 
 import json
@@ -21,43 +21,44 @@ from pgfunc.errors import NumericalError
 from pgfunc.jit import cuda_graphs
 from pgfunc.train import finetune, optim
 
-Loss = Callable[[Any, Any], tuple[Tensor, Any]]  # of (parameters, batch), and a tree of numbers to watch
+Loss = Callable[[Any, Any], tuple[Tensor, Any]]  # (parameters, batch) -> the loss, and a tree of numbers to log
 
 
 def fit(
     stage: str, params: Any, loss: Loss, batches: Callable[[int], Iterable[Any]], plan: Plan, folder: Path, until: float
 ) -> bool:
-    """Train from where the folder's file ends, to the end of the plan or to the time `until`; True when done.
+    """Continue from the file in the folder, to the end of the plan or to the time `until`; True when the plan is done.
 
-    `batches(n)` are the batches from number n on. `folder/stage.safetensors` then holds the parameters alone. Processes
-    of one torch.distributed group each bring their own share of every batch; the first of them writes, and the figures
-    that it notes are those of its share.
+    `batches(n)` are the batches from number n on. When done, `folder/stage.safetensors` holds the parameters only. Each
+    process of a torch.distributed group brings its own share of every batch; the first process writes the files, and
+    logs the figures of its own share.
     """
-    going, settings = folder / f"{stage}.going.safetensors", optim.Settings(beta2=0.98, weight_decay=plan.weight_decay)
-    params, state = resume(going, params)
-    done, began, watched = int(state.step), time.monotonic(), []
-    gradient = cuda_graphs.graphed(
-        lambda params, batch: finetune.grad_and_value(lambda given: loss(given, batch), params)
+    unfinished, settings = (
+        folder / f"{stage}.going.safetensors",
+        optim.Settings(beta2=0.98, weight_decay=plan.weight_decay),
     )
+    params, state = resume(unfinished, params)
+    done, began, logged = int(state.step), time.monotonic(), []
+    gradient = cuda_graphs.graphed(lambda params, batch: finetune.grad_and_value(lambda p: loss(p, batch), params))
     for step, batch in enumerate(batches(done), done):
-        grads, (value, seen) = gradient(params, batch)
+        grads, (value, extras) = gradient(params, batch)
         grads, _ = optim.clip(average(grads), 1.0)
         rate = optim.cosine(step, plan.peak, plan.warmup, plan.steps)
         params, state = optim.update(grads, state, params, rate, settings)
-        watched.append(torch.stack([value.detach(), *(each.detach().float() for each in seen.values())]))
+        logged.append(torch.stack([value.detach(), *(extra.detach().float() for extra in extras.values())]))
         if (step + 1) % 100 == 0 or step + 1 == plan.steps:
-            figures = dict(zip(["loss", *seen], torch.stack(watched).mean(0).tolist(), strict=True))
+            figures = dict(zip(["loss", *extras], torch.stack(logged).mean(0).tolist(), strict=True))
             note(folder, {"stage": stage, "step": step + 1, "seconds": round(time.monotonic() - began, 1)} | figures)
-            watched = []
+            logged = []
             finite(stage, step, figures["loss"])
         if late(until) and step + 1 < plan.steps:
             finite(stage, step, float(value))
             if writes():
-                save(going, params, state)
+                save(unfinished, params, state)
             return False
     if writes():
         write(folder / f"{stage}.safetensors", tree.flatten(params))
-        going.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return True
 
 
@@ -67,18 +68,18 @@ def writes() -> bool:
 
 
 def average(grads: Any) -> Any:
-    """The mean of all processes' gradients, exchanged at once."""
+    """The mean of all processes' gradients, exchanged as one tensor."""
     if not dist.is_initialized():
         return grads
     leaves = tree.flatten(grads)
-    together = torch.cat([leaf.flatten() for leaf in leaves.values()])
-    dist.all_reduce(together)
-    parts = (together / dist.get_world_size()).split([leaf.numel() for leaf in leaves.values()])
+    flat = torch.cat([leaf.flatten() for leaf in leaves.values()])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([leaf.numel() for leaf in leaves.values()])
     return tree.replace(grads, {name: part.view_as(leaves[name]) for name, part in zip(leaves, parts, strict=True)})
 
 
 def late(until: float) -> bool:
-    """Whether the time is up for any process."""
+    """Whether any process has passed the time `until`."""
     over = torch.tensor(float(time.monotonic() > until))
     if dist.is_initialized():
         dist.all_reduce(over, dist.ReduceOp.MAX)
@@ -93,10 +94,10 @@ def finite(stage: str, step: int, loss: float) -> None:
 def note(folder: Path, line: dict[str, Any]) -> None:
     if not writes():
         return
-    said = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()})
-    print(said, flush=True)
+    text = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()})
+    print(text, flush=True)
     with (folder / "log.jsonl").open("a") as log:
-        log.write(said + "\n")
+        log.write(text + "\n")
 
 
 def save(path: Path, params: Any, state: optim.State) -> None:
@@ -105,7 +106,7 @@ def save(path: Path, params: Any, state: optim.State) -> None:
 
 
 def resume(path: Path, params: Any) -> tuple[Any, optim.State]:
-    """Parameters and optimizer state from the file; those of the first step where there is none."""
+    """Parameters and optimizer state from the file; those of the first step if there is no file."""
     state = optim.init(params)
     if not path.exists():
         return params, state
@@ -120,12 +121,12 @@ def resume(path: Path, params: Any) -> tuple[Any, optim.State]:
 
 def write(path: Path, leaves: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}, part)
-    part.replace(path)
+    temporary = path.with_suffix(".part")
+    save_file({name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}, temporary)
+    temporary.replace(path)
 
 
 def read(path: Path, params: Any) -> Any:
-    """The parameters that a finished stage left, in the shape of `params`."""
+    """The parameters of a finished stage, as a tree like `params`."""
     stored = load_file(path)
     return tree.map_with_path(lambda name, leaf: stored[name].to(leaf), params)

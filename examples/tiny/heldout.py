@@ -1,8 +1,8 @@
-"""Scenes to evaluate on, with what is true of them: drawn anew from the fetched pictures, or read from a folder.
+"""Scenes to evaluate on, with their true labels: drawn anew from the fetched pictures, or read from a folder.
 
-    python -m examples.tiny.heldout --scenes 100 --out examples/tiny/heldout      # S0, S1 and S2: a few hundred scenes
+    python -m examples.tiny.heldout --scenes 100 --out examples/tiny/heldout      # 100 scenes each of S0, S1 and S2
 
-Owns the questions that are asked of a scene, and the folder's layout: a WebP a scene, and `scenes.json`.
+Owns the questions about a scene, and the layout of the folder: one WebP for each scene, and `scenes.json`.
 """
 
 import argparse
@@ -40,20 +40,20 @@ class Example(NamedTuple):
 
 def draw(at: world.World, split: str, count: int, device: str = "cpu") -> list[Example]:
     """The first scenes of a split."""
-    bank, made = at.bank(device), []
+    bank, examples = at.bank(device), []
     for first in range(0, count, AT_ONCE):
         drawn = [scenes.draw(at.catalog, split, i, SIDE) for i in range(first, min(first + AT_ONCE, count))]
         layout = render.Layout(*(leaf.to(device) for leaf in render.layout(drawn)))
         painted = render.Rendered(*(leaf.cpu() for leaf in render.render(bank, layout, SIDE, seed=first)))
-        made += [
+        examples += [
             example(scene, at.catalog, painted, i, np.random.default_rng((17, first + i)))
             for i, scene in enumerate(drawn)
         ]
-    return made
+    return examples
 
 
 def one(cat: Catalog, bank: render.Bank, split: str, index: int) -> Example:
-    """A single scene of a split."""
+    """One scene of a split."""
     scene = scenes.draw(cat, split, index, SIDE)
     painted = render.render(bank, render.layout([scene]), SIDE, seed=index)
     return example(scene, cat, painted, 0, np.random.default_rng((17, index)))
@@ -70,49 +70,51 @@ def example(scene: Scene, cat: Catalog, painted: render.Rendered, i: int, rng: n
 
 
 def asked(scene: Scene, cat: Catalog, rng: np.random.Generator) -> list[Row]:
-    """Each task and each kind of question that the scene allows, once; `detect` asks for all its things."""
+    """Each task and each kind of question that the scene allows, once; `detect` asks for all things."""
     names = list(dict.fromkeys(scene.things[i].name for i in texts.ordered(scene)))
-    made = [texts.captions(scene, cat, rng), texts.ocr(scene, cat, rng), texts.segment(scene, cat, rng)]
-    made += [ask(scene, cat, rng) for kind, ask in texts.QUESTIONS.items() if kind != "sign"]
-    made += [texts.located("detect", scene, names)] if names else []
-    return [row for row in made if row is not None]
+    rows = [texts.captions(scene, cat, rng), texts.ocr(scene, cat, rng), texts.segment(scene, cat, rng)]
+    rows += [ask(scene, cat, rng) for kind, ask in texts.QUESTIONS.items() if kind != "sign"]
+    rows += [texts.located("detect", scene, names)] if names else []
+    return [row for row in rows if row is not None]
 
 
 def photographs(path: Path) -> list[tuple[str, Image.Image]]:
     """S4: whole photographs, each with the name of its main thing."""
-    found = fetch.load_photos(path)
-    return [(found.classes[label], Image.fromarray(rgb)) for label, rgb in zip(found.label, found.rgb, strict=True)]
+    photos = fetch.load_photos(path)
+    return [(photos.classes[label], Image.fromarray(rgb)) for label, rgb in zip(photos.label, photos.rgb, strict=True)]
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, split: str, examples: Iterable[Example]) -> list[dict[str, Any]]:
-    """Save the pictures; the entries for `scenes.json`."""
+    """Save the pictures; return the entries for `scenes.json`."""
     entries = []
-    for i, made in enumerate(examples):
+    for i, example in enumerate(examples):
         name = f"{split}-{i:03d}.webp"
-        made.picture.save(folder / name, quality=85, method=6)
-        things = [{"name": t.name, "box": [round(x, 2) for x in t.box], "mask": runs(t.mask)} for t in made.things]
-        rows = [row._asdict() for row in made.rows]
-        entries.append({"split": split, "image": name, "things": things, "rows": rows, "description": made.description})
+        example.picture.save(folder / name, quality=85, method=6)
+        things = [{"name": t.name, "box": [round(x, 2) for x in t.box], "mask": runs(t.mask)} for t in example.things]
+        rows = [row._asdict() for row in example.rows]
+        entries.append(
+            {"split": split, "image": name, "things": things, "rows": rows, "description": example.description}
+        )
     return entries
 
 
 def read(folder: Path) -> dict[str, list[Example]]:
     """Split -> examples."""
-    found: dict[str, list[Example]] = {}
+    splits: dict[str, list[Example]] = {}
     for entry in json.loads((folder / "scenes.json").read_text()):
         things = [Truth(t["name"], Box(*t["box"]), unrun(t["mask"])) for t in entry["things"]]
         rows = [Row(**row | {"things": tuple(row["things"])}) for row in entry["rows"]]
         with Image.open(folder / entry["image"]) as picture:
-            made = Example(picture.convert("RGB"), things, rows, entry["description"])
-        found.setdefault(entry["split"], []).append(made)
-    return found
+            example = Example(picture.convert("RGB"), things, rows, entry["description"])
+        splits.setdefault(entry["split"], []).append(example)
+    return splits
 
 
 def runs(mask: Bool[Tensor, "y x"]) -> list[int]:
-    """The lengths of runs of equal pixels, row by row, outside first."""
+    """The lengths of runs of equal pixels, row by row; the first run is outside the mask."""
     flat = torch.cat([torch.tensor([False]), mask.flatten()]).int()
     edges = flat.diff().nonzero().flatten().tolist()
     return [b - a for a, b in zip([0, *edges], [*edges, mask.numel()], strict=True)]

@@ -1,12 +1,13 @@
-"""A new class for the shipped checkpoint: pictures to fine-tune it on, and how well it then knows the class.
+"""Teach the shipped checkpoint a new class: make pictures to fine-tune on, and check how well it knows the class.
 
     python -m examples.tiny.newclass make                               # writes examples/helicopters, from runs/tiny
     pgfunc train examples/helicopters/train.jsonl --out helicopters --epochs 8      # fine-tunes
     python -m examples.tiny.newclass check helicopters                  # before and after
 
-Of 200 pictures, 140 have a helicopter, drawn in three ways, among things that the checkpoint knows; 60 have none, so
-that it learns what is no helicopter, and keeps what it knew. It is checked on 60 pictures with a fourth helicopter and,
-for what it forgot, on the held-out scenes. The weights have never seen any helicopter, nor the vocabulary the word.
+There are 200 pictures. 140 have a helicopter (one of three drawings) among things that the checkpoint knows. 60 have
+none, so that the checkpoint learns what is not a helicopter and keeps what it knew. The check uses 60 pictures with a
+fourth helicopter, and the held-out scenes to measure what was forgotten. The shipped weights have never seen a
+helicopter, and the vocabulary was not learned from that word.
 """
 
 import argparse
@@ -24,11 +25,14 @@ from pgfunc.objects import detect
 from pgfunc.objects.detect import Box, Detection
 
 NAME, FOLDER = "helicopter", Path("examples/helicopters")
-SPLITS = {"train": ("S0", 140, 60), "valid": ("S2", 60, 0)}  # the scenes, how many with the class, how many without
+SPLITS = {
+    "train": ("S0", 140, 60),
+    "valid": ("S2", 60, 0),
+}  # split of the scenes, number with the class, number without
 
 
 def drawn(at: world.World, split: str, present: bool) -> Iterator[heldout.Example]:
-    """Scenes of a split that have things, the new class among them or not."""
+    """Scenes of a split that have things; `present` says whether the new class is among them."""
     bank = at.bank("cpu")
     for index in itertools.count():
         names = [thing.name for thing in scenes.draw(at.catalog, split, index).things]
@@ -37,7 +41,7 @@ def drawn(at: world.World, split: str, present: bool) -> Iterator[heldout.Exampl
 
 
 def lines(example: heldout.Example, image: str) -> Iterator[dict[str, str]]:
-    """The prompts of a picture: a caption, boxes of the new class, boxes of all that is there."""
+    """The prompts of a picture: a caption, the boxes of the new class, and the boxes of all things."""
     side, names = heldout.SIDE, list(dict.fromkeys(thing.name for thing in example.things))
     things = sorted(example.things, key=lambda thing: thing.box.xmin + thing.box.xmax)
     yield {
@@ -55,32 +59,33 @@ def make(data: Path, folder: Path) -> None:
     at = world.load(data, more=NAME)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (split, number, others) in SPLITS.items():
-        made = [*itertools.islice(drawn(at, split, True), number), *itertools.islice(drawn(at, split, False), others)]
-        written = []
-        for i, example in enumerate(made):
+        examples = [*itertools.islice(drawn(at, split, True), number)]
+        examples += itertools.islice(drawn(at, split, False), others)
+        rows = []
+        for i, example in enumerate(examples):
             image = f"{name}-{i:03d}.webp"
             example.picture.save(folder / image, quality=80, method=6)
-            written += lines(example, image)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+            rows += lines(example, image)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def check(model: pg.Model, folder: Path, known: Path) -> dict[str, float]:
-    """What is said of pictures that have the class, and of the held-out scenes, which do not."""
+def check(model: pg.Model, folder: Path, heldout_folder: Path) -> dict[str, float]:
+    """The figures on pictures that have the class, and on the held-out scenes, which do not have it."""
     rows = [json.loads(line) for line in (folder / "valid.jsonl").read_text().splitlines()]
     captions, boxes = ([row for row in rows if row["prefix"] == asked] for asked in ("caption en", f"detect {NAME}"))
-    without = [(e, row) for e in heldout.read(known)["S0"] for row in e.rows if row.task == "caption"]
+    without = [(e, row) for e in heldout.read(heldout_folder)["S0"] for row in e.rows if row.task == "caption"]
     others = [e.picture for e, _ in without]
 
-    def told(asked: list[dict[str, str]]) -> list[str]:
-        return answers(model, [Image.open(folder / row["image"]) for row in asked], asked[0]["prefix"])
+    def answered(rows: list[dict[str, str]]) -> list[str]:
+        return answers(model, [Image.open(folder / row["image"]) for row in rows], rows[0]["prefix"])
 
-    still = answers(model, others, "caption en")
+    old_captions = answers(model, others, "caption en")
     return {
-        "captions that name it": share(singular(text, [NAME])[NAME] > 0 for text in told(captions)),
-        "things found, IoU > 0.5": share(found(boxes, told(boxes))),
-        "captions that name it where there is none": share(NAME in text for text in still),
+        "captions that name it": share(singular(text, [NAME])[NAME] > 0 for text in answered(captions)),
+        "things found, IoU > 0.5": share(hits(boxes, answered(boxes))),
+        "captions that name it where there is none": share(NAME in text for text in old_captions),
         "boxes where there is none": share(bool(text) for text in answers(model, others, f"detect {NAME}")),
-        "F1 of the old names": named_f1((e, row, text) for (e, row), text in zip(without, still, strict=True)),
+        "F1 of the old names": named_f1((e, row, text) for (e, row), text in zip(without, old_captions, strict=True)),
     }
 
 
@@ -88,11 +93,11 @@ def answers(model: pg.Model, pictures: Sequence[Image.Image], prefix: str) -> li
     return [done.text for done in pg.generate(model, list(pictures), prefix)]
 
 
-def found(rows: Sequence[dict[str, str]], texts: Sequence[str]) -> Iterator[bool]:
-    """For each thing, whether a box overlaps it by more than half."""
+def hits(rows: Sequence[dict[str, str]], texts: Sequence[str]) -> Iterator[bool]:
+    """For each thing, whether a box overlaps it with an IoU above 0.5."""
     side = heldout.SIDE
     for row, text in zip(rows, texts, strict=True):
-        boxes: list[Box] = [given.box for given in detect.parse(text, side, side)]
+        boxes: list[Box] = [detection.box for detection in detect.parse(text, side, side)]
         for expected in detect.parse(row["suffix"], side, side):
             yield any(iou(box, expected.box) > 0.5 for box in boxes)
 
@@ -101,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     making, checking = commands.add_parser("make"), commands.add_parser("check")
-    making.add_argument("--data", type=Path, default=Path("runs/tiny"), help="what examples.tiny.fetch left")
+    making.add_argument("--data", type=Path, default=Path("runs/tiny"), help="folder written by examples.tiny.fetch")
     checking.add_argument("model", help="the folder of the fine-tuned model")
     checking.add_argument("--heldout", type=Path, default=Path("examples/tiny/heldout"))
     for each in (making, checking):
@@ -111,7 +116,7 @@ def main() -> None:
         return make(args.data, args.folder)
     for name, source in {"before": None, "after": args.model}.items():
         figures = check(pg.load(source, dtype="float32"), args.folder, args.heldout)
-        print(name, *(f"  {value:.2f}  {what}" for what, value in figures.items()), sep="\n")
+        print(name, *(f"  {value:.2f}  {figure}" for figure, value in figures.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Signs with one to three words or numbers on them: what is to be read. Owns the words and how a sign is set.
+"""Signs with one to three words or numbers on them, to be read. Owns the words and the look of a sign.
 
-Every sixth word never occurs in training: held-out signs are made of those.
+About every sixth word never occurs in training; held-out signs use only such words.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from examples.tiny.chance import pick, weighted
 
-HEIGHT, WIDTH = 60, 208  # pixels that hold any sign, on a picture of 224
+HEIGHT, WIDTH = 60, 208  # the largest sign in pixels, on a picture of 224
 
 
 class Words(NamedTuple):
@@ -27,20 +27,20 @@ class Words(NamedTuple):
 
 @cache
 def frequencies() -> dict[str, int]:
-    """How often the manual of Python 3.11 has each word of lower-case letters."""
+    """How often each word of lower-case letters occurs in the manual of Python 3.11."""
     lines = Path(__file__).with_name("words.tsv").read_text().splitlines()
     return {word: int(number) for word, number in (line.split("\t") for line in lines)}
 
 
 def split(words: Iterable[str]) -> Words:
-    """The words of three to eight letters, by what a hash says of each."""
-    found = sorted({word for word in words if 3 <= len(word) <= 8})
-    unseen = [hashlib.sha256(word.encode()).digest()[0] % 6 == 0 for word in found]
-    return Words(tuple(compress(found, (not each for each in unseen))), tuple(compress(found, unseen)))
+    """Divide the words of three to eight letters by a hash of each."""
+    known = sorted({word for word in words if 3 <= len(word) <= 8})
+    unseen = [hashlib.sha256(word.encode()).digest()[0] % 6 == 0 for word in known]
+    return Words(tuple(compress(known, (not held_out for held_out in unseen))), tuple(compress(known, unseen)))
 
 
 def phrase(rng: np.random.Generator, known: Sequence[str]) -> str:
-    """One to three items, each a word, a number or (rarely) letters at random; of one case."""
+    """One to three items in one case; each item is a word, a number or (rarely) random letters."""
     count = weighted(rng, (1, 2, 3), (0.5, 0.35, 0.15))
     items = [_item(rng, known) for _ in range(count)]
     case = pick(rng, (str.lower, str.upper, str.title))
@@ -64,20 +64,17 @@ def _font(path: Path | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.Im
 
 
 def sign(text: str, rng: np.random.Generator, fonts: Sequence[Path]) -> UInt8[np.ndarray, "y x 4"]:
-    """The text in a random font, size and colors, premultiplied; without fonts in Pillow's own.
-
-    It is never larger than a sign may be.
-    """
+    """The text in a random font, size and colors, premultiplied; Pillow's font if `fonts` is empty."""
     path = pick(rng, fonts) if fonts else None
     size = int(rng.integers(16, 42))
     while True:
         left, top, right, bottom = _font(path, size).getbbox(text)
         margin = 3 + size // 6
         width, height = int(right - left) + 2 * margin, int(bottom - top) + 2 * margin
-        room = min(WIDTH / width, HEIGHT / height)
-        if room >= 1:
+        scale = min(WIDTH / width, HEIGHT / height)
+        if scale >= 1:
             break
-        size = min(size - 1, round(size * room))
+        size = min(size - 1, round(size * scale))
     paper, ink = _colours(rng)
     plate = Image.new("RGBA", (width, height))
     draw = ImageDraw.Draw(plate)
@@ -87,6 +84,6 @@ def sign(text: str, rng: np.random.Generator, fonts: Sequence[Path]) -> UInt8[np
 
 
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of plate and letters, one of them light and the other dark."""
+    """The colours of plate and letters: one is light and the other dark."""
     light, dark = tuple(rng.integers(170, 256, 3).tolist()), tuple(rng.integers(0, 90, 3).tolist())
     return (light, dark) if rng.random() < 0.6 else (dark, light)

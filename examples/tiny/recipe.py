@@ -11,7 +11,7 @@ STAGES = ("masks", "contrast", "speak", "align")
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage: how many updates, of how many scenes each, at which learning rate."""
+    """A stage: the number of updates, the scenes of each, and the learning rate."""
 
     steps: int
     scenes: int
@@ -24,8 +24,8 @@ class Plan:
 class Recipe:
     model: Config
     siglip: SiglipConfig
-    prompts: int  # of each scene, in the stage `speak`
-    width: int  # text tokens of a row, padding included
+    prompts: int  # prompts for each scene, in the stage `speak`
+    width: int  # text tokens of a row, including padding
     plans: dict[str, Plan]
 
     @property
@@ -38,7 +38,7 @@ def recipe(vision: VisionConfig, text: TextConfig, caption: SiglipTextConfig, pl
 
 
 def full(position: Position = "learned") -> Recipe:
-    """7.9 million parameters, for one GPU."""
+    """The shipped checkpoint: 7.9 million parameters, trained on one GPU."""
     return recipe(
         VisionConfig(width=192, layers=8, heads=3, hidden=768, image_size=224, patch=14, position=position),
         TextConfig(vocab=3200, padding=64, width=256, layers=6, heads=4, kv_heads=1, head_dim=64, hidden=512,
@@ -54,7 +54,7 @@ def full(position: Position = "learned") -> Recipe:
 
 
 def small(position: Position = "learned") -> Recipe:
-    """A few steps of every stage in seconds: what is learned is nothing, but every line runs."""
+    """A few steps of every stage, in seconds: it learns nothing, but runs every line."""
     plan = Plan(steps=4, scenes=4, peak=1e-3, warmup=1)
     return recipe(
         VisionConfig(width=32, layers=2, heads=2, hidden=32, image_size=224, patch=28, position=position),

@@ -1,7 +1,8 @@
 """Scenes -> pictures, visible masks and exact boxes, a batch at a time on any device.
 
-Things are textures with premultiplied alpha, placed by an affine map and painted one over the other. Owns pixels; knows
-nothing about words. Axes: s scenes, k things a scene, m things in all, n textures, p photographs, y and x pixels.
+Things are textures with premultiplied alpha, which an affine map places and which are painted one over the other. Owns
+pixels; knows nothing about words. Axes: s scenes, k things of a scene, m things of all scenes, n textures, p
+photographs, y and x pixels.
 """
 
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from torch import Tensor
 from examples.tiny import plates
 from examples.tiny.scenes import KNOTS, Scene
 
-THINGS = 4  # most in a scene
+THINGS = 4  # at most, in one scene
 
 
 class Bank(NamedTuple):
-    """What is painted with, on the device that paints."""
+    """The textures and photographs to paint with, on the device that paints."""
 
     textures: UInt8[Tensor, "n 4 128 128"]  # premultiplied
-    soft: UInt8[Tensor, "n 4 128 128"]  # the same without what small copies cannot show
+    soft: UInt8[Tensor, "n 4 128 128"]  # the same without details that small copies cannot show
     photos: UInt8[Tensor, "p 3 z z"]
 
 
@@ -35,21 +36,21 @@ class Layout(NamedTuple):
     theta: Float[Tensor, "m 2 3"]
     warp: Float[Tensor, "m 2 k k"]
     tint: Float[Tensor, "m 3 3"]
-    thing: Int[Tensor, "m"]  # which it is, counted through all scenes, each with room for four
+    thing: Int[Tensor, "m"]  # its number, counting four for each scene
     tones: UInt8[Tensor, "s 3 16 16"]
     photo: Int[Tensor, "h"]
     crop: Float[Tensor, "h 2 3"]
-    pictured: Int[Tensor, "h"]  # the scenes that stand before a photograph
+    pictured: Int[Tensor, "h"]  # the scenes with a photograph as background
     grain: Float[Tensor, "s"]
-    signs: UInt8[Tensor, "g h w 4"]  # nothing below and right of each sign
+    signs: UInt8[Tensor, "g h w 4"]  # zeros below and to the right of each sign
     corner: Int[Tensor, "g 2"]  # y, x in pixels
-    signed: Int[Tensor, "g"]  # the scene of each
+    signed: Int[Tensor, "g"]  # the scene of each sign
 
 
 class Rendered(NamedTuple):
     pixels: UInt8[Tensor, "s 3 y x"]
-    masks: Bool[Tensor, "s k y x"]  # what is seen of each thing
-    boxes: Float[Tensor, "s k 4"]  # ymin, xmin, ymax, xmax of what is seen, as fractions of the picture
+    masks: Bool[Tensor, "s k y x"]  # the visible part of each thing
+    boxes: Float[Tensor, "s k 4"]  # ymin, xmin, ymax, xmax of the visible part, as fractions of the picture
 
 
 def bank(textures: UInt8[Tensor, "n 4 128 128"], photos: UInt8[Tensor, "p 3 z z"], device) -> Bank:
@@ -77,17 +78,17 @@ def layout(scenes: Sequence[Scene]) -> Layout:
 
 
 def _placed(scenes: Sequence[Scene]) -> tuple[np.ndarray, ...]:
-    """Texture, theta, warp and tint of each thing, and which it is of those that the scenes have room for."""
-    found = [(i * THINGS + j, thing) for i, scene in enumerate(scenes) for j, thing in enumerate(scene.things)]
-    texture = np.array([thing.texture for _, thing in found], np.int64)
-    theta = np.array([thing.theta for _, thing in found], np.float32).reshape(-1, 2, 3)
-    warp = np.array([thing.warp for _, thing in found], np.float32).reshape(-1, 2, KNOTS, KNOTS)
-    tint = np.array([thing.tint for _, thing in found], np.float32).reshape(-1, 3, 3)
-    return texture, theta, warp, tint, np.array([number for number, _ in found], np.int64)
+    """Texture, theta, warp and tint of each thing, and its number, counting `THINGS` for each scene."""
+    numbered = [(i * THINGS + j, thing) for i, scene in enumerate(scenes) for j, thing in enumerate(scene.things)]
+    texture = np.array([thing.texture for _, thing in numbered], np.int64)
+    theta = np.array([thing.theta for _, thing in numbered], np.float32).reshape(-1, 2, 3)
+    warp = np.array([thing.warp for _, thing in numbered], np.float32).reshape(-1, 2, KNOTS, KNOTS)
+    tint = np.array([thing.tint for _, thing in numbered], np.float32).reshape(-1, 3, 3)
+    return texture, theta, warp, tint, np.array([number for number, _ in numbered], np.int64)
 
 
 def _padded(signs: Sequence[np.ndarray]) -> UInt8[np.ndarray, "g h w 4"]:
-    """Each sign in the top left corner of the room that any sign has."""
+    """Each sign in the top left corner of a plane of the largest size."""
     planes = np.zeros((len(signs), plates.HEIGHT, plates.WIDTH, 4), np.uint8)
     for plane, sign in zip(planes, signs, strict=True):
         plane[: sign.shape[0], : sign.shape[1]] = sign
@@ -95,43 +96,43 @@ def _padded(signs: Sequence[np.ndarray]) -> UInt8[np.ndarray, "g h w 4"]:
 
 
 def render(bank: Bank, where: Layout, side: int, seed: int) -> Rendered:
-    """Paint the scenes: backgrounds, things in their order, signs, grain. The seed is the grain's."""
+    """Paint the scenes: backgrounds, things in their order, signs, grain. `seed` is the seed of the grain."""
     picture = backgrounds(bank, where, side)
     painted = things(bank, where, side)
     colour, alpha = painted[:, :, :3], painted[:, :, 3]
-    seen = alpha.clone()
+    visible = alpha.clone()
     for j in range(THINGS):
         picture = colour[:, j] + picture * (1 - alpha[:, j : j + 1])
-        seen[:, :j] *= 1 - alpha[:, j : j + 1]
+        visible[:, :j] *= 1 - alpha[:, j : j + 1]
     signs = pasted(where, side)
     picture[where.signed] = signs[:, :3] + picture[where.signed] * (1 - signs[:, 3:])
-    seen[where.signed] *= 1 - signs[:, 3:]
-    masks = seen > 0.5
+    visible[where.signed] *= 1 - signs[:, 3:]
+    masks = visible > 0.5
     return Rendered(grained(picture, where.grain, seed), masks, boxes(masks))
 
 
 def things(bank: Bank, where: Layout, side: int) -> Float[Tensor, "s k 4 y x"]:
-    """Each thing alone on the whole picture: premultiplied colour and alpha, from 0 to 1."""
+    """Each thing alone on a picture of its own: premultiplied colour and alpha, from 0 to 1."""
     dtype = torch.float16 if where.theta.is_cuda else torch.float32
-    whole = torch.zeros(len(where.grain) * THINGS, 4, side, side, device=where.theta.device)
+    canvas = torch.zeros(len(where.grain) * THINGS, 4, side, side, device=where.theta.device)
     if not len(where.thing):
-        return rearrange(whole, "(s k) c y x -> s k c y x", k=THINGS)
+        return rearrange(canvas, "(s k) c y x -> s k c y x", k=THINGS)
     (a, b), (c, d) = where.theta[:, :, :2].permute(1, 2, 0)
-    # the side of the texture on the picture, in pixels; a bilinear sample skips texels below half their number
+    # the side of the texture on the picture, in pixels; below half of 128, a bilinear sample skips texels
     size = side * (a * d - b * c).abs().rsqrt()
     texture = torch.where(rearrange(size < 88, "m -> m 1 1 1"), bank.soft[where.texture], bank.textures[where.texture])
     grid = F.affine_grid(where.theta, [len(size), 4, side, side], align_corners=False)
-    off = F.grid_sample(where.warp, grid, mode="bicubic", padding_mode="border", align_corners=True)
-    grid = grid + rearrange(off, "m c y x -> m y x c")
+    offset = F.grid_sample(where.warp, grid, mode="bicubic", padding_mode="border", align_corners=True)
+    grid = grid + rearrange(offset, "m c y x -> m y x c")
     drawn = F.grid_sample(texture.to(dtype) / 255, grid.to(dtype), align_corners=False)
     colour, alpha = drawn[:, :3], drawn[:, 3:]
     colour = einsum(where.tint.to(dtype), colour, "m d c, m c y x -> m d y x")
-    whole[where.thing] = torch.cat([torch.minimum(colour.clamp(min=0), alpha), alpha], 1).float()
-    return rearrange(whole, "(s k) c y x -> s k c y x", k=THINGS)
+    canvas[where.thing] = torch.cat([torch.minimum(colour.clamp(min=0), alpha), alpha], 1).float()
+    return rearrange(canvas, "(s k) c y x -> s k c y x", k=THINGS)
 
 
 def pasted(where: Layout, side: int) -> Float[Tensor, "g 4 y x"]:
-    """Each sign alone on the whole picture."""
+    """Each sign alone on a picture of its own."""
     count, height, width, _ = where.signs.shape
     canvas = torch.zeros(count, side + height, side + width, 4, device=where.signs.device)
     number = rearrange(torch.arange(count, device=canvas.device), "g -> g 1 1")
@@ -153,7 +154,7 @@ def backgrounds(bank: Bank, where: Layout, side: int) -> Float[Tensor, "s 3 y x"
 
 
 def grained(picture: Float[Tensor, "s 3 y x"], grain: Float[Tensor, "s"], seed: int) -> UInt8[Tensor, "s 3 y x"]:
-    """Noise, rounding and clipping."""
+    """Add noise, round and clip."""
     generator = torch.Generator(picture.device).manual_seed(seed)
     noise = torch.randn(picture.shape, generator=generator, device=picture.device)
     levels = 255 * picture + noise * rearrange(grain, "s -> s 1 1 1")

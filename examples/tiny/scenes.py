@@ -1,13 +1,13 @@
-"""Scenes: which things stand where, on which background, beside which sign. Everything is a function of a seed.
+"""Scenes: things at their positions, a background and perhaps a sign. Everything is a function of a seed.
 
-Owns the splits, the held-out combinations and the placement. Knows nothing about pixels (`render`) or words beyond
+Owns the splits, the held-out combinations and the placement. Knows nothing about pixels (`render`), and no words except
 names (`texts`).
 
     S0  new scenes
     S1  each scene has a combination that never occurs in training: a colour of a shape, or two classes side by side
     S2  unseen instances of the classes
-    S3  photographic cut-outs, of which training has none, on photographs that it has not seen
-    style  the classes as a set of icons draws them of which training has none
+    S3  photographic cut-outs, on photographs; training has no cut-outs and has not seen these photographs
+    style  the classes in an icon set that training does not have
 """
 
 import math
@@ -22,38 +22,46 @@ from examples.tiny.chance import pick, weighted
 
 SPLITS = {"train": 0, "S0": 1, "S1": 2, "S2": 3, "S3": 4, "style": 5}
 SPRITES = {"train": "train", "S0": "train", "S1": "train", "S2": "unseen", "S3": "photo", "style": "style"}
-HELD_OUT = 0.12  # of the combinations
-SIZES = {0: (0, 0), 1: (0.3, 0.8), 2: (0.28, 0.58), 3: (0.25, 0.48), 4: (0.22, 0.42)}  # of the picture's side
+HELD_OUT = 0.12  # the share of class pairs that are held out
+SIZES = {
+    0: (0, 0),
+    1: (0.3, 0.8),
+    2: (0.28, 0.58),
+    3: (0.25, 0.48),
+    4: (0.22, 0.42),
+}  # number of things -> their sizes, as shares of the picture's side
 CROWDS = (0.06, 0.25, 0.31, 0.22, 0.16)  # the shares of scenes with 0 to 4 things
 GROUNDS = {"photo": 0.35, "noise": 0.25, "gradient": 0.2, "flat": 0.2}  # the shares of backgrounds
 SMALLEST = 0.16
 GREY = np.array([[0.299, 0.587, 0.114]] * 3)  # a colour -> its luma
-SIGNED = 0.6  # of scenes with things
-OVERLAP = 0.15  # of the smaller one's box, that two things may share
-KNOTS, WARP = 5, 0.05  # a warp's knots along each side of a texture, and how far one moves, of half that side
+SIGNED = 0.6  # the share of scenes with things that also have a sign
+OVERLAP = 0.15  # the largest share of the smaller box that two things may share
+KNOTS, WARP = 5, 0.05  # knots along each side of a texture, and how far a knot moves, as a share of half that side
 
 
 class Catalog(NamedTuple):
-    """What scenes are made of: textures are numbered, the sprites first, then the shapes."""
+    """The parts of scenes. Textures are numbered, first the sprites, then the shapes."""
 
-    names: tuple[str, ...]  # of the classes
+    names: tuple[str, ...]  # the classes
     sprites: dict[str, dict[str, list[int]]]  # sprite split -> class -> textures
-    extent: Float[np.ndarray, "n 2"]  # width and height of what is opaque, as fractions of the texture
+    extent: Float[np.ndarray, "n 2"]  # width and height of the opaque part, as fractions of the texture
     photos: dict[str, list[int]]  # "train" and "test" -> numbers of background photographs
     pairs: Bool[np.ndarray, "c c"]  # class pairs that never occur in training
     coloured: frozenset[tuple[str, str]]  # (colour, shape) that never occur in training
     fonts: tuple[Path, ...]
-    words: plates.Words  # of signs
+    words: plates.Words  # for signs
 
 
 class Thing(NamedTuple):
     name: str  # "cat", "red star"
-    colour: str  # "" unless a shape
+    colour: str  # "" for a sprite
     texture: int
     centre: tuple[float, float]  # x, y as fractions of the picture
     reach: tuple[float, float]  # half the width and height of the box around it
     theta: Float[np.ndarray, "2 3"]  # picture -> texture, both from -1 to 1
-    warp: Float[np.ndarray, "2 k k"]  # how far off in x and y the texture is read, at knots over it, smooth between
+    warp: Float[
+        np.ndarray, "2 k k"
+    ]  # offsets in x and y at which the texture is read, at its knots, smooth between them
     tint: Float[np.ndarray, "3 3"]  # the texture's red, green and blue -> the picture's
 
 
@@ -71,13 +79,13 @@ class Background(NamedTuple):
 
 
 class Scene(NamedTuple):
-    things: tuple[Thing, ...]  # the later ones in front
+    things: tuple[Thing, ...]  # later ones are in front
     sign: Sign | None
     background: Background
 
 
 def catalog(names, sprites, extent, photos, fonts: tuple[Path, ...], words: plates.Words) -> Catalog:
-    """Choose what is held out: one draw of a fixed seed over all combinations."""
+    """Choose what is held out, by one draw with a fixed seed over all combinations."""
     rng = np.random.default_rng(27)
     upper = np.triu(rng.random((len(names), len(names))) < HELD_OUT, 1)
     every = [(colour, shape) for colour in shapes.COLOURS for shape in shapes.OUTLINES]
@@ -87,7 +95,7 @@ def catalog(names, sprites, extent, photos, fonts: tuple[Path, ...], words: plat
 
 
 def draw(cat: Catalog, split: str, index: int, side: int = 224) -> Scene:
-    """Scene number `index` of a split; one of S1 is drawn again where its combination has found no room."""
+    """Scene number `index` of a split; a scene of S1 is drawn again if its held-out combination does not fit."""
     rng = np.random.default_rng((SPLITS[split], index))
     while True:
         scene = _attempt(cat, split, side, rng)
@@ -106,13 +114,13 @@ def _attempt(cat: Catalog, split: str, side: int, rng: np.random.Generator) -> S
         if (thing := _place(cat, split, name, SIZES[crowd], boxes, rng)) is not None:
             things.append(thing)
             boxes.append((*thing.centre, *thing.reach))
-    if not things and sign is None:  # there was no room for what was drawn
+    if not things and sign is None:  # nothing that was drawn fits
         sign = _sign(cat, rng, split, side)
     return Scene(tuple(things), sign, _background(cat, split, rng))
 
 
 def _names(cat: Catalog, split: str, count: int, rng: np.random.Generator) -> list[str]:
-    """The names of a scene; combinations that are held out occur in S1 alone, and there in every scene."""
+    """The names of a scene. Held-out combinations occur only in S1, and there in every scene."""
     names = _held_out_names(cat, split, rng) if split == "S1" else []
     while len(names) < count:
         again = names and split != "S1" and rng.random() < 0.15
@@ -137,7 +145,7 @@ def _classes(cat: Catalog, split: str) -> list[str]:
 
 
 def _held_out_names(cat: Catalog, split: str, rng: np.random.Generator) -> list[str]:
-    """A colour-shape combination and something beside it, or a pair of classes."""
+    """A held-out combination of colour and shape, or a held-out pair of classes."""
     if rng.random() < 0.4:
         pair = pick(rng, sorted(cat.coloured))
         return [" ".join(pair)]
@@ -162,7 +170,7 @@ def allowed(cat: Catalog, names: list[str], name: str) -> bool:
 
 
 def _place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Generator) -> Thing | None:
-    """A thing at a random place, where it hides and is hidden little; None when the picture is full."""
+    """A thing at a random position with little overlap; None if the picture is full."""
     sprite, varied = name in cat.names, name in cat.names and split == "train"
     colour, shape = ("", "") if sprite else name.split(" ")
     known = cat.sprites[SPRITES[split]][name] if sprite else [_plain(cat, shape)]
@@ -183,13 +191,13 @@ def _place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Gen
 
 
 def _turned(degrees: float, lean: float, axes: Float[np.ndarray, "2"]) -> Float[np.ndarray, "2 2"]:
-    """The map from a texture to the picture of a thing that is scaled, leans and is turned, in this order."""
+    """The map from a texture to the picture that scales, leans and turns a thing, in this order."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return np.array([[cos, lean * cos - sin], [sin, lean * sin + cos]]) * axes
 
 
 def _free(reach: tuple[float, float], boxes, rng: np.random.Generator) -> tuple[float, float] | None:
-    """A centre where a box of that reach lies in the picture and shares little with the others; None if not found."""
+    """A random centre for a box inside the picture with little overlap; None if it is too large or eight tries fail."""
     if max(reach) > 0.5:
         return None
     for x, y in rng.random((8, 2)).tolist():
@@ -204,7 +212,7 @@ def _plain(cat: Catalog, shape: str) -> int:
 
 
 def _theta(centre: tuple[float, float], forward: Float[np.ndarray, "2 2"]) -> Float[np.ndarray, "2 3"]:
-    """The way back: from the picture to the texture of a thing that was mapped and put at a centre."""
+    """The inverse map, from the picture to the texture, of a thing mapped by `forward` and placed at `centre`."""
     (a, b), (c, d) = forward.tolist()
     x, y, size = 1 - 2 * centre[0], 1 - 2 * centre[1], a * d - b * c  # a 2 x 2 inverse: numpy's takes longer to call
     rows = (d, -b, d * x - b * y), (-c, a, a * y - c * x)
@@ -212,7 +220,7 @@ def _theta(centre: tuple[float, float], forward: Float[np.ndarray, "2 2"]) -> Fl
 
 
 def _tint(colour: str, varied: bool, rng: np.random.Generator) -> Float[np.ndarray, "3 3"]:
-    """A shape's tone; of a sprite its light and, where it may be varied, its saturation and hue."""
+    """The tone of a shape; for a sprite its brightness and, if varied, its saturation and hue."""
     if colour:
         tone = np.asarray(shapes.COLOURS[colour]) + rng.normal(0, 6, 3) + rng.normal(0, 8)
         return np.diag(np.clip(tone / 255, 0, 1)).astype(np.float32)
@@ -265,12 +273,12 @@ def _background(cat: Catalog, split: str, rng: np.random.Generator) -> Backgroun
 
 
 def _tones(kind: str, rng: np.random.Generator) -> UInt8[np.ndarray, "3 16 16"]:
-    """One colour, or what varies around it."""
+    """One colour, or variations of it."""
     first, second = rng.integers(0, 256, (2, 3, 1, 1))
     tones = np.broadcast_to(first, (3, 16, 16))
     if kind == "noise":
         tones = rng.integers(0, 256, (3, 16, 16)) * rng.uniform(0.2, 0.9) + first * 0.3
     if kind == "gradient":
-        place, turn = np.linspace(0, 1, 16), rng.uniform(0, 2 * np.pi)
-        tones = first + (second - first) * (np.cos(turn) * place[None] + np.sin(turn) * place[:, None] + 1) / 3
+        axis, turn = np.linspace(0, 1, 16), rng.uniform(0, 2 * np.pi)
+        tones = first + (second - first) * (np.cos(turn) * axis[None] + np.sin(turn) * axis[:, None] + 1) / 3
     return np.clip(tones, 0, 255).astype(np.uint8)

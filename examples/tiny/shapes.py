@@ -1,4 +1,4 @@
-"""Plain shapes in plain colours: what binds an attribute to a thing. Owns their names, outlines and masks."""
+"""Plain shapes in plain colours, which bind an attribute to a thing. Owns their names, outlines and masks."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -45,7 +45,7 @@ TILT = {"circle": 180, "ring": 180, "square": 12, "triangle": 20, "star": 36, "h
 
 
 def mask(name: str, side: int) -> UInt8[np.ndarray, "y x"]:
-    """The coverage of each pixel, the outline fitted into the square as a sprite is."""
+    """The coverage of each pixel; the outline fits into the square as a sprite does."""
     outline = OUTLINES[name]
     low, high = outline.min(0), outline.max(0)
     fine = 4 * side

@@ -1,7 +1,7 @@
-"""Sprites: one curated table, one drawer a source, one file that holds them all.
+"""Sprites: one curated table, one drawing function for each source, one file with all sprites.
 
-Owns the table's columns, how each package's pictures are read, the fit into a square of 128 px, and the layout of
-`sprites.npz`. Knows nothing about downloading (`fetch.py`), scenes or models.
+Owns the columns of the table, the reading of each package's pictures, the fit into a square of 128 px, and the layout
+of `sprites.npz`. Knows nothing about downloading (`fetch.py`), scenes or models.
 """
 
 import csv
@@ -30,8 +30,8 @@ class Row(NamedTuple):
     source: str
     file: str  # a path, a code point or an icon's name within the package
     licence: str
-    author: str  # or the catalogue, where it names nobody
-    split: str  # one of SPLITS, or scene: a whole photograph, no sprite
+    author: str  # or the catalogue, if it names nobody
+    split: str  # one of SPLITS; or "scene", a whole photograph and no sprite
 
 
 class Pack(NamedTuple):
@@ -52,11 +52,11 @@ def class_names(rows: list[Row]) -> list[str]:
     return sorted({row.label for row in rows if row.split == "train"})
 
 
-# --- one drawer a source ---------------------------------------------------------------------------------------------
+# --- how each source is drawn ----------------------------------------------------------------------------------------
 
 
 def _svg(text: str) -> Image.Image:
-    # only whoever builds the pack needs it
+    # imported here: only building the pack needs it
     import resvg_py  # pyright: ignore[reportMissingImports]
 
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=text, width=256, height=256))))
@@ -68,7 +68,7 @@ def _icons(path: Path) -> dict:
 
 
 def _iconify(folder: str, plate: bool = False) -> Callable[[Path, str], Image.Image]:
-    """`plate`: the first path of every picture is a disc behind the thing, which is left out."""
+    """Draw an icon of a set. `plate`: leave out the first path, a disc behind the thing."""
 
     def draw(packages: Path, name: str) -> Image.Image:
         icons = _icons(packages / folder / "icons.json")
@@ -89,7 +89,7 @@ def _noto(packages: Path) -> ImageFont.FreeTypeFont:
 
 
 def _glyph(packages: Path, points: str) -> Image.Image:
-    """`points` are hexadecimal and joined by dashes."""
+    """Draw an emoji; `points` are its code points in hexadecimal, joined by dashes."""
     canvas = Image.new("RGBA", (200, 200))
     text = "".join(chr(int(point, 16)) for point in points.split("-"))
     ImageDraw.Draw(canvas).text((20, 20), text, font=_noto(packages), embedded_color=True)
@@ -97,14 +97,14 @@ def _glyph(packages: Path, points: str) -> Image.Image:
 
 
 def _member(packages: Path, path: str) -> Image.Image:
-    """`path` is catalogue/member, the catalogue being a zip archive."""
+    """Open a picture in a zip archive; `path` is catalogue/member."""
     catalogue, member = path.split("/", 1)
     archive = next((packages / "sweethome3d-furniture").rglob(f"{catalogue}.sh3f"))
     with zipfile.ZipFile(archive) as opened:
         return Image.open(io.BytesIO(opened.read(member)))
 
 
-ICONIFY = (  # sources that are called like their folder
+ICONIFY = (  # sources with the same name as their folder
     *("noto-v1", "noto-svg", "twemoji", "emojione", "fxemoji", "streamline-emojis"),
     *("streamline-ultimate-color", "streamline-stickies-color", "flat-color-icons", "flat-ui", "fluent-color"),
     "meteocons",
@@ -132,7 +132,7 @@ DRAW: dict[str, Callable[[Path, str], Image.Image]] = {
 
 
 def fit(picture: Image.Image) -> UInt8[np.ndarray, "128 128 4"]:
-    """Crop to what is visible, its longer side to 124 px, centred; premultiplied."""
+    """Crop to the visible part, scale its longer side to 124 px, centre it; premultiplied."""
     rgba = np.asarray(picture.convert("RGBA"), np.float32)
     ys, xs = np.nonzero(rgba[..., 3] > 8)
     rgba = rgba[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
@@ -142,7 +142,7 @@ def fit(picture: Image.Image) -> UInt8[np.ndarray, "128 128 4"]:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     planes = [Image.fromarray(plane).resize(size, Image.Resampling.LANCZOS) for plane in np.moveaxis(rgba, -1, 0)]
     small = np.stack([np.asarray(plane) for plane in planes], -1).clip(0, 255)
-    # Lanczos overshoots: colour above alpha would show as white dots along edges
+    # Lanczos overshoots: a colour above alpha would show as white dots along edges
     small[..., :3] = np.minimum(small[..., :3], small[..., 3:])
     top, left = (SIDE - size[1]) // 2, (SIDE - size[0]) // 2
     square = np.zeros((SIDE, SIDE, 4), np.uint8)
@@ -151,29 +151,29 @@ def fit(picture: Image.Image) -> UInt8[np.ndarray, "128 128 4"]:
 
 
 def encode(pixels: UInt8[np.ndarray, "h w c"], **options: bool | int) -> bytes:
-    written = io.BytesIO()
-    Image.fromarray(pixels).save(written, "WEBP", **options)
-    return written.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", **options)
+    return buffer.getvalue()
 
 
 def write(out: Path, files: list[bytes], columns: dict[str, np.ndarray]) -> None:
-    """The files as one array of bytes, where each ends, and a value of every column for each."""
+    """Save the files as one array of bytes, with the end of each file, and the columns."""
     ends = np.cumsum([len(file) for file in files])
     arrays = {"bytes": np.frombuffer(b"".join(files), np.uint8), "ends": ends, **columns}
     np.savez(out, allow_pickle=False, **arrays)
 
 
 def split_files(stored: Mapping[str, np.ndarray]) -> list[UInt8[np.ndarray, "h w c"]]:
-    """The pictures that `write` has stored."""
+    """The pictures that `write` stored."""
     data, ends = stored["bytes"].tobytes(), [0, *stored["ends"].tolist()]
     return [np.asarray(Image.open(io.BytesIO(data[a:b]))) for a, b in pairwise(ends)]
 
 
 def build(packages: Path, out: Path, rows: list[Row]) -> None:
-    """Write `out`, decoded by `load`."""
+    """Write `out`, which `load` reads."""
     classes = class_names(rows)
     rows = [row for row in rows if row.split in SPLITS]
-    # exact: WebP would else be free to change colour where alpha is zero
+    # exact: otherwise WebP may change the colour where alpha is zero
     files = [
         encode(fit(DRAW[row.source](packages, row.file)), lossless=True, quality=100, exact=True)
         for row in tqdm(rows, "sprites")
@@ -189,9 +189,9 @@ def build(packages: Path, out: Path, rows: list[Row]) -> None:
 
 
 def load(path: Path | str = "runs/tiny/sprites.npz") -> Pack:
-    """Every sprite decoded, 64 kB each."""
+    """All sprites, decoded, 64 kB each."""
     with np.load(path) as stored:
-        opaque = np.full((SIDE, SIDE), 255, np.uint8)  # WebP drops an alpha channel that is full
+        opaque = np.full((SIDE, SIDE), 255, np.uint8)  # WebP drops an alpha channel that is opaque everywhere
         rgba = [pixels if pixels.shape[-1] == 4 else np.dstack([pixels, opaque]) for pixels in split_files(stored)]
         label, split, source, name = (stored[column] for column in ("label", "split", "source", "name"))
         return Pack(np.stack(rgba), label, split, source, name, tuple(stored["classes"].tolist()))

@@ -1,7 +1,7 @@
-"""What can be said of a scene, in PaliGemma's own prompt forms. Owns the wording and the mix of tasks.
+"""Prompts and answers about a scene, in PaliGemma's own prompt forms. Owns the wording and the mix of tasks.
 
-Boxes and masks are known once a scene is rendered, so texts hold blanks, `<loc0000>` and `<seg000>`, in the places of
-numbers, and `Row.things` says in order whose they are.
+Boxes and masks are known only once a scene is rendered. So texts have blanks, `<loc0000>` and `<seg000>`, instead of
+numbers, and `Row.things` names their things in order.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from examples.tiny import shapes
 from examples.tiny.chance import pick, weighted
 from examples.tiny.scenes import Catalog, Scene, Thing, allowed
 
-# of the first prompt of a scene with things and a sign; a scene without a sign shares out what `ocr` leaves
+# task of the first prompt -> its share, in a scene with things and a sign; without a sign the other tasks share `ocr`'s
 MIX = {"detect": 0.22, "caption": 0.18, "question": 0.12, "segment": 0.08, "ocr": 0.4}
 PLACE, CODES = "<loc0000>" * 4, "<seg000>" * 16
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
@@ -35,11 +35,11 @@ class Row(NamedTuple):
     task: str  # detect, caption, ocr, segment, region, or the kind of question
     prefix: str
     suffix: str
-    things: tuple[int, ...] = ()  # whose box (and mask) each blank is, the prefix's first
+    things: tuple[int, ...] = ()  # the thing of each blank box (and mask); those of the prefix come first
 
 
 def noun(name: str) -> str:
-    """The name as something that can be counted: `cat`, `pair of scissors`."""
+    """The name as a countable noun: `cat`, `pair of scissors`."""
     return f"{UNITS[name]} of {name}" if name in UNITS else name
 
 
@@ -59,9 +59,9 @@ def _regular(word: str) -> str:
 
 
 def article(name: str) -> str:
-    said = noun(name)
-    vowel = said.startswith(("a", "e", "i", "o", "u", "hour")) and not said.startswith("uni")
-    return f"{'an' if vowel else 'a'} {said}"
+    words = noun(name)
+    vowel = words.startswith(("a", "e", "i", "o", "u", "hour")) and not words.startswith("uni")
+    return f"{'an' if vowel else 'a'} {words}"
 
 
 def ordered(scene: Scene) -> list[int]:
@@ -70,28 +70,28 @@ def ordered(scene: Scene) -> list[int]:
 
 
 def caption(scene: Scene) -> str:
-    """Things from left to right, like ones together; two single things by their relation, when it is clear."""
+    """Names things from left to right, equal ones together; relates two single things if their relation is clear."""
     names = [scene.things[i].name for i in ordered(scene)]
     counts = {name: names.count(name) for name in names}
-    said = [article(name) if n == 1 else f"{NUMBERS[n]} {plural(name)}" for name, n in counts.items()]
-    if len(names) == len(said) == 2:
+    phrases = [article(name) if n == 1 else f"{NUMBERS[n]} {plural(name)}" for name, n in counts.items()]
+    if len(names) == len(phrases) == 2:
         first, second = (scene.things[i] for i in ordered(scene))
         across, down = second.centre[0] - first.centre[0], second.centre[1] - first.centre[1]
         if across > 1.4 * abs(down):
-            return f"{said[0]} left of {said[1]}"
+            return f"{phrases[0]} left of {phrases[1]}"
         if abs(down) > 1.4 * across:
-            return f"{said[0]} above {said[1]}" if down > 0 else f"{said[1]} above {said[0]}"
-    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+            return f"{phrases[0]} above {phrases[1]}" if down > 0 else f"{phrases[1]} above {phrases[0]}"
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
 def description(scene: Scene) -> str:
-    """What is in the picture, for the contrastive stages: the caption, and what the sign says."""
-    said = [caption(scene)] if scene.things else []
-    return ", ".join([*said, f'a sign that says "{scene.sign.text}"'] if scene.sign else said)
+    """The text of the contrastive stages: the caption, and the words on the sign."""
+    parts = [caption(scene)] if scene.things else []
+    return ", ".join([*parts, f'a sign that says "{scene.sign.text}"'] if scene.sign else parts)
 
 
 def partly(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with some of its things and perhaps without its sign, to be described; never with neither."""
+    """The scene with some of its things and perhaps without its sign; never empty."""
     things = tuple(thing for thing in scene.things if rng.random() < 0.5)
     sign = scene.sign if rng.random() < 0.5 else None
     return scene._replace(things=things, sign=sign) if things or sign else scene
@@ -106,7 +106,7 @@ def ocr(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
 
 
 def detect(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
-    """One name, two, or all; sometimes one that is not there, whose answer is empty."""
+    """Ask for one name, two, or all; sometimes for an absent one, whose answer is empty."""
     present = list(dict.fromkeys(scene.things[i].name for i in ordered(scene)))
     if not present or rng.random() < 0.08:
         return Row("detect", f"detect {_absent(scene, cat, rng)}", "")
@@ -123,7 +123,7 @@ def region(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row:
 
 
 def segment(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
-    """One name or two, of two things at most: three masks would be longer than a row; rarely one that is not there."""
+    """Ask for one or two names of at most two things, since three masks do not fit; rarely for an absent one."""
     if not scene.things or rng.random() < 0.05:
         return Row("segment", f"segment {_absent(scene, cat, rng)}", "")
     names = [thing.name for thing in scene.things]
@@ -135,17 +135,17 @@ def segment(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
 
 
 def located(task: str, scene: Scene, labels: list[str]) -> Row:
-    """Every thing of the given names, name after name and from left to right."""
-    found = [i for label in labels for i in ordered(scene) if scene.things[i].name == label]
+    """The prompt and answer for all things with these names, name by name and from left to right."""
+    numbers = [i for label in labels for i in ordered(scene) if scene.things[i].name == label]
     blank = PLACE + CODES if task == "segment" else PLACE
-    parts = [f"{blank} {scene.things[i].name}" for i in found]
-    return Row(task, f"{task} {' ; '.join(labels)}", " ; ".join(parts), tuple(found))
+    parts = [f"{blank} {scene.things[i].name}" for i in numbers]
+    return Row(task, f"{task} {' ; '.join(labels)}", " ; ".join(parts), tuple(numbers))
 
 
 def _absent(scene: Scene, cat: Catalog, rng: np.random.Generator) -> str:
-    """A name that is not in the scene; sometimes a shape that is there, in another colour.
+    """A name that is not in the scene; sometimes a shape of the scene in another colour.
 
-    No `clock` beside an alarm clock: that is one.
+    `clock` does not count as absent beside an alarm clock, which is a clock.
     """
     present = {thing.name for thing in scene.things}
     kinds = {thing.name.split(" ")[-1] for thing in scene.things if not thing.colour}
@@ -191,19 +191,19 @@ def existence(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | Non
 
 
 def position(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
-    """The third of the picture that a thing's centre lies in, down and across; not asked where that is in doubt."""
+    """Asks in which third of the picture, down and across, a thing's centre lies; never asks if that is unclear."""
     names = [thing.name for thing in scene.things]
     single = [thing for thing in scene.things if names.count(thing.name) == 1 and clear(thing)]
     if not single:
         return None
     thing = single[int(rng.integers(len(single)))]
-    column, row = (int(3 * place) for place in thing.centre)
+    column, row = (int(3 * coordinate) for coordinate in thing.centre)
     where = " ".join(word for word in (ROWS[row], COLUMNS[column]) if word) or "center"
     return Row("position", f"answer en where is the {noun(thing.name)}?", where)
 
 
 def clear(thing: Thing) -> bool:
-    return all(abs(place - edge) > 0.03 for place in thing.centre for edge in (1 / 3, 2 / 3))
+    return all(abs(coordinate - edge) > 0.03 for coordinate in thing.centre for edge in (1 / 3, 2 / 3))
 
 
 def sign(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Row | None:
@@ -220,11 +220,11 @@ TASKS: dict[str, Maker] = {
 
 
 def rows(scene: Scene, cat: Catalog, rng: np.random.Generator) -> Iterator[Row]:
-    """Prompts of the training mix without end, no two of them alike."""
-    made = set()
+    """An endless stream of different prompts of the training mix."""
+    used = set()
     while True:
         task = weighted(rng, list(MIX), list(MIX.values()))
         row = TASKS[task](scene, cat, rng)
-        if row and (row.prefix, row.things) not in made:
-            made.add((row.prefix, row.things))
+        if row and (row.prefix, row.things) not in used:
+            used.add((row.prefix, row.things))
             yield row

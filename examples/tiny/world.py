@@ -1,6 +1,6 @@
-"""From the fetched packages to what scenes are drawn from: the catalog, which names things, and the textures.
+"""From the fetched packages to the material of scenes: the catalog, which names things, and the textures.
 
-`small` is a stand-in of a few plain drawings, with which the whole pipeline runs without a download.
+`small` has a few plain drawings instead, so that the whole pipeline runs without a download.
 """
 
 from pathlib import Path
@@ -17,8 +17,8 @@ from examples.tiny import fetch, plates, render, scenes, shapes, sprites
 from examples.tiny.scenes import Catalog
 
 PHOTO = 256  # pixels along each side of a background
-LEAST = 8  # training sprites of a class that is used
-OPAQUE = 0.5  # of what is visible of a sprite, at least: the rest of it would be no part of its mask
+LEAST = 8  # a class needs this many training sprites
+OPAQUE = 0.5  # the least opaque share of a sprite's visible part: its mask would not have the rest
 
 
 class World(NamedTuple):
@@ -31,7 +31,7 @@ class World(NamedTuple):
 
 
 def load(folder: Path, more: str = "") -> World:
-    """What `examples.tiny.fetch` left in a folder. `more` names a class to add that is else too small to be used.
+    """Load the folder that `examples.tiny.fetch` wrote. `more` adds a class that has too few sprites otherwise.
 
     The last training sprite of that class counts as unseen.
     """
@@ -42,8 +42,8 @@ def load(folder: Path, more: str = "") -> World:
     known = {}
     for split in sprites.SPLITS:
         of_split = np.where(solid & (pack.split == split), pack.label, -1)
-        found = {name: np.flatnonzero(of_split == number).tolist() for name, number in numbers.items()}
-        known[split] = {name: textures for name, textures in found.items() if textures}
+        by_name = {name: np.flatnonzero(of_split == number).tolist() for name, number in numbers.items()}
+        known[split] = {name: textures for name, textures in by_name.items() if textures}
     if more:
         known["unseen"][more] = [known["train"][more].pop()]
     pictures = fetch.load_backgrounds(folder / "backgrounds.npz")
@@ -54,7 +54,7 @@ def load(folder: Path, more: str = "") -> World:
 
 
 def usable(pack: sprites.Pack, solid: Bool[np.ndarray, "n"]) -> list[str]:
-    """The classes with sprites enough. A class `star` would be two things."""
+    """The classes with enough sprites, without shape names: a class `star` would have two meanings."""
     sizes = np.bincount(pack.label[solid & (pack.split == "train")], minlength=len(pack.classes))
     return [n for n, size in zip(pack.classes, sizes, strict=True) if size >= LEAST and n not in shapes.OUTLINES]
 
@@ -77,7 +77,7 @@ def small() -> World:
 def assemble(
     names, known, rgba: UInt8[np.ndarray, "n 128 128 4"], photos, numbers, fonts: tuple[Path, ...], words: plates.Words
 ) -> World:
-    """The sprites and after them the shapes as textures, and their catalog."""
+    """The sprites, then the shapes, as textures, and their catalog."""
     plain = np.stack([np.repeat(shapes.mask(name, 128)[..., None], 4, -1) for name in shapes.OUTLINES])
     textures = np.concatenate([rgba, plain])
     catalog = scenes.catalog(names, known, extent(textures[..., 3]), numbers, fonts, words)
@@ -86,12 +86,12 @@ def assemble(
 
 
 def opaque(alpha: UInt8[np.ndarray, "n y x"]) -> Bool[np.ndarray, "n"]:
-    """Whether most of what is visible of a sprite hides what is behind it, unlike a drinking glass."""
+    """Whether most of a sprite's visible part is opaque, unlike a drinking glass."""
     return (alpha > 127).sum((1, 2)) > OPAQUE * (alpha > 20).sum((1, 2))
 
 
 def extent(alpha: UInt8[np.ndarray, "n y x"]) -> Float[np.ndarray, "n 2"]:
-    """Width and height of a box around the texture's centre that holds what is opaque, as fractions."""
-    seen, side = alpha > 127, alpha.shape[-1]
+    """Width and height of the box around the texture's centre that contains the opaque part, as fractions."""
+    solid, side = alpha > 127, alpha.shape[-1]
     distance = np.abs(np.arange(side) - (side - 1) / 2) + 0.5
-    return np.stack([(seen.any(axis) * distance).max(-1) for axis in (1, 2)], -1) * 2 / side
+    return np.stack([(solid.any(axis) * distance).max(-1) for axis in (1, 2)], -1) * 2 / side

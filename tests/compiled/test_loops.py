@@ -1,4 +1,4 @@
-"""The loops in `examples/loops` say what `generate` says where they must."""
+"""The loops in `examples/loops` generate the same text as `generate` in the cases where they must."""
 
 from pathlib import Path
 
@@ -30,11 +30,11 @@ def expected(model, picture) -> str:
     return done.text
 
 
-def test_greedy(model, picture, expected):
+def test_the_greedy_loop_equals_generate(model, picture, expected):
     assert greedy.greedy(model, picture, "what", TOKENS) == expected
 
 
-def test_speculation_changes_the_number_of_steps_alone(model, picture, expected):
+def test_speculation_changes_only_the_number_of_steps(model, picture, expected):
     text, steps = speculative.speculative(model, picture, "what", TOKENS)
     assert text == expected
     assert steps < TOKENS - 1, "of those after the first token, some came together"
@@ -44,7 +44,7 @@ def test_a_beam_of_one_is_greedy(model, picture, expected):
     assert beam.beam(model, picture, "what", 1, TOKENS) == expected
 
 
-def test_places_chosen_among_places_are_those_chosen_among_all():
+def test_coordinates_chosen_among_coordinates_are_those_chosen_among_all_tokens():
     shipped, image = pg.load(dtype="float32", device="cpu"), str(ROOT / "examples/images/cat-and-bus.png")
     (done,) = pg.generate(shipped, image, "detect cat ; bus")
     assert done.text.count("<loc") == 8
@@ -52,5 +52,5 @@ def test_places_chosen_among_places_are_those_chosen_among_all():
     assert boxes.step.compilations == 2  # with all of the head, and with the places
 
 
-def test_samples_at_next_to_no_temperature_are_greedy(model, picture, expected):
+def test_samples_at_a_temperature_near_zero_are_greedy(model, picture, expected):
     assert best_of_n.best_of_n(model, picture, "what", 3, TOKENS, temperature=1e-5) == expected

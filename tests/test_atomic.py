@@ -51,7 +51,7 @@ def replace_pair(folder: Path, value: str) -> None:
 def stop_within_the_commit(folder: Path, monkeypatch) -> None:
     """A writer that is stopped when its journal is in place and nothing else is."""
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "settle", lambda folder: None)
+        patch.setattr(atomic, "apply_journal", lambda folder: None)
         replace_pair(folder, "new")
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import pgfunc as pg
 from pgfunc import cli
-from pgfunc.cli.compiled import MADE_FOR, MAKER, kind_of, makers
+from pgfunc.cli.compiled import MADE_FOR, MAKER, makers, platform_of
 from pgfunc.errors import harmless
 from pgfunc.train import lora
 
@@ -76,7 +76,7 @@ def test_commands_complete_their_prefix(run, place, command):
 
 
 def test_an_answer_that_the_limit_ended_is_named_but_for_json(run):
-    said = "stopped at 3 tokens, perhaps within the answer; --max-new-tokens allows more"
+    said = "stopped at 3 tokens, perhaps too early; --max-new-tokens allows more"
     assert run("caption", "red.png", "--max-new-tokens", "3")[2] == f"pgfunc: red.png: {said}\n"
     lines = run("ocr", "red.png", "blue.png", "--max-new-tokens", "3")[2].splitlines()
     assert lines == [f"pgfunc: {name}.png: {said}" for name in ("red", "blue")]
@@ -173,7 +173,7 @@ def test_compile_and_compiled_compile_and_the_latter_in_its_folder(run, place, m
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
     (place / "code").mkdir(mode=0o700, exist_ok=True)
-    (place / "code" / MADE_FOR).write_text(json.dumps(kind_of(torch.device("cpu"))))
+    (place / "code" / MADE_FOR).write_text(json.dumps(platform_of(torch.device("cpu"))))
     assert run("caption", "red.png", *given)[:2] == (0, "said\n")
     assert asked == [(bool(given), str(place / "code" / "torchinductor") if "--compiled" in given else None)]
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
@@ -182,9 +182,9 @@ def test_compile_and_compiled_compile_and_the_latter_in_its_folder(run, place, m
 def test_a_folder_of_code_from_elsewhere_is_remarked_once(run, place, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(pg, "stream", lambda *model, **settings: ["said"])
-    folder, kind = place / "theirs", kind_of(torch.device("cpu"))
+    folder, kind = place / "theirs", platform_of(torch.device("cpu"))
     folder.mkdir(mode=0o700)
-    said = "pgfunc: theirs was made elsewhere, and is run: trust whoever made it, or compile it here\n"
+    said = "pgfunc: theirs was made elsewhere, and its code is run: trust its author, or compile it here\n"
     cases = {makers()[0]: ("", ""), "7" * 32: (said, ""), None: (said, said), "a\x1b[31m": (said, said)}
     for maker, remarks in cases.items():
         (folder / MADE_FOR).write_text(json.dumps(kind | ({} if maker is None else {MAKER: maker})))

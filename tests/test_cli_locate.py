@@ -79,7 +79,7 @@ def test_detect_prints_an_object_a_line_and_names_what_it_left_out(run, asked):
     assert unsure == "red.png: yellow bus\tx 39.1..150.0, y 14.7..74.9"
     assert err.splitlines() == [
         "pgfunc: red.png: left out 'nonsense': 0 places, expected 4",
-        "pgfunc: red.png: stopped at 512 tokens, perhaps within the answer; --max-new-tokens allows more",
+        "pgfunc: red.png: stopped at 512 tokens, perhaps too early; --max-new-tokens allows more",
     ]
 
 
@@ -307,7 +307,7 @@ def test_nan_is_no_json(run, monkeypatch, tmp_path, option):
     given = ["--coco", str(tmp_path / "x.json")] if option == "--coco" else ["--json"]
     status, _, err = run("detect", "red.png", "cat", *given)
     assert status == 2
-    assert "nan or infinite, which JSON cannot say" in err
+    assert "nan or infinite, which JSON cannot hold" in err
     assert not list(tmp_path.iterdir())
 
 

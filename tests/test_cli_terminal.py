@@ -18,7 +18,7 @@ import pgfunc as pg
 from pgfunc import cli
 from pgfunc.errors import harmless
 
-SHIPPED = "pgfunc: the shipped checkpoint knows drawn scenes of 201 things, and coloured shapes, but no photographs; "
+SHIPPED = "pgfunc: the shipped checkpoint knows drawn scenes of 201 things and coloured shapes, but no photographs; "
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_options_of_sampling_without_a_temperature_are_remarked(run, given):
     named = ", ".join(word for word in given if word.startswith("--"))
     assert (status, err) == (
         0,
-        f"pgfunc: {named}: no effect without --temperature, decoding is greedy; --temperature 1 samples\n",
+        f"pgfunc: {named}: no effect, because decoding is greedy; add --temperature 1 to sample\n",
     )
     assert run("caption", "red.png", "--json", *HERE, *given, "--quiet") == (0, out, "")
     assert run("caption", "red.png", "--json", *HERE, *given, "--temperature", "1")[2] == ""
@@ -68,7 +68,7 @@ def test_on_a_terminal_the_shipped_checkpoint_says_once_what_it_knows(run, comma
     given = *command, "--device", "cpu"
     status, out, err = run(*given, terminal=True)
     another = "--model" if command[0] == "classify" else "--model or PGFUNC_MODEL"
-    assert (status, err) == (0, f"{SHIPPED}{another} names another, --quiet leaves this out\n")
+    assert (status, err) == (0, f"{SHIPPED}choose another with {another}, or hide this hint with --quiet\n")
     assert run(*given, "--quiet", terminal=True) == run(*given) == (0, out, "")
 
 

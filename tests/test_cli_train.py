@@ -100,7 +100,7 @@ def test_the_rate_is_the_usual_one_where_none_is_given(more, rate, folder):
 
 def test_a_published_model_has_the_rate_of_big_visions_transfers():
     abstract = paligemma.abstract(PUBLISHED["paligemma-3b-224"])
-    assert [command.usual_rate(abstract, rank) for rank in (0, 8)] == pytest.approx([1e-5, 1e-4])
+    assert [command.default_rate(abstract, rank) for rank in (0, 8)] == pytest.approx([1e-5, 1e-4])
 
 
 def test_too_little_memory_is_one_line(folder, monkeypatch):
@@ -147,13 +147,13 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(folder, number, status)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == status, output
-    assert output.strip().endswith("out: stopped and saved; the same command goes on")
+    assert output.strip().endswith("out: stopped and saved; the same command continues the run")
     assert "Traceback" not in output
     done = len(fit.read_log(folder / "out"))
     assert 0 < done < 40
     assert (folder / "out" / "loss.png").exists()
     result = run(folder, "--steps", "40", "--learning-rate", "0.001")
-    assert re.search(r"out: going on after step \d+", result.output)
+    assert re.search(r"out: continuing after step \d+", result.output)
     assert [entry["step"] for entry in fit.read_log(folder / "out")] == list(range(1, 41))
     straight = run_straight(folder)
     assert (folder / "out" / "model.safetensors").read_bytes() == straight
@@ -161,8 +161,8 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(folder, number, status)
 
 @pytest.mark.parametrize(("every", "saved", "said"), [
     (100, 0, "stopped; nothing was saved"),
-    (2, 1, "stopped; the last save is that of step 2; the same command goes on from there"),
-    (2, 2, "stopped and saved; the same command goes on"),
+    (2, 1, "stopped; the last save is that of step 2; the same command continues from there"),
+    (2, 2, "stopped and saved; the same command continues the run"),
 ])  # fmt: skip
 def test_what_is_said_of_an_interrupt_is_what_the_disk_holds(every, saved, said, folder, monkeypatch):
     """The fifth step is interrupted, and the save that follows, unless it is among the first `saved`."""

@@ -1,6 +1,6 @@
-"""What a caller of boxes and masks mixes up is one line that says what was expected, and no traceback of ours.
+"""An argument of a wrong type to the functions on boxes and masks is one line that says what was expected.
 
-In a process of its own: in the tests' own, annotations are checked first.
+The calls run in a separate process: in the tests' own process a hook checks the annotations first.
 """
 
 import json
@@ -77,10 +77,10 @@ CALLS = {
 }
 
 
-def test_what_callers_mix_up_is_one_line():
+def test_an_argument_of_a_wrong_type_is_one_line():
     command = [sys.executable, "-W", "error", "-c", CODE]
     done = subprocess.run(command, input=json.dumps(list(CALLS)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert [call for call, expected in CALLS.items() if expected not in said[call]] == [], said
-    assert all("\n" not in line for line in said.values())
+    messages = json.loads(done.stdout)
+    assert [call for call, expected in CALLS.items() if expected not in messages[call]] == [], messages
+    assert all("\n" not in line for line in messages.values())

@@ -149,7 +149,7 @@ def test_masks_chooses_the_mask_decoder(run, prefixes):
 
 @pytest.mark.parametrize("command", ["detect", "segment"])
 def test_out_writes_the_drawing(run, prefixes, workdir, tmp_path, command):
-    args = (workdir / "red.png").read_bytes()
+    before = (workdir / "red.png").read_bytes()
     assert run(command, "red.png", "cat", "--out", str(tmp_path / "out.png"))[0] == 0
     objects = (
         segment.with_confidence(DONE, MODEL.tokenizer, 200, 150, VQ)
@@ -158,7 +158,7 @@ def test_out_writes_the_drawing(run, prefixes, workdir, tmp_path, command):
     )
     expected = draw.objects(Image.open(workdir / "red.png"), objects)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
-    assert (workdir / "red.png").read_bytes() == args
+    assert (workdir / "red.png").read_bytes() == before
 
 
 def test_out_is_a_folder_for_several_pictures(run, prefixes, tmp_path):
@@ -182,7 +182,7 @@ def test_a_drawing_keeps_the_format_of_its_picture_or_is_a_png(run, prefixes, wo
     for path in out.iterdir():
         with Image.open(path) as image:
             formats[path.name] = image.format
-    assert objects == KINDS | {"g.png": "PNG", "h.png": "PNG", "j.png": "PNG", "k.png": "PNG"}
+    assert formats == KINDS | {"g.png": "PNG", "h.png": "PNG", "j.png": "PNG", "k.png": "PNG"}
 
 
 def test_a_drawing_shows_the_confidence_with_the_option(run, prefixes, workdir, tmp_path):
@@ -235,8 +235,8 @@ def test_a_truncated_picture_is_missing_in_the_coco_file_and_the_others_are_in_i
     assert err.startswith("pgfunc: cut.png: cannot be read as a picture")
     assert err.count("\n") == 1
     assert run("detect", "cut.png", "cat")[0] == 2
-    objects = json.loads((tmp_path / "x.json").read_text())
-    assert [image["file_name"] for image in objects["images"]] == ["red.png", "sub/red.png"]
+    dataset = json.loads((tmp_path / "x.json").read_text())
+    assert [image["file_name"] for image in dataset["images"]] == ["red.png", "sub/red.png"]
 
 
 def test_the_coco_file_has_all_pictures(run, prefixes, tmp_path):
@@ -257,8 +257,8 @@ def test_odd_file_names_and_labels_are_printed_and_written(run, workdir, monkeyp
     status, out, _ = run("detect", name, "cat", "--coco", str(tmp_path / "x.json"), "--out", str(tmp_path / "x.png"))
     assert status == 0
     assert out.splitlines() == ["\\udcff.png: big cat ☃\tx 39.1..150.0, y 14.7..74.9"]
-    objects = json.loads((tmp_path / "x.json").read_text())
-    assert (objects["images"][0]["file_name"], objects["categories"][0]["name"]) == (name, "big\ncat ☃")
+    dataset = json.loads((tmp_path / "x.json").read_text())
+    assert (dataset["images"][0]["file_name"], dataset["categories"][0]["name"]) == (name, "big\ncat ☃")
     assert json.loads(run("detect", name, "cat", "--json")[1])["finish"] == "eos"
 
 
@@ -291,9 +291,9 @@ def test_an_unreadable_picture_is_skipped_and_the_others_are_drawn(run, prefixes
     (tmp_path / "bad.png").write_text("no picture")
     out, dataset = tmp_path / "drawn", tmp_path / "all.json"
     pictures = [str(tmp_path / "bad.png"), "red.png", "blue.png"]
-    status, message, err = run(command, *pictures, "cat", "--coco", str(dataset), "--out", str(out), "--json")
+    status, printed, err = run(command, *pictures, "cat", "--coco", str(dataset), "--out", str(out), "--json")
     assert status == 1
-    assert [json.loads(line)["image"] for line in message.splitlines()] == pictures[1:]
+    assert [json.loads(line)["image"] for line in printed.splitlines()] == pictures[1:]
     assert [entry["file_name"] for entry in json.loads(dataset.read_text())["images"]] == pictures[1:]
     assert sorted(path.name for path in out.iterdir()) == ["blue.png", "red.png"]
     assert err.startswith(f"pgfunc: {pictures[0]}: ")
@@ -396,6 +396,6 @@ def test_a_missing_mask_decoder_is_an_error_that_names_the_option(run, prefixes)
 
 
 def test_what_to_look_for_may_be_longer_than_a_file_name(run, prefixes):
-    wanted = " ; ".join(f"object {i}" for i in range(400))
-    assert run("detect", "red.png", wanted)[0] == 0
-    assert prefixes == [f"detect {wanted}"]
+    names = " ; ".join(f"object {i}" for i in range(400))
+    assert run("detect", "red.png", names)[0] == 0
+    assert prefixes == [f"detect {names}"]

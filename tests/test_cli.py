@@ -120,7 +120,7 @@ def test_score_ranks_candidates(run, workdir):
     expected = pg.score(MODEL, str(workdir / "red.png"), "what?", ["yes", "no", "red"])[0].tolist()
     np.testing.assert_allclose([actual[name] for name in ("yes", "no", "red")], expected, atol=1e-4)
     assert list(actual.values()) == sorted(actual.values(), reverse=True)
-    assert run("score", "red.png", "--prompt", "what?", *answers)[1].startswith(f"red.png: {next(iter(found))}\t")
+    assert run("score", "red.png", "--prompt", "what?", *answers)[1].startswith(f"red.png: {next(iter(actual))}\t")
 
 
 def test_inspect_lists_every_parameter(run):

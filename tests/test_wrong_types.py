@@ -12,23 +12,23 @@ import json, sys
 import numpy as np, torch
 from PIL import Image
 import pgfunc as pg
-from pgfunc import coco, detect, draw, segment, vqvae
-from pgfunc.objects.detect import Box, Detection
 from pgfunc.errors import PgfuncError
+from pgfunc.objects import coco, detect, draw, segment, vqvae
+from pgfunc.objects.detect import Box, Detection
 from pgfunc.objects.segment import Segment
 
 done, box, picture, vq = pg.Completion("", [], [], "eos"), Box(0, 0, 1, 1), Image.new("RGB", (4, 4)), vqvae.init()
 text, mask = "<loc0000><loc0000><loc0009><loc0009> cat", np.ones((4, 4), bool)
-said = {}
+messages = {}
 for call in json.load(sys.stdin):
     try:
         eval(call)
-        said[call] = "nothing"
+        messages[call] = "nothing"
     except PgfuncError as error:
-        said[call] = str(error)
+        messages[call] = str(error)
     except Exception as error:
-        said[call] = repr(error)
-print(json.dumps(said))
+        messages[call] = repr(error)
+print(json.dumps(messages))
 """
 
 CALLS = {

@@ -61,7 +61,7 @@ def update(grads: T, state: State, params: T, rate: float, settings: Settings = 
     decayed = [settings.decay_vectors or leaf.dim() > 1 for leaf in new]
     for decay in (True, False):
         chosen = [i for i, each in enumerate(decayed) if each == decay]
-        # adamw increments each counter in place; they are filled on the device, where a copy from the CPU would wait
+        # adamw increments each counter in place; filled on the device, since a copy from the CPU waits for the GPU
         steps = list(torch.full((len(chosen),), float(state.step), dtype=torch.float32, device=new[0].device).unbind())
         adamw(
             _pick(new, chosen), _pick(gradients, chosen), _pick(first, chosen), _pick(second, chosen), [], steps,

@@ -221,7 +221,7 @@ def resume(path: Path, job: Job) -> State:
     fresh = start(job)
     for name, leaf in tree.flatten(fresh).items():
         if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype):
-            raise CheckpointError(f"{path}: {name} is missing, or has another shape or dtype; remove the file to start again")
+            raise CheckpointError(f"{path}: {name} is missing, or of another shape or dtype; remove it to start again")
     return tree.map_with_path(lambda name, leaf: arrays[name].to(leaf.device), fresh)
 
 

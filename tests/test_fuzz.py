@@ -387,7 +387,7 @@ FOUND = {
     "a rank of true": ("adapter", at("adapter", "r", new=True), "not a LoRA adapter"),
     "a scale that is not finite": ("adapter", at("adapter", "lora_alpha", new=float("inf")), "lora_alpha is inf"),
     "a state of other parameters": ("run-state", joined(b'{"__metadata__":%s}' % json.dumps(
-        json.loads(split(READERS["run-state"].seeds[0])[0])["__metadata__"]).encode(), b""), "is missing, or of another"),
+        json.loads(split(READERS["run-state"].seeds[0])[0])["__metadata__"]).encode(), b""), "is missing, or of an"),
     "a state of a size that no tensor has": (
         "run-state", joined(b'{"a":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[0,0]}}', b""),
         "not the state of a run"),

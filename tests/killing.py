@@ -1,8 +1,8 @@
-"""Stop each writer at its k-th change of a file, and say what is left. `test_killed` runs this file as a script.
+"""Stop each writer at its k-th change of a file, and print what is wrong afterwards. `test_killed` runs this script.
 
-It forks from a process that has loaded everything and has one thread. The calls that change files are counted where
-Python makes them: an audit hook sees files opened, renamed, removed and made, and files count their own writes, of
-which half is done when the writer is stopped.
+It forks from a process that has loaded everything and has one thread. Changes are counted inside Python: an audit hook
+sees files opened, renamed, removed and created, and files count their own writes. If a writer is stopped in a write,
+half of the data is written.
 """
 
 import io
@@ -28,7 +28,7 @@ import pgfunc as pg
 from pgfunc import siglip_dual, tree
 from pgfunc.checkpoint.conversion import MASKS
 from pgfunc.checkpoint.writing import digest_of_arrays
-from pgfunc.cli import contrast, locate
+from pgfunc.cli import contrast, drawings
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.errors import PgfuncError
 from pgfunc.objects import vqvae
@@ -41,7 +41,7 @@ FAULTS = ("SIGKILL", "SIGINT", "SIGTERM", "ENOSPC")
 
 
 class Writer(NamedTuple):
-    """A way to change a folder: what makes its old state, what changes it, and what is read of it."""
+    """A way to change a folder: functions that create its old state, change it, and read its content."""
 
     prepare: Callable[[Path], object]
     write: Callable[[Path], object]
@@ -49,25 +49,25 @@ class Writer(NamedTuple):
 
 
 class Counter:
-    """What stops a writer at its `at`-th change of a file in a folder."""
+    """Stops a writer at its `at`-th change of a file in a folder."""
 
     def __init__(self, folder: Path, at: int, fault: str) -> None:
         self.folder, self.at, self.fault, self.count = str(folder), at, fault, 0
 
-    def hook(self, event: str, given: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(given[2], int) and given[2] & WRITING
-        if (writes or event in CHANGES) and str(given[0]).startswith(self.folder):
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
+        if (writes or event in CHANGES) and str(arguments[0]).startswith(self.folder):
             self.change(event != "os.remove", event in ("open", "os.mkdir"))
 
-    def change(self, may_fail: bool = True, needs_room: bool = True) -> None:
+    def change(self, may_fail: bool = True, needs_space: bool = True) -> None:
         self.count += 1
         if self.count == self.at and self.fault != "ENOSPC":
             os.kill(os.getpid(), getattr(signal, self.fault))
-        if self.fault == "ENOSPC" and ((self.count == self.at and may_fail) or (self.count > self.at and needs_room)):
+        if self.fault == "ENOSPC" and ((self.count == self.at and may_fail) or (self.count > self.at and needs_space)):
             raise OSError(ENOSPC, os.strerror(ENOSPC))
 
     def opened(self, file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
-        """As `io.open`; what is written counts."""
+        """`io.open`, with a count of the writes."""
         if set(mode) & set("wa+"):
             raw = Counted(self, file, mode.replace("b", "").replace("t", ""))
             buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
@@ -76,7 +76,7 @@ class Counter:
 
 
 class Counted(io.FileIO):
-    """A file whose writes count; one that is stopped is half done."""
+    """A file whose writes count. If the writer is stopped in a write, half of the data is written."""
 
     def __init__(self, counter: Counter, file: Any, mode: str) -> None:
         super().__init__(file, mode)
@@ -84,9 +84,9 @@ class Counted(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         counter, half = self.counter, len(data) // 2
-        if counter.count + 1 == counter.at and half and counter.fault != "SIGINT":  # which comes between two writes
+        if counter.count + 1 == counter.at and half and counter.fault != "SIGINT":  # SIGINT comes between two writes
             super().write(memoryview(data)[:half])
-            if counter.fault == "ENOSPC":  # the rest comes again, and has no room
+            if counter.fault == "ENOSPC":  # the second half is written again, and the disk is full
                 counter.at += 1
                 counter.count += 1
                 return half
@@ -97,12 +97,15 @@ class Counted(io.FileIO):
 OPEN = io.open
 
 
-def stopped(writer: Writer, folder: Path, at: int, fault: str) -> tuple[int, int, str]:
-    """Run a writer in a child; 0 stops it nowhere. How it ended, how many changes it made, and what it raised."""
+def run_stopped(writer: Writer, folder: Path, at: int, fault: str) -> tuple[int, int, str]:
+    """Run a writer in a child process, stopped at change `at`; 0 never stops it.
+
+    Returns its exit status, the number of its changes, and what it raised.
+    """
     receive, send = os.pipe()
     child = os.fork()
     if not child:
-        counter, said = Counter(folder, at, fault), ""
+        counter, message = Counter(folder, at, fault), ""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.addaudithook(counter.hook)
         io.open = counter.opened
@@ -110,50 +113,50 @@ def stopped(writer: Writer, folder: Path, at: int, fault: str) -> tuple[int, int
         try:
             writer.write(folder)
         except BaseException as error:
-            said = f"{'one line' if isinstance(error, PgfuncError) else type(error).__name__}: {error}"
-        os.write(send, json.dumps([counter.count, said]).encode())
+            message = f"{'one line' if isinstance(error, PgfuncError) else type(error).__name__}: {error}"
+        os.write(send, json.dumps([counter.count, message]).encode())
         os._exit(0)
     os.close(send)
     _, status = os.waitpid(child, 0)
     with os.fdopen(receive, "rb") as file:
         text = file.read()
-    count, said = json.loads(text) if text else (0, "")
-    return status, count, said
+    count, message = json.loads(text) if text else (0, "")
+    return status, count, message
 
 
-def outcomes(name: str, writer: Writer, points: int) -> Iterator[str]:
-    """What is wrong after a writer was stopped, a line each."""
-    with tempfile.TemporaryDirectory() as place:
-        before, after, work = (Path(place) / part for part in ("before", "after", "work"))
+def check_writer(name: str, writer: Writer, points: int) -> Iterator[str]:
+    """A line for everything that is wrong after a writer was stopped."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, after, work = (Path(folder) / part for part in ("before", "after", "work"))
         before.mkdir()
         writer.prepare(before)
         shutil.copytree(before, after)
-        _, count, said = stopped(writer, after, 0, "")
+        _, count, message = run_stopped(writer, after, 0, "")
         old, new = writer.read(before), writer.read(after)
-        assert not said, (name, said)
+        assert not message, (name, message)
         assert old != new, name
-        for number, fault in enumerate(FAULTS):  # each at other points
+        for number, fault in enumerate(FAULTS):  # each fault at other changes
             for at in sorted({1 + int((i + number / len(FAULTS)) * count / points) for i in range(points)}):
                 shutil.copytree(before, work)
-                for problem in left(writer, work, at, fault, old, new):
+                for problem in check_stopped_writer(writer, work, at, fault, old, new):
                     yield f"{name}, {fault} at change {at} of {count}: {problem}"
                 shutil.rmtree(work)
 
 
-def left(writer: Writer, folder: Path, at: int, fault: str, old: Any, new: Any) -> Iterator[str]:
-    """What is wrong with what one stopped writer left."""
-    status, _, said = stopped(writer, folder, at, fault)
-    if fault == "ENOSPC" and (status or "\n" in said or (said and not said.startswith("one line"))):
-        yield f"status {status}, said {said!r}"
+def check_stopped_writer(writer: Writer, folder: Path, at: int, fault: str, old: Any, new: Any) -> Iterator[str]:
+    """A line for everything that is wrong with the folder that one stopped writer left."""
+    status, _, message = run_stopped(writer, folder, at, fault)
+    if fault == "ENOSPC" and (status or "\n" in message or (message and not message.startswith("one line"))):
+        yield f"status {status}, raised {message!r}"
     if fault in ("ENOSPC", "SIGINT") and not (folder / ".pgfunc-journal").exists() and hidden(folder):
         yield f"left {hidden(folder)}"
     try:
-        found = writer.read(folder)
+        content = writer.read(folder)
     except PgfuncError as error:
-        found = new
+        content = new
         if "incomplete save" not in str(error):
             yield f"cannot be read: {error}"
-    if found not in (old, new):
+    if content not in (old, new):
         yield "is neither the old nor the new"
     writer.write(folder)
     if writer.read(folder) != new:
@@ -179,7 +182,7 @@ SOURCES = [Path(tempfile.mkdtemp()) for _ in MODELS]
 for source, model, encoder in zip(SOURCES, MODELS, DUALS, strict=True):
     pg.save(model, source)
     pg.save_siglip(encoder, source / "siglip", vision=False)
-    (source / MASKS).write_text(str(source))  # it is copied as it is
+    (source / MASKS).write_text(str(source))  # it is copied unchanged
 
 Image.new("RGB", (28, 28), "red").save(SOURCES[0] / "a.png")
 EXAMPLES = [Example(f"line {i}", (SOURCES[0] / "a.png",), "caption en", word) for i, word in enumerate("ab")]
@@ -189,7 +192,7 @@ STATE = run.start(JOB)
 
 
 def digest(params: Any) -> str:
-    """What no other parameters have."""
+    """A digest of parameters."""
     return digest_of_arrays(tree.flatten(params))
 
 
@@ -208,7 +211,7 @@ def archived(folder: Path) -> tuple[Any, ...]:
 
 
 def trained(folder: Path) -> str:
-    """The pairs of a run that is done; one that is not has a state to go on from, or begins."""
+    """A digest of the pairs, if the run is done; otherwise its state, if there is one, must be readable."""
     if (folder / fit.STATE).exists():
         run.resume(folder / fit.STATE, JOB)
         return "not done"
@@ -221,13 +224,13 @@ def train(folder: Path) -> None:
 
 
 def saving(*shard_bytes: int) -> Writer:
-    """A model over another."""
+    """Save a model over another one."""
     first, second = (partial(pg.save, model, shard_bytes=size) for model, size in zip(MODELS, shard_bytes, strict=True))
     return Writer(first, second, loaded)
 
 
 def replacing(name: str, write: Callable[[Path, Any], object], values: Sequence[Any]) -> Writer:
-    """A file over another."""
+    """Write a file over another one."""
     first, second = (lambda folder, value=value: write(folder / name, value) for value in values)
     return Writer(first, second, lambda folder: (folder / name).read_bytes())
 
@@ -251,20 +254,20 @@ WRITERS = {
     "vqvae.save": replacing(MASKS, pg.segment.save, VQ),
     "lora.save": Writer(
         *(partial(lora.save, lora=pairs, cfg=MODELS[0].cfg, base="base") for pairs in PAIRS),
-        lambda folder: (digest((found := lora.load(folder, MODELS[0].cfg)).pairs), found.scale),
+        lambda folder: (digest((content := lora.load(folder, MODELS[0].cfg)).pairs), content.scale),
     ),
     "run.save": replacing("run.safetensors", lambda path, state: run.save(path, JOB, state),
                           [STATE, tree.map(lambda leaf: leaf + 1, STATE)]),
     "train": Writer(lambda folder: None, train, trained),
-    "detect --out": replacing("a.png", lambda path, picture: locate.write_picture(picture, path), PICTURES),
-    "detect --coco": replacing("a.json", locate.write_text, ["{}", '{"images": []}']),
-    "embed --out": replacing("a.npy", contrast.save, [np.zeros((2, 8)), np.ones((3, 8))]),
+    "detect --out": replacing("a.png", lambda path, picture: drawings.write_picture(picture, path), PICTURES),
+    "detect --coco": replacing("a.json", drawings.write_text, ["{}", '{"images": []}']),
+    "embed --out": replacing("a.npy", contrast.write_array, [np.zeros((2, 8)), np.ones((3, 8))]),
 }  # fmt: skip
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    problems = [line for name, writer in WRITERS.items() for line in outcomes(name, writer, int(sys.argv[1]))]
+    problems = [line for name, writer in WRITERS.items() for line in check_writer(name, writer, int(sys.argv[1]))]
     for folder in SOURCES:
         shutil.rmtree(folder)
     print("\n".join(problems))

@@ -1,4 +1,4 @@
-"""Files and folders change at once: from the old to the new, whoever reads, writes or was stopped meanwhile."""
+"""Files and folders change atomically, whoever reads, writes or is stopped at the same time."""
 
 import fcntl
 import json
@@ -35,7 +35,7 @@ def umask():
 
 @pytest.fixture
 def pair(tmp_path) -> Path:
-    """A folder of two files that belong together."""
+    """A folder with two files that belong together."""
     with changing(tmp_path) as change:
         change.write("a", "old")
         change.write("b", "old")
@@ -49,13 +49,13 @@ def replace_pair(folder: Path, value: str) -> None:
 
 
 def stop_within_the_commit(folder: Path, monkeypatch) -> None:
-    """A writer that is stopped when its journal is in place and nothing else is."""
+    """Stop a writer after its journal has its final name, before any other file has."""
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "settle", lambda folder: None)
+        patch.setattr(atomic, "apply_journal", lambda folder: None)
         replace_pair(folder, "new")
 
 
-# a file
+# --- one file
 
 
 @pytest.mark.parametrize("name", ["a" * 255, "é" * 127, ".hidden", "a b", "x.tmp"])
@@ -71,7 +71,7 @@ def test_a_name_that_is_too_long_leaves_nothing(tmp_path):
     assert content(tmp_path) == {}
 
 
-def test_what_fails_within_the_block_leaves_the_old(tmp_path):
+def test_an_exception_in_the_block_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "a", "old")
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as file:
         file.write(b"x" * (1 // 0))
@@ -96,7 +96,7 @@ def test_a_new_file_has_the_mode_of_the_umask_and_an_old_one_keeps_its_own(tmp_p
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o604
 
 
-def test_what_is_mapped_or_open_does_not_change(tmp_path):
+def test_an_open_file_does_not_change(tmp_path):
     write_text(tmp_path / "a", "old")
     with (tmp_path / "a").open() as file:
         write_text(tmp_path / "a", "new")
@@ -105,24 +105,24 @@ def test_what_is_mapped_or_open_does_not_change(tmp_path):
 
 def test_a_pipe_is_written_and_stays_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    found = []
-    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_text()))
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
     reader.start()
     write_text(tmp_path / "pipe", "new")
     reader.join()
-    assert found == ["new"]
+    assert read == ["new"]
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_no_folder_is_made_for_a_file(tmp_path):
+def test_writing_a_file_creates_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "no" / "a", "new")
 
 
-# what others left
+# --- leftovers of other writers
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_lives_stays(tmp_path):
+def test_the_next_write_removes_the_files_of_a_killed_writer_and_not_of_a_live_one(tmp_path):
     dead, alive = ("0" * 16, "1" * 16)
     for token in (dead, alive):
         for end in ("", ".0", ".1"):
@@ -131,27 +131,27 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_lives_stays
     with (tmp_path / f".pgfunc-{alive}.tmp").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         write_text(tmp_path / "a", "new")
-        kept = {f".pgfunc-{alive}{end}.tmp" for end in ("", ".0", ".1")}
-        assert content(tmp_path).keys() == {"a", ".pgfunc-notes.tmp", *kept}
+        files = {f".pgfunc-{alive}{end}.tmp" for end in ("", ".0", ".1")}
+        assert content(tmp_path).keys() == {"a", ".pgfunc-notes.tmp", *files}
 
 
-def test_a_commit_that_was_stopped_is_finished_by_the_next_reader(pair, monkeypatch):
+def test_the_next_reader_completes_an_interrupted_commit(pair, monkeypatch):
     stop_within_the_commit(pair, monkeypatch)
     assert (pair / JOURNAL).exists()
     with reading(pair):
         assert content(pair) == {"a": "new", "b": "new"}
 
 
-def test_a_commit_that_was_stopped_is_finished_before_the_next_write(pair, monkeypatch):
+def test_an_interrupted_commit_is_completed_before_the_next_write(pair, monkeypatch):
     stop_within_the_commit(pair, monkeypatch)
     write_text(pair / "b", "newer")
     assert content(pair) == {"a": "new", "b": "newer"}
 
 
-def test_a_folder_that_is_read_only_holds_an_incomplete_save_and_says_so(pair, monkeypatch):
+def test_an_incomplete_save_in_a_read_only_folder_is_an_error(pair, monkeypatch):
     stop_within_the_commit(pair, monkeypatch)
 
-    def refuse(*given):
+    def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "replace", refuse)
@@ -171,7 +171,7 @@ def plan(rename: Any, supersede: Any = (), hidden: Any = ()) -> dict[str, Any]:
     plan({TEMPORARY: "inner/b"}), plan({TEMPORARY: "b"}, [["inner", "."]]), plan({TEMPORARY: "b"}, 5),
     plan({TEMPORARY: "b"}, [], ["../b"]), {"rename": {TEMPORARY: "b"}}, plan([TEMPORARY]),
 ], ids=json.dumps)  # fmt: skip
-def test_a_journal_that_names_what_is_no_save_is_not_obeyed(pair, plan):
+def test_an_invalid_journal_is_not_applied(pair, plan):
     (pair / "inner").symlink_to(pair.parent)
     (pair / JOURNAL).write_text(json.dumps(plan))
     with pytest.raises(CheckpointError, match=r"an incomplete save, whose list .* cannot be used"):
@@ -180,7 +180,7 @@ def test_a_journal_that_names_what_is_no_save_is_not_obeyed(pair, plan):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_journal_of_another_user_is_not_obeyed(pair, monkeypatch):
+def test_a_journal_of_another_user_is_not_applied(pair, monkeypatch):
     stop_within_the_commit(pair, monkeypatch)
     os.chown(pair / JOURNAL, 12345, -1)
     with pytest.raises(CheckpointError, match="belongs to another user"):
@@ -188,7 +188,7 @@ def test_a_journal_of_another_user_is_not_obeyed(pair, monkeypatch):
     assert (pair / "a").read_text() == (pair / "b").read_text() == "old"
 
 
-def test_a_folder_in_the_place_of_a_file_is_an_error_before_anything_changes(pair):
+def test_a_folder_with_the_name_of_a_file_is_an_error_before_anything_changes(pair):
     (pair / "b").unlink()
     (pair / "b").mkdir()
     with pytest.raises(OSError, match="is a folder"):
@@ -196,11 +196,11 @@ def test_a_folder_in_the_place_of_a_file_is_an_error_before_anything_changes(pai
     assert content(pair) == {"a": "old"}
 
 
-# at the same time
+# --- concurrent readers and writers
 
 
-def test_readers_see_one_of_two_saves_and_never_parts_of_both(pair):
-    stop, seen = threading.Event(), set()
+def test_readers_never_see_parts_of_two_saves(pair):
+    stop, pairs = threading.Event(), set()
 
     def write(value: str) -> None:
         while not stop.is_set():
@@ -211,16 +211,16 @@ def test_readers_see_one_of_two_saves_and_never_parts_of_both(pair):
         writer.start()
     for _ in range(200):
         with reading(pair):
-            seen.add(tuple((pair / name).read_text() for name in ("a", "b")))
+            pairs.add(tuple((pair / name).read_text() for name in ("a", "b")))
     stop.set()
     for writer in writers:
         writer.join()
-    assert seen <= {("old", "old"), ("one", "one"), ("two", "two")}
+    assert pairs <= {("old", "old"), ("one", "one"), ("two", "two")}
     assert len(content(pair)) == 2
 
 
-def test_readers_do_not_keep_a_writer_waiting(pair):
-    """However many of them overlap: those that come after the journal wait for it."""
+def test_overlapping_readers_do_not_block_a_writer(pair):
+    """Readers that come after the journal wait for its completion, however many overlap."""
     stop = threading.Event()
 
     def read() -> None:
@@ -238,11 +238,11 @@ def test_readers_do_not_keep_a_writer_waiting(pair):
     stop.set()
     for reader in readers:
         reader.join()
-    assert took < 5  # it takes 0.2 s; without the journal's place in the queue it does not end
+    assert took < 5  # it takes 0.2 s; if readers did not wait for the journal, it would not end
 
 
 def test_without_hard_links_a_folder_still_changes_at_once(pair, monkeypatch):
-    def refuse(*given):
+    def refuse(*args):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
@@ -258,38 +258,38 @@ def test_without_locks_each_file_still_changes_at_once(pair, monkeypatch):
         assert content(pair) == {"a": "new", "b": "new", f".pgfunc-{'0' * 16}.tmp": "may be alive"}
 
 
-# the format
+# --- the safetensors format
 
 dtypes = st.sampled_from(sorted(DTYPE_NAMES, key=str))
 shapes = st.lists(st.integers(0, 3), max_size=3)
 
 
 @given(arrays=st.dictionaries(st.text(max_size=4), st.tuples(dtypes, shapes), max_size=5), key=st.text(max_size=4))
-def test_safetensors_reads_what_is_written(arrays, key, tmp_path_factory):
+def test_safetensors_reads_the_written_arrays(arrays, key, tmp_path_factory):
     path = tmp_path_factory.mktemp("format") / "a.safetensors"
-    made = {name: torch.randint(0, 100, shape).to(dtype) for name, (dtype, shape) in arrays.items()}
+    written = {name: torch.randint(0, 100, shape).to(dtype) for name, (dtype, shape) in arrays.items()}
     with path.open("wb") as file:
-        write_safetensors(file, made, {"key": key})
-    found = safetensors.torch.load_file(path)
-    assert found.keys() == made.keys()
-    for name, array in made.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), array.reshape(-1).view(torch.uint8))
+        write_safetensors(file, written, {"key": key})
+    read = safetensors.torch.load_file(path)
+    assert read.keys() == written.keys()
+    for name, array in written.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        assert torch.equal(read[name].reshape(-1).view(torch.uint8), array.reshape(-1).view(torch.uint8))
     with safetensors.safe_open(path, framework="pt") as file:
         assert file.metadata() == {"key": key}
 
 
-def test_the_bytes_are_those_of_safetensors(tmp_path):
-    made = {"b": torch.randn(3, 2).T, "a": torch.randn(5), "é": torch.randn(()).bfloat16()}
+def test_the_file_is_bytewise_equal_to_that_of_safetensors(tmp_path):
+    written = {"b": torch.randn(3, 2).T, "a": torch.randn(5), "é": torch.randn(()).bfloat16()}
     with (tmp_path / "a").open("wb") as file:
-        write_safetensors(file, made, {"format": "pt"})
-    expected = {name: array.contiguous() for name, array in made.items()}
+        write_safetensors(file, written, {"format": "pt"})
+    expected = {name: array.contiguous() for name, array in written.items()}
     assert (tmp_path / "a").read_bytes() == safetensors.torch.save(expected, {"format": "pt"})
 
 
-def test_a_stream_of_a_process_is_written_as_it_is(tmp_path):
+def test_a_stream_of_a_process_is_written_directly(tmp_path):
     with (tmp_path / "out").open("w+") as out:
         (tmp_path / "link").symlink_to(f"/proc/self/fd/{out.fileno()}")
-        write_text(tmp_path / "link", "said")
+        write_text(tmp_path / "link", "content")
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "out").read_text() == "said"
+    assert (tmp_path / "out").read_text() == "content"

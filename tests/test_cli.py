@@ -1,4 +1,4 @@
-"""The command line prints what the package computes, and one line with status 2 for a user's mistake."""
+"""The command line prints what the package computes; a user's mistake is one line and status 2."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from PIL import Image
 
 import pgfunc as pg
 from pgfunc import cli
-from pgfunc.cli.compiled import MADE_FOR, MAKER, kind_of, makers
+from pgfunc.cli.compiled import MADE_FOR, MAKER, makers, platform_of
 from pgfunc.errors import harmless
 from pgfunc.train import lora
 
@@ -25,7 +25,7 @@ MODEL = text_model()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workdir(tmp_path_factory):
     """A folder with a random checkpoint and two pictures."""
     folder = tmp_path_factory.mktemp("cli")
     pg.save(MODEL, folder / "model")
@@ -35,11 +35,11 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def run(place, monkeypatch, capsys):
+def run(workdir, monkeypatch, capsys):
     """Run the command in that folder; returns exit status, standard output and standard error."""
 
     def call(*arguments: str, model: str | None = "model") -> tuple[int, str, str]:
-        monkeypatch.chdir(place)
+        monkeypatch.chdir(workdir)
         chosen = ["--model", model] if model else []
         chosen += ["--device", "cpu"] if model and not {"--device", "inspect"} & set(arguments) else []
         monkeypatch.setattr(sys, "argv", ["pgfunc", *arguments, *chosen])
@@ -64,8 +64,8 @@ PREFIXES = {
 
 
 @pytest.mark.parametrize("command", PREFIXES, ids=" ".join)
-def test_commands_complete_their_prefix(run, place, command):
-    expected = pg.generate(MODEL, str(place / "red.png"), PREFIXES[command], max_new_tokens=6)[0]
+def test_each_command_completes_its_prefix(run, workdir, command):
+    expected = pg.generate(MODEL, str(workdir / "red.png"), PREFIXES[command], max_new_tokens=6)[0]
     status, out, _ = run(command[0], "red.png", *command[1:], "--max-new-tokens", "6", "--json")
     value = json.loads(out)
     assert status == 0
@@ -75,52 +75,52 @@ def test_commands_complete_their_prefix(run, place, command):
     assert run(command[0], "red.png", *command[1:], "--max-new-tokens", "6")[1] == expected.text + "\n"
 
 
-def test_an_answer_that_the_limit_ended_is_named_but_for_json(run):
-    said = "stopped at 3 tokens, perhaps within the answer; --max-new-tokens allows more"
-    assert run("caption", "red.png", "--max-new-tokens", "3")[2] == f"pgfunc: red.png: {said}\n"
+def test_an_answer_cut_off_by_the_limit_gets_a_note_except_in_json(run):
+    message = "stopped at 3 tokens, perhaps too early; --max-new-tokens allows more"
+    assert run("caption", "red.png", "--max-new-tokens", "3")[2] == f"pgfunc: red.png: {message}\n"
     lines = run("ocr", "red.png", "blue.png", "--max-new-tokens", "3")[2].splitlines()
-    assert lines == [f"pgfunc: {name}.png: {said}" for name in ("red", "blue")]
+    assert lines == [f"pgfunc: {name}.png: {message}" for name in ("red", "blue")]
     assert run("caption", "red.png", "--max-new-tokens", "3", "--json")[2] == ""
 
 
-def test_pictures_are_looked_for_before_anything_is_loaded(run, monkeypatch):
-    monkeypatch.setattr(pg, "load", lambda *given: pytest.fail("loaded"))
+def test_pictures_must_exist_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(pg, "load", lambda *args: pytest.fail("loaded"))
     for command in (["caption"], ["ocr"], ["score", "--prompt", "what?", "--candidate", "a"]):
         assert run(*command, "red.png", "no.png") == (2, "", "pgfunc: no.png: no such file\n")
 
 
-def test_several_pictures_give_a_line_each_in_order(run):
+def test_several_pictures_give_one_line_each_in_order(run):
     status, out, _ = run("caption", "red.png", "blue.png", "--max-new-tokens", "3", "--json")
     assert status == 0
     assert [json.loads(line)["image"] for line in out.splitlines()] == ["red.png", "blue.png"]
     assert "blue.png: " in run("caption", "red.png", "blue.png", "--max-new-tokens", "3")[1]
 
 
-def test_a_name_that_is_not_text_is_printed_escaped(place):
+def test_a_file_name_that_is_not_valid_unicode_is_printed_escaped(workdir):
     name = os.fsdecode(b"\xff.png")
-    shutil.copy(place / "red.png", place / name)
+    shutil.copy(workdir / "red.png", workdir / name)
     command = [sys.executable, "-m", "pgfunc.cli", "caption", "red.png", name, "--model", "model", "--device", "cpu"]
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run([*command, "--max-new-tokens", "2"], cwd=place, env=strict, capture_output=True)
+    done = subprocess.run([*command, "--max-new-tokens", "2"], cwd=workdir, env=strict, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(b"\\udcff.png: ")
 
 
-def test_sampling_options_reach_the_sampler(run, place):
+def test_sampling_options_reach_the_sampler(run, workdir):
     options = ["--temperature", "1.2", "--top-k", "30", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
-    expected = pg.generate(MODEL, str(place / "red.png"), "ocr", 6, 1.2, 30, 0.9, 0.01, 5)[0]
+    expected = pg.generate(MODEL, str(workdir / "red.png"), "ocr", 6, 1.2, 30, 0.9, 0.01, 5)[0]
     _, out, _ = run("ocr", "red.png", "--max-new-tokens", "6", "--json", *options)
     assert json.loads(out)["tokens"] == expected.tokens
 
 
-def test_score_ranks_candidates(run, place):
+def test_score_ranks_candidates(run, workdir):
     answers = ["--candidate", "yes", "--candidate", "no", "--candidate", "red"]
     _, out, _ = run("score", "red.png", "--prompt", "what?", *answers, "--json")
-    found = json.loads(out)["scores"]
-    expected = pg.score(MODEL, str(place / "red.png"), "what?", ["yes", "no", "red"])[0].tolist()
-    np.testing.assert_allclose([found[name] for name in ("yes", "no", "red")], expected, atol=1e-4)
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert run("score", "red.png", "--prompt", "what?", *answers)[1].startswith(f"red.png: {next(iter(found))}\t")
+    actual = json.loads(out)["scores"]
+    expected = pg.score(MODEL, str(workdir / "red.png"), "what?", ["yes", "no", "red"])[0].tolist()
+    np.testing.assert_allclose([actual[name] for name in ("yes", "no", "red")], expected, atol=1e-4)
+    assert list(actual.values()) == sorted(actual.values(), reverse=True)
+    assert run("score", "red.png", "--prompt", "what?", *answers)[1].startswith(f"red.png: {next(iter(actual))}\t")
 
 
 def test_inspect_lists_every_parameter(run):
@@ -133,26 +133,26 @@ def test_inspect_lists_every_parameter(run):
     assert {row["path"]: tuple(row["shape"]) for row in rows} == {path: tuple(x.shape) for path, x in leaves.items()}
 
 
-def test_convert_there_and_back(run, place):
+def test_converting_to_npz_and_back_gives_the_same_file(run, workdir):
     assert run("convert", "model", "x.npz", model=None)[0] == 0
     npz = ["--config", "model/config.json", "--tokenizer", "model/tokenizer.json"]
     assert run("convert", "x.npz", "back", *npz, model=None)[0] == 0
-    assert (place / "back/model.safetensors").read_bytes() == (place / "model/model.safetensors").read_bytes()
+    assert (workdir / "back/model.safetensors").read_bytes() == (workdir / "model/model.safetensors").read_bytes()
     direct = run("caption", "red.png", "--max-new-tokens", "5", model="back")[1]
     assert run("caption", "red.png", "--max-new-tokens", "5", *npz, model="x.npz")[1] == direct
 
 
-def test_quantize_is_an_option_of_what_runs_a_model_and_of_convert(run, place):
+def test_quantize_works_when_a_model_runs_and_when_it_is_converted(run, workdir):
     small = MODEL._replace(params=pg.quant.quantize(MODEL.params, "int8"))
-    (expected,) = pg.generate(small, str(place / "red.png"), "caption en", max_new_tokens=6)
+    (expected,) = pg.generate(small, str(workdir / "red.png"), "caption en", max_new_tokens=6)
     options = ["--max-new-tokens", "6", "--json"]
-    found = json.loads(run("caption", "red.png", "--quantize", "int8", *options)[1])
-    assert (found["tokens"], found["logprobs"]) == (expected.tokens, pytest.approx(expected.logprobs, abs=1e-5))
+    actual = json.loads(run("caption", "red.png", "--quantize", "int8", *options)[1])
+    assert (actual["tokens"], actual["logprobs"]) == (expected.tokens, pytest.approx(expected.logprobs, abs=1e-5))
     score = ["score", "red.png", "--prompt", "what?", "--candidate", "one", "--json", "--quantize", "int8"]
-    (likely,) = pg.score(small, str(place / "red.png"), "what?", ["one"])[0].tolist()
-    assert json.loads(run(*score)[1])["scores"]["one"] == pytest.approx(likely, abs=1e-4)
+    (logprob,) = pg.score(small, str(workdir / "red.png"), "what?", ["one"])[0].tolist()
+    assert json.loads(run(*score)[1])["scores"]["one"] == pytest.approx(logprob, abs=1e-4)
     assert run("convert", "model", "small", "--quantize", "int8", model=None)[0] == 0
-    assert json.loads(run("caption", "red.png", *options, model="small")[1]) == found
+    assert json.loads(run("caption", "red.png", *options, model="small")[1]) == actual
     lines = run("inspect", "small", model=None)[1].splitlines()
     rows = {line.split()[0]: line for line in lines[:-1]}
     assert rows["language.layers.0.q.values"].split()[1:] == ["32", "x", "16", "int8", "512"]
@@ -161,35 +161,35 @@ def test_quantize_is_an_option_of_what_runs_a_model_and_of_convert(run, place):
     assert run("convert", "small", "x.npz", model=None)[0] == 2
 
 
-@pytest.mark.parametrize("given", [[], ["--compile"], ["--compiled", "code"]], ids=str)
-def test_compile_and_compiled_compile_and_the_latter_in_its_folder(run, place, monkeypatch, given):
-    asked = []
+@pytest.mark.parametrize("options", [[], ["--compile"], ["--compiled", "code"]], ids=str)
+def test_compile_and_compiled_both_compile_and_compiled_uses_its_folder(run, workdir, monkeypatch, options):
+    calls = []
 
     def stream(*model, compile, **settings):
-        asked.append((compile, os.environ.get("TORCHINDUCTOR_CACHE_DIR")))
-        return ["said"]
+        calls.append((compile, os.environ.get("TORCHINDUCTOR_CACHE_DIR")))
+        return ["answer"]
 
     monkeypatch.setattr(pg, "stream", stream)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-    (place / "code").mkdir(mode=0o700, exist_ok=True)
-    (place / "code" / MADE_FOR).write_text(json.dumps(kind_of(torch.device("cpu"))))
-    assert run("caption", "red.png", *given)[:2] == (0, "said\n")
-    assert asked == [(bool(given), str(place / "code" / "torchinductor") if "--compiled" in given else None)]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workdir / "cache"))
+    (workdir / "code").mkdir(mode=0o700, exist_ok=True)
+    (workdir / "code" / MADE_FOR).write_text(json.dumps(platform_of(torch.device("cpu"))))
+    assert run("caption", "red.png", *options)[:2] == (0, "answer\n")
+    assert calls == [(bool(options), str(workdir / "code" / "torchinductor") if "--compiled" in options else None)]
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
-def test_a_folder_of_code_from_elsewhere_is_remarked_once(run, place, monkeypatch, tmp_path):
+def test_a_folder_of_foreign_code_gets_a_note_once(run, workdir, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(pg, "stream", lambda *model, **settings: ["said"])
-    folder, kind = place / "theirs", kind_of(torch.device("cpu"))
+    monkeypatch.setattr(pg, "stream", lambda *model, **settings: ["answer"])
+    folder, kind = workdir / "theirs", platform_of(torch.device("cpu"))
     folder.mkdir(mode=0o700)
-    said = "pgfunc: theirs was made elsewhere, and is run: trust whoever made it, or compile it here\n"
-    cases = {makers()[0]: ("", ""), "7" * 32: (said, ""), None: (said, said), "a\x1b[31m": (said, said)}
+    message = "pgfunc: theirs was made elsewhere, and its code is run: trust its author, or compile it here\n"
+    cases = {makers()[0]: ("", ""), "7" * 32: (message, ""), None: (message, message), "a\x1b[31m": (message, message)}
     for maker, remarks in cases.items():
         (folder / MADE_FOR).write_text(json.dumps(kind | ({} if maker is None else {MAKER: maker})))
         for remark in remarks:
-            assert run("caption", "red.png", "--compiled", "theirs") == (0, "said\n", remark)
+            assert run("caption", "red.png", "--compiled", "theirs") == (0, "answer\n", remark)
     folder.chmod(0o777)
     assert run("caption", "red.png", "--compiled", "theirs")[0] == 2
 
@@ -225,24 +225,24 @@ MISTAKES = {
 
 
 def claiming(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size, with hardly any pixels behind."""
+    """A PNG whose header claims a size that its data do not have."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" * 100)]
     framed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(run, place, mistake):
-    (place / "notes.txt").write_text("not a picture")
-    (place / "elsewhere").mkdir(exist_ok=True)
-    (place / "elsewhere" / "made-for.json").write_text('{"hardware": "another"}')
-    (place / "cut.png").write_bytes((place / "red.png").read_bytes()[:50])
-    (place / "bomb.png").write_bytes(claiming(30_000, 30_000))
-    arguments, said = MISTAKES[mistake]
+def test_a_mistake_is_one_line_and_status_2(run, workdir, mistake):
+    (workdir / "notes.txt").write_text("not a picture")
+    (workdir / "elsewhere").mkdir(exist_ok=True)
+    (workdir / "elsewhere" / "made-for.json").write_text('{"hardware": "another"}')
+    (workdir / "cut.png").write_bytes((workdir / "red.png").read_bytes()[:50])
+    (workdir / "bomb.png").write_bytes(claiming(30_000, 30_000))
+    arguments, message = MISTAKES[mistake]
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("pgfunc: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -268,21 +268,21 @@ def only_adapter(folder):
     lora.save(folder, PAIRS, MODEL.cfg, "base")
 
 
-@pytest.mark.parametrize(("spoil", "said"), [
+@pytest.mark.parametrize(("spoil", "message"), [
     (two_dtypes, "choose one with --dtype"),
     (quantized, "instead of those that gptq quantized, with --quantize"),
     (one_npz, "a .npz needs --config, one of paligemma-3b-224,"),
     (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "or load it with --tokenizer"),
     (only_adapter, "and --adapter takes it"),
 ])  # fmt: skip
-def test_a_message_names_options(run, place, spoil, said, tmp_path):
+def test_a_message_names_options_of_the_command_line(run, workdir, spoil, message, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(place / "model", folder)
+    shutil.copytree(workdir / "model", folder)
     spoil(folder)
     status, out, err = run("caption", "red.png", model=str(folder))
     assert (status, out) == (2, "")
-    assert said in err
-    assert not re.search(r"\w=", err), "no argument of Python"
+    assert message in err
+    assert not re.search(r"\w=", err), "no argument in Python's notation"
     assert err.count("\n") == 1
 
 
@@ -290,19 +290,19 @@ PAIRS = lora.init(MODEL.params, ["language.*.q", "language.*.down"], 2, 4.0)
 PAIRS = PAIRS._replace(pairs={path: pair._replace(b=pair.b + 0.5) for path, pair in PAIRS.pairs.items()})
 
 
-def test_an_adapter_runs_without_being_saved_as_a_model(run, place):
-    lora.save(place / "adapter", PAIRS, MODEL.cfg, "base")
+def test_an_adapter_runs_without_being_merged_into_a_saved_model(run, workdir):
+    lora.save(workdir / "adapter", PAIRS, MODEL.cfg, "base")
     merged = MODEL._replace(params=lora.merge(MODEL.params, PAIRS))
-    plain, expected = (pg.generate(each, str(place / "red.png"), "caption en", 6)[0].text for each in (MODEL, merged))
+    plain, expected = (pg.generate(each, str(workdir / "red.png"), "caption en", 6)[0].text for each in (MODEL, merged))
     assert plain != expected
     size = ("--max-new-tokens", "6")
     assert run("caption", "red.png", *size, "--adapter", "adapter")[:2] == (0, harmless(expected, keep="\n\t") + "\n")
-    (score,) = pg.score(merged, str(place / "red.png"), "ocr", ["ab"]).tolist()
+    (score,) = pg.score(merged, str(workdir / "red.png"), "ocr", ["ab"]).tolist()
     assert run("score", "red.png", "--prompt", "ocr", "--candidate", "ab", "--adapter", "adapter")[1] == (
         f"red.png: ab\t{score[0]:.4f}\n"
     )
     status, out, _ = run("detect", "red.png", "cat", *size, "--adapter", "adapter", "--json")
-    text = pg.generate(merged, str(place / "red.png"), "detect cat", max_new_tokens=6)[0].text
+    text = pg.generate(merged, str(workdir / "red.png"), "detect cat", max_new_tokens=6)[0].text
     assert (status, json.loads(out)["text"]) == (0, text)
 
 
@@ -334,9 +334,9 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
-def test_a_damaged_checkpoint_is_one_line_and_status_2(run, place, spoil):
-    shutil.copytree(place / "model", place / spoil.__name__)
-    spoil(place / spoil.__name__)
+def test_a_damaged_checkpoint_is_one_line_and_status_2(run, workdir, spoil):
+    shutil.copytree(workdir / "model", workdir / spoil.__name__)
+    spoil(workdir / spoil.__name__)
     status, out, err = run("caption", "red.png", model=spoil.__name__)
     assert (status, out) == (2, "")
     assert err.startswith("pgfunc: ")
@@ -344,7 +344,7 @@ def test_a_damaged_checkpoint_is_one_line_and_status_2(run, place, spoil):
     assert err.count("\n") == 1
 
 
-def test_a_device_that_is_not_there_and_a_model_that_is_not_there(run):
+def test_a_missing_device_and_a_missing_model_are_one_line(run):
     status, _, err = run("score", "red.png", "--prompt", "x", "--candidate", "y", "--device", "nowhere", model=None)
     assert status == 2
     assert err.startswith("pgfunc: device nowhere is not there (")
@@ -354,7 +354,7 @@ def test_a_device_that_is_not_there_and_a_model_that_is_not_there(run):
     assert "missing/deep/folder: no such file or folder" in err
 
 
-def test_a_flag_that_does_not_exist_is_a_usage_error(run):
+def test_an_unknown_option_is_a_usage_error(run):
     status, _, err = run("caption", "red.png", "--colour")
     assert status == 2
     assert "No such option" in err
@@ -363,8 +363,8 @@ def test_a_flag_that_does_not_exist_is_a_usage_error(run):
 @pytest.mark.parametrize(
     "command", [("caption",), ("score", "--prompt", "a", "--candidate", "yes")], ids=["caption", "score"]
 )
-def test_a_picture_that_cannot_be_read_loses_nothing_of_the_others(run, place, command):
-    (place / "torn.png").write_bytes((place / "red.png").read_bytes()[:40])
+def test_an_unreadable_picture_is_skipped_and_the_others_are_answered(run, workdir, command):
+    (workdir / "torn.png").write_bytes((workdir / "red.png").read_bytes()[:40])
     name, *more = command
     status, out, err = run(name, "red.png", "torn.png", "blue.png", *more, "--json")
     assert status == 1

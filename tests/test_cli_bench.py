@@ -1,4 +1,4 @@
-"""`pgfunc bench` prints what was measured, as a table and as JSON that says the same; a mistake is one line."""
+"""`pgfunc bench` prints its measurements as a table, or the same as JSON; a mistake is one line."""
 
 import json
 import sys
@@ -18,14 +18,14 @@ FEW = ("--tokens", "4", "--repeat", "2", "--prompt-tokens", "3", "--no-compile")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("bench") / "model"
-    pg.save(pg.Model(CONFIGS["gemma"], params(CONFIGS["gemma"]), None), place)
-    return place
+    folder = tmp_path_factory.mktemp("bench") / "model"
+    pg.save(pg.Model(CONFIGS["gemma"], params(CONFIGS["gemma"]), None), folder)
+    return folder
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the command on the CPU of a machine whose speed is known; returns exit status, output and errors."""
+    """Run the command on the CPU, with a fixed speed of the machine; returns exit status, output and errors."""
     monkeypatch.setattr(bench, "measure", lambda device, dtype: MACHINE)
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -39,15 +39,15 @@ def run(monkeypatch, capsys):
     return call
 
 
-def test_json_holds_every_figure_and_they_agree(run, folder):
+def test_json_has_every_figure_and_the_figures_agree(run, folder):
     status, out, _ = run("--model", str(folder), "--batch", "2", "--slots", "20", "--json", *FEW)
     assert status == 0
-    found = json.loads(out)
-    stages = found.pop("stages")
-    hardware, torch_version = found.pop("hardware"), found.pop("torch")
+    report = json.loads(out)
+    stages = report.pop("stages")
+    hardware, torch_version = report.pop("hardware"), report.pop("torch")
     assert hardware
     assert torch_version == torch.__version__
-    assert found == {
+    assert report == {
         "model": str(folder), "dtype": "float32", "quantize": None, "device": "cpu", "threads": torch.get_num_threads(),
         "image_tokens": 4, "batch": 2, "prompt_tokens": 3, "tokens": 4, "slots": 20, "repeat": 2, "compile": False,
         "bandwidth": 2e9, "rate": 3e10,
@@ -59,11 +59,11 @@ def test_json_holds_every_figure_and_they_agree(run, folder):
         assert stage["floor_over_time"] == pytest.approx(stage["floor"] / stage["seconds"])
         assert not stage["compiled"]
         assert stage["compilations"] == stage["first_seconds"] == 0
-    for stage in stages[:3]:  # which are one piece of work
+    for stage in stages[:3]:  # each of these is one piece of work
         assert stage["floor"] == pytest.approx(max(stage["bytes"] / 2e9, stage["flops"] / 3e10))
 
 
-def test_the_table_has_a_line_a_stage_and_says_on_what(run, folder):
+def test_the_table_has_one_line_per_stage_below_the_conditions(run, folder):
     status, out, _ = run("--model", str(folder), *FEW)
     assert status == 0
     assert out.startswith(f"{folder}, float32, batch 1: a picture of 4 tokens, 3 of text, 4 generated, 11 cache slots")
@@ -72,20 +72,20 @@ def test_the_table_has_a_line_a_stage_and_says_on_what(run, folder):
         assert sum(line.strip().startswith(label) for line in out.splitlines()) == 1
 
 
-def test_a_published_name_draws_its_weights(run, monkeypatch):
+def test_a_published_name_is_measured_with_random_weights(run, monkeypatch):
     monkeypatch.setitem(pg.PUBLISHED, "paligemma-3b-224", CONFIGS["gemma2"])
     status, out, _ = run("--config", "paligemma-3b-224", "--json", *FEW)
     assert status == 0
-    found = json.loads(out)
-    assert (found["model"], found["dtype"]) == ("paligemma-3b-224, random weights", "bfloat16")
-    assert found["stages"][0]["stage"] == "draw"
+    report = json.loads(out)
+    assert (report["model"], report["dtype"]) == ("paligemma-3b-224, random weights", "bfloat16")
+    assert report["stages"][0]["stage"] == "draw"
     assert (
         json.loads(run("--config", "paligemma-3b-224", "--json", "--dtype", "float32", *FEW)[1])["dtype"] == "float32"
     )
 
 
 @pytest.mark.parametrize(("source", "method"), [("--config", "int8"), ("--model", "int8"), ("--model", "fp8")])
-def test_quantized_weights_are_fewer_bytes_to_read(run, folder, monkeypatch, source, method):
+def test_quantized_weights_have_fewer_bytes_to_read(run, folder, monkeypatch, source, method):
     monkeypatch.setitem(pg.PUBLISHED, "paligemma-3b-224", CONFIGS["gemma"])
     name = "paligemma-3b-224" if source == "--config" else str(folder)
     read = []
@@ -99,14 +99,14 @@ def test_quantized_weights_are_fewer_bytes_to_read(run, folder, monkeypatch, sou
     assert f", {method} in bfloat16, batch 1" in run(source, name, "--dtype", "bfloat16", *more, *FEW)[1]
 
 
-def test_threads_are_pytorchs(run, folder, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+def test_threads_sets_the_threads_of_pytorch(run, folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
     assert run("--model", str(folder), "--threads", "1", *FEW)[0] == 0
-    assert asked == [1]
+    assert calls == [1]
 
 
-def test_stages_that_are_named_are_measured_and_no_others(run, folder):
+def test_only_the_chosen_stages_are_measured(run, folder):
     for named in (["decode"], ["vision", "generate"]):
         status, out, _ = run("--model", str(folder), "--json", *(f"--stage={name}" for name in named), *FEW)
         assert status == 0
@@ -154,13 +154,13 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("said", FAILURES)
-def test_what_the_machine_lacks_is_one_line(run, folder, said, monkeypatch):
-    def fail(*given):
-        raise FAILURES[said]
+@pytest.mark.parametrize("message", FAILURES)
+def test_missing_memory_or_a_missing_compiler_is_one_line(run, folder, message, monkeypatch):
+    def fail(*args):
+        raise FAILURES[message]
 
     monkeypatch.setattr(bench, "decode_stage", fail)
     status, out, err = run("--model", str(folder), *FEW)
     assert (status, out) == (2, "")
-    assert err.startswith(f"pgfunc: {said}")
+    assert err.startswith(f"pgfunc: {message}")
     assert err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""`detect` and `segment` print, draw and write what the model's text says; `caption --box` asks about a region."""
+"""`detect` and `segment` print, draw and write the objects in the model's text; `caption --box` is about a region."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from pgfunc.objects import coco, detect, draw, fonts, segment, vqvae
 
 MODEL, VQ = text_model(), vqvae.init(5)
 CODES = "".join(f"<seg{code:03d}>" for code in range(16))
-# the tests' tokenizer has a token for places 0 to 3 alone: only the first object has a confidence
+# the tests' tokenizer has tokens only for locations 0 to 3, so only the first object has a confidence
 SURE, UNSURE = "<loc0000><loc0001><loc0002><loc0003>", "<loc0100><loc0200><loc0511><loc0767>"
 TEXT = f"{SURE}{CODES} cat ; {UNSURE}{CODES} yellow bus ; nonsense"
 IDS = tokenizer.encode(MODEL.tokenizer, TEXT)
@@ -27,7 +27,7 @@ DONE = pg.Completion(TEXT, IDS, [-0.25] * len(IDS), "length")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workdir(tmp_path_factory):
     """A folder with a random checkpoint, its mask decoder, and two pictures."""
     folder = tmp_path_factory.mktemp("locate")
     pg.save(MODEL, folder / "model")
@@ -42,8 +42,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    """Let the model write TEXT, whatever it is asked; what it was asked is kept."""
+def prefixes(monkeypatch) -> list[str]:
+    """Replace the model by one that always answers TEXT; the list collects its prefixes."""
     prompts: list[str] = []
 
     def generate(model: pg.Model, image: Image.Image, prefix: str, max_new_tokens: int, **sampling) -> list:
@@ -56,11 +56,11 @@ def asked(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def run(place, monkeypatch, capsys):
+def run(workdir, monkeypatch, capsys):
     """Run the command in that folder; returns exit status, standard output and standard error."""
 
     def call(*arguments: str, model: str = "model") -> tuple[int, str, str]:
-        monkeypatch.chdir(place)
+        monkeypatch.chdir(workdir)
         monkeypatch.setattr(sys, "argv", ["pgfunc", *arguments, "--model", model, "--device", "cpu"])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -70,36 +70,36 @@ def run(place, monkeypatch, capsys):
     return call
 
 
-def test_detect_prints_an_object_a_line_and_names_what_it_left_out(run, asked):
+def test_detect_prints_one_object_per_line_and_notes_what_it_left_out(run, prefixes):
     status, out, err = run("detect", "red.png", "cat ; yellow bus")
     assert status == 0
-    assert asked == ["detect cat ; yellow bus"]
+    assert prefixes == ["detect cat ; yellow bus"]
     sure, unsure = out.splitlines()
     assert sure == "red.png: cat\tx 0.2..0.6, y 0.0..0.3\tconfidence 0.78"
     assert unsure == "red.png: yellow bus\tx 39.1..150.0, y 14.7..74.9"
     assert err.splitlines() == [
         "pgfunc: red.png: left out 'nonsense': 0 location tokens, expected 4",
-        "pgfunc: red.png: stopped at 512 tokens, perhaps within the answer; --max-new-tokens allows more",
+        "pgfunc: red.png: stopped at 512 tokens, perhaps too early; --max-new-tokens allows more",
     ]
 
 
 @pytest.mark.parametrize("command", ["detect", "segment"])
 def test_sampling_options_reach_the_sampler(run, monkeypatch, command):
-    seen: dict = {}
-    monkeypatch.setattr(pg, "generate", lambda model, image, prefix, **sampling: seen.update(sampling) or [DONE])
+    sampled: dict = {}
+    monkeypatch.setattr(pg, "generate", lambda model, image, prefix, **sampling: sampled.update(sampling) or [DONE])
     options = ["--temperature", "1.2", "--top-k", "30", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
     assert run(command, "red.png", "cat", "--max-new-tokens", "6", *options)[0] == 0
     expected = {"max_new_tokens": 6, "temperature": 1.2, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 5}
-    assert seen == expected
+    assert sampled == expected
 
 
-def test_detect_json_has_boxes_in_pixels_by_name(run, asked):
+def test_detect_json_has_boxes_in_pixels(run, prefixes):
     status, out, err = run("detect", "red.png", "sub/red.png", "--prompt", "cat", "--json")
-    assert (status, err, asked) == (0, "", ["detect cat"] * 2)
+    assert (status, err, prefixes) == (0, "", ["detect cat"] * 2)
     first, second = map(json.loads, out.splitlines())
     assert [first[key] for key in ("image", "prompt", "text", "width", "height")] == [
         "red.png",
-        asked[0],
+        prefixes[0],
         TEXT,
         200,
         150,
@@ -114,22 +114,22 @@ def test_detect_json_has_boxes_in_pixels_by_name(run, asked):
 
 
 @pytest.mark.parametrize("command", ["detect", "segment"])
-def test_what_to_look_for_is_one_argument_or_several_labels(run, asked, command):
+def test_what_to_look_for_is_one_argument_or_several_labels(run, prefixes, command):
     assert run(command, "red.png", "blue.png", "--label", "cat", "--label", "yellow bus")[0] == 0
     assert run(command, "--label", "cat", "red.png")[0] == 0
     assert run(command, "red.png", "cat ; yellow bus")[0] == 0
-    assert asked == [f"{command} cat ; yellow bus"] * 2 + [f"{command} cat", f"{command} cat ; yellow bus"]
+    assert prefixes == [f"{command} cat ; yellow bus"] * 2 + [f"{command} cat", f"{command} cat ; yellow bus"]
 
 
-def test_an_answer_that_ended_by_itself_is_not_said_to_be_cut_off(run, monkeypatch):
-    whole = pg.Completion(f"{UNSURE} cat", [], [], "eos")
-    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [whole])
+def test_an_answer_that_ended_with_eos_gets_no_note(run, monkeypatch):
+    complete = pg.Completion(f"{UNSURE} cat", [], [], "eos")
+    monkeypatch.setattr(pg, "generate", lambda *args, **sampling: [complete])
     assert run("detect", "red.png", "cat")[2] == ""
 
 
-def test_segment_json_has_the_masks(run, asked):
+def test_segment_json_has_the_masks(run, prefixes):
     status, out, _ = run("segment", "red.png", "cat", "--json")
-    assert (status, asked) == (0, ["segment cat"])
+    assert (status, prefixes) == (0, ["segment cat"])
     expected = segment.parse(TEXT, 200, 150, VQ)
     objects = json.loads(out)["objects"]
     assert [item["mask"] for item in objects] == [coco.rle(item.mask) for item in expected]
@@ -137,7 +137,7 @@ def test_segment_json_has_the_masks(run, asked):
     assert f"\t{expected[1].mask.sum()} pixels" in run("segment", "red.png", "cat")[1].splitlines()[1]
 
 
-def test_masks_says_which_decoder(run, asked):
+def test_masks_chooses_the_mask_decoder(run, prefixes):
     out = run("segment", "red.png", "cat", "--json", "--masks", "other.safetensors", model="bare")[1]
     expected = segment.parse(TEXT, 200, 150, vqvae.init(6))[1].mask
     assert (
@@ -148,54 +148,54 @@ def test_masks_says_which_decoder(run, asked):
 
 
 @pytest.mark.parametrize("command", ["detect", "segment"])
-def test_out_writes_the_drawing(run, asked, place, tmp_path, command):
-    given = (place / "red.png").read_bytes()
+def test_out_writes_the_drawing(run, prefixes, workdir, tmp_path, command):
+    before = (workdir / "red.png").read_bytes()
     assert run(command, "red.png", "cat", "--out", str(tmp_path / "out.png"))[0] == 0
-    found = (
+    objects = (
         segment.with_confidence(DONE, MODEL.tokenizer, 200, 150, VQ)
         if command == "segment"
         else detect.with_confidence(DONE, MODEL.tokenizer, 200, 150)
     )
-    expected = draw.objects(Image.open(place / "red.png"), found)
+    expected = draw.objects(Image.open(workdir / "red.png"), objects)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
-    assert (place / "red.png").read_bytes() == given
+    assert (workdir / "red.png").read_bytes() == before
 
 
-def test_out_of_several_pictures_is_a_folder(run, asked, tmp_path):
+def test_out_is_a_folder_for_several_pictures(run, prefixes, tmp_path):
     assert run("detect", "red.png", "blue.png", "cat", "--out", str(tmp_path / "drawn"))[0] == 0
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["blue.png", "red.png"]
     assert run("detect", "sub/red.png", "cat", "--out", str(tmp_path))[0] == 0
-    assert pg.image.open_image(tmp_path / "red.png").size == (20, 10), "of one picture too, if it is there"
+    assert pg.image.open_image(tmp_path / "red.png").size == (20, 10), "one picture too, if the folder exists"
 
 
 KINDS = {"a.jpg": "JPEG", "b.JPEG": "JPEG", "c.png": "PNG", "d.webp": "WEBP", "e.tif": "TIFF", "f.bmp": "BMP"}
 
 
-def test_a_drawing_keeps_the_format_of_its_picture_or_is_a_png(run, asked, place, tmp_path):
-    """A JPEG is not made a PNG of five times its size, and formats with a palette have too few colours."""
-    given = KINDS | {"g.gif": "GIF", "h.ico": "ICO", "j": "JPEG", "k.ppm": "PPM"}
-    for name, kind in given.items():
-        Image.open(place / "red.png").save(tmp_path / name, kind)
+def test_a_drawing_keeps_the_format_of_its_picture_or_is_a_png(run, prefixes, workdir, tmp_path):
+    """A drawing of a JPEG is not a PNG of five times the size; formats with a palette have too few colours."""
+    names = KINDS | {"g.gif": "GIF", "h.ico": "ICO", "j": "JPEG", "k.ppm": "PPM"}
+    for name, kind in names.items():
+        Image.open(workdir / "red.png").save(tmp_path / name, kind)
     out = tmp_path / "drawn"
-    assert run("detect", *(str(tmp_path / name) for name in given), "cat", "--out", str(out))[0] == 0
-    found = {}
+    assert run("detect", *(str(tmp_path / name) for name in names), "cat", "--out", str(out))[0] == 0
+    formats = {}
     for path in out.iterdir():
         with Image.open(path) as image:
-            found[path.name] = image.format
-    assert found == KINDS | {"g.png": "PNG", "h.png": "PNG", "j.png": "PNG", "k.png": "PNG"}
+            formats[path.name] = image.format
+    assert formats == KINDS | {"g.png": "PNG", "h.png": "PNG", "j.png": "PNG", "k.png": "PNG"}
 
 
-def test_a_drawing_says_the_confidence_when_asked(run, asked, place, tmp_path):
-    found, given = detect.with_confidence(DONE, MODEL.tokenizer, 200, 150), Image.open(place / "red.png")
+def test_a_drawing_shows_the_confidence_with_the_option(run, prefixes, workdir, tmp_path):
+    objects, picture = detect.with_confidence(DONE, MODEL.tokenizer, 200, 150), Image.open(workdir / "red.png")
     for options, confidence in (([], False), (["--confidence"], True)):
         assert run("detect", "red.png", "cat", "--out", str(tmp_path / "x.png"), *options)[0] == 0
-        assert Image.open(tmp_path / "x.png").convert("RGB") == draw.objects(given, found, confidence=confidence)
+        assert Image.open(tmp_path / "x.png").convert("RGB") == draw.objects(picture, objects, confidence=confidence)
 
 
-def test_letters_that_no_font_has_are_named_once_and_font_gives_them(run, monkeypatch, tmp_path):
+def test_letters_missing_in_all_fonts_are_named_once_and_font_provides_them(run, monkeypatch, tmp_path):
     monkeypatch.setattr(fonts, "installed", tuple)  # a system without fonts
     text = f"{UNSURE} кот ; {SURE} котик"
-    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [pg.Completion(text, [], [], "eos")])
+    monkeypatch.setattr(pg, "generate", lambda *args, **sampling: [pg.Completion(text, [], [], "eos")])
     call = ["detect", "red.png", "blue.png", "cat", "--out", str(tmp_path / "drawn")]
     status, _, err = run(*call)
     assert (status, err.count("\n")) == (0, 1)
@@ -203,19 +203,19 @@ def test_letters_that_no_font_has_are_named_once_and_font_gives_them(run, monkey
     dejavu = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
     assert run(*call, "--font", dejavu)[2] == ""
     drawn = Image.open(tmp_path / "drawn" / "red.png").convert("RGB")
-    found = detect.parse(text, 200, 150)
-    assert drawn == draw.objects(Image.new("RGB", (200, 150), (200, 0, 0)), found, dejavu)
+    objects = detect.parse(text, 200, 150)
+    assert drawn == draw.objects(Image.new("RGB", (200, 150), (200, 0, 0)), objects, dejavu)
 
 
 @pytest.mark.parametrize("coco_file", [False, True])
-def test_masks_of_earlier_pictures_are_not_kept(run, asked, monkeypatch, tmp_path, coco_file):
+def test_masks_of_earlier_pictures_are_freed(run, prefixes, monkeypatch, tmp_path, coco_file):
     masks, most = [], []
 
-    def with_confidence(*given) -> list:
-        found = original(*given)
-        masks.extend(weakref.ref(item.mask) for item in found)
+    def with_confidence(*args) -> list:
+        objects = original(*args)
+        masks.extend(weakref.ref(item.mask) for item in objects)
         most.append(sum(mask() is not None for mask in masks))
-        return found
+        return objects
 
     original = segment.with_confidence
     monkeypatch.setattr(segment, "with_confidence", with_confidence)
@@ -223,11 +223,11 @@ def test_masks_of_earlier_pictures_are_not_kept(run, asked, monkeypatch, tmp_pat
     for number in range(6):
         Image.new("RGB", (20, 10)).save(tmp_path / f"{number}.png")
     assert run("segment", *(str(tmp_path / f"{number}.png") for number in range(6)), "cat", *options)[0] == 0
-    assert (len(masks), max(most)) == (12, 4), "those of one picture, and of the one before it"
+    assert (len(masks), max(most)) == (12, 4), "the masks of one picture, and of the one before it"
 
 
-def test_a_picture_that_cannot_be_read_loses_nothing_of_the_others(run, asked, place, tmp_path):
-    (place / "cut.png").write_bytes((place / "red.png").read_bytes()[:60])
+def test_a_truncated_picture_is_missing_in_the_coco_file_and_the_others_are_in_it(run, prefixes, workdir, tmp_path):
+    (workdir / "cut.png").write_bytes((workdir / "red.png").read_bytes()[:60])
     call = ["detect", "red.png", "cut.png", "sub/red.png", "cat", "--coco", str(tmp_path / "x.json"), "--json"]
     status, out, err = run(*call)
     assert status == 1
@@ -235,11 +235,11 @@ def test_a_picture_that_cannot_be_read_loses_nothing_of_the_others(run, asked, p
     assert err.startswith("pgfunc: cut.png: cannot be read as a picture")
     assert err.count("\n") == 1
     assert run("detect", "cut.png", "cat")[0] == 2
-    found = json.loads((tmp_path / "x.json").read_text())
-    assert [image["file_name"] for image in found["images"]] == ["red.png", "sub/red.png"]
+    dataset = json.loads((tmp_path / "x.json").read_text())
+    assert [image["file_name"] for image in dataset["images"]] == ["red.png", "sub/red.png"]
 
 
-def test_coco_has_all_pictures(run, asked, tmp_path):
+def test_the_coco_file_has_all_pictures(run, prefixes, tmp_path):
     assert run("segment", "red.png", "sub/red.png", "cat", "--coco", str(tmp_path / "all.json"))[0] == 0
     names = [("red.png", 200, 150), ("sub/red.png", 20, 10)]
     pictures = [
@@ -249,27 +249,27 @@ def test_coco_has_all_pictures(run, asked, tmp_path):
     assert json.loads((tmp_path / "all.json").read_text()) == coco.dataset(pictures)
 
 
-def test_names_and_labels_that_are_odd(run, place, monkeypatch, tmp_path):
-    """A file's name that is not text, a label of two lines: what is written can be read, a line an object."""
+def test_odd_file_names_and_labels_are_printed_and_written(run, workdir, monkeypatch, tmp_path):
+    """A file name that is not valid Unicode, and a label of two lines: output is one line, and files can be read."""
     name, text = os.fsdecode(b"\xff.png"), f"{UNSURE} big\ncat ☃"
-    shutil.copy(place / "red.png", place / name)
-    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [pg.Completion(text, [], [], "eos")])
+    shutil.copy(workdir / "red.png", workdir / name)
+    monkeypatch.setattr(pg, "generate", lambda *args, **sampling: [pg.Completion(text, [], [], "eos")])
     status, out, _ = run("detect", name, "cat", "--coco", str(tmp_path / "x.json"), "--out", str(tmp_path / "x.png"))
     assert status == 0
     assert out.splitlines() == ["\\udcff.png: big cat ☃\tx 39.1..150.0, y 14.7..74.9"]
-    found = json.loads((tmp_path / "x.json").read_text())
-    assert (found["images"][0]["file_name"], found["categories"][0]["name"]) == (name, "big\ncat ☃")
+    dataset = json.loads((tmp_path / "x.json").read_text())
+    assert (dataset["images"][0]["file_name"], dataset["categories"][0]["name"]) == (name, "big\ncat ☃")
     assert json.loads(run("detect", name, "cat", "--json")[1])["finish"] == "eos"
 
 
-def test_a_model_that_finds_nothing_says_so(run, asked, monkeypatch):
+def test_an_answer_without_objects_prints_nothing_found(run, prefixes, monkeypatch):
     nothing = pg.Completion("", [], [], "eos")
-    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [nothing])
+    monkeypatch.setattr(pg, "generate", lambda *args, **sampling: [nothing])
     assert run("detect", "red.png", "cat")[:2] == (0, "red.png: nothing found\n")
     assert json.loads(run("segment", "red.png", "cat", "--json")[1])["objects"] == []
 
 
-def test_a_real_model_goes_all_the_way(run):
+def test_detect_and_segment_run_with_a_real_model(run):
     status, out, _ = run("detect", "red.png", "cat", "--max-new-tokens", "4")
     expected = pg.generate(MODEL, Image.new("RGB", (200, 150), (200, 0, 0)), "detect cat", max_new_tokens=4)
     assert (status, out) == (0, "red.png: nothing found\n")
@@ -278,7 +278,7 @@ def test_a_real_model_goes_all_the_way(run):
     assert json.loads(run("detect", "red.png", "cat", "--max-new-tokens", "4", "--json")[1])["text"] == expected[0].text
 
 
-def test_caption_of_a_box(run):
+def test_caption_accepts_a_box(run):
     status, out, _ = run("caption", "red.png", "--box", "50,30,100,120", "--json", "--max-new-tokens", "3")
     assert status == 0
     assert json.loads(out)["prompt"] == "<loc0205><loc0256><loc0818><loc0512> caption en"
@@ -287,13 +287,13 @@ def test_caption_of_a_box(run):
 
 
 @pytest.mark.parametrize("command", ["detect", "segment"])
-def test_a_picture_that_cannot_be_read_is_left_out_and_the_others_are_not_lost(run, asked, tmp_path, command):
+def test_an_unreadable_picture_is_skipped_and_the_others_are_drawn(run, prefixes, tmp_path, command):
     (tmp_path / "bad.png").write_text("no picture")
     out, dataset = tmp_path / "drawn", tmp_path / "all.json"
     pictures = [str(tmp_path / "bad.png"), "red.png", "blue.png"]
-    status, said, err = run(command, *pictures, "cat", "--coco", str(dataset), "--out", str(out), "--json")
+    status, printed, err = run(command, *pictures, "cat", "--coco", str(dataset), "--out", str(out), "--json")
     assert status == 1
-    assert [json.loads(line)["image"] for line in said.splitlines()] == pictures[1:]
+    assert [json.loads(line)["image"] for line in printed.splitlines()] == pictures[1:]
     assert [entry["file_name"] for entry in json.loads(dataset.read_text())["images"]] == pictures[1:]
     assert sorted(path.name for path in out.iterdir()) == ["blue.png", "red.png"]
     assert err.startswith(f"pgfunc: {pictures[0]}: ")
@@ -301,13 +301,13 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_the_others_are_not_lost(r
 
 
 @pytest.mark.parametrize("option", ["--coco", "--json"])
-def test_nan_is_no_json(run, monkeypatch, tmp_path, option):
+def test_nan_in_a_result_is_an_error_with_json(run, monkeypatch, tmp_path, option):
     broken = DONE._replace(logprobs=[float("nan")] * len(IDS))
-    monkeypatch.setattr(pg, "generate", lambda *given, **sampling: [broken])
-    given = ["--coco", str(tmp_path / "x.json")] if option == "--coco" else ["--json"]
-    status, _, err = run("detect", "red.png", "cat", *given)
+    monkeypatch.setattr(pg, "generate", lambda *args, **sampling: [broken])
+    options = ["--coco", str(tmp_path / "x.json")] if option == "--coco" else ["--json"]
+    status, _, err = run("detect", "red.png", "cat", *options)
     assert status == 2
-    assert "nan or infinite, which JSON cannot say" in err
+    assert "nan or infinite, which JSON cannot hold" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -364,17 +364,17 @@ ARGUMENTS = [name for name in MISTAKES if not name.startswith("masks")]
 
 @pytest.mark.parametrize("mistake", ARGUMENTS)
 def test_arguments_are_checked_before_anything_is_loaded(run, monkeypatch, mistake):
-    monkeypatch.setattr(pg, "load", lambda *given, **more: pytest.fail("loaded"))
+    monkeypatch.setattr(pg, "load", lambda *args, **more: pytest.fail("loaded"))
     assert run(*MISTAKES[mistake][0])[0] == 2
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2_before_the_model_is_asked(run, asked, mistake):
-    arguments, said = MISTAKES[mistake]
+def test_a_mistake_is_one_line_and_status_2_before_the_model_is_asked(run, prefixes, mistake):
+    arguments, message = MISTAKES[mistake]
     status, out, err = run(*arguments)
-    assert (status, out, asked) == (2, "", [])
+    assert (status, out, prefixes) == (2, "", [])
     assert err.startswith("pgfunc: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -386,16 +386,16 @@ def test_an_option_exists_only_where_it_applies(run, option, owner):
         assert ("No such option" in err) == (command != owner)
 
 
-def test_a_model_without_a_mask_decoder_says_to_give_one(run, asked):
+def test_a_missing_mask_decoder_is_an_error_that_names_the_option(run, prefixes):
     status, out, err = run("segment", "red.png", "cat", model="bare")
-    assert (status, out, asked) == (2, "", [])
+    assert (status, out, prefixes) == (2, "", [])
     assert (
         err
         == "pgfunc: bare/masks.safetensors: missing; give a mask decoder with --masks, such as Google's vae-oid.npz\n"
     )
 
 
-def test_what_to_look_for_may_be_longer_than_a_file_name(run, asked):
-    wanted = " ; ".join(f"object {i}" for i in range(400))
-    assert run("detect", "red.png", wanted)[0] == 0
-    assert asked == [f"detect {wanted}"]
+def test_what_to_look_for_may_be_longer_than_a_file_name(run, prefixes):
+    names = " ; ".join(f"object {i}" for i in range(400))
+    assert run("detect", "red.png", names)[0] == 0
+    assert prefixes == [f"detect {names}"]

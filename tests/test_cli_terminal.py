@@ -1,4 +1,4 @@
-"""What reaches a terminal, a pipe and a script: remarks, escapes, outputs that cannot be written, names too long."""
+"""Output on a terminal, in a pipe and in a script: hints, escapes, outputs that cannot be written, long names."""
 
 import json
 import os
@@ -18,11 +18,11 @@ import pgfunc as pg
 from pgfunc import cli
 from pgfunc.errors import harmless
 
-SHIPPED = "pgfunc: the shipped checkpoint knows drawn scenes of 201 things, and coloured shapes, but no photographs; "
+SHIPPED = "pgfunc: the shipped checkpoint knows drawn scenes of 201 things and coloured shapes, but no photographs; "
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workdir(tmp_path_factory):
     """A folder with a random checkpoint and a picture."""
     folder = tmp_path_factory.mktemp("terminal")
     pg.save(text_model(), folder / "model")
@@ -31,11 +31,11 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def run(place, monkeypatch, capsys):
+def run(workdir, monkeypatch, capsys):
     """Run the command in that folder; returns exit status, standard output and standard error."""
 
     def call(*arguments: str, terminal: bool = False) -> tuple[int, str, str]:
-        monkeypatch.chdir(place)
+        monkeypatch.chdir(workdir)
         monkeypatch.setattr(sys, "argv", ["pgfunc", *arguments])
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
         with pytest.raises(SystemExit) as ended:
@@ -48,36 +48,36 @@ def run(place, monkeypatch, capsys):
 
 HERE = "--model", "model", "--device", "cpu", "--max-new-tokens", "3"
 
-# --- remarks
+# --- hints
 
 
-@pytest.mark.parametrize("given", [("--top-p", "0.5"), ("--top-k", "3", "--seed", "1"), ("--min-p", "0.1")], ids=str)
-def test_options_of_sampling_without_a_temperature_are_remarked(run, given):
-    status, out, err = run("caption", "red.png", "--json", *HERE, *given)
-    named = ", ".join(word for word in given if word.startswith("--"))
+@pytest.mark.parametrize("options", [("--top-p", "0.5"), ("--top-k", "3", "--seed", "1"), ("--min-p", "0.1")], ids=str)
+def test_sampling_options_without_a_temperature_get_a_hint(run, options):
+    status, out, err = run("caption", "red.png", "--json", *HERE, *options)
+    names = ", ".join(word for word in options if word.startswith("--"))
     assert (status, err) == (
         0,
-        f"pgfunc: {named}: no effect without --temperature, decoding is greedy; --temperature 1 samples\n",
+        f"pgfunc: {names}: no effect, because decoding is greedy; add --temperature 1 to sample\n",
     )
-    assert run("caption", "red.png", "--json", *HERE, *given, "--quiet") == (0, out, "")
-    assert run("caption", "red.png", "--json", *HERE, *given, "--temperature", "1")[2] == ""
+    assert run("caption", "red.png", "--json", *HERE, *options, "--quiet") == (0, out, "")
+    assert run("caption", "red.png", "--json", *HERE, *options, "--temperature", "1")[2] == ""
 
 
 @pytest.mark.parametrize("command", [("caption", "red.png", "--json"), ("classify", "red.png", "--label", "a")])
-def test_on_a_terminal_the_shipped_checkpoint_says_once_what_it_knows(run, command):
-    given = *command, "--device", "cpu"
-    status, out, err = run(*given, terminal=True)
-    another = "--model" if command[0] == "classify" else "--model or PGFUNC_MODEL"
-    assert (status, err) == (0, f"{SHIPPED}{another} names another, --quiet leaves this out\n")
-    assert run(*given, "--quiet", terminal=True) == run(*given) == (0, out, "")
+def test_on_a_terminal_a_hint_describes_the_shipped_checkpoint(run, command):
+    options = *command, "--device", "cpu"
+    status, out, err = run(*options, terminal=True)
+    option = "--model" if command[0] == "classify" else "--model or PGFUNC_MODEL"
+    assert (status, err) == (0, f"{SHIPPED}choose another with {option}, or hide this hint with --quiet\n")
+    assert run(*options, "--quiet", terminal=True) == run(*options) == (0, out, "")
 
 
-def test_the_environment_may_name_the_checkpoint(run, monkeypatch):
+def test_an_environment_variable_can_choose_the_checkpoint(run, monkeypatch):
     named = run("caption", "red.png", *HERE)
     monkeypatch.setenv("PGFUNC_MODEL", "model")
     assert run("caption", "red.png", *HERE[2:], terminal=True) == named
     assert run("caption", "red.png", "--model", "nowhere")[2].startswith("pgfunc: nowhere: no such file")
-    assert run("inspect", "model")[0] == 0, "an argument names it"
+    assert run("inspect", "model")[0] == 0, "the argument wins"
 
 
 # --- characters
@@ -85,8 +85,8 @@ def test_the_environment_may_name_the_checkpoint(run, monkeypatch):
 FORGED = "a\nblue.png: a cat\x1b[31m\u202e\u2028\x9b\x07.png"
 
 
-def test_a_name_neither_forges_a_line_nor_commands_the_terminal(run, place):
-    shutil.copy(place / "red.png", place / FORGED)
+def test_a_file_name_cannot_forge_a_line_or_control_the_terminal(run, workdir):
+    shutil.copy(workdir / "red.png", workdir / FORGED)
     shown = "a\\nblue.png: a cat\\x1b[31m\\u202e\\u2028\\x9b\\x07.png: "
     for command in (
         ("caption", "red.png", FORGED),
@@ -106,17 +106,17 @@ def test_a_name_neither_forges_a_line_nor_commands_the_terminal(run, place):
         assert line.isprintable()
 
 
-def test_what_a_model_writes_commands_no_terminal(run, monkeypatch):
-    monkeypatch.setattr(pg, "stream", lambda *given, **settings: ["two\nlines\tand ", "\x1b[31mred\x9b"])
+def test_an_answer_cannot_control_the_terminal(run, monkeypatch):
+    monkeypatch.setattr(pg, "stream", lambda *args, **settings: ["two\nlines\tand ", "\x1b[31mred\x9b"])
     assert run("caption", "red.png", *HERE)[1] == "two\nlines\tand \\x1b[31mred\\x9b\n"
     done = pg.Completion(FORGED, [], [], "eos")
-    monkeypatch.setattr(pg, "generate", lambda *given, **settings: [done])
+    monkeypatch.setattr(pg, "generate", lambda *args, **settings: [done])
     lines = run("caption", "red.png", "red.png", *HERE)[1].splitlines()
     assert [line.startswith("red.png: a\\nblue.png: a cat\\x1b[31m") for line in lines] == [True, True]
 
 
 @given(st.text(st.characters(codec=None)))
-def test_a_line_is_a_line_and_json_is_exact(text):
+def test_escaped_text_is_one_line_and_printable_text_is_unchanged(text):
     assert len(harmless(text).splitlines()) <= 1
     assert harmless(harmless(text)) == harmless(text)
     if text.isprintable():
@@ -124,11 +124,11 @@ def test_a_line_is_a_line_and_json_is_exact(text):
 
 
 @pytest.mark.parametrize("text", ["naïve café", "日本\u3000語", "👩\u200d👩\u200d👧", "می\u200cخواهم", "a\xa0b"])
-def test_letters_of_every_script_are_shown(text):
+def test_letters_of_all_scripts_are_printed_unchanged(text):
     assert harmless(text) == text
 
 
-# --- where it goes
+# --- standard output
 
 FULL = "pgfunc: standard output: cannot be written (No space left on device)\n"
 PRINTING = {
@@ -140,7 +140,7 @@ PRINTING = {
 
 
 @pytest.mark.parametrize("name", PRINTING)
-def test_an_output_that_is_full_is_one_line_and_status_2(run, monkeypatch, name):
+def test_a_full_disk_behind_standard_output_is_one_line_and_status_2(run, monkeypatch, name):
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         status, _, err = run(*PRINTING[name])
@@ -149,7 +149,7 @@ def test_an_output_that_is_full_is_one_line_and_status_2(run, monkeypatch, name)
 
 
 @pytest.mark.parametrize("name", PRINTING)
-def test_a_reader_that_has_enough_is_told_nothing(run, monkeypatch, name):
+def test_a_closed_pipe_prints_nothing(run, monkeypatch, name):
     reading, writing = os.pipe()
     os.close(reading)
     with suppress(BrokenPipeError), os.fdopen(writing, "w") as pipe:
@@ -157,14 +157,14 @@ def test_a_reader_that_has_enough_is_told_nothing(run, monkeypatch, name):
         assert run(*PRINTING[name])[::2] == (1, "")
 
 
-def test_nothing_is_told_of_a_full_output_when_the_process_ends(place):
+def test_a_full_disk_is_reported_only_once_when_the_process_ends(workdir):
     command = [sys.executable, "-m", "pgfunc.cli", "inspect", "model"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, cwd=place, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=workdir, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, FULL)
 
 
-def test_outputs_that_are_closed_do_not_change_the_status(run, monkeypatch):
+def test_a_closed_standard_output_does_not_change_the_status(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert run("caption", "red.png", *HERE)[0] == 0
     assert run("caption", "no.png", *HERE)[0] == 2

@@ -1,4 +1,4 @@
-"""`pgfunc train`: a run from the command line, interrupted and continued, and every mistake one line."""
+"""`pgfunc train`: a run from the command line, interrupted and continued; every mistake is one line."""
 
 import json
 import re
@@ -29,7 +29,7 @@ GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "ab"}
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model, a picture, five lines to learn and two to check."""
+    """A model, two pictures, five lines to train on and two to validate on."""
     model = text_model()
     pg.save(model, tmp_path / "model")
     for name, colour in {"a.png": "red", "b.png": "blue"}.items():
@@ -63,7 +63,7 @@ def test_a_run_leaves_a_model_a_log_and_a_curve(folder):
     assert [entry["step"] for entry in log if "valid" in entry] == list(range(3, 61, 3))
     with Image.open(out / "loss.png") as curve:
         assert curve.size == (840, 480)
-        assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 20  # it is not blank
+        assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 20  # the curve is not blank
     model = pg.load(out, device="cpu")
     answers = pg.generate(model, [str(folder / "a.png"), str(folder / "b.png")], "caption en", 8)
     assert [answer.text for answer in answers] == ["ab", "xyz"]
@@ -72,17 +72,17 @@ def test_a_run_leaves_a_model_a_log_and_a_curve(folder):
 def test_lora_leaves_an_adapter(folder):
     result = run(folder, "--steps", "2", "--lora-rank", "2", "--lora-target", "language.*.q", "--lora-alpha", "6")
     assert result.exit_code == 0, result.output
-    found = lora.load(folder / "out", pg.load(folder / "model", device="cpu").cfg)
-    assert found.scale == 3
-    assert found.pairs.keys() == {f"language.layers.{i}.q" for i in range(3)}
-    assert any(pair.b.any() for pair in found.pairs.values())
+    actual = lora.load(folder / "out", pg.load(folder / "model", device="cpu").cfg)
+    assert actual.scale == 3
+    assert actual.pairs.keys() == {f"language.layers.{i}.q" for i in range(3)}
+    assert any(pair.b.any() for pair in actual.pairs.values())
     with pytest.raises(CheckpointError, match="a LoRA adapter, not a model; `pgfunc merge`"):
         pg.load(folder / "out")
     merged = ["merge", str(folder / "out"), str(folder / "merged"), "--model", str(folder / "model")]
     assert CliRunner().invoke(cli.app, merged, catch_exceptions=False).exit_code == 0
     base = pg.load(folder / "model", device="cpu").params
     for path, leaf in tree.flatten(pg.load(folder / "merged", device="cpu").params).items():
-        pair, before = found.pairs.get(path), tree.flatten(base)[path]
+        pair, before = actual.pairs.get(path), tree.flatten(base)[path]
         torch.testing.assert_close(leaf, before + 3 * pair.b @ pair.a if pair else before)
     assert json.loads((folder / "out" / lora.ADAPTER).read_text())["base_model_name_or_path"] == str(folder / "model")
     assert not (folder / "out" / "model.safetensors").exists()
@@ -91,20 +91,20 @@ def test_lora_leaves_an_adapter(folder):
 @pytest.mark.parametrize(("more", "rate"), [
     ((), 3e-4), (("--lora-rank", "2"), 3e-3), (("--learning-rate", "0.5"), 0.5),
 ])  # fmt: skip
-def test_the_rate_is_the_usual_one_where_none_is_given(more, rate, folder):
+def test_the_default_learning_rate_depends_on_lora(more, rate, folder):
     assert run(folder, "--steps", "60", *more).exit_code == 0
     rates = [entry["rate"] for entry in fit.read_log(folder / "out")]
-    assert rates[:4] == pytest.approx([rate / 4, rate / 2, rate * 3 / 4, rate])  # it rises over a twentieth of 60
+    assert rates[:4] == pytest.approx([rate / 4, rate / 2, rate * 3 / 4, rate])  # it rises over 5% of 60 steps
     assert max(rates) == rates[3]
 
 
-def test_a_published_model_has_the_rate_of_big_visions_transfers():
+def test_the_default_rate_of_a_published_model_is_that_of_big_vision():
     abstract = paligemma.abstract(PUBLISHED["paligemma-3b-224"])
-    assert [command.usual_rate(abstract, rank) for rank in (0, 8)] == pytest.approx([1e-5, 1e-4])
+    assert [command.default_rate(abstract, rank) for rank in (0, 8)] == pytest.approx([1e-5, 1e-4])
 
 
 def test_too_little_memory_is_one_line(folder, monkeypatch):
-    def advance(*given):
+    def advance(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
 
     monkeypatch.setattr(fit.run, "advance", advance)
@@ -112,7 +112,7 @@ def test_too_little_memory_is_one_line(folder, monkeypatch):
         run(folder, "--steps", "1")
 
 
-def test_frozen_parts_stay(folder):
+def test_frozen_parameters_do_not_change(folder):
     assert run(folder, "--steps", "1", "--freeze", "vision.*", "--freeze", "*.embed").exit_code == 0
     before, after = (tree.flatten(pg.load(folder / name, device="cpu").params) for name in ("model", "out"))
     for path, leaf in before.items():
@@ -128,17 +128,18 @@ def test_tensorboard_gets_every_number(folder):
     log = fit.read_log(folder / "out")
     for name in ("loss", "norm", "rate", "valid"):
         expected = [(entry["step"], entry[name]) for entry in log if name in entry]
-        found = [(event.step, event.value) for event in events.Scalars(name)]
-        assert torch.allclose(torch.tensor(found), torch.tensor(expected))
+        actual = [(event.step, event.value) for event in events.Scalars(name)]
+        assert torch.allclose(torch.tensor(actual), torch.tensor(expected))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupt_saves_and_the_same_command_goes_on(folder, number, status):
-    """From the keyboard, and from a job's scheduler."""
-    given = arguments(folder, "--steps", "40", "--learning-rate", "0.001")
+def test_an_interrupted_run_is_saved_and_the_same_command_continues_it(folder, number, status):
+    """The signals of Ctrl-C, of a job scheduler, and of a closing terminal."""
+    command_line = arguments(folder, "--steps", "40", "--learning-rate", "0.001")
     process = subprocess.Popen(
-        [sys.executable, "-m", "pgfunc.cli", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        # a shell that starts the tests in the background has told them to ignore it
+        [sys.executable, "-m", "pgfunc.cli", *command_line],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # a shell that runs the tests in the background makes them ignore this signal
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     log = folder / "out" / "log.jsonl"
@@ -147,25 +148,24 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(folder, number, status)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == status, output
-    assert output.strip().endswith("out: stopped and saved; the same command goes on")
+    assert output.strip().endswith("out: stopped and saved; the same command continues the run")
     assert "Traceback" not in output
     done = len(fit.read_log(folder / "out"))
     assert 0 < done < 40
     assert (folder / "out" / "loss.png").exists()
     result = run(folder, "--steps", "40", "--learning-rate", "0.001")
-    assert re.search(r"out: going on after step \d+", result.output)
+    assert re.search(r"out: continuing after step \d+", result.output)
     assert [entry["step"] for entry in fit.read_log(folder / "out")] == list(range(1, 41))
-    straight = run_straight(folder)
-    assert (folder / "out" / "model.safetensors").read_bytes() == straight
+    assert (folder / "out" / "model.safetensors").read_bytes() == uninterrupted_run(folder)
 
 
-@pytest.mark.parametrize(("every", "saved", "said"), [
+@pytest.mark.parametrize(("every", "saved", "message"), [
     (100, 0, "stopped; nothing was saved"),
-    (2, 1, "stopped; the last save is that of step 2; the same command goes on from there"),
-    (2, 2, "stopped and saved; the same command goes on"),
+    (2, 1, "stopped; the last save is that of step 2; the same command continues from there"),
+    (2, 2, "stopped and saved; the same command continues the run"),
 ])  # fmt: skip
-def test_what_is_said_of_an_interrupt_is_what_the_disk_holds(every, saved, said, folder, monkeypatch):
-    """The fifth step is interrupted, and the save that follows, unless it is among the first `saved`."""
+def test_the_message_after_an_interrupt_says_what_is_on_disk(every, saved, message, folder, monkeypatch):
+    """The fifth step is interrupted, and so is every save after the first `saved`."""
     advance, save, saves = fit.run.advance, fit.run.save, []
 
     def advance_to_the_fifth(job, state, frozen):
@@ -182,36 +182,36 @@ def test_what_is_said_of_an_interrupt_is_what_the_disk_holds(every, saved, said,
     monkeypatch.setattr(fit.run, "advance", advance_to_the_fifth)
     monkeypatch.setattr(fit.run, "save", save_the_first)
     result = run(folder, "--steps", "6", "--checkpoint-every", str(every))
-    assert (result.exit_code, result.stdout.strip()) == (130, f"{folder / 'out'}: {said}")
+    assert (result.exit_code, result.stdout.strip()) == (130, f"{folder / 'out'}: {message}")
 
 
-def test_the_signal_is_what_it_was_afterwards(folder):
+def test_the_signal_handler_is_restored(folder):
     before = signal.getsignal(signal.SIGTERM)
     assert run(folder, "--steps", "1").exit_code == 0
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_curve_is_there_during_the_run(folder, monkeypatch):
-    advance, seen = fit.run.advance, []
+def test_the_curve_is_drawn_during_the_run(folder, monkeypatch):
+    advance, curves = fit.run.advance, []
 
     def watched(job, state, frozen):
-        seen.append((folder / "out" / "loss.png").exists())
+        curves.append((folder / "out" / "loss.png").exists())
         return advance(job, state, frozen)
 
     monkeypatch.setattr(fit.run, "advance", watched)
     assert run(folder, "--steps", "3", "--checkpoint-every", "1").exit_code == 0
-    assert seen == [False, True, True]
+    assert curves == [False, True, True]
 
 
-@pytest.mark.parametrize(("every", "more", "said"), [
+@pytest.mark.parametrize(("every", "more", "message"), [
     (100, (), r"step \d: .*; nothing was saved$"),
     (1, (), r"step \d: .*; the state after step \d is in .*run\.safetensors$"),
     (100, ("--steps", "1"), r"step 1: trained\.\S+ is not finite after it; lower learning-rate.*; nothing was saved$"),
     (100, ("--lora-rank", "1"), r"step \d: .*; nothing was saved$"),
 ])  # fmt: skip
-def test_a_run_that_diverges_is_not_saved(every, more, said, folder):
+def test_a_run_that_diverges_is_not_saved(every, more, message, folder):
     rate = "1e38" if every == 100 else "1e18"
-    with pytest.raises(NumericalError, match=said):
+    with pytest.raises(NumericalError, match=message):
         run(folder, "--steps", "9", "--warmup", "0", "--learning-rate", rate, "--checkpoint-every", str(every), *more)
     assert not (folder / "out" / "config.json").exists()
     if (folder / "out" / "run.safetensors").exists():
@@ -219,41 +219,41 @@ def test_a_run_that_diverges_is_not_saved(every, more, said, folder):
         assert all(array.isfinite().all() for array in arrays.values())
 
 
-@pytest.mark.parametrize("place", ["data", "valid", "images", "picture", "model", "link"])
-def test_what_is_read_may_not_lie_in_the_folder_that_is_written(folder, place):
+@pytest.mark.parametrize("input", ["data", "valid", "images", "picture", "model", "link"])
+def test_the_output_folder_must_not_contain_an_input(folder, input):
     out = folder / "out"
     out.mkdir()
-    given = arguments(folder, "--steps", "1")
-    if place in ("data", "link"):
+    command_line = arguments(folder, "--steps", "1")
+    if input in ("data", "link"):
         shutil.copy(folder / "data.jsonl", out / "log.jsonl")
         (folder / "link.jsonl").symlink_to(out / "log.jsonl")
-        given[1] = str(folder / "link.jsonl" if place == "link" else out / "log.jsonl")
-        given += ["--images", str(folder)]
-    elif place == "valid":
+        command_line[1] = str(folder / "link.jsonl" if input == "link" else out / "log.jsonl")
+        command_line += ["--images", str(folder)]
+    elif input == "valid":
         shutil.copy(folder / "valid.jsonl", out)
-        given += ["--valid", str(out / "valid.jsonl")]
-    elif place == "images":
-        given += ["--images", str(out)]
-    elif place == "picture":
+        command_line += ["--valid", str(out / "valid.jsonl")]
+    elif input == "images":
+        command_line += ["--images", str(out)]
+    elif input == "picture":
         shutil.copy(folder / "a.png", out / "loss.png")
         (folder / "data.jsonl").write_text(json.dumps(GOOD | {"image": "out/loss.png"}))
     else:
         shutil.copytree(folder / "model", out / "model")
-        given[given.index("--model") + 1] = str(out / "model")
+        command_line[command_line.index("--model") + 1] = str(out / "model")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(SettingError, match=r"--out .*, which is read"):
-        CliRunner().invoke(cli.app, given, catch_exceptions=False)
+        CliRunner().invoke(cli.app, command_line, catch_exceptions=False)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def run_straight(folder: Path) -> bytes:
-    given = arguments(folder, "--steps", "40", "--learning-rate", "0.001")
-    given[given.index("--out") + 1] = str(folder / "straight")
-    assert CliRunner().invoke(cli.app, given).exit_code == 0
-    return (folder / "straight" / "model.safetensors").read_bytes()
+def uninterrupted_run(folder: Path) -> bytes:
+    command_line = arguments(folder, "--steps", "40", "--learning-rate", "0.001")
+    command_line[command_line.index("--out") + 1] = str(folder / "uninterrupted")
+    assert CliRunner().invoke(cli.app, command_line).exit_code == 0
+    return (folder / "uninterrupted" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.parametrize(("more", "message"), [
     (["--steps", "3", "--epochs", "2"], "give --epochs or --steps, not both"),
     (["--steps", "0"], "steps is 0"),
     (["--batch-size", "0"], "batch-size is 0"),
@@ -273,8 +273,8 @@ def run_straight(folder: Path) -> bytes:
     (["--weight-decay", "inf"], "weight-decay is inf"),
     (["--weight-decay", "nan"], "weight-decay is nan"),
 ])  # fmt: skip
-def test_settings_that_cannot_be_are_named_before_anything_is_written(more, said, folder):
-    with pytest.raises(SettingError, match=re.escape(said)):
+def test_invalid_settings_are_refused_before_anything_is_written(more, message, folder):
+    with pytest.raises(SettingError, match=re.escape(message)):
         run(folder, *more)
     assert not (folder / "out").exists()
 
@@ -283,11 +283,11 @@ def test_settings_that_cannot_be_are_named_before_anything_is_written(more, said
 @pytest.mark.parametrize("line", ['{"image": "a.png"', '{"image": "none.png", "prefix": "p", "suffix": "s"}',
                                   json.dumps(GOOD | {"suffix": "long" * 40})])  # fmt: skip
 def test_a_bad_line_is_named_before_training_starts(line, name, folder, monkeypatch):
-    monkeypatch.setattr(fit, "fit", lambda *given: pytest.fail("training started"))
+    monkeypatch.setattr(fit, "fit", lambda *args: pytest.fail("training started"))
     with (folder / name).open("a") as file:
         file.write(line + "\n")
-    place = len((folder / name).read_text().splitlines())
-    with pytest.raises(DataError, match=rf"{name}:{place}: "):
+    number = len((folder / name).read_text().splitlines())
+    with pytest.raises(DataError, match=rf"{name}:{number}: "):
         run(folder, "--steps", "1", "--valid", str(folder / "valid.jsonl"))
     assert not (folder / "out").exists()
 
@@ -298,13 +298,13 @@ def test_a_folder_that_holds_a_model_is_not_overwritten(folder):
         run(folder, "--steps", "1")
 
 
-def test_an_out_that_is_a_file_is_named(folder):
+def test_an_output_folder_that_is_a_file_is_refused(folder):
     (folder / "out").write_text("")
     with pytest.raises(PgfuncError, match="out: cannot be written"):
         run(folder, "--steps", "1")
 
 
-def test_packages_that_are_not_there_are_named_with_the_way_to_get_them(folder, monkeypatch):
+def test_a_missing_package_is_named_with_its_install_command(folder, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: name == "matplotlib" or None)
     with pytest.raises(SettingError, match=re.escape("python -m pip install 'pgfunc[train]'")):
         run(folder, "--tensorboard")

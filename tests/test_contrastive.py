@@ -1,4 +1,4 @@
-"""The contrastive losses: their formulas, whole, in chunks and over processes; stable at extremes; recall."""
+"""Contrastive losses equal their formulas, at once, in chunks and over processes, and are stable; recall."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ sizes = st.integers(1, 9)
 
 
 def batch(size: int, seed: int, dtype: torch.dtype = torch.float32, width: int = WIDTH) -> tuple[torch.Tensor, ...]:
-    """Unit vectors of pictures and texts, log of the factor, bias."""
+    """Unit vectors of pictures and texts, the logarithm of the factor, and the bias."""
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, size, width, generator=generator, dtype=torch.float64)
     scale, bias = torch.tensor(1.7, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
@@ -32,7 +32,7 @@ def batch(size: int, seed: int, dtype: torch.dtype = torch.float32, width: int =
 
 
 def softmax(x, y, scale, bias, **options):
-    """With the signature of `sigmoid_loss`, for the laws that both obey."""
+    """`softmax_loss` with the signature of `sigmoid_loss`, for tests of both."""
     return softmax_loss(x, y, scale, **options) + 0 * bias
 
 
@@ -44,23 +44,23 @@ def value_and_grads(loss, inputs, **options) -> list[torch.Tensor]:
     return [value, *grads]
 
 
-def assert_equal(found, expected, **tolerance) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_equal(actual, expected, **tolerance) -> None:
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, **tolerance)
 
 
 @given(sizes, seeds)
-def test_sigmoid_loss_is_the_formula_of_the_paper(size, seed):
+def test_sigmoid_loss_equals_the_formula_of_the_paper(size, seed):
     x, y, scale, bias = (t.numpy() for t in batch(size, seed, torch.float64))
     z = 2 * np.eye(size) - 1
     expected = np.log1p(np.exp(-z * (np.exp(scale) * x @ y.T + bias))).sum() / size
-    found = sigmoid_loss(*batch(size, seed, torch.float64))
-    np.testing.assert_allclose(found, expected, rtol=1e-12)  # float64
+    actual = sigmoid_loss(*batch(size, seed, torch.float64))
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)  # float64
     np.testing.assert_allclose(sigmoid_loss(*batch(size, seed)), expected, rtol=1e-5)  # float32
 
 
 @given(sizes, seeds)
-def test_softmax_loss_is_the_cross_entropy_both_ways(size, seed):
+def test_softmax_loss_is_the_cross_entropy_in_both_directions(size, seed):
     x, y, scale, _ = (t.numpy() for t in batch(size, seed, torch.float64))
     weights = np.exp(np.exp(scale) * x @ y.T)
     own = np.diag(weights)
@@ -73,72 +73,72 @@ def test_softmax_loss_is_the_cross_entropy_both_ways(size, seed):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_extreme_logits_give_finite_losses_and_gradients(loss, sign, chunk):
-    """Logits of ±10,000: right pairs cost nothing, wrong ones exactly their logit."""
+    """Logits of ±10,000: the loss of a right pair is 0, and that of a wrong pair is exactly its logit."""
     x = torch.eye(8)[[0, 1, 2, 3]] - torch.eye(8)[[4, 5, 6, 7]]
     inputs = (x / 2**0.5, sign * x / 2**0.5, torch.tensor(math.log(1e4)), torch.tensor(0.0))
-    found = value_and_grads(loss, inputs, chunk=chunk)
-    assert all(leaf.isfinite().all() for leaf in found)
+    actual = value_and_grads(loss, inputs, chunk=chunk)
+    assert all(leaf.isfinite().all() for leaf in actual)
     wrong = 0.0 if sign > 0 else 1e4
-    rest = 3 * math.log(2) if loss is sigmoid_loss else math.log(3) if sign < 0 else 0.0  # of the logits that are 0
-    torch.testing.assert_close(found[0], torch.tensor(wrong + rest), rtol=1e-5, atol=1e-3)
+    rest = 3 * math.log(2) if loss is sigmoid_loss else math.log(3) if sign < 0 else 0.0  # for the logits that are 0
+    torch.testing.assert_close(actual[0], torch.tensor(wrong + rest), rtol=1e-5, atol=1e-3)
     low = *batch(5, 1)[:2], torch.tensor(0.0), torch.tensor(-1e4 * sign)
     assert all(leaf.isfinite().all() for leaf in value_and_grads(loss, low, chunk=chunk))
 
 
-def test_half_precision_is_widened():
+def test_half_precision_is_computed_in_float32():
     x, y, scale, bias = batch(6, 0, torch.bfloat16)
     for loss in LOSSES.values():
-        found = loss(x, y, scale, bias)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, loss(*(t.float() for t in (x, y, scale, bias))))
+        actual = loss(x, y, scale, bias)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, loss(*(t.float() for t in (x, y, scale, bias))))
 
 
 class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any operation makes."""
+    """The number of elements of the largest tensor that any operation creates."""
 
     elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *(leaf.numel() for leaf in made)])
+        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *(leaf.numel() for leaf in tensors)])
         return out
 
 
 def cost(loss, size: int, chunk: int) -> tuple[int, int]:
-    """Elements of the largest tensor, forward and backward, and of what the forward pass keeps for the backward."""
-    kept: dict[int, int] = {}
+    """Elements of the largest tensor in both passes, and of the tensors saved between the passes."""
+    saved: dict[int, int] = {}
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
         return tensor
 
     inputs = [t.requires_grad_() for t in batch(size, 0)]
     with Largest() as largest:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             value = loss(*inputs, chunk=chunk)
         value.backward()
-    return largest.elements, sum(kept.values())
+    return largest.elements, sum(saved.values())
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_memory_of_chunks_does_not_grow_with_the_square_of_the_batch(loss):
-    """Every tensor that is made, in either pass, and every one that is kept: linear in the batch, and only vectors."""
+def test_memory_with_chunks_grows_linearly_with_the_batch(loss):
+    """The largest tensor of both passes is linear in the batch, and only vectors are saved between the passes."""
     for size in (64, 256):
-        largest, kept = cost(loss, size, chunk=8)
+        largest, saved = cost(loss, size, chunk=8)
         assert largest == 8 * size
-        assert kept <= 2 * size * WIDTH + 8
-        assert cost(loss, size, chunk=0)[0] == size**2  # which is what the count would see
+        assert saved <= 2 * size * WIDTH + 8
+        assert cost(loss, size, chunk=0)[0] == size**2  # so the count does see a square
 
 
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_vmap_takes_a_stack_of_batches(loss, chunk):
+def test_vmap_computes_a_stack_of_batches(loss, chunk):
     several = [batch(5, seed) for seed in range(3)]
     stacked = [torch.stack(column) for column in zip(*several, strict=True)]
-    found = torch.func.vmap(lambda *args: torch.stack([g.sum() for g in value_and_grads(loss, args, chunk=chunk)]))
+    actual = torch.func.vmap(lambda *args: torch.stack([g.sum() for g in value_and_grads(loss, args, chunk=chunk)]))
     expected = [torch.stack([g.sum() for g in value_and_grads(loss, args)]) for args in several]
-    torch.testing.assert_close(found(*stacked), torch.stack(expected), atol=1e-5, rtol=1e-5)  # float32
+    torch.testing.assert_close(actual(*stacked), torch.stack(expected), atol=1e-5, rtol=1e-5)  # float32
 
 
 COMPILED = """
@@ -153,7 +153,7 @@ for loss in LOSSES.values():
     for chunk in (0, 2):
         step = lambda *args: value_and_grads(loss, args, chunk=chunk)
         compiled = torch.compile(step, backend=backend, fullgraph=True)
-        assert_equal(compiled(*inputs), step(*inputs), atol=1e-5, rtol=1e-4)  # float32, another order of sums
+        assert_equal(compiled(*inputs), step(*inputs), atol=1e-5, rtol=1e-4)  # float32, sums in another order
 """
 
 
@@ -161,7 +161,7 @@ for loss in LOSSES.values():
     ("device", "backend"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
 )
 def test_loss_and_gradient_compile_as_one_graph(device, backend):
-    """In a process of its own: the tests' import hook, which checks shapes, cannot be compiled."""
+    """It runs in a separate process, because the import hook of the tests, which checks shapes, cannot be compiled."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     command = [sys.executable, "-c", COMPILED, device, backend]
@@ -170,17 +170,17 @@ def test_loss_and_gradient_compile_as_one_graph(device, backend):
 
 
 def one_process(rank: int, folder: str) -> None:
-    """A process of two: its rows of the batch, and the parameters' gradients averaged as DDP does it."""
+    """One of two processes: it computes its rows of the batch, and gradients are averaged as DDP does."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {}
+    actual = {}
     for name, chunk, seed in itertools.product(LOSSES, (0, 2), range(2)):
         weight, inputs = model_and_inputs(seed)
         mine = [part.chunk(2)[rank] for part in inputs[:2]]
         results = whole_step(LOSSES[name], weight, [*mine, *inputs[2:]], chunk=chunk, group=dist.group.WORLD)
         for result in results:
             dist.all_reduce(result)
-        found[name, chunk, seed] = [result / 2 for result in results]
-    torch.save(found, f"{folder}/{rank}.pt")
+        actual[name, chunk, seed] = [result / 2 for result in results]
+    torch.save(actual, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -190,7 +190,7 @@ def model_and_inputs(seed: int):
 
 
 def whole_step(loss, weight, inputs, **options) -> list[torch.Tensor]:
-    """Loss and gradients of a model of one matrix that makes both vectors."""
+    """Loss and gradients of a model with one matrix, which computes both vectors."""
 
     def objective(weight, scale, bias):
         unit = torch.nn.functional.normalize
@@ -201,15 +201,15 @@ def whole_step(loss, weight, inputs, **options) -> list[torch.Tensor]:
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Value and gradients, averaged over the processes; with torch.func, and with chunks in each."""
+    """Loss and gradients averaged over the processes are those of one process, with torch.func and with chunks."""
     torch.multiprocessing.spawn(one_process, (str(tmp_path),), nprocs=2)
     for rank in range(2):
-        for (name, _, seed), found in torch.load(tmp_path / f"{rank}.pt").items():
-            assert_equal(found, whole_step(LOSSES[name], *model_and_inputs(seed)))
+        for (name, _, seed), actual in torch.load(tmp_path / f"{rank}.pt").items():
+            assert_equal(actual, whole_step(LOSSES[name], *model_and_inputs(seed)))
 
 
 @given(st.integers(2, 12), st.integers(1, 12), seeds)
-def test_recall_is_what_sorting_finds(size, k, seed):
+def test_recall_equals_that_by_sorting(size, k, seed):
     k = min(k, size)
     x, y, *_ = batch(size, seed, torch.float64)
     similar = (x @ y.T).numpy()
@@ -220,7 +220,7 @@ def test_recall_is_what_sorting_finds(size, k, seed):
     assert recall(x, y, size) == (1, 1)
 
 
-def test_recall_of_equal_vectors_is_nothing():
+def test_recall_of_equal_vectors_is_zero():
     same = torch.ones(4, 3) / 3**0.5
     assert recall(same, same, 1) == (0, 0)
 
@@ -231,7 +231,7 @@ def test_recall_needs_k_within_the_batch(k):
         recall(torch.eye(4), torch.eye(4), k)
 
 
-def test_pictures_and_texts_of_different_number_are_an_error():
+def test_different_numbers_of_pictures_and_texts_are_an_error():
     zero = torch.zeros(())
     with pytest.raises(SettingError, match="3 and 2 vectors"):
         rows_loss("sigmoid", torch.randn(3, 4), torch.randn(2, 4), zero, zero, 0, None)
@@ -242,7 +242,7 @@ def test_a_negative_chunk_is_an_error():
         sigmoid_loss(*batch(3, 0), chunk=-1)
 
 
-def test_class_vectors_are_the_unit_middle_of_their_prompts():
+def test_class_vectors_are_the_normalized_means_of_their_prompts():
     prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.8], [0.6, 0.8]]])
     expected = torch.tensor([[0.5**0.5, 0.5**0.5], [0.6, 0.8]])
     torch.testing.assert_close(class_vectors(prompts), expected)

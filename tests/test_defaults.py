@@ -1,4 +1,4 @@
-"""A result depends on the arguments alone: PyTorch's own defaults and random generators change none."""
+"""A result depends only on the arguments: PyTorch's global defaults and random generators do not change it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ WRITTEN = "<loc0102><loc0204><loc0511><loc0767>" + "".join(f"<seg{code:03d}>" fo
 
 
 def results() -> dict[str, Any]:
-    """What the package makes of a picture and a text, from files on."""
+    """Results of many functions of the package, from a picture, a text and checkpoint files."""
     model, dual = pg.load(dtype="float32", device="cpu"), pg.load_siglip(dtype="float32", device="cpu")
     params, cfg = model.params, model.cfg
     prompt = pg.prepare(model, SCENE, "caption en", "a moon")
@@ -33,7 +33,7 @@ def results() -> dict[str, Any]:
     texts = pg.dual.embed_texts(dual.params, pg.dual_prompt.text_ids(dual, ["a cat"]), dual.cfg)
     sampled = pg.generate(model, SCENE, "caption en", 6, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, seed=3)
     drawing = draw.objects(image.open_image(SCENE), segments)
-    made = {
+    results_by_name = {
         "prompt": prompt, "logits": pg.forward(params, prompt, cfg), "completions": sampled,
         "streamed": list(pg.stream(model, SCENE, "caption en", 4)),
         "scores": pg.score(model, SCENE, "caption en", ["a moon", "two cats"]),
@@ -48,7 +48,7 @@ def results() -> dict[str, Any]:
         "int8": pg.quant.quantize(params, "int8").language.layers[0].q,
         "int4": pg.forward(pg.quant.quantize(params, "int4"), prompt, cfg),
     }  # fmt: skip
-    return pg.tree.flatten(made)
+    return pg.tree.flatten(results_by_name)
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +88,13 @@ AMBIENT = {
 
 
 @pytest.mark.parametrize("ambient", AMBIENT.values(), ids=AMBIENT)
-def test_results_are_the_same(expected, ambient):
+def test_global_defaults_of_pytorch_do_not_change_results(expected, ambient):
     with ambient():
-        found = results()
-    assert found.keys() == expected.keys()
+        actual = results()
+    assert actual.keys() == expected.keys()
     for path, value in expected.items():
         if isinstance(value, torch.Tensor):
-            assert (found[path].dtype, found[path].device) == (value.dtype, value.device), path
-            assert torch.equal(found[path], value), path
+            assert (actual[path].dtype, actual[path].device) == (value.dtype, value.device), path
+            assert torch.equal(actual[path], value), path
         else:
-            assert found[path] == value, path
+            assert actual[path] == value, path

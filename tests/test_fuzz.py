@@ -393,13 +393,13 @@ REGRESSIONS = {
     "a rank of true": ("adapter", at("adapter", "r", new=True), "not a LoRA adapter"),
     "a scale that is not finite": ("adapter", at("adapter", "lora_alpha", new=float("inf")), "lora_alpha is inf"),
     "a state of other parameters": ("run-state", joined(b'{"__metadata__":%s}' % json.dumps(
-        json.loads(split(READERS["run-state"].seeds[0])[0])["__metadata__"]).encode(), b""), "is missing, or not as"),
+        json.loads(split(READERS["run-state"].seeds[0])[0])["__metadata__"]).encode(), b""), "is missing, or of an"),
     "a state of a size that no tensor has": (
         "run-state", joined(b'{"a":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[0,0]}}', b""),
         "not the state of a run"),
     "a state of a list": ("run-state", joined(b'{"__metadata__":{"job":"[]"}}', b""), "not the state of a run"),
     "a log that is not text": ("run-log", b"\xff\n", "not the log of a run"),
-    "a log of numbers": ("run-log", b'{"step": 1, "loss": 1}\n7\n', ":2: step, loss or valid is no number"),
+    "a log of numbers": ("run-log", b'{"step": 1, "loss": 1}\n7\n', ":2: step, loss or valid is not a number"),
     "a deeply nested log": ("run-log", b"[" * 10**5 + b"\n", "not the log of a run"),
     "a long header, compressed": (
         "npz", compressed(b"\x93NUMPY\2\0" + struct.pack("<I", len(LONG)) + LONG), "array header"),

@@ -1,4 +1,4 @@
-"""A writer that is stopped leaves the old, the new, or what the next one finishes: see `killing`, which stops them."""
+"""A stopped writer leaves the old content, the new one, or a commit that the next one completes; see `killing`."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ POINTS = 100 if settings.get_current_profile_name() == "deep" else 2  # for each
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 def test_a_writer_that_is_stopped_anywhere_leaves_the_old_or_the_new():
-    """By SIGKILL, SIGINT, SIGTERM, and a disk that is full from there on, at calls spread over all that change a file.
+    """SIGKILL, SIGINT, SIGTERM or a full disk stops it, at calls spread over all its changes of files.
 
-    What is left is whole, the same write then succeeds, and no temporary file stays.
+    The content is complete, the same write then succeeds, and no temporary file remains.
     """
     script = Path(__file__).with_name("killing.py")
     done = subprocess.run([sys.executable, script, str(POINTS)], capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""LoRA: laws of the merge, and PEFT as the independent reference, for numbers, gradients and files."""
+"""LoRA: laws of the merge; and PEFT as an independent reference for logits, gradients and files."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from pgfunc import paligemma, tree
 from pgfunc.errors import CheckpointError, SettingError
 from pgfunc.train import finetune, lora
 
-# PEFT asks transformers by a name that transformers has just renamed
+# PEFT uses a name that transformers has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 CFG = CONFIGS["gemma2"]
@@ -25,7 +25,7 @@ TARGETS = ["language.layers.*", "vision.layers.?.q", "projector"]
 
 
 def random(values, targets=TARGETS, rank: int = 3, alpha: float = 6.0, seed: int = 0) -> lora.Lora:
-    """Pairs with a b that is not zero."""
+    """Pairs whose b is not zero."""
     fresh = lora.init(values, targets, rank, alpha, seed)
     generator = torch.Generator().manual_seed(seed)
     pairs = {
@@ -43,7 +43,7 @@ def test_fresh_pairs_change_nothing(cfg, seed):
 
 
 @given(configs, seeds, st.integers(1, 5), st.floats(0.1, 32))
-def test_merging_adds_the_scaled_product_and_unmerging_takes_it_away(cfg, seed, rank, alpha):
+def test_merging_adds_the_scaled_product_and_unmerging_subtracts_it(cfg, seed, rank, alpha):
     values = params(cfg)
     pairs = random(values, rank=rank, alpha=alpha, seed=seed)
     before, merged = tree.flatten(values), tree.flatten(lora.merge(values, pairs))
@@ -58,14 +58,14 @@ def test_merging_adds_the_scaled_product_and_unmerging_takes_it_away(cfg, seed, 
             assert merged[path] is leaf
 
 
-def test_only_matrices_that_multiply_take_part():
+def test_only_matrices_that_multiply_activations_get_pairs():
     paths = lora.init(params(CFG), ["*"], 2, 2.0).pairs
     assert not paths.keys() & {"language.embed", "vision.position", "vision.patch", "language.norm"}
     assert {"projector", "language.layers.0.gate", "vision.layers.1.down"} <= paths.keys()
     assert len(paths) == 1 + 7 * CFG.text.layers + 6 * CFG.vision.layers
 
 
-def test_pairs_come_from_shapes_alone_and_from_the_seed():
+def test_initial_pairs_depend_only_on_shapes_and_seed():
     abstract, real = (lora.init(p, TARGETS, 2, 2.0, 5) for p in (paligemma.abstract(CFG), params(CFG)))
     other = lora.init(params(CFG), TARGETS, 2, 2.0, 6)
     for path, pair in real.pairs.items():
@@ -81,7 +81,7 @@ def test_a_target_that_matches_no_weight_is_an_error(targets):
 
 
 @pytest.mark.parametrize("rank", [0, -1, 33, 10**9])
-def test_a_rank_below_one_or_beyond_that_of_the_matrices_is_an_error(rank):
+def test_a_rank_below_one_or_above_that_of_the_matrices_is_an_error(rank):
     with pytest.raises(SettingError, match=f"lora-rank is {rank}, expected 1 or more, and at most 24"):
         lora.init(params(CFG), ["*"], rank, 2.0)
 
@@ -101,38 +101,38 @@ def test_in_bfloat16_the_sum_is_rounded_once():
 
 @pytest.fixture(params=["gemma-2kv", "gemma2"])
 def checkpoint(request, tmp_path, monkeypatch):
-    """The folder of a random checkpoint, without rows behind the vocabulary."""
+    """The folder of a random checkpoint, without rows after the vocabulary."""
     text = reference.VARIANTS[request.param] | {"vocab_size": reference.VOCAB}
     monkeypatch.setitem(reference.VARIANTS, request.param, text)
     reference.save_random(tmp_path / "base", request.param)
     return tmp_path / "base"
 
 
-def test_peft_loads_ours_and_loss_and_gradient_are_equal(checkpoint, tmp_path):
+def test_peft_loads_our_adapter_with_equal_loss_and_gradient(checkpoint, tmp_path):
     model = pg.load(checkpoint, device="cpu")
     ours = random(model.params)
     lora.save(tmp_path / "adapter", ours, model.cfg, str(checkpoint))
     other = PeftModel.from_pretrained(reference.load(checkpoint), tmp_path / "adapter", is_trainable=True)
-    given = prompt(model.cfg, [2, 5, 3], [9, 1, 4], padding=2)
-    theirs = reference.inputs(given, model.cfg)
+    batch = prompt(model.cfg, [2, 5, 3], [9, 1, 4], padding=2)
+    theirs = reference.inputs(batch, model.cfg)
     expected = other(**theirs, labels=theirs["input_ids"].masked_fill(theirs["token_type_ids"] == 0, -100)).loss
     expected.backward()
 
     def build(pairs):
         return lora.merge(model.params, ours._replace(pairs=pairs))
 
-    grads, loss = finetune.gradient(build, ours.pairs, [given], model.cfg)
+    grads, loss = finetune.gradient(build, ours.pairs, [batch], model.cfg)
     torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=0)  # float32, losses near 5
-    found = {name: weight.grad for name, weight in other.named_parameters() if weight.requires_grad}
+    actual = {name: weight.grad for name, weight in other.named_parameters() if weight.requires_grad}
     names = lora.modules(model.cfg)
-    assert len(found) == 2 * len(grads)
+    assert len(actual) == 2 * len(grads)
     for path, pair in grads.items():
         for part, grad in zip("AB", pair, strict=True):
-            theirs = found[f"base_model.model.model.{names[path]}.lora_{part}.default.weight"]
-            torch.testing.assert_close(grad, theirs, atol=1e-4, rtol=1e-4)  # float32; merged here, apart there
+            theirs = actual[f"base_model.model.model.{names[path]}.lora_{part}.default.weight"]
+            torch.testing.assert_close(grad, theirs, atol=1e-4, rtol=1e-4)  # float32; merged here, separate in PEFT
 
 
-def test_we_load_pefts(checkpoint, tmp_path):
+def test_we_load_an_adapter_of_peft(checkpoint, tmp_path):
     pattern = r".*language_model.*(q_proj|down_proj)|.*vision_tower.*fc1|.*multi_modal_projector.linear"
     other = get_peft_model(
         reference.load(checkpoint),
@@ -144,13 +144,13 @@ def test_we_load_pefts(checkpoint, tmp_path):
                 weight.normal_(std=0.5)
     other.save_pretrained(tmp_path / "adapter")
     model = pg.load(checkpoint, device="cpu")
-    found = lora.load(tmp_path / "adapter", model.cfg)
-    assert found.scale == 2.5
-    assert len(found.pairs) == 2 * model.cfg.text.layers + model.cfg.vision.layers + 1
-    given = prompt(model.cfg, [2, 5], [3, 1])
-    expected = reference.logits(other.eval(), given, model.cfg)
-    ours = pg.forward(lora.merge(model.params, found), given, model.cfg)
-    torch.testing.assert_close(ours[given.valid], expected[given.valid], atol=1e-4, rtol=0)  # float32
+    actual = lora.load(tmp_path / "adapter", model.cfg)
+    assert actual.scale == 2.5
+    assert len(actual.pairs) == 2 * model.cfg.text.layers + model.cfg.vision.layers + 1
+    batch = prompt(model.cfg, [2, 5], [3, 1])
+    expected = reference.logits(other.eval(), batch, model.cfg)
+    ours = pg.forward(lora.merge(model.params, actual), batch, model.cfg)
+    torch.testing.assert_close(ours[batch.valid], expected[batch.valid], atol=1e-4, rtol=0)  # float32
 
 
 @pytest.mark.parametrize("old", [
@@ -168,7 +168,7 @@ def test_names_of_older_transformers_are_read(old, tmp_path):
     assert_equal(lora.load(tmp_path, CFG), ours)
 
 
-def test_what_is_saved_is_read_again(tmp_path):
+def test_a_saved_adapter_loads_unchanged(tmp_path):
     ours = random(params(CFG))
     lora.save(tmp_path / "new" / "folder", ours, CFG, "base")
     assert_equal(lora.load(tmp_path / "new" / "folder", CFG), ours)
@@ -180,31 +180,33 @@ def test_what_is_saved_is_read_again(tmp_path):
     ("google/paligemma-3b-pt-224", "google/paligemma-3b-pt-224", None),
     ("/a/folder@home", "/a/folder@home", None),
 ])  # fmt: skip
-def test_a_revision_of_a_hub_id_is_said_as_peft_says_it(base, name, revision, tmp_path):
+def test_a_revision_of_a_hub_id_is_stored_as_in_peft(base, name, revision, tmp_path):
     lora.save(tmp_path, random(params(CFG)), CFG, base)
-    found = LoraConfig.from_pretrained(tmp_path)
-    assert (found.base_model_name_or_path, found.revision) == (name, revision)
+    actual = LoraConfig.from_pretrained(tmp_path)
+    assert (actual.base_model_name_or_path, actual.revision) == (name, revision)
 
 
-def assert_equal(found: lora.Lora, expected: lora.Lora) -> None:
-    assert found.scale == expected.scale
-    assert found.pairs.keys() == expected.pairs.keys()
+def assert_equal(actual: lora.Lora, expected: lora.Lora) -> None:
+    assert actual.scale == expected.scale
+    assert actual.pairs.keys() == expected.pairs.keys()
     assert all(
-        torch.equal(a, b) for path, pair in expected.pairs.items() for a, b in zip(found.pairs[path], pair, strict=True)
+        torch.equal(a, b)
+        for path, pair in expected.pairs.items()
+        for a, b in zip(actual.pairs[path], pair, strict=True)
     )
 
 
-def test_an_adapter_of_another_model_is_named(tmp_path):
+def test_an_adapter_of_another_model_is_refused(tmp_path):
     lora.save(tmp_path, random(params(CONFIGS["gemma-mha"])), CONFIGS["gemma-mha"], "base")
     with pytest.raises(CheckpointError, match=r"language\.layers\.0\.k B: expected \(16, 3\), found \(32, 3\)"):
         lora.load(tmp_path, CFG)
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     ("half", "projector A is missing, expected shape"), ("stranger", "lora_embedding_A.weight is not a linear weight"),
     ("config", "adapter_config.json: missing"),
 ])  # fmt: skip
-def test_an_adapter_that_is_not_whole_is_named(change, said, tmp_path):
+def test_an_incomplete_adapter_is_refused(change, message, tmp_path):
     lora.save(tmp_path, random(params(CFG)), CFG, "base")
     arrays = load_file(tmp_path / lora.WEIGHTS)
     key = "base_model.model.model.multi_modal_projector.linear.lora_A.weight"
@@ -215,7 +217,7 @@ def test_an_adapter_that_is_not_whole_is_named(change, said, tmp_path):
     save_file(arrays, tmp_path / lora.WEIGHTS)
     if change == "config":
         (tmp_path / lora.ADAPTER).unlink()
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         lora.load(tmp_path, CFG)
 
 
@@ -223,7 +225,7 @@ def test_an_adapter_that_is_not_whole_is_named(change, said, tmp_path):
     ("use_dora", True), ("use_rslora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]),
     ("alpha_pattern", {"q_proj": 3}), ("init_lora_weights", "pissa_niter_4"), ("r", 0),
 ])  # fmt: skip
-def test_more_than_plain_lora_is_refused(name, value, tmp_path):
+def test_variants_of_lora_are_refused(name, value, tmp_path):
     lora.save(tmp_path, random(params(CFG)), CFG, "base")
     settings = json.loads((tmp_path / lora.ADAPTER).read_text())
     (tmp_path / lora.ADAPTER).write_text(json.dumps(settings | {name: value}))
@@ -232,7 +234,7 @@ def test_more_than_plain_lora_is_refused(name, value, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"peft_type": "IA3"}, {"r": None}, {"lora_alpha": "much"}])
-def test_what_is_no_lora_is_refused(changed, tmp_path):
+def test_other_adapters_than_lora_are_refused(changed, tmp_path):
     lora.save(tmp_path, random(params(CFG)), CFG, "base")
     settings = json.loads((tmp_path / lora.ADAPTER).read_text())
     (tmp_path / lora.ADAPTER).write_text(json.dumps(settings | changed))

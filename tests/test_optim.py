@@ -1,4 +1,4 @@
-"""AdamW, clipping and learning rates against torch's own classes, and that nothing given is changed."""
+"""AdamW, clipping and learning rates equal those of torch, and change no argument."""
 
 from itertools import pairwise
 from math import cos, pi
@@ -23,7 +23,7 @@ def noise(like, seed: int):
 
 
 def torch_run(start, settings: Settings, rates: list[float]):
-    """The same steps by torch.optim.AdamW, with vectors in a group of their own."""
+    """The same steps by torch.optim.AdamW, with vectors in a separate group."""
     leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), tree.flatten(start))
     decayed = [leaf for leaf in leaves.values() if settings.decay_vectors or leaf.dim() > 1]
     plain = [leaf for leaf in leaves.values() if not settings.decay_vectors and leaf.dim() == 1]
@@ -45,7 +45,7 @@ def torch_run(start, settings: Settings, rates: list[float]):
     Settings(), Settings(weight_decay=0.1), Settings(weight_decay=0.1, decay_vectors=True),
     Settings(beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.02),
 ], ids=repr)  # fmt: skip
-def test_adamw_equals_torchs_to_the_bit_over_many_steps(settings):
+def test_adamw_is_bitwise_equal_to_torchs_over_many_steps(settings):
     values, rates = params(CFG), [optim.cosine(step, 0.03, 5, STEPS) for step in range(STEPS)]
     start, state = values, optim.init(values)
     for step, rate in enumerate(rates):
@@ -55,7 +55,7 @@ def test_adamw_equals_torchs_to_the_bit_over_many_steps(settings):
     assert int(state.step) == STEPS
 
 
-def test_what_is_given_is_not_changed_and_an_older_state_goes_another_way():
+def test_an_update_changes_no_argument_and_can_be_repeated():
     start = params(CFG)
     grads = noise(start, 0)
     _, state = optim.update(grads, optim.init(start), start, 0.1)
@@ -66,7 +66,7 @@ def test_what_is_given_is_not_changed_and_an_older_state_goes_another_way():
         assert all(torch.equal(a, b) for a, b in zip(*(tree.flatten(x).values() for x in (one, other)), strict=True))
 
 
-def test_what_is_left_out_costs_no_state():
+def test_leaves_that_are_left_out_have_no_state():
     values = params(CFG)
     chosen = {path: leaf for path, leaf in tree.flatten(values).items() if path.startswith("language.layers.0.")}
     state = optim.init(chosen)
@@ -74,7 +74,7 @@ def test_what_is_left_out_costs_no_state():
     assert state.first.keys() == chosen.keys()
 
 
-def test_gradients_of_another_shape_of_tree_are_refused():
+def test_gradients_with_another_tree_structure_are_refused():
     values = tree.flatten(params(CFG))
     with pytest.raises(ValueError):
         optim.update({"a": torch.zeros(2)}, optim.init(values), values, 0.1)  # type: ignore[type-var]
@@ -93,7 +93,7 @@ def test_clipping_equals_torchs(seed, norm):
 
 
 @given(peak=st.floats(1e-6, 1.0), warmup=st.integers(0, 20), steps=st.integers(1, 50))
-def test_rates_rise_to_the_peak_and_fall_to_nothing(peak, warmup, steps):
+def test_rates_rise_to_the_peak_and_fall_to_zero(peak, warmup, steps):
     total = warmup + steps
     rates = [optim.cosine(step, peak, warmup, total) for step in range(total + 1)]
     assert 0 < rates[0] <= rates[warmup] == peak == max(rates)
@@ -105,8 +105,8 @@ def test_rates_rise_to_the_peak_and_fall_to_nothing(peak, warmup, steps):
     assert set(flat[warmup:]) == {peak}
 
 
-def test_the_cosine_at_known_places():
-    assert optim.cosine(10, 2.0, 0, 20) == pytest.approx(1.0)  # half way
+def test_the_cosine_at_known_steps():
+    assert optim.cosine(10, 2.0, 0, 20) == pytest.approx(1.0)  # halfway
     assert optim.cosine(15, 1.0, 10, 20) == pytest.approx(0.5)
     assert optim.cosine(12, 1.0, 10, 20) == pytest.approx(0.5 + 0.5 * cos(0.2 * pi))
     assert optim.constant(0, 1.0, 3) == pytest.approx(0.25)

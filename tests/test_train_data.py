@@ -1,4 +1,4 @@
-"""JSON Lines: what is read, the order of reading, and that every mistake is named with its file and line."""
+"""JSON Lines: which files are read, in which order, and that every error names its file and line."""
 
 import copy
 import json
@@ -44,17 +44,17 @@ def test_lines_are_examples_in_order(folder):
     data.check(text_model(), [first, second, third])
 
 
-def test_pictures_may_lie_in_another_folder_or_anywhere(folder, tmp_path):
+def test_pictures_may_be_in_another_folder_or_have_absolute_paths(folder, tmp_path):
     away = tmp_path / "away"
     away.mkdir()
     path = write(away, GOOD, GOOD | {"image": str(folder / "b.png")})
-    found = data.read(path, folder)
-    assert [row.images for row in found] == [(folder / "a.png",), (folder / "b.png",)]
-    data.check(text_model(), found)
+    actual = data.read(path, folder)
+    assert [row.images for row in actual] == [(folder / "a.png",), (folder / "b.png",)]
+    data.check(text_model(), actual)
 
 
 @pytest.mark.parametrize("text", [
-    b'\xef\xbb\xbf{"image": "a.png", "prefix": "p", "suffix": "s"}\r\n',  # a byte order mark, and Windows' line ends
+    b'\xef\xbb\xbf{"image": "a.png", "prefix": "p", "suffix": "s"}\r\n',  # a byte order mark, and Windows line endings
     '{"image": "a.png", "prefix": "p", "suffix": "wei\u00df \\u00df\u2028"}'.encode(),
 ])  # fmt: skip
 def test_files_of_other_systems_are_read(text, folder):
@@ -62,7 +62,7 @@ def test_files_of_other_systems_are_read(text, folder):
     assert row.suffix in ("s", "weiß ß\u2028")
 
 
-@pytest.mark.parametrize(("row", "said"), [
+@pytest.mark.parametrize(("row", "message"), [
     (b'{"image": "a.png", "prefix": ', "not a line of JSON in UTF-8"),
     (b"\xff\xfe", "not a line of JSON in UTF-8"),
     (json.dumps(GOOD).encode("utf-16-le"), "not a line of JSON in UTF-8"),
@@ -75,15 +75,15 @@ def test_files_of_other_systems_are_read(text, folder):
     (GOOD | {"prefix": ["p"]}, 'prefix is ["p"], expected text'),
     (GOOD | {"image": ["a.png", 3]}, "image is 3, expected text"),
 ], ids=str)  # fmt: skip
-def test_a_line_that_is_no_example_is_named(row, said, folder):
+def test_an_invalid_line_is_named_with_its_number(row, message, folder):
     path = write(folder, GOOD, GOOD, row, GOOD)
     with pytest.raises(DataError) as error:
         data.read(path)
-    assert str(error.value).startswith(f"{path}:3: {said}")
+    assert str(error.value).startswith(f"{path}:3: {message}")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("row", "said"), [
+@pytest.mark.parametrize(("row", "message"), [
     (GOOD | {"image": "c.png"}, "c.png: no such file"),
     (GOOD | {"image": ["a.png", "broken.png"]}, "broken.png: "),
     (GOOD | {"image": "notes.txt"}, "notes.txt: not a picture"),
@@ -93,13 +93,13 @@ def test_a_line_that_is_no_example_is_named(row, said, folder):
     (GOOD | {"image": ["a.png"] * 30}, "30 x 4 image tokens and 18 of text do not fit 120 positions"),
     (GOOD | {"suffix": "\ud800"}, "is not text that can be encoded"),
 ], ids=str)  # fmt: skip
-def test_a_line_that_cannot_be_trained_on_is_named(row, said, folder):
+def test_a_line_that_cannot_be_trained_on_is_named_with_its_number(row, message, folder):
     path = write(folder, GOOD, row)
     examples = data.read(path)
     with pytest.raises(DataError) as error:
         data.check(text_model(), examples)
     assert str(error.value).startswith(f"{path}:2: ")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -113,11 +113,11 @@ MISTAKES = [
 
 @pytest.mark.parametrize("key", ["prefix", "suffix"])
 @pytest.mark.parametrize("piece", MISTAKES)
-def test_what_looks_like_a_place_and_is_no_token_is_named(piece, key, folder):
+def test_a_misspelled_location_token_is_an_error(piece, key, folder):
     path = write(folder, GOOD, GOOD | {key: f"<loc0001><loc0002>{piece}<loc0003> cat ; <seg001>"})
     with pytest.raises(DataError) as error:
         data.check(text_model(), data.read(path))
-    assert str(error.value).startswith(f"{path}:2: {key} has {piece!r}, which is no token; places are <loc0000> to")
+    assert str(error.value).startswith(f"{path}:2: {key} has {piece!r}, which is not a token; locations are <loc0000>")
     assert str(error.value).isprintable()
 
 
@@ -127,13 +127,13 @@ def test_what_looks_like_a_place_and_is_no_token_is_named(piece, key, folder):
     "<loc id=4>", "block0001>", "the loc 0001", "seg 12 > seg 3", "<email@example.com>", "a <3", "<loc: 40.7, -74.0>",
     "loc_0001", "a<eos>b", "the <bos> token", "what is <image>?", "<unk>", "",
 ])  # fmt: skip
-def test_ordinary_text_is_no_mistake(text, folder):
+def test_ordinary_text_is_accepted(text, folder):
     path = write(folder, GOOD | {"prefix": text}, GOOD | {"suffix": text})
     data.check(text_model(), data.read(path))
 
 
 @given(st.lists(st.sampled_from([*"<> a1", "loc", "seg", "0001", "12"]), max_size=8).map("".join))
-def test_a_bracketed_number_of_a_place_is_a_token_or_a_mistake(text):
+def test_a_bracketed_location_number_is_a_token_or_an_error(text):
     model = text_model()
     row = data.Example("data:1", (), "a", text)
     bracketed = re.findall(r"<(?:loc|seg)[0-9]+>", text)
@@ -143,7 +143,7 @@ def test_a_bracketed_number_of_a_place_is_a_token_or_a_mistake(text):
             data.check_tokens(model, row)
 
 
-def test_a_token_that_a_tokenizer_has_is_one_whatever_it_looks_like(folder):
+def test_a_token_of_the_tokenizer_is_accepted_whatever_it_looks_like(folder):
     model = text_model()
     backend = copy.deepcopy(model.tokenizer.backend)
     backend.add_tokens(["<loc-1>"])
@@ -154,7 +154,7 @@ def test_a_token_that_a_tokenizer_has_is_one_whatever_it_looks_like(folder):
     data.check(model, data.read(write(folder, GOOD | {"suffix": "<loc-1>"})))
 
 
-@pytest.mark.parametrize(("row", "said"), [
+@pytest.mark.parametrize(("row", "message"), [
     ({"suffix": "a dog<eos>"}, "suffix begins or ends with <eos>; leave it out, training adds it"),
     ({"suffix": "a dog<eos><pad><pad>"}, "suffix begins or ends with <"),
     ({"suffix": "<bos>a dog"}, "suffix begins or ends with <bos>"),
@@ -162,15 +162,15 @@ def test_a_token_that_a_tokenizer_has_is_one_whatever_it_looks_like(folder):
     ({"prefix": "<image><image>caption en"}, "begins with 2 <image> for 1 picture; leave <image> out"),
     ({"image": [], "prefix": "<image>caption en"}, "begins with 1 <image> for 0 pictures"),
 ])  # fmt: skip
-def test_control_tokens_that_other_tools_write_are_named(row, said, folder):
+def test_control_tokens_around_a_text_are_an_error(row, message, folder):
     path = write(folder, GOOD, GOOD | row)
     with pytest.raises(DataError) as error:
         data.check(text_model(), data.read(path))
     assert str(error.value).startswith(f"{path}:2: ")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_prefixes_with_markers_are_trained_on_as_those_without(folder):
+def test_image_markers_in_a_prefix_change_nothing(folder):
     model = text_model()
     rows = data.read(write(folder, GOOD, GOOD | {"prefix": "<image>caption en"},
                            GOOD | {"prefix": "<image><bos>caption en"}))  # fmt: skip
@@ -179,21 +179,21 @@ def test_prefixes_with_markers_are_trained_on_as_those_without(folder):
     assert (prompt.tokens == prompt.tokens[0]).all()
 
 
-def test_a_label_that_just_fits_is_taken(folder):
+def test_the_longest_suffix_that_fits_is_accepted(folder):
     model = text_model()
-    room = model.cfg.text.positions - model.cfg.vision.tokens - len("caption en") - 3  # bos, newline, eos
-    data.check(model, data.read(write(folder, GOOD | {"suffix": "x" * room})))
+    free = model.cfg.text.positions - model.cfg.vision.tokens - len("caption en") - 3  # bos, newline, eos
+    data.check(model, data.read(write(folder, GOOD | {"suffix": "x" * free})))
     with pytest.raises(DataError, match=":1: "):
-        data.check(model, data.read(write(folder, GOOD | {"suffix": "x" * (room + 1)})))
+        data.check(model, data.read(write(folder, GOOD | {"suffix": "x" * (free + 1)})))
 
 
 @pytest.mark.parametrize("rows", [(), (b"", b"  ")])
-def test_an_empty_file_is_named(rows, folder):
+def test_an_empty_file_is_an_error(rows, folder):
     with pytest.raises(DataError, match=r"data\.jsonl: empty"):
         data.read(write(folder, *rows))
 
 
-def test_a_file_that_is_not_there_is_named(folder):
+def test_a_missing_file_is_an_error(folder):
     for path in (folder / "none.jsonl", folder):
         with pytest.raises(DataError, match=f"{path}: cannot be read"):
             data.read(path)
@@ -208,24 +208,26 @@ def test_an_epoch_reads_every_example_once(seed, epoch, count, size):
     assert 1 <= len(batches[-1]) <= size
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_each_epoch_and_each_seed_has_its_own_order():
     orders = [data.order(seed, epoch, 20) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert orders[0] == data.order(0, 0, 20)
 
 
 @given(parts=st.integers(1, 9))
-def test_prompts_hold_every_row_once_in_parts_of_like_rows(parts, tmp_path_factory):
+def test_prompts_contain_every_row_once_whatever_the_number_of_parts(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     Image.new("RGB", (9, 9)).save(folder / "a.png")
     images = [(folder / "a.png",) * count for count in (1, 0, 1, 2, 1, 0)]
     rows = [data.Example("", each, "p", "ab"[: i % 3]) for i, each in enumerate(images)]
     model = text_model()
-    found = list(data.prompts(model, rows, parts))
-    assert sum(len(prompt.tokens) for prompt in found) == len(rows)
-    assert sum(prompt.pixels.shape[0] * prompt.pixels.shape[1] for prompt in found) == sum(map(len, images))
-    assert sum(int(prompt.causal.sum()) for prompt in found) == sum(len(row.suffix) + 1 for row in rows)
+    actual = list(data.prompts(model, rows, parts))
+    assert sum(len(prompt.tokens) for prompt in actual) == len(rows)
+    assert sum(prompt.pixels.shape[0] * prompt.pixels.shape[1] for prompt in actual) == sum(map(len, images))
+    assert sum(int(prompt.causal.sum()) for prompt in actual) == sum(len(row.suffix) + 1 for row in rows)
     alone = [tuple(pg.prepare(model, [row.images], ["p"], [row.suffix]).tokens[0].tolist()) for row in rows]
-    seen = [tuple(t[v].tolist()) for prompt in found for t, v in zip(prompt.tokens, prompt.valid, strict=True)]
-    assert sorted(seen) == sorted(alone)
-    assert all(torch.equal(prompt.pixels, -torch.ones_like(prompt.pixels)) for prompt in found)  # they are black
+    sequences = [tuple(t[v].tolist()) for prompt in actual for t, v in zip(prompt.tokens, prompt.valid, strict=True)]
+    assert sorted(sequences) == sorted(alone)
+    assert all(
+        torch.equal(prompt.pixels, -torch.ones_like(prompt.pixels)) for prompt in actual
+    )  # the pictures are black

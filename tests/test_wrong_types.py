@@ -15,6 +15,8 @@ import pgfunc as pg
 from pgfunc.objects import coco, detect, draw, segment, vqvae
 from pgfunc.objects.detect import Box, Detection
 from pgfunc.errors import PgfuncError
+from pgfunc.objects import coco, detect, draw, segment, vqvae
+from pgfunc.objects.detect import Box, Detection
 from pgfunc.objects.segment import Segment
 
 done, box, picture, vq = pg.Completion("", [], [], "eos"), Box(0, 0, 1, 1), Image.new("RGB", (4, 4)), vqvae.init()

@@ -1,4 +1,4 @@
-"""The operators that run while something is computed, and the devices on which they make tensors."""
+"""A recorder of the operators that run in a block, and of the devices of their results."""
 
 import torch
 from torch.utils import _pytree as pytree
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watched(TorchDispatchMode):
-    """Names, `aten::mm`, in the order of the calls."""
+    """Records the names of operators, such as `aten::mm`, in the order of the calls."""
 
     def __init__(self):
         super().__init__()

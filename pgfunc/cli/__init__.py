@@ -1,7 +1,8 @@
-"""The command line: `pgfunc caption photo.jpg`. It parses, calls the package and prints; it decides nothing else.
+"""The command line: `pgfunc caption photo.jpg`. It parses options, calls the package and prints; it decides nothing.
 
-A mistake of the user's is one line on standard error and exit status 2. With `--json` each picture gives one line of
-JSON on standard output; progress goes to standard error. Each file of commands adds its own to `app`.
+A user's mistake is one line on standard error and exit status 2. With `--json`, the commands on pictures print one line
+of JSON per picture on standard output; progress bars and notes go to standard error. Each module of commands adds its
+own to `app`.
 """
 
 import io
@@ -11,7 +12,7 @@ import sys
 import warnings
 from contextlib import suppress
 
-# in this order the commands stand in --help
+# --help lists the commands in the order of these imports
 from pgfunc.cli import text as text  # isort: skip
 from pgfunc.cli import locate as locate  # isort: skip
 from pgfunc.cli import contrast as contrast  # isort: skip
@@ -25,11 +26,8 @@ from pgfunc.errors import PgfuncError, with_options
 
 
 def main() -> None:
-    """Run the command line; a PgfuncError is its message, which names options, and exit status 2.
-
-    So is a file that cannot be used.
-    """
-    own_process()
+    """Run the command line. A PgfuncError, or an OSError that names a file, becomes one line and exit status 2."""
+    set_up_process()
     try:
         try:
             app()
@@ -37,34 +35,34 @@ def main() -> None:
             sys.stdout.flush()
     except PgfuncError as error:
         fail(with_options(str(error)))
-    except BrokenPipeError:  # who reads has enough, as `head`
+    except BrokenPipeError:  # the reader of the pipe has stopped, as `head` does
         silence()
         sys.exit(1)
     except OSError as error:
         if error.filename is not None:
             fail(str(PgfuncError(f"{error.filename}: {error.strerror}")))
-        if type(error) is not OSError:  # such as of a connection
+        if type(error) is not OSError:  # for example a ConnectionError
             raise
         silence()
         fail(f"standard output: cannot be written ({error.strerror})")
 
 
-def own_process() -> None:
-    """Set up what belongs to the whole process, as a command may: a library may not."""
-    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # where the shell closed them
+def set_up_process() -> None:
+    """Change settings of the whole process, which a command may do but a library may not."""
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # None if the shell closed them
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal of another encoding cannot show
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata: what counts is that the pixels decode
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged metadata, while the pixels can be decoded
     logging.basicConfig(format="%(name)s: %(message)s")
 
 
 def fail(message: str) -> None:
-    """One line on standard error, and status 2."""
+    """Print one line on standard error, and exit with status 2."""
     with suppress(OSError):
         print(f"pgfunc: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def silence() -> None:
-    """Nothing is written to standard output any more, not even what Python holds back until it ends."""
+    """Discard further output, including what Python still holds in its buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

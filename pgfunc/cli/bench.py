@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -20,14 +20,22 @@ from pgfunc.bench import STAGES, Case, Stage
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiles
-from pgfunc.cli.options import app, enough_memory, unset
+from pgfunc.cli.options import app, enough_memory, of_model, unset
 from pgfunc.errors import DeviceError, SettingError
 from pgfunc.sample import whole
 
-Name = Annotated[str | None, unset("--config", help="A published name: random weights. Or, for a .npz, its config.")]
-Dtype = Annotated[str | None, unset("--dtype", help="Of the weights; else the files' own, bfloat16 if random.")]
+Name = Annotated[
+    str | None,
+    of_model(
+        "--config", help="A published name, to measure random weights of its size; or the configuration of a .npz."
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    of_model("--dtype", help="Dtype of the weights. Default: that of the checkpoint, bfloat16 for random weights."),
+]
 
-MOST_THREADS = 1024  # a million end the process
+MOST_THREADS = 1024  # with a million the process ends
 
 LABELS = {
     "load": "load, read once", "draw": "random weights", "vision": "vision", "prefill": "prefill, with vision",
@@ -35,31 +43,52 @@ LABELS = {
 }  # fmt: skip
 
 
+class Subject(NamedTuple):
+    """The weights that are measured, before they are in memory."""
+
+    model: str | None
+    config: str | None
+    dtype: str | None  # None: that of the checkpoint
+    quantize: str | None
+    random: bool  # random weights of a published size, in place of a checkpoint
+    cfg: pg.Config
+    precision: torch.dtype  # of the loaded weights
+
+
 @app.command()
 def bench(
     model: options.Named = None,
     config: Name = None,
-    batch: Annotated[int, typer.Option("--batch", help="Rows.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Text tokens a row, beside a picture's.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", help="Rows in a batch.")] = 1,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="Text tokens in each row, in addition to the image tokens.")
+    ] = 16,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to generate.")] = 128,
-    slots: Annotated[int | None, unset("--slots", help="Of the cache, for decode; else as many as get filled.")] = None,
-    repeat: Annotated[int, typer.Option("--repeat", help="Runs of each stage, after one that warms up.")] = 5,
+    slots: Annotated[
+        int | None, unset("--slots", help="Cache slots for decode. Default: as many as the tokens need.")
+    ] = None,
+    repeat: Annotated[int, typer.Option("--repeat", help="Measured runs of each stage, after one warm-up run.")] = 5,
     stage: Annotated[
-        list[str] | None, unset("--stage", help="Measure this one, and others so named; else all.")
+        list[str] | None,
+        unset("--stage", help=f"Stage to measure: {', '.join(STAGES)}. Repeat it for several. Default: all."),
     ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Decode and generate compiled too, prefill on a GPU.")
+        bool,
+        typer.Option(
+            "--compile/--no-compile", help="Also measure decode and generate compiled, and on a GPU prefill too."
+        ),
     ] = True,
-    threads: Annotated[int | None, unset("--threads", help="Of the CPU; else PyTorch's choice.")] = None,
+    threads: Annotated[int | None, unset("--threads", help="CPU threads. Default: PyTorch's choice.")] = None,
     device: options.Device = None,
     dtype: Dtype = None,
     quantize: options.Quantize = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure load, vision, prefill, decode and generate, beside their floors on this machine.
+    """Measure how long load, vision, prefill, decode and generate take, beside the floor of each on this machine.
 
-    A floor is the time that a stage's bytes need at the memory's bandwidth, or its FLOPs at the rate of a large matrix
-    product, both measured first. Times are medians. The checkpoint is the shipped one without --model and --config.
+    The floor of a stage is the time that its bytes need at the memory's bandwidth, or its FLOPs at the rate of a large
+    matrix product, whichever is longer; both are measured first. Times are medians. Without --model and --config the
+    shipped checkpoint is measured.
     """
     case = Case(batch, prompt_tokens, tokens, slots, repeat, compile, tuple(stage or STAGES))
     if threads is not None:
@@ -67,55 +96,73 @@ def bench(
     where = as_device(device)
     if where.type == "meta":
         raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to measure; name another")
-    drawn = config is not None and model is None
-    headers = None if drawn else pg.load(model, dtype, "meta", config, quantize=quantize)
-    cfg = headers.cfg if headers else published(str(config))
-    kind = headers.params.projector.dtype if headers else as_dtype(dtype) or torch.bfloat16
-    case.check(cfg)
-    case.check_memory(cfg, kind, where, 0 if headers else pg.tree.count(paligemma.abstract(cfg)) * kind.itemsize)
-    if drawn and quantize:
-        pg.quant.quantize(paligemma.abstract(cfg), quantize)  # a mistake is known before anything is measured
+    subject = check(case, model, config, dtype, quantize, where)
     if threads is not None:
         torch.set_num_threads(threads)
-
-    def make() -> pg.Model:
-        if not drawn:
-            return pg.load(model, dtype, where, config, quantize=quantize)
-        params = measuring.random_params(cfg, kind, where)
-        return pg.Model(cfg, pg.quant.quantize(params, quantize) if quantize else params, None)
-
     with (
         enough_memory("lower --batch or --slots, or give --dtype bfloat16"),
         compiles("give --no-compile"),
         measuring.cold(),
     ):
-        machine = measuring.measure(where, kind)
-        about = {
-            "model": f"{config}, random weights" if drawn else model or "the shipped checkpoint",
-            "dtype": str(kind).removeprefix("torch."), "quantize": quantize,
-            "hardware": measuring.hardware(where), "device": str(where),
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "image_tokens": cfg.vision.tokens,
-        } | asdict(case) | {"slots": case.length(cfg) + case.room(cfg)} | machine._asdict()  # fmt: skip
-        del about["stages"]  # what follows says it
-        loaded, first = measuring.load_stage(make, where, machine, 1 if drawn else repeat, "draw" if drawn else "load")
-        rest = measuring.stages(loaded, case, machine)
-        bar = tqdm(rest, desc="measuring", unit="stage", leave=False, disable=None)
-        stages = [first, *bar]
+        conditions, stages = measure(subject, case, where)
     if as_json:
-        print(json.dumps(about | {"stages": [record(stage) for stage in stages]}))
+        print(json.dumps(conditions | {"stages": [record(stage) for stage in stages]}))
     else:
-        show(about, stages)
+        print_tables(conditions, stages)
+
+
+def check(
+    case: Case, model: str | None, config: str | None, dtype: str | None, quantize: str | None, device: torch.device
+) -> Subject:
+    """What to measure. Raises a PgfuncError for every mistake that can be found before anything is in memory."""
+    random = config is not None and model is None
+    if random:
+        cfg, precision = published(str(config)), as_dtype(dtype) or torch.bfloat16
+        weights = pg.tree.count(paligemma.abstract(cfg)) * precision.itemsize
+    else:
+        headers = pg.load(model, dtype, "meta", config, quantize=quantize)
+        cfg, precision, weights = headers.cfg, headers.params.projector.dtype, 0
+    case.check(cfg)
+    case.check_memory(cfg, precision, device, weights)
+    if random and quantize:
+        pg.quant.quantize(paligemma.abstract(cfg), quantize)
+    return Subject(model, config, dtype, quantize, random, cfg, precision)
 
 
 def published(name: str) -> pg.Config:
-    """The configuration of that name."""
+    """The configuration with a published name. Raises SettingError for another name."""
     if name not in pg.PUBLISHED:
         raise SettingError(f"config {name} is not one of {', '.join(pg.PUBLISHED)}")
     return pg.PUBLISHED[name]
 
 
+def load(subject: Subject, device: torch.device) -> pg.Model:
+    """Load the checkpoint, or draw random weights."""
+    if not subject.random:
+        return pg.load(subject.model, subject.dtype, device, subject.config, quantize=subject.quantize)
+    params = measuring.random_params(subject.cfg, subject.precision, device)
+    params = pg.quant.quantize(params, subject.quantize) if subject.quantize else params
+    return pg.Model(subject.cfg, params, None)
+
+
+def measure(subject: Subject, case: Case, device: torch.device) -> tuple[dict[str, Any], list[Stage]]:
+    """Measure the machine and then each stage. Returns the conditions, as JSON has them, and the stages."""
+    machine = measuring.measure(device, subject.precision)
+    name = f"{subject.config}, random weights" if subject.random else subject.model or "the shipped checkpoint"
+    conditions = {
+        "model": name, "dtype": str(subject.precision).removeprefix("torch."), "quantize": subject.quantize,
+        "hardware": measuring.hardware(device), "device": str(device),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "image_tokens": subject.cfg.vision.tokens,
+    } | asdict(case) | {"slots": case.length(subject.cfg) + case.room(subject.cfg)} | machine._asdict()  # fmt: skip
+    del conditions["stages"]  # the stages themselves follow
+    repeat, label = (1, "draw") if subject.random else (case.repeat, "load")
+    loaded, first = measuring.load_stage(lambda: load(subject, device), device, machine, repeat, label)
+    rest = measuring.stages(loaded, case, machine)
+    return conditions, [first, *tqdm(rest, desc="measuring", unit="stage", leave=False, disable=None)]
+
+
 def record(stage: Stage) -> dict[str, Any]:
-    """A stage as JSON: seconds and bytes are of one token where the stage is a step."""
+    """A stage for JSON. Seconds and bytes are per token if the stage is a decode step."""
     seconds = median(stage.seconds)
     return {
         "stage": stage.name, "compiled": stage.compiled, "seconds": seconds, "fastest": min(stage.seconds),
@@ -125,8 +172,21 @@ def record(stage: Stage) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(about: dict[str, Any], stages: list[Stage]) -> None:
-    """Two lines about what was measured on what, and a line a stage."""
+def print_tables(conditions: dict[str, Any], stages: list[Stage]) -> None:
+    """Print two lines about the conditions, and a table with a line per stage."""
+    bandwidth = "read" if conditions["device"] == "cpu" else "copied, both ways counted"
+    console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, markup=False, highlight=False)
+    weights = " in ".join(filter(None, (conditions["quantize"], conditions["dtype"])))
+    console.print("{model}, {weights}, batch {batch}: a picture of {image_tokens} tokens, {prompt_tokens} of text, "
+                  "{tokens} generated, {slots} cache slots".format(**conditions, weights=weights))  # fmt: skip
+    console.print("{hardware}, torch {torch}, {threads} threads:".format(**conditions),
+                  f"{conditions['bandwidth'] / 1e9:,.1f} GB/s {bandwidth}, "
+                  f"{conditions['rate'] / 1e12:,.2f} TFLOP/s")  # fmt: skip
+    console.print(table(stages))
+
+
+def table(stages: list[Stage]) -> Table:
+    """A table with a line per stage."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("stage", "ms", "fastest .. slowest", "GB/s", "floor, ms", "floor/time", "cold compile"):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
@@ -138,11 +198,4 @@ def show(about: dict[str, Any], stages: list[Stage]) -> None:
             LABELS[stage.name] + (", compiled" if stage.compiled else ""), times[0], f"{times[1]} .. {times[2]}",
             f"{row['bytes_per_second'] / 1e9:,.1f}", times[3], f"{row['floor_over_time']:.2f}", compiling,
         )  # fmt: skip
-    what = "read" if about["device"] == "cpu" else "copied, both ways counted"
-    console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, markup=False, highlight=False)
-    weights = " in ".join(filter(None, (about["quantize"], about["dtype"])))
-    console.print("{model}, {weights}, batch {batch}: a picture of {image_tokens} tokens, {prompt_tokens} of text, "
-                  "{tokens} generated, {slots} cache slots".format(**about, weights=weights))  # fmt: skip
-    console.print("{hardware}, torch {torch}, {threads} threads:".format(**about),
-                  f"{about['bandwidth'] / 1e9:,.1f} GB/s {what}, {about['rate'] / 1e12:,.2f} TFLOP/s")  # fmt: skip
-    console.print(table)
+    return table

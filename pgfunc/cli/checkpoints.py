@@ -1,4 +1,4 @@
-"""Commands about checkpoint files: inspect and convert."""
+"""Commands on checkpoint files: inspect, convert, and merge, which makes a model of what LoRA trained."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,24 @@ import typer
 
 import pgfunc as pg
 from pgfunc import paligemma
+from pgfunc.checkpoint import dtype_name, find
+from pgfunc.checkpoint.conversion import write_folder
 from pgfunc.cli import options
 from pgfunc.cli.options import app
 from pgfunc.errors import SettingError, harmless
+from pgfunc.files.outputs import check_output
 
 
 @app.command()
 def inspect(
-    source: Annotated[str | None, typer.Argument(help="Folder, .npz or hub id.", show_default=False)] = None,
-    model: options.Named = None, config: options.Config = None, as_json: options.Json = False,
-) -> None:  # fmt: skip
-    """List the parameters: path, shape, dtype, bytes. Only the headers of the files are read."""
+    source: Annotated[
+        str | None, typer.Argument(help="Checkpoint: a folder, a .npz file or a hub id.", show_default=False)
+    ] = None,
+    model: options.Named = None,
+    config: options.Config = None,
+    as_json: options.Json = False,
+) -> None:
+    """List the parameters of a checkpoint: path, shape, dtype and bytes of each. Reads only the files' headers."""
     if source and model:
         raise SettingError(f"inspect takes one checkpoint, found {source} and --model {model}")
     cfg, params, _ = pg.load(source or model, device="meta", config=config)
@@ -29,18 +36,54 @@ def inspect(
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
         return
     width = max(len(path) for path, *_ in rows)
-    for path, shape, dtype, size in rows:
-        print(f"{path:<{width}}  {' x '.join(map(str, shape)):<16}  {dtype:<8}  {size:>13,}")
+    for path, shape, dtype, nbytes in rows:
+        print(f"{path:<{width}}  {' x '.join(map(str, shape)):<16}  {dtype:<8}  {nbytes:>13,}")
     print(f"{pg.tree.count(paligemma.abstract(cfg)):,} parameters, {pg.tree.nbytes(params):,} bytes")
 
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder, .npz or hub id.")],
-    target: Annotated[Path, typer.Argument(help="A folder for Hugging Face layout, or a .npz for big_vision's.")],
-    config: options.Config = None, tokenizer: options.Vocabulary = None, dtype: options.Dtype = None,
-    quantize: options.Quantize = None, force: options.Force = False,
-) -> None:  # fmt: skip
-    """Write a checkpoint in the other format, or in fewer bits; its mask decoder and its siglip/ come along."""
-    done = pg.convert(source, target, dtype, config, tokenizer, quantize, force)
-    print(f"{harmless(str(done.path))}: {done.format}, {done.dtype}, {done.bytes:,} bytes")
+    source: Annotated[str, typer.Argument(help="Checkpoint: a folder, a .npz file or a hub id.", metavar="SOURCE")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="A folder to make, in Hugging Face layout, or a .npz, as big_vision's.", metavar="TARGET"),
+    ],
+    config: options.Config = None,
+    tokenizer: options.Vocabulary = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    force: options.Force = False,
+) -> None:
+    """Write a checkpoint in the other format, in another dtype, or in fewer bits.
+
+    The mask decoder and the folder siglip/ of the source are copied too.
+    """
+    print_checkpoint(*pg.convert(source, target, dtype, config, tokenizer, quantize, force))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder of the adapter, from `pgfunc train` or from PEFT.", metavar="ADAPTER")
+    ],
+    target: Annotated[Path, typer.Argument(help="A folder to make, in Hugging Face layout.", metavar="TARGET")],
+    model: options.ModelName = None,
+    config: options.Config = None,
+    tokenizer: options.Vocabulary = None,
+    force: options.Force = False,
+) -> None:
+    """Add a LoRA adapter to the model that it was trained on, and save the result as a model.
+
+    The option --adapter of other commands runs an adapter without this step.
+    """
+    base = find(model)
+    check_output(target, [base, adapter, config, tokenizer], folder=True, force=force)
+    merged = pg.load(model, None, "cpu", config, tokenizer, adapter=adapter)
+    write_folder(target, merged, base)
+    dtype = dtype_name(merged.params.projector)
+    print_checkpoint(target, "Hugging Face layout", dtype, pg.tree.nbytes(merged.params))
+
+
+def print_checkpoint(path: Path, format: str, dtype: str, nbytes: int) -> None:
+    """Print what was written where."""
+    print(f"{harmless(str(path))}: {format}, {dtype}, {nbytes:,} bytes")

@@ -13,7 +13,7 @@ import pgfunc as pg
 from pgfunc.bench import Case, random_prompt
 from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
-from pgfunc.cli.compiled import MADE_FOR, MAKER, compiled_files, compiling, kind_of, made_for, makers
+from pgfunc.cli.compiled import MADE_FOR, MAKER, compiled_files, compiling, makers, platform_of, read_made_for
 from pgfunc.cli.options import app, enough_memory
 from pgfunc.errors import SettingError, harmless
 from pgfunc.files.atomic import write_text
@@ -23,10 +23,14 @@ from pgfunc.sample import Settings
 
 @app.command()
 def compile(
-    folder: Annotated[Path, typer.Argument(help="For the code; what it has already stays.", metavar="FOLDER")],
+    folder: Annotated[Path, typer.Argument(help="Folder to add the code to.", metavar="FOLDER")],
     model: options.ModelName = None,
-    batch: Annotated[int, typer.Option("--batch", help="Rows, as of pg.generate; the commands run one.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Of text; a few more are served too.")] = 16,
+    batch: Annotated[
+        int, typer.Option("--batch", help="Rows of pg.generate. The commands, such as caption, use 1.")
+    ] = 1,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="Text tokens in a prompt. The code also serves slightly longer ones.")
+    ] = 16,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
@@ -36,36 +40,37 @@ def compile(
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     config: options.Config = None,
-) -> None:  # fmt: skip
-    """Compile what a generation of that size needs, and keep the code in a folder for --compiled.
+) -> None:
+    """Compile a model ahead of time into a folder, for the option --compiled of other commands.
 
-    It is for this PyTorch on this kind of device, and serves other weights of the same configuration. What lies in the
-    folder is run: use one only if you trust whoever made it.
+    The code is for prompts and answers of the given size. It works with this version of PyTorch on this kind of device,
+    and with other weights of the same configuration. Whoever uses the folder runs its code, so use only folders whose
+    author you trust.
     """
     settings, where = Settings(temperature, top_k, top_p, min_p), as_device(device)
     if max_new_tokens < 2:
-        raise SettingError(f"max-new-tokens is {max_new_tokens}, expected 2 or more: the second is that of a step")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
-        if made_for(folder) is None:
-            write_text(folder / MADE_FOR, json.dumps(kind_of(where) | {MAKER: makers()[0]}))
-    except OSError as error:
-        raise SettingError(f"{folder}: cannot be a folder for compiled code ({error.strerror})") from error
+        raise SettingError(f"max-new-tokens is {max_new_tokens}, expected 2 or more: the first needs no decode step")
+    make_folder(folder, where)
     with enough_memory("lower --batch, or give --dtype bfloat16"), compiling(True, folder, where):
         loaded = pg.load(model, dtype, where, config, quantize=quantize)
         case = Case(batch, prompt_tokens, max_new_tokens)
         case.check(loaded.cfg)
         case.check_memory(loaded.cfg, loaded.params.projector.dtype, where, 0)
-        endless = loaded._replace(cfg=replace(loaded.cfg, eos=-1))
+        endless = loaded._replace(cfg=replace(loaded.cfg, eos=-1))  # no answer ends early
         prompt = random_prompt(loaded.cfg, batch, prompt_tokens, where)
+        uniforms = torch.zeros(batch, max_new_tokens, dtype=torch.float64, device="cpu")
         start = perf_counter()
-        complete(
-            endless,
-            prompt,
-            settings,
-            torch.zeros(batch, max_new_tokens, dtype=torch.float64, device="cpu"),
-            compile=True,
-        )
+        complete(endless, prompt, settings, uniforms, compile=True)
     files = compiled_files(folder)
     size = sum(path.stat().st_size for path in files) / 1e6
     print(harmless(f"{folder} has the code after {perf_counter() - start:.1f} s: {len(files)} files, {size:.1f} MB"))
+
+
+def make_folder(folder: Path, device: torch.device) -> None:
+    """Make a folder for code and record its platform and its maker. Only its owner may write there: the code is run."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if read_made_for(folder) is None:
+            write_text(folder / MADE_FOR, json.dumps(platform_of(device) | {MAKER: makers()[0]}))
+    except OSError as error:
+        raise SettingError(f"{folder}: cannot be a folder for compiled code ({error.strerror})") from error

@@ -1,4 +1,4 @@
-"""Compiled code for the commands: what cannot compile says so, and a folder of code knows for what it was made."""
+"""Compiled code for the commands: a compiler's error is one line, and a folder of code records its platform."""
 
 import json
 import os
@@ -13,18 +13,18 @@ import torch
 
 import pgfunc as pg
 from pgfunc.bench import hardware
-from pgfunc.cli.options import say_aside
+from pgfunc.cli.options import print_note
 from pgfunc.errors import SettingError
 from pgfunc.files.atomic import write_text
 
-MADE_FOR = "made-for.json"  # in a folder of compiled code
-MAKER = "maker"  # in it: who made the folder, a random number that stands for a user on a machine
+MADE_FOR = "made-for.json"  # in a folder of compiled code: the platform that the code is for, and its maker
+MAKER = "maker"  # the key of the maker: a random number that stands for a user on a machine
 
 
 @contextmanager
 def compiles(remedy: str) -> Iterator[None]:
-    """A SettingError where torch.compile cannot do its work: there may be no C++ compiler."""
-    from torch._dynamo.exc import TorchDynamoException  # half a second, which other commands need not wait
+    """Raise SettingError if torch.compile fails in the block, for example because there is no C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException  # takes half a second, which other commands need not wait
 
     try:
         yield
@@ -33,62 +33,63 @@ def compiles(remedy: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What a C++ compiler complains of first; else the first line, with another if that only names who raised."""
+    """The first complaint of a C++ compiler; otherwise the first line, and the next if the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "error:" in line), " ".join(lines[: 1 + lines[0].endswith(":")]))
 
 
 @contextmanager
 def compiling(compile: bool, folder: Path | None, device: torch.device) -> Iterator[None]:
-    """What a command may compile in here comes from the folder that `pgfunc compile` made, if one is named.
+    """Let the block compile; with a folder, take code from it and add the code that it lacks.
 
-    Code that it lacks is compiled, added, and said on standard error. Raises SettingError where the folder was made for
-    another kind of device or PyTorch: machine code must not run on a CPU that it was not made for.
+    Raises SettingError if the folder was made for another kind of device or another PyTorch: a CPU must not run machine
+    code that was made for another one.
     """
     if not compile:
         yield
         return
     if folder is not None:
-        check_made_for(folder, kind_of(device))
+        check_made_for(folder, platform_of(device))
     before = set(compiled_files(folder)) if folder else set()
-    inside = pg.compiled_in(folder) if folder else nullcontext()
-    with compiles("is there a C++ compiler? It runs without --compile"), inside:
-        if folder is not None and foreign(folder):
-            say_aside(f"{folder} was made elsewhere, and is run: trust whoever made it, or compile it here")
+    code_folder = pg.compiled_in(folder) if folder else nullcontext()
+    with compiles("is there a C++ compiler? It runs without --compile"), code_folder:
+        if folder is not None and is_foreign(folder):
+            print_note(f"{folder} was made elsewhere, and its code is run: trust its author, or compile it here")
         yield
     if folder and before and set(compiled_files(folder)) - before:
-        say_aside(f"{folder} had no code for this; it has now")
+        print_note(f"{folder} had no code for this; the code was compiled and added")
 
 
-def kind_of(device: torch.device) -> dict[str, Any]:
-    """What compiled code is made for."""
+def platform_of(device: torch.device) -> dict[str, Any]:
+    """What compiled code depends on: PyTorch, the kind of device, and on a CPU its capability and threads."""
     cpu = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     return {"torch": torch.__version__, "hardware": hardware(device)} | (cpu if device.type == "cpu" else {})
 
 
-def check_made_for(folder: Path, kind: dict[str, Any]) -> None:
-    """Raise SettingError for a folder without code, or with code for something else."""
-    found = made_for(folder)
-    if found is None:
+def check_made_for(folder: Path, platform: dict[str, Any]) -> None:
+    """Raise SettingError if a folder has no code, or code for another platform."""
+    record = read_made_for(folder)
+    if record is None:
         raise SettingError(f"--compiled {folder}: no code there; `pgfunc compile {folder}` makes it")
-    made = {name: value for name, value in found.items() if name != MAKER}
-    if made != kind:
-        mine, its = (", ".join(f"{name} {each.get(name)}" for name in sorted({*made, *kind})) for each in (kind, made))
-        raise SettingError(f"--compiled {folder}: was made for {its}, and here is {mine}; compile it here")
+    theirs = {name: value for name, value in record.items() if name != MAKER}
+    if theirs != platform:
+        names = sorted({*theirs, *platform})
+        here, there = (", ".join(f"{name} {each.get(name)}" for name in names) for each in (platform, theirs))
+        raise SettingError(f"--compiled {folder}: was made for {there}, and here is {here}; compile it here")
 
 
-def made_for(folder: Path) -> dict[str, Any] | None:
-    """What a folder says of itself."""
+def read_made_for(folder: Path) -> dict[str, Any] | None:
+    """The platform and the maker that a folder of code records; None if it has no readable record."""
     try:
-        made = json.loads((folder / MADE_FOR).read_text())
+        record = json.loads((folder / MADE_FOR).read_text())
     except (OSError, ValueError, RecursionError):
-        made = None
-    return made if isinstance(made, dict) else None
+        record = None
+    return record if isinstance(record, dict) else None
 
 
-def foreign(folder: Path) -> bool:
-    """Whether a folder comes from somebody else, of whom this was not said before, or does not say from whom."""
-    maker, known = str((made_for(folder) or {}).get(MAKER)), makers()
+def is_foreign(folder: Path) -> bool:
+    """Whether another user, or another machine, made a folder. A valid maker is remembered, and accepted next time."""
+    maker, known = str((read_made_for(folder) or {}).get(MAKER)), makers()
     if re.fullmatch("[0-9a-f]{32}", maker) is None:
         return True
     if maker not in known:
@@ -98,21 +99,21 @@ def foreign(folder: Path) -> bool:
 
 
 def makers() -> list[str]:
-    """The makers that are known: first this user on this machine, who is given a number here."""
+    """The known makers. The first is this user on this machine, whose number is drawn at the first call."""
     try:
         if not makers_file().exists():
             makers_file().parent.mkdir(parents=True, exist_ok=True)
             write_text(makers_file(), token_hex(16) + "\n")
         return makers_file().read_text().split() or [""]
     except OSError:
-        return [""]  # without a place to keep a number all folders come from elsewhere
+        return [""]  # the number cannot be stored, so every folder counts as foreign
 
 
 def makers_file() -> Path:
-    """Where they are kept."""
+    """The file of known makers, in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgfunc" / "makers"
 
 
 def compiled_files(folder: Path) -> list[Path]:
-    """The files of code in a folder, not the notes that PyTorch keeps beside them."""
+    """The files of code in a folder, without the notes that PyTorch stores beside them."""
     return [path for path in folder.rglob("*") if path.suffix in (".so", ".cpp", ".py", ".cubin")]

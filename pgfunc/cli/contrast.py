@@ -1,4 +1,4 @@
-"""Commands of the dual encoder: embed, which gives vectors, and classify, which compares pictures with labels."""
+"""Commands of the dual encoder: embed, which prints vectors, and classify, which compares pictures with labels."""
 
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,13 @@ from torch import Tensor
 import pgfunc as pg
 from pgfunc.checkpoint import shipped
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_file, check_pictures, each, end, say
+from pgfunc.cli.options import app, check_file, check_pictures, exit_if_skipped, print_result, read_each
 from pgfunc.errors import NumericalError, SettingError
 from pgfunc.files.atomic import replacing
-from pgfunc.files.outputs import check_apart
+from pgfunc.files.outputs import check_apart, write_errors
 
 ModelName = Annotated[
-    str | None, options.unset("--model", help="SigLIP: a folder or hub id; without it the shipped one.")
+    str | None, options.of_model("--model", help="SigLIP: a folder or a hub id. Default: the shipped checkpoint.")
 ]
 Pictures = Annotated[list[str] | None, typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
 
@@ -26,14 +26,17 @@ Pictures = Annotated[list[str] | None, typer.Argument(help="Picture files.", met
 @app.command()
 def embed(
     images: Pictures = None,
-    text: Annotated[list[str] | None, options.unset("--text", help="A text; give several.")] = None,
-    out: Annotated[Path | None, options.unset("--out", help="Write all vectors to a .npy, a row each.")] = None,
+    text: Annotated[list[str] | None, options.unset("--text", help="A text. Repeat it for several.")] = None,
+    out: Annotated[
+        Path | None,
+        options.unset("--out", help="Write the vectors to this .npy file, one per row, in place of text."),
+    ] = None,
     model: ModelName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
 ) -> None:
-    """Give the unit vector of each picture, then of each --text."""
+    """Compute a unit vector for each picture, then for each --text. Similar contents have similar vectors."""
     images, texts = images or [], text or []
     check_pictures(images)
     if not images and not texts:
@@ -44,34 +47,44 @@ def embed(
         if out.suffix != ".npy":
             raise SettingError(f"--out {out}: expected a name that ends in .npy")
     loaded = pg.load_siglip(model, dtype, device)
-    unread: list[str] = []
-    rows = [({"image": name}, vector) for name, vector in each(images, partial(image_vector, loaded), unread)]
+    skipped: list[str] = []
+    rows = [({"image": name}, vector) for name, vector in read_each(images, partial(image_vector, loaded), skipped)]
     vectors = pg.dual.embed_texts(loaded.params, pg.dual_prompt.text_ids(loaded, texts), loaded.cfg) if texts else []
     rows += [({"text": one}, vector) for one, vector in zip(texts, vectors, strict=True)]
-    check_numbers(torch.stack([vector for _, vector in rows]) if rows else torch.zeros(0), "a vector")
+    check_finite(torch.stack([vector for _, vector in rows]) if rows else torch.zeros(0), "a vector")
     if out and rows:
-        save(out, np.stack([vector.cpu().numpy() for _, vector in rows]))
-    for name, vector in rows if as_json or not out else []:
-        (shown,) = name.values()
-        say(name | {"vector": vector.tolist()}, as_json, f"{shown}: {' '.join(f'{x:.4f}' for x in vector.tolist())}")
-    end(unread)
+        write_array(out, np.stack([vector.cpu().numpy() for _, vector in rows]))
+    for source, vector in rows if as_json or not out else []:
+        (title,) = source.values()
+        numbers = vector.tolist()
+        print_result(source | {"vector": numbers}, as_json, f"{title}: {' '.join(f'{x:.4f}' for x in numbers)}")
+    exit_if_skipped(skipped)
 
 
 @app.command()
 def classify(
     images: options.Images,
-    label: Annotated[list[str], typer.Option("--label", help="What may be in the picture; give several.")],
+    label: Annotated[
+        list[str], typer.Option("--label", help="Something that may be in the picture. Repeat it for several.")
+    ],
     template: Annotated[
         str | None,
-        options.unset("--template", help="The label's sentence: 'this is a photo of {}'; '{}' for the shipped model."),
+        options.unset(
+            "--template",
+            help="Sentence around a label, with {} for the label. Default: 'this is a photo of {}', "
+            "or only the label for the shipped checkpoint.",
+        ),
     ] = None,
     model: ModelName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
 ) -> None:
-    """Rank labels by the probability that each is in the picture; they need not add up to 1."""
-    # SigLIP's authors prompt so; the shipped model was trained on descriptions such as "a red star"
+    """Rank labels by the probability that each is in the picture.
+
+    The probabilities are independent: several labels may fit, or none, so they need not add up to 1.
+    """
+    # the default sentence is that of SigLIP's authors; the shipped model was trained on texts such as "a red star"
     check_pictures(images)
     template = template or ("this is a photo of {}" if model else "{}")
     if "{}" not in template:
@@ -81,20 +94,20 @@ def classify(
     loaded = pg.load_siglip(model, dtype, device)
     ids = pg.dual_prompt.text_ids(loaded, [template.replace("{}", name) for name in label])
     texts = pg.dual.embed_texts(loaded.params, ids, loaded.cfg)
-    unread: list[str] = []
-    for image, vector in each(images, partial(image_vector, loaded), unread):
+    skipped: list[str] = []
+    for image, vector in read_each(images, partial(image_vector, loaded), skipped):
         logits = pg.dual.logits(loaded.params, vector[None], texts)[0]
-        check_numbers(logits, "a probability")
+        check_finite(logits, "a probability")
         ranked = sorted(zip(label, logits.sigmoid().tolist(), strict=True), key=lambda pair: -pair[1])
-        lines = [f"{image}: {name}\t{value:.4f}" for name, value in ranked]
-        say({"image": image, "template": template, "probabilities": dict(ranked)}, as_json, *lines)
-    end(unread)
+        lines = [f"{image}: {name}\t{probability:.4f}" for name, probability in ranked]
+        print_result({"image": image, "template": template, "probabilities": dict(ranked)}, as_json, *lines)
+    exit_if_skipped(skipped)
 
 
-def check_numbers(values: Tensor, what: str) -> None:
-    """Raise NumericalError where a result is no number."""
+def check_finite(values: Tensor, name: str) -> None:
+    """Raise NumericalError if a result is nan or infinite."""
     if not values.isfinite().all():
-        raise NumericalError(f"{what} is nan or infinite: the weights are, or --dtype is too small for them")
+        raise NumericalError(f"{name} is nan or infinite: the weights are, or --dtype is too small for them")
 
 
 def image_vector(model: pg.SiglipModel, image: str) -> Tensor:
@@ -102,10 +115,7 @@ def image_vector(model: pg.SiglipModel, image: str) -> Tensor:
     return pg.dual.embed_images(model.params, pg.dual_prompt.pixels(model, [image]), model.cfg)[0]
 
 
-def save(path: Path, vectors: np.ndarray) -> None:
-    """Write a .npy."""
-    try:
-        with replacing(path) as file:
-            np.save(file, vectors, allow_pickle=False)
-    except OSError as error:
-        raise SettingError(f"--out {path}: cannot be written ({error.strerror})") from error
+def write_array(path: Path, vectors: np.ndarray) -> None:
+    """Write a .npy file, for --out."""
+    with write_errors(path, option="--out"), replacing(path) as file:
+        np.save(file, vectors, allow_pickle=False)

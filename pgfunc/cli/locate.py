@@ -1,11 +1,11 @@
-"""Commands whose result is a place in the picture: detect (boxes) and segment (masks)."""
+"""Commands that find objects in pictures: detect (boxes) and segment (boxes and masks)."""
 
 import shlex
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from PIL import Image
@@ -14,24 +14,21 @@ import pgfunc as pg
 from pgfunc.checkpoint import find, shipped
 from pgfunc.checkpoint.conversion import MASKS
 from pgfunc.cli import options
+from pgfunc.cli.drawings import check_coco, drawing_paths, write_picture, write_text
 from pgfunc.cli.options import (
     app,
-    check_file,
     check_pictures,
-    each,
-    end,
-    exists,
-    say,
-    say_aside,
-    say_length,
+    exit_if_skipped,
+    note_if_cut_off,
+    path_exists,
+    print_note,
+    print_result,
+    read_each,
     to_json,
     unset,
-    without,
+    without_option,
 )
-from pgfunc.errors import CheckpointError, PromptError, SettingError, first_line
-from pgfunc.files import atomic
-from pgfunc.files.atomic import replacing
-from pgfunc.files.outputs import check_apart, resolved
+from pgfunc.errors import CheckpointError, PromptError
 from pgfunc.image import open_image
 from pgfunc.objects import coco, draw, fonts, vqvae
 from pgfunc.objects.detect import Detection, Malformed
@@ -39,34 +36,62 @@ from pgfunc.objects.segment import Segment
 from pgfunc.prompt import TASKS, tokenizer_of, unmarked
 from pgfunc.sample import Settings
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")  # of a drawing
-
-Targets = Annotated[list[str], typer.Argument(help="Picture files, and last what to look for: 'cat ; bus'.",
+Targets = Annotated[list[str], typer.Argument(help="Picture files, then what to look for, such as 'cat ; bus'.",
                                               metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
-Labels = Annotated[list[str] | None, unset("--label", help="What to look for, instead of WHAT; give several.")]
-Wanted = Annotated[str | None, unset("--prompt", help="The same in one text: 'cat ; bus'.")]
-Out = Annotated[Path | None, unset("--out", help="Picture to write, with what was found drawn; for several a folder, "
-                                                 "each in its own format or, if that is unusual, PNG.")]  # fmt: skip
-Font = Annotated[Path | None, unset("--font", help="Font file for the labels; else those of the system.")]
+Labels = Annotated[
+    list[str] | None, unset("--label", help="Something to look for, in place of WHAT. Repeat it for several.")
+]
+PromptText = Annotated[
+    str | None, unset("--prompt", help="What to look for as one text, in place of WHAT: 'cat ; bus'.")
+]
+Out = Annotated[
+    Path | None,
+    unset(
+        "--out",
+        help="Write the picture with the objects drawn on it. For several pictures: a folder, where each drawing has "
+        "the format of its picture, or PNG if that format is unusual.",
+    ),
+]
+Font = Annotated[
+    Path | None, unset("--font", help="Font file for the labels in the drawing. Default: fonts of the system.")
+]
 Confidence = Annotated[bool, typer.Option("--confidence", help="Draw the confidence beside each label.")]
-Coco = Annotated[Path | None, unset("--coco", help="Write everything that was found in COCO's JSON.")]
+Coco = Annotated[Path | None, unset("--coco", help="Write the objects of all pictures to this file, as COCO JSON.")]
+Masks = Annotated[
+    Path | None, unset("--masks", help=f"File of the mask decoder. Default: {MASKS} in the model's folder.")
+]
 
 
-def locating(name: str, about: str) -> None:
-    """Add a command that finds objects on each picture; only `segment` knows --masks."""
+class Query(NamedTuple):
+    """What the model is asked about each picture: the prefix, and how to decode the answer."""
+
+    model: pg.Model
+    mask_decoder: vqvae.Params | None  # None: the objects have boxes only
+    prefix: str
+    sampling: dict[str, Any]
+
+
+class Output(NamedTuple):
+    """What is printed and drawn for each picture."""
+
+    as_json: bool
+    drawings: dict[str, Path]  # picture -> file of its drawing
+    font: Path | None
+    confidence: bool
+
+
+def add_object_command(name: str, help: str) -> None:
+    """Add a command that finds objects in each picture. Only `segment` has --masks."""
 
     def command(
         targets: Targets,
         label: Labels = None,
-        prompt: Wanted = None,
+        prompt: PromptText = None,
         out: Out = None,
         font: Font = None,
         confidence: Confidence = False,
         coco_file: Coco = None,
-        masks: Annotated[
-            Path | None,
-            unset("--masks", help=f"Mask decoder; else {MASKS} in the model's folder."),
-        ] = None,
+        masks: Masks = None,
         model: options.ModelName = None,
         adapter: options.Adapter = None,
         max_new_tokens: options.MaxNewTokens = 512,  # some 60 boxes, or 20 masks
@@ -82,111 +107,53 @@ def locating(name: str, about: str) -> None:
         tokenizer: options.Vocabulary = None,
         as_json: options.Json = False,
     ) -> None:
-        images, wanted = split(name, targets, label, prompt)
+        images, names = split_targets(name, targets, label, prompt)
         inputs = [*images, model or shipped(), adapter, masks, config, tokenizer, font]
-        drawings = destinations(images, out, inputs)
+        drawings = drawing_paths(images, out, inputs)
         if coco_file:
             check_coco(coco_file, inputs, drawings)
-        prefix = TASKS[name].format(unmarked(wanted, 1))
-        fonts.candidates(font)  # raises for what is no font
-        Settings(temperature, top_k, top_p, min_p)  # and for what is out of range
-        decoder = decoder_of(masks, model) if name == "segment" else None
+        prefix = TASKS[name].format(unmarked(names, 1))
+        fonts.candidates(font)  # raises SettingError if it is not a font
+        Settings(temperature, top_k, top_p, min_p)  # raises SettingError for a value outside its range
+        decoder = mask_decoder_path(masks, model) if name == "segment" else None
         loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
-        unread: list[str] = []
-        unwritten: list[str] = []
+        query, output = Query(loaded, vq, prefix, sampling), Output(as_json, drawings, font, confidence)
+        find_all(query, images, output, coco_file)
 
-        def pictures() -> Iterator[coco.Picture]:
-            for image, picture in each(images, partial(open_image, side=loaded.cfg.vision.image_size), unread):
-                (done,) = pg.generate(loaded, picture, prefix, **sampling)
-                found, left_out = read(loaded, done, picture, vq)
-                head = {"image": image, "prompt": prefix, "text": done.text, "finish": done.finish}
-                report(head, picture, found, left_out, as_json)
-                if not as_json:
-                    say_length(image, done.finish, max_new_tokens)
-                if out:
-                    write_picture(draw.objects(picture, found, font, confidence), drawings[image])
-                    unwritten.extend(fonts.missing(draw.caption(item), font) for item in found)
-                yield coco.Picture(image, *picture.size, found)
-
-        if coco_file:
-            write_text(coco_file, to_json(coco.dataset(pictures())))  # ASCII: a file's name need not be text
-        else:
-            deque(pictures(), maxlen=0)
-        if said := "".join(dict.fromkeys("".join(unwritten))):
-            say_aside(
-                f"no font here has the letters {said:.80}, which are drawn as boxes; --font FILE names one that has"
-            )
-        end(unread)
-
-    app.command(name, help=about)(command if name == "segment" else without(command, "masks"))
+    app.command(name, help=help)(command if name == "segment" else without_option(command, "masks"))
 
 
-def split(command: str, targets: list[str], labels: list[str] | None, prompt: str | None) -> tuple[list[str], str]:
-    """The pictures, which are there, and what to look for on them: the last of the arguments, --label or --prompt."""
+def split_targets(
+    command: str, targets: list[str], labels: list[str] | None, prompt: str | None
+) -> tuple[list[str], str]:
+    """The pictures, which exist, and what to look for: the last argument, or --label or --prompt.
+
+    Raises PromptError if there is nothing to look for, or it is given twice; ImageError if a picture does not exist.
+    """
     if labels and prompt:
         raise PromptError("--label and --prompt both say what to look for; give one of them")
     if labels or prompt:
-        option, wanted = ("--label", pg.detect.wanted(labels)) if labels else ("--prompt", prompt or "")
-        if not exists(targets[-1]):
-            raise PromptError(f"{targets[-1]}: no such file; {option} already says what to look for: {wanted!r:.80}")
+        option, names = ("--label", pg.detect.wanted(labels)) if labels else ("--prompt", prompt or "")
+        if not path_exists(targets[-1]):
+            raise PromptError(f"{targets[-1]}: no such file; {option} already says what to look for: {names!r:.80}")
         check_pictures(targets)
-        return targets, wanted
-    *images, wanted = targets
-    if not images or not wanted.strip() or is_file(wanted):
+        return targets, names
+    *images, names = targets
+    if not images or not names.strip() or (path_exists(names) and Path(names).is_file()):
         raise PromptError(f"{command} needs to know what to look for: pgfunc {command} photo.jpg 'cat'")
-    words = [image for image in images if not exists(image) and not Path(image).suffix]
+    words = [image for image in images if not path_exists(image) and not Path(image).suffix]
     if words:
-        several = " ".join(f"--label {shlex.quote(word)}" for word in [*words, wanted])
+        several = " ".join(f"--label {shlex.quote(word)}" for word in [*words, names])
         raise PromptError(f"{words[0]}: no such file; to look for several things: {several:.200}")
     check_pictures(images)
-    return images, wanted
+    return images, names
 
 
-def is_file(name: str) -> bool:
-    """Whether a file has this name."""
-    return exists(name) and Path(name).is_file()
-
-
-def destinations(images: list[str], out: Path | None, inputs: Sequence[str | Path | None]) -> dict[str, Path]:
-    """Where the drawing of each picture goes; checked before anything runs, as is that it replaces nothing read."""
-    if out is None:
-        return {}
-    if len(images) == 1 and not out.is_dir():
-        if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-            raise SettingError(f"--out {out}: not a kind of picture that can be written; end the name in .png or .jpg")
-        paths = {images[0]: out}
-    else:
-        if out.exists() and not out.is_dir():
-            raise SettingError(f"--out {out}: is a file; several pictures need a folder")
-        paths = {image: out / drawing(image) for image in images}
-    check_apart(paths.values(), inputs, "--out")
-    for image, path in paths.items():
-        if list(paths.values()).count(path) > 1:
-            raise SettingError(f"--out {out}: {image} and another picture would both be {path}")
-    if not out.is_dir():
-        check_file(out)
-    return paths
-
-
-def drawing(image: str) -> str:
-    """The name of a picture's drawing: its own, where its format is one that holds a drawing."""
-    kind = Image.registered_extensions().get(Path(image).suffix.lower())
-    return Path(image).name if kind in FORMATS and kind in Image.SAVE else f"{Path(image).stem}.png"
-
-
-def check_coco(path: Path, inputs: Sequence[str | Path | None], drawings: Mapping[str, Path]) -> None:
-    """Raise SettingError for a --coco that cannot be made, or would replace what is read or drawn."""
-    check_file(path)
-    check_apart([path], inputs, "--coco")
-    if resolved(path) in map(resolved, drawings.values()):
-        raise SettingError(f"--coco {path}: is the picture that --out writes; give another name")
-
-
-def decoder_of(masks: Path | None, model: str | None) -> Path:
-    """The file of the mask decoder."""
+def mask_decoder_path(masks: Path | None, model: str | None) -> Path:
+    """The file of the mask decoder. Raises CheckpointError if neither --masks nor the model's folder has one."""
     path = masks or beside(model)
     if not masks and not path.exists():
         raise CheckpointError(f"{path}: missing; give a mask decoder with --masks, such as Google's vae-oid.npz")
@@ -194,34 +161,68 @@ def decoder_of(masks: Path | None, model: str | None) -> Path:
 
 
 def beside(model: str | None) -> Path:
-    """Where the mask decoder of a model lies, if it has one."""
+    """The path of the mask decoder in a model's folder; the file need not exist."""
     folder = find(model)
     return (folder if folder.is_dir() else folder.parent) / MASKS
 
 
-def read(
-    model: pg.Model, done: pg.Completion, picture: Image.Image, vq: vqvae.Params | None
+def find_all(query: Query, images: Sequence[str], output: Output, coco_file: Path | None) -> None:
+    """Find the objects in each picture, print and draw them, and write all of them to the COCO file if there is one."""
+    skipped: list[str] = []
+    missing_letters: list[str] = []
+    pictures = find_each(query, images, output, skipped, missing_letters)
+    if coco_file:
+        write_text(coco_file, to_json(coco.dataset(pictures)))  # in ASCII: a file name need not be valid Unicode
+    else:
+        deque(pictures, maxlen=0)
+    if letters := "".join(dict.fromkeys("".join(missing_letters))):
+        print_note(
+            f"no font here has the letters {letters:.80}, which are drawn as boxes; --font FILE names one that has"
+        )
+    exit_if_skipped(skipped)
+
+
+def find_each(
+    query: Query, images: Sequence[str], output: Output, skipped: list[str], missing_letters: list[str]
+) -> Iterator[coco.Picture]:
+    """The objects of one picture after the other; each is printed and drawn before it is yielded."""
+    for image, picture in read_each(images, partial(open_image, side=query.model.cfg.vision.image_size), skipped):
+        (answer,) = pg.generate(query.model, picture, query.prefix, **query.sampling)
+        objects, malformed = parse(query, answer, picture)
+        source = {"image": image, "prompt": query.prefix, "text": answer.text, "finish": answer.finish}
+        print_objects(source, picture, objects, malformed, output.as_json)
+        if not output.as_json:
+            note_if_cut_off(image, answer.finish, query.sampling["max_new_tokens"])
+        if output.drawings:
+            write_picture(draw.objects(picture, objects, output.font, output.confidence), output.drawings[image])
+            missing_letters.extend(fonts.missing(draw.caption(item), output.font) for item in objects)
+        yield coco.Picture(image, *picture.size, objects)
+
+
+def parse(
+    query: Query, answer: pg.Completion, picture: Image.Image
 ) -> tuple[Sequence[Detection | Segment], list[Malformed]]:
-    """What the model wrote, as objects with their confidence, and what of it is none."""
-    vocabulary = tokenizer_of(model)
-    if vq is None:
-        return pg.detect.with_confidence(done, vocabulary, *picture.size), pg.detect.malformed(done.text)
-    return pg.segment.with_confidence(done, vocabulary, *picture.size, vq), pg.segment.malformed(done.text)
+    """The objects in an answer, with their confidence, and the parts of the answer that are not objects."""
+    tokenizer = tokenizer_of(query.model)
+    if query.mask_decoder is None:
+        return pg.detect.with_confidence(answer, tokenizer, *picture.size), pg.detect.malformed(answer.text)
+    segments = pg.segment.with_confidence(answer, tokenizer, *picture.size, query.mask_decoder)
+    return segments, pg.segment.malformed(answer.text)
 
 
-def report(
-    head: dict[str, Any], picture: Image.Image, found: Sequence[Detection | Segment], left_out: list[Malformed],
+def print_objects(
+    source: dict[str, Any], picture: Image.Image, objects: Sequence[Detection | Segment], malformed: list[Malformed],
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Print a line an object, or one JSON object a picture; what is malformed goes to standard error."""
-    image = head["image"]
+    """Print one line per object, or one JSON object per picture. Without JSON, malformed parts become notes."""
+    image = source["image"]
     size = {"width": picture.width, "height": picture.height}
-    objects = {"objects": [as_dict(item) for item in found], "malformed": [item._asdict() for item in left_out]}
-    lines = [line(item) for item in found] or ["nothing found"]
-    say(head | size | objects, as_json, *(f"{image}: {text}" for text in lines))
+    fields = {"objects": [as_dict(item) for item in objects], "malformed": [item._asdict() for item in malformed]}
+    lines = [as_line(item) for item in objects] or ["nothing found"]
+    print_result(source | size | fields, as_json, *(f"{image}: {line}" for line in lines))
     if not as_json:
-        for piece, reason in left_out:
-            say_aside(f"{image}: left out {piece!r:.80}: {reason}")
+        for piece, reason in malformed:
+            print_note(f"{image}: left out {piece!r:.80}: {reason}")
 
 
 def as_dict(item: Detection | Segment) -> dict[str, Any]:
@@ -230,32 +231,14 @@ def as_dict(item: Detection | Segment) -> dict[str, Any]:
     return {"label": item.label, "box": item.box._asdict(), "confidence": item.confidence} | mask
 
 
-def line(item: Detection | Segment) -> str:
-    """An object for people."""
+def as_line(item: Detection | Segment) -> str:
+    """An object as one line of text."""
     ymin, xmin, ymax, xmax = item.box
     box = f"x {xmin:.1f}..{xmax:.1f}, y {ymin:.1f}..{ymax:.1f}"
     pixels = f"\t{int(item.mask.count_nonzero())} pixels" if isinstance(item, Segment) else ""
-    label = " ".join(item.label.split())  # a line an object, whatever the model wrote
+    label = " ".join(item.label.split())  # the model may write a label of several lines
     return f"{label}\t{box}{pixels}" + ("" if item.confidence is None else f"\tconfidence {item.confidence:.2f}")
 
 
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Save a picture, in the folder that it may need for several."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
-            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingError(f"{path}: cannot be written ({first_line(error)})") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file."""
-    try:
-        atomic.write_text(path, text)
-    except OSError as error:
-        raise SettingError(f"{path}: cannot be written ({first_line(error)})") from error
-
-
-locating("detect", "Find objects: boxes in pixels, with a confidence each.")
-locating("segment", "Find objects and their masks.")
+add_object_command("detect", "Find objects in each picture, with a box in pixels and a confidence for each.")
+add_object_command("segment", "Find objects in each picture, with a box, a mask and a confidence for each.")

@@ -1,11 +1,12 @@
-"""What the commands share: the app, the options that several of them take, how results are printed.
+"""What the commands share: the app, common options, reading pictures one by one, printing results and notes.
 
-Text for people has no character that commands a terminal, and a line begins with what it is about, whatever the name of
-a file or the answer of a model holds. JSON is exact.
+Text for people contains no characters that control a terminal, and each line starts with its picture, whatever a file
+name or a model's answer contains. JSON output is exact.
 """
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,93 +28,139 @@ ON_PICTURES = ("caption", "ask", "ocr", "generate", "score", "detect", "segment"
 SAMPLING = {"top_k": "--top-k", "top_p": "--top-p", "min_p": "--min-p", "seed": "--seed"}
 
 
-def remarks(command: str, given: dict[str, Any]) -> Iterator[str]:
-    """What one might not expect of these options."""
-    idle = [option for name, option in SAMPLING.items() if given.get(name) not in (None, 0)]
-    if given.get("temperature") == 0 and idle:
-        yield f"{', '.join(idle)}: no effect without --temperature, decoding is greedy; --temperature 1 samples"
-    if command in ON_PICTURES and given["model"] is None and sys.stderr.isatty():
-        another = "--model" if command in ("embed", "classify") else "--model or PGFUNC_MODEL"
+def hints(command: str, arguments: dict[str, Any]) -> Iterator[str]:
+    """What may surprise a user about these options."""
+    unused = [option for name, option in SAMPLING.items() if arguments.get(name) not in (None, 0)]
+    if arguments.get("temperature") == 0 and unused:
+        yield f"{', '.join(unused)}: no effect, because decoding is greedy; add --temperature 1 to sample"
+    if command in ON_PICTURES and arguments["model"] is None and sys.stderr.isatty():
+        option = "--model" if command in ("embed", "classify") else "--model or PGFUNC_MODEL"
         yield (
-            "the shipped checkpoint knows drawn scenes of 201 things, and coloured shapes, but no photographs; "
-            f"{another} names another, --quiet leaves this out"
+            "the shipped checkpoint knows drawn scenes of 201 things and coloured shapes, but no photographs; "
+            f"choose another with {option}, or hide this hint with --quiet"
         )
 
 
 class App(typer.Typer):
-    """A program whose commands have --quiet: without it, they make their remarks."""
+    """A program whose commands print hints, unless --quiet is given."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def add(command: Callable[..., None]) -> Callable[..., None]:
-            super(App, self).command(name, **options)(remarking(name or command.__name__, command))
+            text = options.pop("help", None) or inspect.getdoc(command) or ""
+            help = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # the terminal breaks the lines of a paragraph
+            super(App, self).command(name, help=help, **options)(with_hints(name or command.__name__, command))
             return command
 
         return add
 
 
-def remarking(name: str, command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with another option: typer makes options from the signature."""
+def with_hints(name: str, command: Callable[..., None]) -> Callable[..., None]:
+    """The command with hints and the option --quiet. typer reads the options from the signature."""
 
     @wraps(command)
-    def run(quiet: bool, **given: Any) -> None:
-        command(**given)
-        for remark in () if quiet else remarks(name, given):  # after the command: a mistake prints its line alone
-            say_aside(remark)
+    def run(quiet: bool, **arguments: Any) -> None:
+        command(**arguments)
+        for hint in () if quiet else hints(name, arguments):  # last: a mistake prints its own line alone
+            print_note(hint)
 
-    whole = inspect.signature(command)
+    signature = inspect.signature(command)
     last = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
-    setattr(run, "__signature__", whole.replace(parameters=[*whole.parameters.values(), last]))  # noqa: B010
+    setattr(run, "__signature__", signature.replace(parameters=[*signature.parameters.values(), last]))  # noqa: B010
     return run
 
 
 app = App(
-    help="PaliGemma on pictures: caption, ask, ocr, detect, segment, train. SigLIP: embed, classify. "
-    "And their checkpoints: inspect, convert, compile, bench, laws.",
+    help="Ask PaliGemma about pictures: caption, ask, ocr, detect, segment. Compare pictures with texts by SigLIP: "
+    "embed, classify. Fine-tune: train. Work with checkpoints: inspect, convert, merge, compile, bench, laws.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-unset = partial(typer.Option, show_default=False)  # for options that may be left out
+MODEL, DECODING, OUTPUT = "Model", "Decoding", "Output"  # groups of options in --help
+
+unset = partial(typer.Option, show_default=False)  # an option without a default value
+of_model = partial(unset, rich_help_panel=MODEL)
+of_decoding = partial(typer.Option, rich_help_panel=DECODING)
+of_output = partial(typer.Option, rich_help_panel=OUTPUT)
 
 Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
-NAMED = "Folder, .npz or hub id; without it the shipped checkpoint."
-ModelName = Annotated[str | None, unset("--model", envvar="PGFUNC_MODEL", help=NAMED)]
-Named = Annotated[str | None, unset("--model", help=NAMED)]  # where something else may name what is meant
-Adapter = Annotated[str | None, unset("--adapter", help="A LoRA adapter of the model, to run with: folder or hub id.")]
-PromptText = Annotated[str | None, unset("--prompt", help="What to ask.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")]
-TopK = Annotated[int | None, unset("--top-k", help="Sample among the k most probable tokens.")]
-TopP = Annotated[float | None, unset("--top-p", help="Sample among the fewest tokens of total probability p.")]
-MinP = Annotated[float | None, unset("--min-p", help="Sample among tokens p times as probable as the best.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers, when the temperature is not 0.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile the decode step first: pays off for many tokens.")]
+NAMED = "Checkpoint: a folder, a .npz file or a Hugging Face hub id. Default: the shipped checkpoint."
+ModelName = Annotated[str | None, of_model("--model", envvar="PGFUNC_MODEL", help=NAMED)]
+Named = Annotated[str | None, of_model("--model", help=NAMED)]  # for commands that may name a checkpoint otherwise
+Adapter = Annotated[str | None, of_model("--adapter", help="LoRA adapter for the model: a folder or a hub id.")]
+Device = Annotated[
+    str | None, of_model("--device", help="cpu, cuda or cuda:1. Default: cuda if there is a GPU, otherwise cpu.")
+]
+Dtype = Annotated[
+    str | None, of_model("--dtype", help="float32, bfloat16 or float16. Default: the dtype of the checkpoint.")
+]
+Quantize = Annotated[
+    str | None, of_model("--quantize", help=f"Store the language model in fewer bits: {', '.join(GROUPS)}.")
+]
+Config = Annotated[
+    str | None,
+    of_model(
+        "--config",
+        help="Configuration of a .npz: a published name such as paligemma2-3b-224, a config.json or its folder.",
+    ),
+]
+Vocabulary = Annotated[
+    str | None, of_model("--tokenizer", help="A tokenizer.json, for a .npz or a folder without one.")
+]
+
+MaxNewTokens = Annotated[int, of_decoding("--max-new-tokens", help="Largest number of tokens in an answer.")]
+Temperature = Annotated[
+    float, of_decoding("--temperature", help="0 always takes the most probable token; above 0 tokens are sampled.")
+]
+TopK = Annotated[
+    int | None, of_decoding("--top-k", show_default=False, help="Sample among the k most probable tokens.")
+]
+TopP = Annotated[
+    float | None,
+    of_decoding(
+        "--top-p",
+        show_default=False,
+        help="Sample among the smallest set of most probable tokens whose probabilities add up to p or more.",
+    ),
+]
+MinP = Annotated[
+    float | None,
+    of_decoding(
+        "--min-p",
+        show_default=False,
+        help="Sample among the tokens at least p times as probable as the most probable one.",
+    ),
+]
+Seed = Annotated[int, of_decoding("--seed", help="Random seed; used when the temperature is above 0.")]
+Compile = Annotated[
+    bool, of_decoding("--compile", help="Compile the decode step first. This pays off when there are many tokens.")
+]
 Compiled = Annotated[
     Path | None,
-    unset("--compiled", help="The same with code from this folder, which is run: `pgfunc compile` makes one."),
+    of_decoding(
+        "--compiled",
+        show_default=False,
+        help="As --compile, with the code in this folder (see `pgfunc compile`). The code is run: trust its author.",
+    ),
 ]
-Device = Annotated[str | None, unset("--device", help="cpu, cuda, cuda:1; without it CUDA where there is one.")]
-Dtype = Annotated[str | None, unset("--dtype", help="float32, bfloat16 or float16; without it the files' own.")]
-Quantize = Annotated[str | None, unset("--quantize", help=f"Language model in fewer bits: {', '.join(GROUPS)}.")]
-Config = Annotated[str | None, unset("--config", help="For a .npz: a published name, a config.json or its folder.")]
-Vocabulary = Annotated[str | None, unset("--tokenizer", help="For a .npz: a tokenizer.json.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No remarks on the options and the shipped checkpoint.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+Json = Annotated[bool, of_output("--json", help="Print JSON instead of text.")]
+Quiet = Annotated[bool, of_output("--quiet", help="Print no hints about options and the shipped checkpoint.")]
+Force = Annotated[bool, of_output("--force", help="Replace existing files.")]
 
 
-def without(command: Callable[..., None], option: str) -> Callable[..., None]:
-    """The command without an option, which then has its default: typer makes options from the signature."""
-    whole = inspect.signature(command)
-    kept = [parameter for name, parameter in whole.parameters.items() if name != option]
-    setattr(command, "__signature__", whole.replace(parameters=kept))  # noqa: B010  pyright knows no such attribute
+def without_option(command: Callable[..., None], name: str) -> Callable[..., None]:
+    """The command without one of its options, which then has its default. typer reads options from the signature."""
+    signature = inspect.signature(command)
+    parameters = [parameter for key, parameter in signature.parameters.items() if key != name]
+    setattr(command, "__signature__", signature.replace(parameters=parameters))  # noqa: B010  unknown to pyright
     return command
 
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """A SettingError that says what helps, where the memory of a device does not suffice."""
+    """Raise a SettingError that says what helps, if the memory of the device is not enough for the block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -123,7 +170,7 @@ def enough_memory(remedy: str) -> Iterator[None]:
 
 
 def check_file(path: Path) -> None:
-    """Raise SettingError for a file that cannot be made: before anything is computed, not after."""
+    """Raise SettingError if an output file cannot be made; called before anything is computed."""
     check_name(path)
     if path.is_dir():
         raise SettingError(f"{path}: is a folder; expected the name of a file to write")
@@ -132,74 +179,70 @@ def check_file(path: Path) -> None:
 
 
 def check_pictures(images: list[str]) -> None:
-    """Raise ImageError for a picture that is not there: before anything is loaded, not when its turn comes."""
+    """Raise ImageError if a picture does not exist; called before anything is loaded."""
     for image in images:
-        if not exists(image):
+        if not path_exists(image):
             raise ImageError(f"{image}: no such file")
         if Path(image).is_dir():
             raise ImageError(f"{image}: cannot be read as a picture, it is a folder; name those in it: {image}/*.jpg")
 
 
-def exists(name: str) -> bool:
-    """Whether something has this name, which need not be one that a file can have."""
+def path_exists(name: str) -> bool:
+    """Whether a file or folder has this name; False for a text that cannot be a file name."""
     try:
         return Path(name).exists()
     except (OSError, ValueError):
         return False
 
 
-def each(images: Sequence[str], read: Callable[[str], T], left_out: list[str]) -> Iterator[tuple[str, T]]:
-    """Each picture, and what `read` makes of it. If there are several, one that cannot be read is named and left out.
+def read_each(images: Sequence[str], read: Callable[[str], T], skipped: list[str]) -> Iterator[tuple[str, T]]:
+    """Each picture with the result of `read`, behind a progress bar if there are several.
 
-    `end` tells of it at the end.
+    One of several pictures that cannot be read is reported and added to `skipped`; a single one raises its ImageError.
     """
-    for image in progress(images):
+    for image in tqdm(images, unit="picture", leave=False, disable=None if len(images) > 1 else True):
         try:
             value = read(image)
         except ImageError as error:
             if len(images) == 1:
                 raise
-            left_out.append(image)
-            say_aside(str(error))
+            skipped.append(image)
+            print_note(str(error))
             continue
         yield image, value
 
 
-def end(left_out: Sequence[str]) -> None:
-    """Leave with status 1 where pictures were left out, once the results of the others are written."""
-    if left_out:
+def exit_if_skipped(skipped: Sequence[str]) -> None:
+    """End with status 1 if pictures were skipped; called after the results of the others are written."""
+    if skipped:
         raise typer.Exit(1)
 
 
-def progress(images: Sequence[str]) -> Iterator[str]:
-    """The pictures, with a bar on standard error when there are several and somebody watches."""
-    yield from tqdm(images, unit="picture", leave=False, disable=None if len(images) > 1 else True)
-
-
-def say_length(image: str, finish: str | None, tokens: int) -> None:
-    """Say on standard error that an answer ended at its limit."""
-    if finish == "length":
-        say_aside(f"{image}: stopped at {tokens} tokens, perhaps within the answer; --max-new-tokens allows more")
-
-
-def say(value: dict[str, Any], as_json: bool, *lines: str) -> None:
+def print_result(value: dict[str, Any], as_json: bool, *lines: str) -> None:
     """Print one result: a JSON object, or lines for people."""
-    if as_json:  # those that JSON does not escape by itself
+    if as_json:
         text = to_json(value, ensure_ascii=False)
-        tqdm.write(COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+        # JSON itself does not escape all of these characters
+        tqdm.write(COMMANDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
     else:
         tqdm.write("\n".join(harmless(line, keep="\t") for line in lines))
 
 
-def say_aside(remark: str) -> None:
-    """Print a line on standard error, if it can be."""
+def print_note(note: str) -> None:
+    """Print a line on standard error, if that is open."""
     with suppress(OSError):
-        tqdm.write(harmless(f"pgfunc: {remark}"), file=sys.stderr)
+        tqdm.write(harmless(f"pgfunc: {note}"), file=sys.stderr)
+
+
+def note_if_cut_off(image: str, finish: str | None, max_new_tokens: int) -> None:
+    """Print a note if an answer ended because it reached the largest number of tokens."""
+    if finish == "length":
+        print_note(f"{image}: stopped at {max_new_tokens} tokens, perhaps too early; --max-new-tokens allows more")
 
 
 def to_json(value: Any, ensure_ascii: bool = True) -> str:
-    """A value as a line of JSON. Raises NumericalError for a number that is none: JSON has neither nan nor infinity."""
+    """A value as one line of JSON. Raises NumericalError for nan and infinity, which JSON does not have."""
     try:
         return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
     except ValueError as error:
-        raise NumericalError("a result is nan or infinite, which JSON cannot say; try another --dtype") from error
+        raise NumericalError("a result is nan or infinite, which JSON cannot hold; try another --dtype") from error

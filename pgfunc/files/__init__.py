@@ -1,1 +1,1 @@
-"""Files that are written all or nothing, and read within bounds. Knows nothing about models."""
+"""Files: atomic writes, bounded reads, locks, and checks of where output may go. Knows nothing about models."""

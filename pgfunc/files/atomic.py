@@ -1,14 +1,14 @@
-"""Everything that is written: a file or a folder's files change at once, from the old to the new.
+"""Atomic writes: a reader sees the old content of a file, or of a whole folder, or the new one, never a mixture.
 
-A file is written under a temporary name beside its target, flushed to disk, and renamed; several files of a folder are
-renamed by a `journal`.
+A file is written under a temporary name beside its target, flushed to disk, and renamed. If several files of a folder
+change together, a `journal` lists the renames.
 
-    .pgfunc-TOKEN.tmp       says that a writer lives, which holds a lock on it; it becomes the journal
-    .pgfunc-TOKEN.0.tmp     its new files; the next writer in the folder removes those of a writer that was killed
-    .pgfunc-journal         a change under way, or one that was interrupted
+    .pgfunc-TOKEN.tmp       shows that a writer is alive, which holds a lock on it; it becomes the journal
+    .pgfunc-TOKEN.0.tmp     the writer's new files; if the writer was killed, the next writer in the folder removes them
+    .pgfunc-journal         a commit in progress, or one that was interrupted
 
-Nothing is written in place, so what is mapped never changes, and a link at a target is replaced. Nothing here knows
-what the files are.
+No file is written in place, so a memory-mapped file never changes, and a symbolic link at the target is replaced. This
+module knows nothing about the content of the files.
 """
 
 import json
@@ -21,35 +21,44 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from pgfunc.files.journal import TEMPORARY, flush, interrupted, names, placed, planned, settle
-from pgfunc.files.locks import AS_IT_IS, lock, unlocked
+from pgfunc.files.journal import (
+    TEMPORARY,
+    apply_journal,
+    flush_folder,
+    has_journal,
+    journal_temporaries,
+    list_names,
+    publish_journal,
+)
+from pgfunc.files.locks import OPEN_FLAGS, lock, unlocked
+
+MAX_LINKS = 40  # Linux follows no more symbolic links than that
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write in place of another: the old is there until the block ends well.
+    """A file to write; it replaces the file at `path` when the block ends without an exception.
 
-    Raises OSError, and CheckpointError where an interrupted change of its folder cannot be carried out.
-
-    It has the mode of the file that it replaces, else the umask's. A device or a pipe is written as it is.
+    The new file has the mode of the file that it replaces, otherwise the mode of the umask. A device or a pipe is
+    written directly. Raises OSError, and CheckpointError if an interrupted commit in the folder cannot be completed.
     """
     path = Path(path)
     if (path.exists() and not path.is_file()) or is_stream(path):
-        with path.open("wb") as file:  # a folder is an OSError here
+        with path.open("wb") as file:  # raises OSError for a folder
             yield file
         return
     with staged(path.parent) as change:
         with change.new(path.name) as file:
             yield file
-        settle(path.parent)
+        apply_journal(path.parent)
         for temporary in change.renames:
             (path.parent / temporary).replace(path)
-    flush(path.parent)
+    flush_folder(path.parent)
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a name stands for a stream of a process, as /dev/stdout does, wherever that leads now."""
-    for _ in range(40):  # links, of which systems follow no more
+    """Whether a path is a stream of a process, such as /dev/stdout, or a link to one."""
+    for _ in range(MAX_LINKS):
         if path.absolute().is_relative_to("/dev") or path.absolute().is_relative_to("/proc"):
             return True
         if not path.is_symlink():
@@ -59,23 +68,23 @@ def is_stream(path: Path) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file of text, in UTF-8. Raises OSError."""
+    """Write a text file in UTF-8, atomically. Raises OSError."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 class Change:
-    """What is to happen to a folder at once: files that are new, by their names, and files that go."""
+    """A set of changes to one folder that happen together: new files by name, and old files to delete."""
 
     def __init__(self, folder: Path, token: str) -> None:
         self.folder, self.token = folder, token
-        self.renames: dict[str, str] = {}
-        self.stale: list[tuple[str, str]] = []
+        self.renames: dict[str, str] = {}  # temporary name -> final name
+        self.superseded: list[tuple[str, str]] = []  # (subfolder, pattern) of files to delete
         self.hidden: list[str] = []
 
     @contextmanager
     def new(self, name: str) -> Iterator[IO[bytes]]:
-        """A file to write; a name may lie in a folder of the folder."""
+        """A file to write; `name` may contain a subfolder."""
         temporary, target = f".pgfunc-{self.token}.{len(self.renames)}.tmp", self.folder / name
         self.renames[temporary] = name
         with os.fdopen(create(self.folder / temporary), "w+b") as file:
@@ -88,26 +97,28 @@ class Change:
             os.fsync(file.fileno())
 
     def write(self, name: str, text: str) -> None:
-        """A file of text."""
+        """Add a new text file."""
         with self.new(name) as file:
             file.write(text.encode())
 
     def hide(self, name: str) -> None:
-        """Mark a file by which programs find the others, such as config.json: it is removed first, and back last."""
+        """Mark the file by which programs recognize the folder, such as config.json.
+
+        It is removed first and put back last, so that other programs never load a half-changed folder.
+        """
         self.hidden.append(name)
 
     def supersede(self, pattern: re.Pattern[str], inner: str = "") -> None:
-        """Files whose whole names match go, unless they are new; `inner` is a folder in the folder."""
-        self.stale.append((inner, pattern.pattern))
+        """Delete the files whose full names match, except the new ones; `inner` is a subfolder."""
+        self.superseded.append((inner, pattern.pattern))
 
 
 @contextmanager
 def changing(folder: str | Path) -> Iterator[Change]:
-    """Files of a folder that all change when the block ends well, and none when it does not.
+    """Collect changes to a folder; all of them happen when the block ends without an exception, otherwise none.
 
-    Raises OSError, and CheckpointError as `replacing`.
-
-    Two that change one folder at a time leave it as the later of them does.
+    If two writers change the folder at the same time, the later one wins as a whole. Raises OSError, and
+    CheckpointError as `replacing` does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,35 +129,36 @@ def changing(folder: str | Path) -> Iterator[Change]:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Change]:
-    """Temporary files, which are gone when the block ends, unless they were renamed or a journal names them."""
-    sweep(folder)
-    with alive(folder) as token:
+    """A change whose temporary files are deleted when the block ends, unless they were renamed or are in a journal."""
+    remove_leftovers(folder)
+    with writer_token(folder) as token:
         change = Change(folder, token)
         try:
             yield change
         finally:
-            for name in change.renames.keys() - planned(folder):
+            for name in change.renames.keys() - journal_temporaries(folder):
                 (folder / name).unlink(missing_ok=True)
 
 
 def commit(change: Change) -> None:
-    """Change the folder: from the moment that the journal is in its place, whoever carries it out."""
+    """Change the folder. Once the journal has its final name, the change happens, whoever completes it."""
     folder = change.folder
     for name in change.renames.values():
         check_target(folder, folder / name)
     journal = folder / f".pgfunc-{change.token}.tmp"
+    plan = {"rename": change.renames, "supersede": change.superseded, "hidden": change.hidden}
     with journal.open("wb") as file:
-        file.write(json.dumps({"rename": change.renames, "supersede": change.stale, "hidden": change.hidden}).encode())
+        file.write(json.dumps(plan).encode())
         file.flush()
         os.fsync(file.fileno())
-    while not placed(journal):
-        settle(folder)
-    flush(folder)
-    settle(folder)
+    while not publish_journal(journal):
+        apply_journal(folder)
+    flush_folder(folder)
+    apply_journal(folder)
 
 
 def check_target(folder: Path, path: Path) -> None:
-    """Raise the OSError of a name that no file can have here, before the commit, which could not be finished then."""
+    """Raise OSError if no file can have this name: after the commit it would be too late, it could not be completed."""
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise OSError(f"{path.parent} is a link to another folder")
     with suppress(FileNotFoundError):
@@ -155,8 +167,8 @@ def check_target(folder: Path, path: Path) -> None:
 
 
 @contextmanager
-def alive(folder: Path) -> Iterator[str]:
-    """The token of a writer's temporary files, whose first is locked while the block runs, and gone after it."""
+def writer_token(folder: Path) -> Iterator[str]:
+    """The token in the names of a writer's temporary files. The first file is locked while the block runs."""
     while True:
         token = secrets.token_hex(8)
         path = folder / f".pgfunc-{token}.tmp"
@@ -164,28 +176,28 @@ def alive(folder: Path) -> Iterator[str]:
         lock(descriptor, exclusive=True)
         if path.exists():
             break
-        os.close(descriptor)  # a sweep came between the two
+        os.close(descriptor)  # another writer removed the file before it was locked
     try:
         yield token
     finally:
         try:
             path.unlink(missing_ok=True)
-        finally:  # again, if Ctrl-C came before the file was gone
+        finally:  # again, in case Ctrl-C came before the file was deleted
             path.unlink(missing_ok=True)
             os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed; not those that a journal names."""
-    found = {match[1] for name in names(folder) if (match := TEMPORARY.fullmatch(name))}
-    for token in found:
-        with unlocked(folder / f".pgfunc-{token}.tmp") as dead:
-            if dead and not interrupted(folder):
-                left = [name for name in names(folder) if name.startswith(f".pgfunc-{token}.")]
-                for name in sorted(left):  # the locked one last
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed, except those that a journal needs."""
+    tokens = {match[1] for name in list_names(folder) if (match := TEMPORARY.fullmatch(name))}
+    for token in tokens:
+        with unlocked(folder / f".pgfunc-{token}.tmp") as abandoned:
+            if abandoned and not has_journal(folder):
+                leftovers = [name for name in list_names(folder) if name.startswith(f".pgfunc-{token}.")]
+                for name in sorted(leftovers):  # the locked file is the last
                     (folder / name).unlink(missing_ok=True)
 
 
 def create(path: Path) -> int:
-    """A new file, open for writing, with the umask's mode."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | AS_IT_IS, 0o666)
+    """Create a file with the mode of the umask, and open it for writing. It must not exist yet."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o666)

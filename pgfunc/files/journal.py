@@ -1,8 +1,8 @@
-"""A folder whose files change at once, by a journal: a list of renames that is itself put in place by one rename.
+"""The journal of a folder: a list of renames, which one rename puts in place. It makes several changes one commit.
 
-Before that the folder is the old one, and after it the new one: whoever finds a journal, the next reader or writer,
-carries it out. The folder is locked (`locks`) meanwhile; readers share the lock while they open its files. Nothing here
-knows what the files are, or how they were written: see `atomic`.
+Before that rename the folder counts as old, and after it as new: the next reader or writer that sees a journal
+completes it. Meanwhile the folder is locked (see `locks`); readers share the lock while they open files. This module
+knows neither what the files are nor how they were written (see `atomic`).
 """
 
 import json
@@ -20,42 +20,42 @@ from pgfunc.files.locks import locked
 JOURNAL = ".pgfunc-journal"
 TEMPORARY = re.compile(r"\.pgfunc-([0-9a-f]{16})(\.\d+)?\.tmp")  # short: the target's name may have all of 255 bytes
 
-PATIENCE = 0.5  # seconds in which a writer that lives has renamed its files
+PATIENCE = 0.5  # seconds; a writer that is alive completes its renames in less
 
 
-def placed(journal: Path) -> bool:
-    """Put a journal in its place, unless there is one: the commit.
+def publish_journal(temporary: Path) -> bool:
+    """Give a journal its final name, which is the commit. Returns False if the folder has a journal already.
 
-    Readers that come from now on wait for it, so that they cannot keep a writer from its lock for ever.
+    From then on new readers wait for its completion, so they cannot keep a writer from its lock forever.
     """
-    target = journal.with_name(JOURNAL)
+    journal = temporary.with_name(JOURNAL)
     try:
-        os.link(journal, target)
+        os.link(temporary, journal)
     except FileExistsError:
         return False
     except OSError:  # a file system without hard links
-        with locked(journal.parent, exclusive=True):
-            if target.exists():
+        with locked(temporary.parent, exclusive=True):
+            if journal.exists():
                 return False
-            journal.replace(target)
+            temporary.replace(journal)
     return True
 
 
-def settle(folder: Path) -> None:
-    """Carry out the journal of a folder, if there is one, or wait until another has done so."""
-    while interrupted(folder):
+def apply_journal(folder: Path) -> None:
+    """Complete the journal of a folder, if there is one, or wait until another process has completed it."""
+    while has_journal(folder):
         with locked(folder, exclusive=True, wait=False) as held:
             if held is not False:
-                finish(folder)
+                apply_locked(folder)
                 return
         time.sleep(0.002)
 
 
-def finish(folder: Path) -> None:
-    """Carry out the journal of a folder, which is locked; again where that was interrupted.
+def apply_locked(folder: Path) -> None:
+    """Complete the journal of a locked folder; an interrupted run is repeated safely.
 
-    Hidden files (a model's config.json) go first and are back last: meanwhile a program that asks for no lock finds no
-    model, rather than half of one and half of another.
+    Hidden files (a model's config.json) are removed first and put back last: meanwhile a program that takes no lock
+    finds no model, instead of parts of two models.
     """
     if not (plan := read_journal(folder)):
         return
@@ -66,45 +66,45 @@ def finish(folder: Path) -> None:
             renames[temporary].unlink(missing_ok=True)
     for temporary in [name for name in renames if name not in hidden]:
         move(temporary, renames[temporary])
-    for target in superseded(folder, plan):
+    for target in superseded_files(folder, plan):
         target.unlink(missing_ok=True)
     for temporary in hidden:
         move(temporary, renames[temporary])
-    for place in {target.parent for target in renames.values()}:
-        flush(place)
+    for parent in {target.parent for target in renames.values()}:
+        flush_folder(parent)
     (folder / JOURNAL).unlink(missing_ok=True)
-    flush(folder)
+    flush_folder(folder)
 
 
-def superseded(folder: Path, plan: dict[str, Any]) -> list[Path]:
-    """The files that a journal says go: those whose names match, but for the new ones."""
+def superseded_files(folder: Path, plan: dict[str, Any]) -> list[Path]:
+    """The files that a journal deletes: those whose names match one of its patterns, except the new ones."""
     new = {folder / name for name in plan["rename"].values()}
-    return [folder / inner / name for inner, pattern in plan["supersede"] for name in names(folder / inner)
+    return [folder / inner / name for inner, pattern in plan["supersede"] for name in list_names(folder / inner)
             if re.fullmatch(pattern, name) and folder / inner / name not in new]  # fmt: skip
 
 
 def move(temporary: Path, target: Path) -> None:
-    """Rename a file, unless that is done."""
+    """Rename a file, unless an interrupted run has renamed it already."""
     target.parent.mkdir(exist_ok=True)
     with suppress(FileNotFoundError):
         temporary.replace(target)
 
 
 def read_journal(folder: Path) -> dict[str, Any]:
-    """The journal of a folder, empty where there is none.
+    """The journal of a folder; empty if there is none.
 
-    It is not obeyed where it names what lies outside, or a stranger wrote it: in /tmp anybody may.
+    Raises CheckpointError if it names files outside the folder, or belongs to another user: in /tmp anybody may write.
     """
     try:
         owner = (folder / JOURNAL).stat().st_uid
         if owner not in (folder.stat().st_uid, getattr(os, "geteuid", lambda: owner)()):
             raise ValueError("it belongs to another user")
         plan = json.loads((folder / JOURNAL).read_bytes())
-        places = [*((folder / name).parent for name in plan["rename"].values()),
-                  *(folder / inner for inner, _ in plan["supersede"])]  # fmt: skip
-        inside = all(place.resolve().is_relative_to(folder.resolve()) for place in places)
-        known = {*plan["hidden"]} <= {*plan["rename"].values()} and all(map(TEMPORARY.fullmatch, plan["rename"]))
-        if not (plan["rename"] and inside and known):
+        parents = [*((folder / name).parent for name in plan["rename"].values()),
+                   *(folder / inner for inner, _ in plan["supersede"])]  # fmt: skip
+        inside = all(parent.resolve().is_relative_to(folder.resolve()) for parent in parents)
+        well_formed = {*plan["hidden"]} <= {*plan["rename"].values()} and all(map(TEMPORARY.fullmatch, plan["rename"]))
+        if not (plan["rename"] and inside and well_formed):
             raise ValueError("it names other files than those of a save")
     except FileNotFoundError:
         return {}
@@ -114,7 +114,7 @@ def read_journal(folder: Path) -> dict[str, Any]:
     return plan
 
 
-def planned(folder: Path) -> set[str]:
+def journal_temporaries(folder: Path) -> set[str]:
     """The temporary files that the journal of a folder still needs."""
     try:
         return {*read_journal(folder).get("rename", {})}
@@ -122,25 +122,25 @@ def planned(folder: Path) -> set[str]:
         return set()
 
 
-def interrupted(folder: Path) -> bool:
-    """Whether a commit of a folder was interrupted, or is under way."""
-    with suppress(OSError, ValueError):  # of names that no folder can have
+def has_journal(folder: Path) -> bool:
+    """Whether a commit in a folder is in progress or was interrupted."""
+    with suppress(OSError, ValueError):  # for names that no folder can have
         return (folder / JOURNAL).exists()
     return False
 
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Hold off those who change a folder, while its files are opened; an interrupted commit is finished before.
+    """Keep writers from changing a folder while its files are opened. Completes an interrupted commit first.
 
-    Raises CheckpointError for one that cannot be finished, as in a folder that is read-only.
+    Raises CheckpointError if the commit cannot be completed, for example because the folder is read-only.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            settle(folder)
+            apply_journal(folder)
         except OSError as error:
-            if time.monotonic() < deadline:  # another process may finish it soon
+            if time.monotonic() < deadline:  # another process may complete it soon
                 time.sleep(0.01)
                 continue
             raise CheckpointError(
@@ -148,13 +148,13 @@ def reading(folder: Path) -> Iterator[None]:
                 "load it once, or save again"
             ) from error
         with locked(folder, exclusive=False):
-            if not interrupted(folder):  # as it may be again by now
+            if not has_journal(folder):  # a new commit may have begun before the lock was taken
                 yield
                 return
 
 
-def flush(folder: Path) -> None:
-    """Bring what was renamed in a folder to the disk, where folders can be."""
+def flush_folder(folder: Path) -> None:
+    """Write the renames in a folder to disk, on systems where a folder can be flushed."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -163,8 +163,8 @@ def flush(folder: Path) -> None:
             os.close(descriptor)
 
 
-def names(folder: Path) -> list[str]:
-    """The names in a folder, none where there is none."""
+def list_names(folder: Path) -> list[str]:
+    """The names in a folder; empty if it does not exist or cannot be listed."""
     try:
         return [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError, PermissionError):

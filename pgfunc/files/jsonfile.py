@@ -1,4 +1,4 @@
-"""JSON files, read whole: bounded before they are read, and in whatever encoding JSON may be written."""
+"""JSON files: read whole, limited in size, in any encoding that JSON allows."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 from pgfunc.errors import CheckpointError
 
-MOST_BYTES = 2**22  # of a JSON file: the largest index of a published checkpoint has a thirtieth of it
+MAX_BYTES = 2**22  # the largest index file of a published checkpoint has a thirtieth of this size
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, in UTF-8 or whatever else JSON may be written in."""
+    """The object in a JSON file. Raises CheckpointError if the file is missing, too large, or not a JSON object."""
     try:
-        check_file(path, MOST_BYTES)
+        check_file(path, MAX_BYTES)
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
@@ -21,9 +21,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_file(path: Path, most: int | None = None) -> None:
-    """Raise CheckpointError for what is no file, or a larger one than its kind has: before any of it is read."""
+def check_file(path: Path, max_bytes: int | None = None) -> None:
+    """Raise CheckpointError if a path is not a file, or the file is larger than `max_bytes`. Reads nothing."""
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file" if path.exists() else f"{path}: missing")
-    if most is not None and (size := path.stat().st_size) > most:
-        raise CheckpointError(f"{path}: has {size:,} bytes, expected at most {most:,}")
+    if max_bytes is not None and (size := path.stat().st_size) > max_bytes:
+        raise CheckpointError(f"{path}: has {size:,} bytes, expected at most {max_bytes:,}")

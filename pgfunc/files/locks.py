@@ -1,7 +1,7 @@
-"""Locks on files and folders, by `flock`: they leave nothing behind, end with the process, and hold between threads.
+"""Locks on files and folders, by `flock`: they leave no files behind, end with the process, and hold between threads.
 
-Without locks (Windows, some network drives) nobody waits, and no writer is taken for dead. Nothing here knows what is
-locked.
+On systems without `flock` (Windows, some network drives) nobody waits, and no writer counts as killed. This module
+knows nothing about the files that it locks.
 """
 
 import os
@@ -14,14 +14,14 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # no link is followed, no end of line changed
+OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # no links are followed, no line ends changed
 
 
 @contextmanager
 def unlocked(path: Path) -> Iterator[bool]:
-    """Whether nobody holds the lock of a file, which the block then holds; a file that is gone has nobody."""
+    """Whether no process holds the lock of a file, which is then held for the block; True if the file is gone."""
     try:
-        descriptor = os.open(path, os.O_RDWR | AS_IT_IS)
+        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)
     except OSError as error:
         yield isinstance(error, FileNotFoundError)
         return
@@ -33,10 +33,10 @@ def unlocked(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def locked(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool | None]:
-    """Hold a folder's lock; False where another has it, None where there is none."""
+    """Hold the lock of a folder. Yields False if another holder has it, None if locks do not exist here."""
     try:
         descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
-    except (OSError, ValueError):  # such as a folder whose files may be read by name alone
+    except (OSError, ValueError):  # for example a folder that may not be listed
         descriptor = None
     if descriptor is None:
         yield None
@@ -44,14 +44,14 @@ def locked(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool | 
     try:
         yield lock(descriptor, exclusive, wait)
     finally:
-        if fcntl:  # closing is not enough: a forked child has a copy
+        if fcntl:  # closing is not enough: a forked child has a copy of the descriptor
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def lock(descriptor: int, exclusive: bool, wait: bool = True) -> bool | None:
-    """Take a lock; False where another has it, None where there are none."""
+    """Take a lock. Returns False if another holder has it, None if locks do not exist here."""
     if fcntl is None:
         return None
     try:

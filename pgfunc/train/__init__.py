@@ -1,1 +1,1 @@
-"""Training: losses, optimisers and steps, as pure functions over parameter trees. Nothing in the model imports it."""
+"""Training: losses, optimizers and steps, as pure functions on parameter trees. Nothing in the model imports it."""

@@ -1,15 +1,16 @@
-"""Contrastive losses on unit vectors, and what is measured with them: CLIP's softmax, SigLIP's sigmoid, recall.
+"""Contrastive losses on unit vectors, CLIP's softmax and SigLIP's sigmoid; and retrieval recall, which measures them.
 
-Row i of the pictures belongs to row i of the texts; every other pair is a negative. The logits of a block of rows are
+Picture i matches text i; every other pair is a negative. The logits of a block of rows are
 
                 texts 0 .. b-1
-    rows   first     [ . + . . . ]      logit = exp(scale) · x·y + bias;  + marks the pairs that belong together
+    rows   first     [ . + . . . ]      logit = exp(scale) · x·y + bias;  + marks the pairs that match
            first + 1 [ . . + . . ]
 
-and both losses are a sum over such rows, so three cases are one: the whole batch is one block; with `chunk` there are
-several, of which one at a time is in memory; with `group` each process has the rows of its own pictures and gathers the
-texts of all. Their gradients have one form too, (probability - target) at each logit, which the backward pass computes
-anew, block by block: what is kept is the vectors alone.
+Both losses are sums over such rows, so one function serves three cases. By default the whole batch is one block. With
+`chunk` there are several blocks, and one at a time is in memory. With `group` each process has the rows of its own
+pictures and gathers the texts of all processes. Both gradients have the form (probability - target) at each logit; with
+`chunk` the backward pass computes the logits again, block by block, and only the vectors stay in memory between the
+passes.
 
 Axes: b batch of this process, r rows of a block, s all texts (or all pictures), d width, c classes, k prompts a class.
 """
@@ -37,13 +38,14 @@ def softmax_loss(
     chunk: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of finding each picture's text and each text's picture (Radford et al. 2021), in float32.
+    """Mean cross-entropy of choosing each picture's text and each text's picture (Radford et al. 2021), in float32.
 
     scale: the logarithm of the factor on the cosines (1 / temperature); learned. A bias would cancel.
-    chunk: rows of logits in memory at once, forward and backward; 0 takes all. With chunks, only first
-    derivatives, in reverse mode.
-    group: the processes that share the batch; each calls this with its own b pairs, b equal in all. The mean over
-    processes of the loss is the loss of the whole batch, and so are, averaged as DDP does it, all gradients.
+    chunk: rows of logits in memory at once, forward and backward; 0 takes all rows. With chunks only first derivatives
+    in reverse mode exist.
+    group: the processes that share the batch. Each process calls this function with its own b pairs; b is the same in
+    all. The mean of the losses over the processes is the loss of the whole batch, and the gradients, averaged over the
+    processes as DDP does, are its gradients.
     """
     zero = torch.zeros_like(scale)
     both = [rows_loss("softmax", x, y, scale, zero, chunk, group) for x, y in ((images, texts), (texts, images))]
@@ -58,10 +60,10 @@ def sigmoid_loss(
     chunk: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
-    """-Σ log sigmoid(±logit) / b over all pairs, + for those that belong together (Zhai et al. 2023), in float32.
+    """-Σ log sigmoid(±logit) / b over all pairs, with + for matching pairs (Zhai et al. 2023), in float32.
 
-    scale: the logarithm of the factor on the cosines. bias: added to it; SigLIP starts at -10. Both learned.
-    chunk, group: as for `softmax_loss`.
+    scale: the logarithm of the factor on the cosines. bias: added to the logits; SigLIP starts at -10. Both are
+    learned. chunk, group: as in `softmax_loss`.
     """
     return rows_loss("sigmoid", images, texts, scale, bias, chunk, group) / len(images)
 
@@ -75,7 +77,7 @@ def rows_loss(
     chunk: int,
     group: dist.ProcessGroup | None,
 ) -> Float[Tensor, ""]:
-    """The sum over this process's rows, against the columns of all processes."""
+    """The sum of the loss over this process's rows, against the columns of all processes."""
     if chunk < 0:
         raise SettingError(f"chunk is {chunk}, expected the number of rows at once, or 0 for all")
     if len(x) != len(y):
@@ -94,31 +96,31 @@ def block_loss(
     scale: Float[Tensor, ""],
     bias: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """The sum over one block of rows. Its largest tensor has r x s elements."""
+    """The sum of the loss over one block of rows. The largest tensor has r x s elements."""
     logits = scale.exp() * (x @ y.T) + bias
-    belongs = pairs(first, logits)
+    matches = pairs(first, logits)
     if kind == "softmax":
-        return -torch.where(belongs, logits.log_softmax(-1), 0).sum()
-    return -F.logsigmoid(torch.where(belongs, logits, -logits)).sum()
+        return -torch.where(matches, logits.log_softmax(-1), 0).sum()
+    return -F.logsigmoid(torch.where(matches, logits, -logits)).sum()
 
 
 def pairs(first: int, logits: Float[Tensor, "r s"]) -> Bool[Tensor, "r s"]:
-    """True where a row and a column belong together: at column `first` + row."""
+    """True where a row and a column match: row i matches column `first` + i."""
     row, column = (torch.arange(size, device=logits.device) for size in logits.shape)
     return rearrange(row, "r -> r 1") + first == column
 
 
 class Blocks(torch.autograd.Function):
-    """Σ block_loss over blocks of `chunk` rows; backward computes each block's logits anew.
+    """Σ block_loss over blocks of `chunk` rows; the backward pass computes each block's logits again.
 
-    It keeps its inputs and nothing else. `torch.utils.checkpoint` would do the same, but not under torch.func.
+    Only the inputs are saved for the backward pass. `torch.utils.checkpoint` does the same, but not under torch.func.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(kind, chunk, first, x, y, scale, bias):
-        return torch.stack([block_loss(kind, at, rows, y, scale, bias) for at, rows in blocks(chunk, first, x)]).sum()
+        return torch.stack([block_loss(kind, row, part, y, scale, bias) for row, part in blocks(chunk, first, x)]).sum()
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -130,17 +132,17 @@ class Blocks(torch.autograd.Function):
         kind, chunk, first = ctx.settings
         x, y, scale, bias = ctx.saved_tensors
         to_x, shared = [], (torch.zeros_like(y), torch.zeros_like(scale), torch.zeros_like(bias))
-        for at, rows in blocks(chunk, first, x):
-            to_rows, *to_shared = slopes(kind, at, rows, y, scale, bias)
-            to_x.append(to_rows)
-            shared = tuple(total + part for total, part in zip(shared, to_shared, strict=True))
+        for row, part in blocks(chunk, first, x):
+            to_part, *to_shared = slopes(kind, row, part, y, scale, bias)
+            to_x.append(to_part)
+            shared = tuple(total + more for total, more in zip(shared, to_shared, strict=True))
         return None, None, None, *(grads[0] * slope for slope in (torch.cat(to_x), *shared))
 
 
 def blocks(chunk: int, first: int, x: Float[Tensor, "b d"]) -> Iterator[tuple[int, Float[Tensor, "r d"]]]:
-    """The rows in blocks, each with the column of its first row's partner."""
-    for i, rows in enumerate(x.split(chunk)):
-        yield first + i * chunk, rows
+    """The rows in blocks, each with the column that matches its first row."""
+    for i, part in enumerate(x.split(chunk)):
+        yield first + i * chunk, part
 
 
 def slopes(
@@ -161,11 +163,11 @@ def slopes(
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, in their order; backward sums over processes what each says of these rows.
+    """The rows of all processes, in the order of their ranks. The backward pass sums the gradients over processes.
 
-    Of public collectives that PyTorch 2.11 to 2.13 have without deprecation; what it has that is differentiable is
-    deprecated or private, and opaque to torch.func. All rows at once, where SigLIP passes them from neighbour to
-    neighbour: one collective instead of many, and with `chunk` the logits stay small all the same.
+    It uses public collectives that PyTorch 2.11 to 2.13 have without deprecation; PyTorch's differentiable collectives
+    are deprecated or private, and opaque to torch.func. SigLIP passes rows from neighbour to neighbour; here one
+    collective gathers all rows at once, and with `chunk` the logits still stay small.
     """
 
     @staticmethod
@@ -187,14 +189,14 @@ class Gather(torch.autograd.Function):
 
 
 class Recall(NamedTuple):
-    """The share of rows whose partner is among the k nearest, 0 to 1."""
+    """The share of rows whose match is among the k nearest, from 0 to 1."""
 
-    texts: Float[Tensor, ""]  # of each picture's text among all texts
-    images: Float[Tensor, ""]  # of each text's picture among all pictures
+    texts: Float[Tensor, ""]  # each picture's text is searched among all texts
+    images: Float[Tensor, ""]  # each text's picture is searched among all pictures
 
 
 def recall(images: Float[Tensor, "b d"], texts: Float[Tensor, "b d"], k: int = 1) -> Recall:
-    """Retrieval recall@k, both ways. Whatever ties with the partner counts as nearer: equal vectors find nothing."""
+    """Retrieval recall@k in both directions. A tie with the match counts as nearer, so equal vectors have recall 0."""
     if not 1 <= k <= len(images):
         raise SettingError(f"k is {k}, expected 1 to {len(images)}, the number of pairs")
     similar = upcast(images) @ upcast(texts).T
@@ -205,8 +207,8 @@ def recall(images: Float[Tensor, "b d"], texts: Float[Tensor, "b d"], k: int = 1
 
 
 def class_vectors(prompts: Float[Tensor, "c k d"]) -> Float[Tensor, "c d"]:
-    """Zero-shot classes: the unit vector in the middle of each class's prompts (Radford et al. 2021, 3.1.4).
+    """One unit vector per class: the direction of the mean of its prompts' vectors (Radford et al. 2021, 3.1.4).
 
-    `dual.logits(params, images, class_vectors(prompts))` are the scores.
+    `dual.logits(params, images, class_vectors(prompts))` are the scores of zero-shot classification.
     """
     return F.normalize(upcast(prompts).mean(1), dim=-1)

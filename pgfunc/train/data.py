@@ -1,10 +1,10 @@
-"""Data for fine-tuning: JSON Lines of picture, prefix and suffix, read and checked whole before training starts.
+"""Data for fine-tuning: JSON Lines with picture, prefix and suffix; all lines are checked before training starts.
 
     {"image": "dog.jpg", "prefix": "caption en", "suffix": "a dog on a sofa"}
 
-`image` may be a list; its paths are relative to the file's folder, or to another one. Roboflow exports this format, and
-big_vision reads it; but in big_vision's own example data the prefix is missing, its config adds "caption en". What a
-batch holds is a function of (seed, step): there is no state to lose.
+`image` may be a list. Paths are relative to the file's folder, or to another one. Roboflow exports this format, and
+big_vision reads it; but in big_vision's own example data the prefix is missing, its config adds "caption en". The
+examples of a batch are a function of (seed, step), so there is no state to save.
 """
 
 import json
@@ -20,8 +20,8 @@ from pgfunc.image import open_image
 from pgfunc.paligemma import Prompt
 from pgfunc.prompt import Model, prepare, tokenizer_of
 
-# what people write who mean a place or a mask code: in brackets and with a number, or with one bracket and all digits
-MEANT = re.compile(
+# misspelled location and mask tokens: in brackets with a number, or with one bracket and all digits
+TOKEN_LIKE = re.compile(
     r"(?:<|&lt;)[\s/]*(?:loc|seg)[\s_:=#+.-]*\d[\d\s_+.-]*/?(?:>|&gt;)"
     r"|<(?:loc\d{4}|seg\d{3})(?![\w>])|(?<![\w<])(?:loc\d{4}|seg\d{3})>"
     r"|<(?:loc|seg)(?:none|nan|\{[^{}]*\}|>\d+</(?:loc|seg))>|<segment\d+>|\[(?:loc\d{4}|seg\d{3})\]",
@@ -30,7 +30,7 @@ MEANT = re.compile(
 
 
 class Example(NamedTuple):
-    """A line of the file. `where` is the file and the line's number, for messages."""
+    """A line of the file. `where` names the file and the line number, for messages."""
 
     where: str
     images: tuple[Path, ...]
@@ -39,26 +39,26 @@ class Example(NamedTuple):
 
 
 def read(path: str | Path, images: str | Path | None = None) -> list[Example]:
-    """The examples of a file, in its order; blank lines are none. Pictures lie in `images`, else beside the file.
+    """The examples of a file, in order, without blank lines. Pictures are in the folder `images`, or beside the file.
 
-    Raises DataError, naming file and line, for what is not UTF-8, not JSON, or not of the three keys and their types.
+    Raises DataError, naming file and line, if a line is not UTF-8 or not JSON, or a key is missing or of another type.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise DataError(f"{path}: cannot be read, it is no file")
+            raise DataError(f"{path}: cannot be read, it is not a file")
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     folder = path.parent if images is None else Path(images)
-    found = [parse(line, f"{path}:{i}", folder) for i, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise DataError(f"{path}: empty; expected a line of JSON an example, with image, prefix and suffix")
-    return found
+    examples = [parse(line, f"{path}:{i}", folder) for i, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise DataError(f"{path}: empty; expected one line of JSON per example, with image, prefix and suffix")
+    return examples
 
 
 def parse(line: bytes, where: str, folder: Path) -> Example:
-    """One line."""
+    """The example in one line. Raises DataError as `read` does."""
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
@@ -76,18 +76,18 @@ def parse(line: bytes, where: str, folder: Path) -> Example:
 
 
 def check(model: Model, examples: Iterable[Example]) -> None:
-    """Decode every picture and fit every text into the model's positions, as training will.
+    """Decode every picture and prepare every text, as training will.
 
-    Raises DataError, naming file and line, for a picture that is missing or unreadable, a text that is too long, and
-    what would be learned letter by letter though a token is meant, see `check_tokens`.
+    Raises DataError, naming file and line, if a picture is missing or unreadable, a text is too long for the model's
+    positions, or a token is misspelled (see `check_tokens`).
     """
-    seen: set[Path] = set()
-    blank = np.zeros((1, 1, 3), dtype=np.uint8)  # in place of pictures that were decoded already
+    decoded: set[Path] = set()
+    blank = np.zeros((1, 1, 3), dtype=np.uint8)  # in place of pictures that are decoded already
     for example in examples:
         try:
-            for image in set(example.images) - seen:
+            for image in set(example.images) - decoded:
                 open_image(image, model.cfg.vision.image_size)
-            seen |= set(example.images)
+            decoded |= set(example.images)
             prepare(model, [[blank] * len(example.images)], [example.prefix], [example.suffix])
             check_tokens(model, example)
         except (ImageError, PromptError) as error:
@@ -95,48 +95,49 @@ def check(model: Model, examples: Iterable[Example]) -> None:
 
 
 def check_tokens(model: Model, example: Example) -> None:
-    """Raise DataError for a place or mask code that is no token, and for a bos, eos or pad around a text.
+    """Raise DataError if a location or mask code is not a token, or if a text begins or ends with bos, eos or pad.
 
-    Training adds the latter itself, and spells out those in the text.
+    The model would learn a misspelled token letter by letter. Training adds bos and eos itself; a text that contains
+    them gets them as ordinary characters.
     """
     backend = tokenizer_of(model).backend
-    around = [backend.id_to_token(id) for id in (model.cfg.bos, model.cfg.eos, model.cfg.pad)]
+    control = [backend.id_to_token(id) for id in (model.cfg.bos, model.cfg.eos, model.cfg.pad)]
     for key, text in {"prefix": example.prefix, "suffix": example.suffix}.items():
-        for piece in (found[0] for found in MEANT.finditer(text)):
+        for piece in (match[0] for match in TOKEN_LIKE.finditer(text)):
             if backend.token_to_id(piece) is None:
                 raise DataError(
-                    f"{example.where}: {key} has {piece!r}, which is no token; "
-                    "places are <loc0000> to <loc1023>, mask codes <seg000> to <seg127>"
+                    f"{example.where}: {key} has {piece!r}, which is not a token; "
+                    "locations are <loc0000> to <loc1023>, mask codes <seg000> to <seg127>"
                 )
-        for token in filter(None, around):
+        for token in filter(None, control):
             if text.strip().startswith(token) or text.strip().endswith(token):
                 raise DataError(f"{example.where}: {key} begins or ends with {token}; leave it out, training adds it")
 
 
 def order(seed: int, epoch: int, count: int) -> list[int]:
-    """The order in which `count` examples are read in an epoch: each once."""
+    """The order in which an epoch reads `count` examples, each once."""
     return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
 
 def batch(seed: int, step: int, size: int, count: int) -> list[int]:
-    """The examples of a step, from 0. The last batch of an epoch is as small as what is left."""
-    epoch, place = divmod(step, steps_per_epoch(size, count))
-    return order(seed, epoch, count)[place * size : (place + 1) * size]
+    """The indices of the examples of a step, counted from 0. The last batch of an epoch may be smaller."""
+    epoch, index = divmod(step, steps_per_epoch(size, count))
+    return order(seed, epoch, count)[index * size : (index + 1) * size]
 
 
 def steps_per_epoch(size: int, count: int) -> int:
-    """The batches of an epoch."""
+    """The number of batches in an epoch."""
     return -(-count // size)
 
 
 def prompts(model: Model, examples: Sequence[Example], parts: int = 1) -> Iterable[Prompt]:
-    """A batch as prompts, in about `parts` equal parts; examples with different numbers of pictures go apart."""
-    for places in np.array_split(np.arange(len(examples)), min(parts, len(examples))):
-        rows = [examples[place] for place in places]
-        for count in sorted({len(row.images) for row in rows}):
-            alike = [row for row in rows if len(row.images) == count]
-            yield prepare(model, [row.images for row in alike], [row.prefix for row in alike],
-                          [row.suffix for row in alike])  # fmt: skip
+    """A batch as prompts, in about `parts` equal parts. The rows of one prompt have the same number of pictures."""
+    for indices in np.array_split(np.arange(len(examples)), min(parts, len(examples))):
+        part = [examples[i] for i in indices]
+        for count in sorted({len(row.images) for row in part}):
+            rows = [row for row in part if len(row.images) == count]
+            yield prepare(model, [row.images for row in rows], [row.prefix for row in rows],
+                          [row.suffix for row in rows])  # fmt: skip
 
 
 def _short(value: Any) -> str:

@@ -1,10 +1,11 @@
-"""Fine-tuning: the prefix-LM loss of a prompt's suffix, what of the parameters is trained, and the gradient of a batch.
+"""Fine-tuning: the loss on a prompt's suffix, the choice of the parameters to train, and the gradient of a batch.
 
     [image tokens] bos prefix newline | suffix eos
-                              ^^^^^^^   ^^^^^^        here the next token is predicted, and counts in the loss
+                              ^^^^^^^   ^^^^^^        the loss counts the predictions made here, of the next token
 
-What is trained is a tree of its own beside the parameters: the leaves that `select` picks, or LoRA's pairs; what is not
-in it has neither gradient nor optimizer state. Nothing here knows about files. Axes: t text tokens, s sequence.
+The trained values are a tree of their own beside the parameters: the leaves that `select` returns, or LoRA's pairs. All
+other parameters have neither gradient nor optimizer state. Nothing here knows about files. Axes: t text tokens, s
+sequence.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,10 +29,10 @@ T = TypeVar("T")
 
 
 def loss(params: Params, prompt: Prompt, cfg: Config, recompute: bool = False) -> Float[Tensor, ""]:
-    """Cross-entropy of the suffix tokens, eos included: the mean over all of them in the batch, in nats.
+    """Mean cross-entropy of all suffix tokens in the batch, including eos, in nats.
 
-    Equals transformers' loss with labels -100 everywhere else, but for rows behind the vocabulary: those of the
-    published Hugging Face files are random numbers, and here no token. nan for a prompt without a suffix.
+    It equals transformers' loss with labels -100 everywhere else, with one exception: the published Hugging Face files
+    have rows of random numbers after the vocabulary, which are not tokens here. It is nan without a suffix.
     """
     total, count = loss_terms(params, prompt, cfg, recompute)
     return total / count
@@ -40,11 +41,11 @@ def loss(params: Params, prompt: Prompt, cfg: Config, recompute: bool = False) -
 def loss_terms(
     params: Params, prompt: Prompt, cfg: Config, recompute: bool = False
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """The sum of the cross-entropies of the suffix tokens, and their number: the terms of several batches add up.
+    """The sum of the cross-entropies of the suffix tokens, and their number. Terms of several batches may be added.
 
-    Logits are float32, and made only where a suffix token is predicted. `recompute` keeps, of each transformer block,
-    only what goes in, and computes the rest again in the backward pass (gradient checkpointing, Chen et al. 2016);
-    torch.func's transforms do not allow it.
+    Logits are float32, and are computed only where a suffix token is predicted. With `recompute`, only the input of
+    each transformer block is saved, and the backward pass computes the rest again (gradient checkpointing, Chen et al.
+    2016); torch.func's transforms do not allow that.
     """
     wrap = recomputed if recompute else plain
     x = hidden(params, encode_images(params, prompt.pixels, cfg, wrap=wrap), prompt, cfg, wrap=wrap)
@@ -55,15 +56,15 @@ def loss_terms(
 
 
 def recomputed(block: Callable[..., T]) -> Callable[..., T]:
-    """A transformer block that keeps what goes in, for the backward pass to compute the rest again."""
+    """A transformer block that saves only its input; the backward pass computes the rest again."""
     return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
 
 def select(params: Params, freeze: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Path -> leaf of what is trained: all but the paths that match a pattern such as `vision.*` or `*.norm?_bias`.
+    """Path -> leaf of the parameters to train: all except those that match a pattern, such as `vision.*`.
 
-    Patterns are fnmatch's, on whole paths. Raises SettingError for one that matches nothing, when nothing is left, and
-    for quantized weights.
+    Patterns are fnmatch's, on whole paths. Raises SettingError if a pattern matches nothing, if nothing is left to
+    train, or if weights are quantized.
     """
     quant.check_plain(params, "training")
     leaves = tree.flatten(params)
@@ -74,14 +75,14 @@ def select(params: Params, freeze: Sequence[str] = ()) -> dict[str, Tensor]:
 
 
 def grad_and_value(fn: Callable[[T], tuple[Tensor, Any]], x: T) -> tuple[T, tuple[Tensor, Any]]:
-    """The gradient of fn's first result at x, as a tree like x, and both results; x is not changed.
+    """The gradient of fn's first result at x, as a tree like x, and both results. x is not changed.
 
-    What `torch.func.grad_and_value(fn, has_aux=True)` gives, by plain autograd: torch.func keeps the graph for a second
-    derivative, which took 2.6 times the memory (the shipped checkpoint, 64 rows, float32, CPU), and forbids gradient
-    checkpointing.
+    Equals `torch.func.grad_and_value(fn, has_aux=True)`, but uses plain autograd: torch.func keeps the graph for a
+    second derivative, which took 2.6 times the memory (the shipped checkpoint, 64 rows, float32, CPU), and forbids
+    gradient checkpointing.
     """
     leaves, structure = pytree.tree_flatten(tree.map(lambda leaf: leaf.detach().requires_grad_(), x))
-    with torch.enable_grad():  # whatever surrounds the call
+    with torch.enable_grad():  # even if the caller has disabled it
         value, aux = fn(pytree.tree_unflatten(leaves, structure))
     grads = torch.autograd.grad(value, leaves, materialize_grads=True)
     return pytree.tree_unflatten(grads, structure), (value.detach(), aux)
@@ -90,15 +91,15 @@ def grad_and_value(fn: Callable[[T], tuple[Tensor, Any]], x: T) -> tuple[T, tupl
 def gradient(
     build: Callable[[T], Params], trained: T, prompts: Iterable[Prompt], cfg: Config, recompute: bool = False
 ) -> tuple[T, Float[Tensor, ""]]:
-    """The gradient and value of the loss of a batch that comes in parts, one part in memory at a time.
+    """The gradient and the value of the loss of a batch that comes in parts, with one part in memory at a time.
 
-    `build` makes the parameters from what is trained, and is differentiated: there compute precision is chosen and LoRA
-    merged. The parts' sums are added and divided by the number of suffix tokens in all, so it does not matter how a
-    batch is cut, or how ragged its parts are. There is at least one part.
+    `build` makes the parameters from the trained values, and is differentiated: it chooses the precision of the
+    computation and merges LoRA. The sums of the parts are added and divided by the total number of suffix tokens, so
+    the result does not depend on how a batch is cut. There must be at least one part.
     """
     parts = (grad_and_value(lambda x, p=prompt: loss_terms(build(x), p, cfg, recompute), trained) for prompt in prompts)
     grads, (total, count) = next(parts)
     for more, (value, tokens) in parts:
         grads = tree.map(torch.add, grads, more)
-        total, count = total + value, count + tokens  # on the device: a GPU computes while the next part is prepared
+        total, count = total + value, count + tokens  # on the device, so a GPU computes while the next part is prepared
     return tree.map(lambda leaf: leaf / count, grads), total / count

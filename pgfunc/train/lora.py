@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021): a pair of thin matrices beside each chosen weight, whose product is added to it.
+"""LoRA (Hu et al. 2021): a pair of thin matrices beside each chosen weight, whose product is added to the weight.
 
-The pairs are a tree beside the tree, so what is trained is the pairs, by the gradient of loss(merge(params, lora)).
-Here they start, and are saved; `checkpoint.lora` reads them. Axes: r rank, i inputs, o outputs.
+The pairs are a tree beside the parameters. Training changes only the pairs, by the gradient of loss(merge(params,
+lora)). This module initializes and saves them; `checkpoint.lora` reads them. Axes: r rank, i inputs, o outputs.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,20 @@ from pgfunc.checkpoint import ADAPTER, HUB_ID
 from pgfunc.checkpoint.lora import WEIGHTS, Lora, Pair, linear_paths, modules
 from pgfunc.checkpoint.lora import load as load
 from pgfunc.checkpoint.lora import merge as merge
-from pgfunc.checkpoint.writing import as_json, reporting_write_errors, write_safetensors
+from pgfunc.checkpoint.writing import as_json, write_safetensors
 from pgfunc.config import Config
-from pgfunc.errors import SettingError
+from pgfunc.errors import CheckpointError, SettingError
 from pgfunc.files.atomic import changing
+from pgfunc.files.outputs import write_errors
 from pgfunc.paligemma import Params
 
 
 def init(params: Params, targets: Sequence[str], rank: int, alpha: float, seed: int = 0) -> Lora:
-    """Pairs for the weights whose paths match a target such as `language.*.q`; b is zero, so nothing changes at first.
+    """Pairs for the weights whose paths match a target such as `language.*.q`. b is zero, so nothing changes at first.
 
-    `params` may be abstract. Only matrices that multiply activations take part. a is uniform in ±1/sqrt(inputs),
-    as PEFT's default. Raises SettingError for a target that matches no such matrix, or a rank below 1, or beyond that
-    of every one of them.
+    `params` may be abstract. Only matrices that multiply activations are adapted. a is uniform in ±1/sqrt(inputs), as
+    PEFT's default. Raises SettingError if a target matches no such matrix, or if the rank is below 1 or above the
+    largest rank of the chosen matrices.
     """
     quant.check_plain(params, "LoRA")
     linear = linear_paths(params)
@@ -55,10 +56,10 @@ def unmerge(params: Params, lora: Lora) -> Params:
 
 
 def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
-    """Write PEFT's two files, which change at once.
+    """Write PEFT's two files, as one atomic change.
 
-    `base` names the model that the pairs belong to, a folder or a hub id as `load` takes. Raises NumericalError for a
-    pair that is not finite.
+    `base` names the model that the pairs belong to: a folder or a hub id, as `load` takes. Raises NumericalError if a
+    pair is not finite, CheckpointError if the files cannot be written.
     """
     folder, names = Path(folder), modules(cfg)
     base, _, revision = base.partition("@") if HUB_ID.fullmatch(base) and not Path(base).exists() else (base, "", "")
@@ -73,7 +74,7 @@ def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
                 "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
                 "target_modules": sorted(names[path] for path in lora.pairs)}  # fmt: skip
     tree.check_finite(lora.pairs, str(folder))
-    with reporting_write_errors(folder), changing(folder) as change:
+    with write_errors(folder, CheckpointError), changing(folder) as change:
         with change.new(WEIGHTS) as file:
             write_safetensors(file, arrays, {"format": "pt"})
         change.write(ADAPTER, as_json(settings))

@@ -1,8 +1,8 @@
-"""Optimizers and learning rates as pure functions over trees: state goes in and comes out, nothing given is changed.
+"""Optimizers and learning rates as pure functions on trees: state goes in and comes out, and no argument is changed.
 
-AdamW's arithmetic is torch's own, the functional form behind `torch.optim.AdamW` (`torch.optim.adamw.adamw`, fused), on
-fresh copies. A tree is any tree of tensors: all parameters, a dict of the leaves that are trained, LoRA's pairs; a leaf
-that is not in it costs no state. It has at least one leaf, and is on one device. Nothing here knows about models.
+AdamW's arithmetic is torch's own: the function behind `torch.optim.AdamW` (`torch.optim.adamw.adamw`, fused), on fresh
+copies. A tree is any tree of tensors: all parameters, a dict of the leaves to train, or LoRA's pairs. Leaves that are
+not in the tree need no state. The tree has at least one leaf, and is on one device. Nothing here knows about models.
 
 Why not torchopt: its last wheel (0.7.3) is built against an older torch, its extension does not load beside 2.13, and
 it updates in place unless told otherwise.
@@ -26,17 +26,17 @@ _multiply = torch._foreach_mul  # pyright: ignore[reportPrivateImportUsage]
 
 @dataclass(frozen=True)
 class Settings:
-    """What AdamW (Loshchilov & Hutter 2019) takes beside the learning rate; but for decay the defaults are torch's."""
+    """Settings of AdamW (Loshchilov & Hutter 2019) besides the learning rate. Defaults are torch's but for decay."""
 
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decay_vectors: bool = False  # biases and norms too, as torch.optim.AdamW does when it is given all in one group
+    decay_vectors: bool = False  # also decay biases and norms, as torch.optim.AdamW does with a single group
 
 
 class State(NamedTuple):
-    """Updates done, and running means of the gradient and of its square, as trees like the parameters."""
+    """The number of updates, and running means of the gradient and of its square, as trees like the parameters."""
 
     step: Tensor  # int64, no axes
     first: Any
@@ -51,18 +51,20 @@ def init(params: Any) -> State:
 
 @torch.no_grad()
 def update(grads: T, state: State, params: T, rate: float, settings: Settings = Settings()) -> tuple[T, State]:
-    """One step of AdamW: new parameters and state, equal to the bit to those of torch.optim.AdamW(fused=True)."""
+    """One step of AdamW: new parameters and state, bitwise equal to those of torch.optim.AdamW(fused=True)."""
     structure = pytree.tree_structure(params)
-    given = [structure.flatten_up_to(each) for each in (params, grads, state.first, state.second)]
-    # copies, made at once: a launch each would take a GPU longer than the copying
-    new, first, second = (_multiply(leaves, 1) for leaves in (given[0], given[2], given[3]))
+    old, gradients, old_first, old_second = (
+        structure.flatten_up_to(each) for each in (params, grads, state.first, state.second)
+    )
+    # one call copies all leaves: on a GPU one launch per leaf would take longer than the copying
+    new, first, second = (_multiply(leaves, 1) for leaves in (old, old_first, old_second))
     decayed = [settings.decay_vectors or leaf.dim() > 1 for leaf in new]
     for decay in (True, False):
         chosen = [i for i, each in enumerate(decayed) if each == decay]
-        # adamw counts in place, so each has its own; filled where they are: a copy from the CPU would wait for a GPU
+        # adamw increments each counter in place; filled on the device, since a copy from the CPU waits for the GPU
         steps = list(torch.full((len(chosen),), float(state.step), dtype=torch.float32, device=new[0].device).unbind())
         adamw(
-            _pick(new, chosen), _pick(given[1], chosen), _pick(first, chosen), _pick(second, chosen), [], steps,
+            _pick(new, chosen), _pick(gradients, chosen), _pick(first, chosen), _pick(second, chosen), [], steps,
             fused=True, amsgrad=False, maximize=False, lr=rate, beta1=settings.beta1, beta2=settings.beta2,
             eps=settings.eps, weight_decay=settings.weight_decay if decay else 0.0,
         )  # fmt: skip
@@ -71,7 +73,7 @@ def update(grads: T, state: State, params: T, rate: float, settings: Settings = 
 
 
 def clip(grads: T, norm: float) -> tuple[T, Tensor]:
-    """Gradients scaled to a global norm of at most `norm`, and the norm that they had (Pascanu et al. 2013)."""
+    """Gradients scaled to a global norm of at most `norm`, and their norm before scaling (Pascanu et al. 2013)."""
     total = torch.nn.utils.get_total_norm(pytree.tree_leaves(grads))
     scale = (norm / (total + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
     leaves, structure = pytree.tree_flatten(grads)
@@ -79,15 +81,15 @@ def clip(grads: T, norm: float) -> tuple[T, Tensor]:
 
 
 def constant(step: int, peak: float, warmup: int) -> float:
-    """The learning rate of update `step`, from 0: rising linearly over `warmup` updates, then `peak`."""
+    """The learning rate of update `step`, counted from 0: linear up to `peak` over `warmup` updates."""
     return peak * min(1.0, (step + 1) / (warmup + 1))
 
 
 def cosine(step: int, peak: float, warmup: int, total: int) -> float:
-    """`constant`'s warm-up, then half a cosine from `peak` to 0, which update `total` would have (Loshchilov 2017)."""
+    """The warm-up of `constant`, then half a cosine from `peak` to 0, reached at update `total` (Loshchilov 2017)."""
     done = max(0, step - warmup) / max(1, total - warmup)
     return constant(step, peak, warmup) * (0.5 + 0.5 * cos(pi * min(1.0, done)))
 
 
-def _pick(leaves: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
-    return [leaves[i] for i in places]
+def _pick(leaves: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    return [leaves[i] for i in indices]

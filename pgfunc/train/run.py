@@ -1,9 +1,9 @@
-"""A run of fine-tuning: steps over a data set, saved so that what was interrupted goes on as if it had not been.
+"""A run of fine-tuning: steps over a data set, with a state that can be saved and resumed.
 
-    state ──advance──▶ state′ ──advance──▶ ...          the state: what is trained, AdamW's means, the steps done
+    state ──advance──▶ state′ ──advance──▶ ...          the state: trained values, AdamW's means, steps done
 
-A `Job` never changes; which rows a step reads, and at which rate, follow from the job and the step's number, so the
-state is all there is to save. On the CPU a resumed run ends equal to the bit.
+A `Job` never changes. The rows and the learning rate of a step follow from the job and the number of the step, so only
+the state is saved. On the CPU a resumed run ends with bitwise equal weights.
 """
 
 import hashlib
@@ -21,50 +21,45 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgfunc import tree
-from pgfunc.checkpoint.writing import reporting_write_errors, write_safetensors
+from pgfunc.checkpoint.writing import write_safetensors
 from pgfunc.errors import CheckpointError, NumericalError, SettingError, first_line
 from pgfunc.files.atomic import replacing
+from pgfunc.files.outputs import write_errors
 from pgfunc.paligemma import Params
 from pgfunc.prompt import Model
 from pgfunc.train import data, finetune, lora, optim
 from pgfunc.train.data import Example
 
-MOST = 2**31 - 1  # of a count, and of a seed
+MAX_INTEGER = 2**31 - 1  # the largest count, and the largest seed
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; the state of a run fits these alone."""
+    """How to train. A saved state can be resumed only with the same settings."""
 
     steps: int
     batch_size: int = 8
-    accumulate: int = 1  # parts of a batch, of which one is in memory at a time
-    learning_rate: float = 1e-5  # the highest: it rises over `warmup` steps and falls to 0 as a cosine
+    accumulate: int = 1  # parts of a batch; one of them is in memory at a time
+    learning_rate: float = 1e-5  # the highest rate: it rises over `warmup` steps and falls to 0 as a cosine
     warmup: int = 0
     weight_decay: float = 0.0  # of matrices
-    clip: float = 1.0  # the largest norm of a gradient
+    clip: float = 1.0  # the gradient is scaled to at most this norm
     freeze: tuple[str, ...] = ()
-    lora_rank: int = 0  # 0: train the parameters themselves
+    lora_rank: int = 0  # 0: train the parameters without LoRA
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
-    dtype: str = "float32"  # of the computation; what is trained is float32
+    dtype: str = "float32"  # of the computation; trained values are float32
     seed: int = 0
     recompute: bool = False  # gradient checkpointing
 
     def __post_init__(self) -> None:
-        least = {
-            "steps": 1,
-            "batch_size": 1,
-            "accumulate": 1,
-            "warmup": 0,
-            "weight_decay": 0,
-            "lora_rank": 0,
-            "seed": 0,
-        }
-        for name, value in least.items():
-            if not value <= getattr(self, name) <= MOST:
+        minima = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "weight_decay": 0, "lora_rank": 0,
+                  "seed": 0}  # fmt: skip
+        for name, least in minima.items():
+            value = getattr(self, name)
+            if not least <= value <= MAX_INTEGER:
                 raise SettingError(
-                    f"{name.replace('_', '-')} is {getattr(self, name)}, expected {value} or more, at most {MOST}"
+                    f"{name.replace('_', '-')} is {value}, expected {least} or more, at most {MAX_INTEGER}"
                 )
         if not 0 < self.learning_rate < float("inf"):
             raise SettingError(f"learning-rate is {self.learning_rate}, expected a number above 0")
@@ -75,7 +70,7 @@ class Settings:
 
 
 class Job(NamedTuple):
-    """What a run is given. The model's parameters are those before training."""
+    """The inputs of a run. The model's parameters are those before training."""
 
     model: Model
     examples: Sequence[Example]
@@ -83,14 +78,14 @@ class Job(NamedTuple):
 
 
 class State(NamedTuple):
-    """What training changes: path -> leaf or LoRA pair, in float32; and AdamW's state, which counts the steps."""
+    """What training changes: path -> leaf or LoRA pair, in float32; and AdamW's state with the step count."""
 
     trained: dict[str, Any]
     optimizer: optim.State
 
 
 class Report(NamedTuple):
-    """What a step said: its number from 1, the loss before it in nats a token, the gradient's norm, the rate."""
+    """The log of a step: its number from 1, the loss before it in nats per token, the gradient's norm, the rate."""
 
     step: int
     loss: float
@@ -99,60 +94,63 @@ class Report(NamedTuple):
 
 
 def start(job: Job) -> State:
-    """The state before the first step. Raises SettingError for a pattern that matches nothing."""
-    params, given = job.model.params, job.settings
-    if given.lora_rank:
-        if given.freeze:
+    """The state before the first step. Raises SettingError if a pattern matches nothing."""
+    params, settings = job.model.params, job.settings
+    if settings.lora_rank:
+        if settings.freeze:
             raise SettingError("with lora-rank everything but the pairs is frozen; leave out freeze")
-        trained = lora.init(params, given.lora_targets, given.lora_rank, given.lora_alpha, given.seed).pairs
+        trained = lora.init(params, settings.lora_targets, settings.lora_rank, settings.lora_alpha, settings.seed).pairs
     else:
-        trained = tree.map(lambda leaf: leaf.float(), finetune.select(params, given.freeze))
+        trained = tree.map(lambda leaf: leaf.float(), finetune.select(params, settings.freeze))
     return State(trained, optim.init(trained))
 
 
 def advance(job: Job, state: State, frozen: Params) -> tuple[State, Report]:
-    """One step. `frozen` is `cast(job)`, made once. Raises NumericalError when a number in it is not finite."""
-    given, step = job.settings, int(state.optimizer.step)
-    rows = data.batch(given.seed, step, given.batch_size, len(job.examples))
-    prompts = data.prompts(job.model, [job.examples[row] for row in rows], given.accumulate)
-    with kernel(job):
+    """One step. `frozen` is `cast(job)`, computed once per run.
+
+    Raises NumericalError if the loss, the gradient or a number of the new state is not finite.
+    """
+    settings, step = job.settings, int(state.optimizer.step)
+    rows = data.batch(settings.seed, step, settings.batch_size, len(job.examples))
+    prompts = data.prompts(job.model, [job.examples[row] for row in rows], settings.accumulate)
+    with attention_backend(job):
         grads, loss = finetune.gradient(
-            partial(build, job, frozen), state.trained, prompts, job.model.cfg, given.recompute
+            partial(build, job, frozen), state.trained, prompts, job.model.cfg, settings.recompute
         )
-    grads, norm = optim.clip(grads, given.clip)
+    grads, norm = optim.clip(grads, settings.clip)
     if not norm.isfinite() or not loss.isfinite():
         raise NumericalError(
             f"step {step + 1}: loss {loss:.4g}, gradient {norm:.4g}; lower learning-rate, or use float32"
         )
-    rate = optim.cosine(step, given.learning_rate, given.warmup, given.steps)
-    settings = optim.Settings(weight_decay=given.weight_decay)
-    new = State(*optim.update(grads, state.optimizer, state.trained, rate, settings))
+    rate = optim.cosine(step, settings.learning_rate, settings.warmup, settings.steps)
+    decay = optim.Settings(weight_decay=settings.weight_decay)
+    new = State(*optim.update(grads, state.optimizer, state.trained, rate, decay))
     if (path := tree.not_finite(new)) is not None:
         raise NumericalError(f"step {step + 1}: {path} is not finite after it; lower learning-rate, or use float32")
     return new, Report(step + 1, loss.item(), norm.item(), rate)
 
 
 def cast(job: Job) -> Params:
-    """The parameters in the precision of the computation, but for those that are trained, which `build` replaces."""
+    """The parameters in the dtype of the computation, except the trained ones, which `build` replaces."""
     dtype = getattr(torch, job.settings.dtype)
     trained = set() if job.settings.lora_rank else finetune.select(job.model.params, job.settings.freeze).keys()
     return tree.map_with_path(lambda path, leaf: leaf if path in trained else leaf.to(dtype), job.model.params)
 
 
 def build(job: Job, frozen: Params, trained: dict[str, Any]) -> Params:
-    """The parameters that compute: what is trained, in their precision, replaced or merged."""
+    """The parameters of the computation: the frozen ones, with trained leaves replaced or LoRA pairs merged."""
     if job.settings.lora_rank:
         return lora.merge(frozen, adapter(job, trained))
     return tree.replace(frozen, {path: leaf.to(getattr(torch, job.settings.dtype)) for path, leaf in trained.items()})
 
 
 def adapter(job: Job, trained: dict[str, lora.Pair]) -> lora.Lora:
-    """The pairs that are trained, with their scale."""
+    """The trained pairs with their scale."""
     return lora.Lora(trained, job.settings.lora_alpha / job.settings.lora_rank)
 
 
 def finished(job: Job, state: State) -> Model:
-    """The trained model, in the dtype of the one before."""
+    """The trained model, in the dtype of the model before training."""
     params = job.model.params
     if job.settings.lora_rank:
         return job.model._replace(params=lora.merge(params, adapter(job, state.trained)))
@@ -161,7 +159,7 @@ def finished(job: Job, state: State) -> Model:
 
 
 def evaluate(job: Job, state: State, frozen: Params, examples: Sequence[Example]) -> float:
-    """The loss over other examples: the mean of all their suffix tokens."""
+    """The mean loss over all suffix tokens of other examples."""
     size, params, total, count = job.settings.batch_size, build(job, frozen, state.trained), 0.0, 0
     with torch.no_grad():
         for first in range(0, len(examples), size):
@@ -171,27 +169,27 @@ def evaluate(job: Job, state: State, frozen: Params, examples: Sequence[Example]
     return total / count
 
 
-def kernel(job: Job) -> Any:
-    """The attention to train with: in bfloat16 on the CPU the plain one.
+def attention_backend(job: Job) -> Any:
+    """PyTorch's attention backend for training: for bfloat16 on a CPU the math backend, which is faster there.
 
-    The gradient of 16 rows of the shipped checkpoint took 144 ms with it and 244 ms with the fused (one core).
+    The gradient of 16 rows of the shipped checkpoint took 144 ms with it, and 244 ms with the fused one (one core).
     """
     slow = job.settings.dtype == "bfloat16" and job.model.params.projector.device.type == "cpu"
     return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
 def save(path: Path, job: Job, state: State) -> None:
-    """Write the state as one safetensors file, which says what job it belongs to; an older one is exchanged at once.
+    """Write the state and the identity of its job to one safetensors file, which atomically replaces an older one.
 
-    Raises CheckpointError where it cannot be written, NumericalError for a state that could not go on.
+    Raises CheckpointError if the file cannot be written, NumericalError if a number of the state is not finite.
     """
     tree.check_finite(state, str(path))
-    with reporting_write_errors(path), replacing(path) as file:
+    with write_errors(path, CheckpointError), replacing(path) as file:
         write_safetensors(file, tree.flatten(state), {"job": json.dumps(identity(job))})
 
 
 def step_in(path: Path) -> int | None:
-    """The number of steps that the state in a file has done; None where there is no such file."""
+    """The number of steps done by the state in a file; None if there is no readable state."""
     try:
         with safe_open(path, framework="pt") as file:
             return int(file.get_tensor("optimizer.step"))
@@ -200,34 +198,37 @@ def step_in(path: Path) -> int | None:
 
 
 def resume(path: Path, job: Job) -> State:
-    """The state in a file. Raises SettingError, naming what differs, when it belongs to another job."""
+    """The state in a file.
+
+    Raises SettingError, naming the difference, if it belongs to another job; CheckpointError if it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get("job", "{}"))
+            saved = json.loads((file.metadata() or {}).get("job", "{}"))
         arrays = load_file(path)
-        if not isinstance(found, dict):
-            raise ValueError(f"its job is {found!r}")
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:  # as in hf, or nested too deep
+        if not isinstance(saved, dict):
+            raise ValueError(f"its job is {saved!r}")
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:  # RuntimeError: nested too deep
         raise CheckpointError(
-            f"{path}: not the state of a run ({first_line(error)}); remove it to start again"
+            f"{path}: not the state of a run ({first_line(error)}); remove the file to start again"
         ) from error
     for name, value in identity(job).items():
-        if found.get(name) != value:
+        if saved.get(name) != value:
             raise SettingError(
-                f"{path} holds an unfinished run with {name.replace('_', '-')} {found.get(name)}, not {value}; "
+                f"{path} holds an unfinished run with {name.replace('_', '-')} {saved.get(name)}, not {value}; "
                 "continue it with its own settings, or give another folder"
             )
     fresh = start(job)
     for name, leaf in tree.flatten(fresh).items():
         if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype):
-            raise CheckpointError(f"{path}: {name} is missing, or not as the run has it; remove it to start again")
+            raise CheckpointError(f"{path}: {name} is missing, or of another shape or dtype; remove it to start again")
     return tree.map_with_path(lambda name, leaf: arrays[name].to(leaf.device), fresh)
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """What must be the same for a run to go on, as JSON: the settings, the model and the data.
+    """What must be equal for a run to be resumed: the settings, and digests of the model and the data, as JSON.
 
-    The projector stands for all of the model's weights: checkpoints of one shape differ in it.
+    The projector represents all weights of the model: checkpoints of the same shape differ in it.
     """
     rows = [(list(map(str, row.images)), row.prefix, row.suffix) for row in job.examples]
     weights = job.model.params.projector.float().cpu().numpy().tobytes()

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import pgfunc as pg
 from pgfunc import laws, tokenizer
 from pgfunc.checkpoint import shipped
-from pgfunc.cli import laws as command
+from pgfunc.cli import law_systems
 from pgfunc.cli.options import app
 from pgfunc.config import Config
 from pgfunc.laws import LAWS, System, adapters
@@ -231,7 +231,7 @@ def test_the_command_ends_with_1_where_a_law_is_broken(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [["--quantize", "int8"], []])
 def test_laws_of_parameters_that_are_quantized_or_large_are_not_asked(words, monkeypatch):
-    monkeypatch.setattr(command, "MOST_COPIED", 2**30 if words else 2**20)
+    monkeypatch.setattr(law_systems, "MOST_COPIED", 2**30 if words else 2**20)
     asked = [law for law in LAWS if "params" in law.needs or law.name == "forward-is-pure"]
     chosen = [word for law in asked for word in ("--law", law.name)]
     result = run(app, ["laws", "--examples", "1", "--json", *words, *chosen])

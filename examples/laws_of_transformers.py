@@ -1,7 +1,7 @@
-"""What the laws find in transformers, on small random checkpoints: `python examples/laws_of_transformers.py`.
+"""The laws that transformers breaks, on small random checkpoints: `python examples/laws_of_transformers.py`.
 
-It is asked with and without `token_type_ids`, which mark the suffix, and by both of its ways to attention. Explained in
-`examples/notes/laws.md`. Needs `pip install transformers`.
+It runs with and without `token_type_ids`, which mark the suffix, and with both of its attention implementations.
+`examples/notes/laws.md` explains the result. Needs `pip install transformers`.
 """
 
 from dataclasses import replace
@@ -18,11 +18,11 @@ GEMMA = TextConfig(
     vocab=64, padding=3, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, hidden=24, query_scale=8**-0.5
 )
 GEMMA2 = replace(GEMMA, attention_softcap=2.0, final_softcap=3.0, window=5, post_norms=True)
-CASES = [(GEMMA, "sdpa"), (GEMMA, "eager"), (GEMMA2, "eager")]  # the other way does not know softcaps
+CASES = [(GEMMA, "sdpa"), (GEMMA, "eager"), (GEMMA2, "eager")]  # sdpa ignores softcaps
 
 
 def system(text: TextConfig, attention: str, marked: bool) -> laws.System:
-    """transformers with the weights of pgfunc, whose logits are the reference."""
+    """transformers with pgfunc's weights; pgfunc's logits are the reference."""
     cfg = Config(VISION, text, image=64)
     params = laws.parameters(cfg)
     with TemporaryDirectory() as folder:
@@ -35,11 +35,11 @@ def system(text: TextConfig, attention: str, marked: bool) -> laws.System:
 def main() -> None:
     for text, attention in CASES:
         for marked in (True, False):
-            given = system(text, attention, marked)
-            print(given.name)
-            for result in laws.checks(given, laws.MODEL, examples=20, derandomize=True):
+            checked = system(text, attention, marked)
+            print(checked.name)
+            for result in laws.checks(checked, laws.MODEL, examples=20, derandomize=True):
                 if result.verdict == "broken":
-                    example = result.counterexample.removeprefix(f"{given.name}: ")
+                    example = result.counterexample.removeprefix(f"{checked.name}: ")
                     print(f"    {result.law.name:34} error {result.worst:7.1e}  {example}")
 
 

@@ -29,11 +29,12 @@ from pgfunc.cli.options import app
 from pgfunc.errors import PgfuncError, with_options
 
 
-def print_version(wanted: bool) -> None:
-    """Print the version and end the program, if `--version` is given."""
+def print_version(wanted: bool) -> bool:
+    """Print the version and end the program, if `--version` is given. What is returned is the option's value."""
     if wanted:
         print(f"pgfunc {pg.__version__}")
         raise typer.Exit
+    return wanted
 
 
 Version = Annotated[

@@ -1,4 +1,15 @@
-"""PaliGemma and PaliGemma 2 as pure functions in PyTorch: no function changes its arguments."""
+"""PaliGemma and PaliGemma 2 as pure functions in PyTorch: no function changes its arguments.
+
+    import pgfunc as pg
+
+    model = pg.load()
+    (answer,) = pg.generate(model, "photo.jpg", "caption en")
+
+Some public names are modules: `pgfunc.errors`, `pgfunc.quant`, `pgfunc.sample`, `pgfunc.tokenizer`, `pgfunc.tree`. Some
+have shorter names: `pg.detect` is `pgfunc.objects.detect`, `pg.segment` is `pgfunc.objects.segment`, `pg.dual` is
+`pgfunc.siglip_dual`, and `pg.dual_prompt` is `pgfunc.siglip_dual.prompt`. `pg.laws` is `pgfunc.laws`, which is imported
+when first used.
+"""
 
 from types import ModuleType
 
@@ -20,7 +31,7 @@ from pgfunc.siglip_dual.prompt import SiglipModel
 __version__ = "0.1.0"
 dual = siglip_dual
 
-# the public names; `laws` is one too, but is imported only when asked for
+# `laws` is public too, but is left out here, because `import *` would import it
 __all__ = [
     "PUBLISHED", "Cache", "Completion", "Config", "Model", "Params", "Prompt", "SiglipModel",
     "compiled_in", "convert", "decode", "detect", "dual", "dual_prompt", "errors", "extend", "forward", "generate",

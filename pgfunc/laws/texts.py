@@ -71,7 +71,7 @@ def between(system: System, strategies: Strategies) -> SearchStrategy[Between]:
     return st.builds(Between, strategies.text, words, strategies.text)
 
 
-def box(vertical: Any, horizontal: Any) -> Any:
+def box_edges(vertical: Any, horizontal: Any) -> Any:
     """The edges of a box, in the order top, left, bottom, right, from its two spans."""
     (top, bottom), (left, right) = vertical, horizontal
     return top, left, bottom, right
@@ -79,7 +79,7 @@ def box(vertical: Any, horizontal: Any) -> Any:
 
 def objects(labels: SearchStrategy[str], span: SearchStrategy[Any]) -> SearchStrategy[Any]:
     """Up to four different labels with boxes."""
-    labelled = st.tuples(labels, st.builds(box, span, span))
+    labelled = st.tuples(labels, st.builds(box_edges, span, span))
     return st.lists(labelled, max_size=4, unique_by=lambda pair: pair[0]).map(tuple)
 
 
@@ -157,11 +157,11 @@ def a_box_comes_back_within_half_a_step(system: System, example: Boxes) -> float
 def text_of_boxes_comes_back(system: System, example: LocBoxes) -> float:
     width, height, objects = example
     text = " ; ".join(" ".join(["".join(f"<loc{loc:04d}>" for loc in locs), label]).strip() for label, locs in objects)
-    boxes = system.read_boxes(text, width, height)
-    if len(boxes) != len(objects) or system.write_boxes(boxes, width, height) != text:
+    read = system.read_boxes(text, width, height)
+    if len(read) != len(objects) or system.write_boxes(read, width, height) != text:
         return inf
     expected = [scaled([loc / STEPS for loc in locs], width, height) for _, locs in objects]
-    pairs = [pair for (_, box), edges in zip(boxes, expected, strict=True) for pair in zip(box, edges, strict=True)]
+    pairs = [pair for (_, box), edges in zip(read, expected, strict=True) for pair in zip(box, edges, strict=True)]
     return largest([abs(one - other) / max(width, height) for one, other in pairs])
 
 
@@ -175,13 +175,13 @@ def scaled(shares: Any, width: int, height: int) -> Any:
      reason="in units of the allowed change; float64")  # fmt: skip
 def a_mask_comes_back_inside_its_box(system: System, example: Masks) -> float:
     width, height = example.width, example.height
-    ellipses = [(label, ellipse(width, height, example.seed + i)) for i, label in enumerate(example.labels)]
-    read = system.read_masks(system.write_masks(ellipses), width, height)
-    if [label for label, _, _ in read] != [label for label, _ in ellipses]:
+    drawn = [(label, ellipse(width, height, example.seed + i)) for i, label in enumerate(example.labels)]
+    read = system.read_masks(system.write_masks(drawn), width, height)
+    if [label for label, _, _ in read] != [label for label, _ in drawn]:
         return inf
     errors = []
-    for (_, box, mask), (_, written) in zip(read, ellipses, strict=True):
-        inside = written.any(1)[:, None] & written.any(0)  # the bounding box of the ellipse
+    for (_, box, mask), (_, before) in zip(read, drawn, strict=True):
+        inside = before.any(1)[:, None] & before.any(0)  # the bounding box of the ellipse
         (top, left), (bottom, right) = ((inside.nonzero()[at] + add).double().tolist() for at, add in ((0, 0), (-1, 1)))
         outside = inf if mask.shape != inside.shape or (mask & ~inside).any() else 0.0
         errors += [outside, edge_error(box, (top, left, bottom, right), width, height)]

@@ -52,7 +52,7 @@ class Result(NamedTuple):
     law: Law
     verdict: Literal["holds", "broken", "absent"]
     examples: int = 0
-    worst: float = 0.0
+    worst: float = 0.0  # if the law is broken, the error of the counterexample
     tolerance: float = 0.0
     counterexample: str = ""
     why: str = ""  # the missing functions, or the exception that an example raised

@@ -224,8 +224,8 @@ def the_order_of_pictures_matters(system: System, rows: Rows) -> float:
     prompt = prompt_for(system, rows)
     flipped = prompt._replace(pixels=prompt.pixels.flip(1))
     before, after = (system.forward(each)[prompt.valid] for each in (prompt, flipped))
-    # a larger change than that of a sum in another order; in half precision the limit is lower than that, because
-    # pictures may change the logits of a few tokens by no more
+    # the change must exceed that of a reordered sum; in half precision the limit is below that, because pictures may
+    # change the logits of a few tokens by less
     return float(difference(after, before) <= min(10 * system.rounding, 1e-2))
 
 

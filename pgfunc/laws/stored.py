@@ -79,7 +79,7 @@ def a_conversion_and_back_changes_nothing(system: System, example: Stored) -> fl
     return count_changed(system.convert(params), params)
 
 
-@law("Quantization changes no weight by more than half a step: the largest of its group, divided by 127 or by 7.",
+@law("Quantization changes no weight by more than half a step: its group's largest over 127 (8 bits) or 7 (4 bits).",
      needs="quantize", domain=matrices, within=1.0 + 1e-6,
      reason="the bound is computed: half a step, itself stored in 8 bits, and the rounding of the dtype")  # fmt: skip
 def quantized_within_half_a_step(system: System, example: Matrix) -> float:

@@ -23,7 +23,7 @@ from pgfunc.checkpoint import shipped
 from pgfunc.cli import law_systems
 from pgfunc.cli.options import app
 from pgfunc.config import Config
-from pgfunc.laws import LAWS, System, adapters
+from pgfunc.laws import LAWS, System, adapters, strategies
 from pgfunc.objects import vqvae
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -199,6 +199,13 @@ def test_examples_are_drawn_from_the_strategies():
     assert set(shapes) == {(1, 1)}
     absent = {result.law.name for result in results if result.why == "such examples"}
     assert absent == {"a-suffix-is-causal", "the-order-of-pictures-matters"}
+
+
+@pytest.mark.parametrize("mode", strategies.MODES)
+def test_the_pictures_of_every_mode_can_be_read(mode):
+    picture = laws.picture(laws.Picture(mode, 9, 5, seed=0))
+    assert (picture.mode, picture.size) == (mode, (9, 5))
+    assert eager().pixels(picture).isfinite().all()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

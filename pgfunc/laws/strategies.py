@@ -99,7 +99,7 @@ MODES = [
 
 
 class Picture(NamedTuple):
-    """A picture of random bytes in one of Pillow's modes."""
+    """A picture in one of Pillow's modes: random bytes, or in modes I and F random levels of 16 and of 8 bits."""
 
     mode: str
     width: int
@@ -114,6 +114,10 @@ def picture(example: Picture) -> Image.Image:
     """The picture that the example describes."""
     size = (example.width, example.height)
     generator = torch.Generator().manual_seed(example.seed)
+    if example.mode in ("I", "F"):  # other numbers than levels are refused, so random bytes would be
+        share = torch.rand(example.height, example.width, generator=generator)
+        levels = (share * 65_535).int() if example.mode == "I" else share * 255
+        return Image.fromarray(levels.numpy())
     count = len(Image.new(example.mode, size).tobytes())
     return Image.frombytes(example.mode, size, bytes(torch.randint(0, 256, (count,), generator=generator).tolist()))
 

@@ -1,46 +1,51 @@
-"""PaliGemma and PaliGemma 2 as pure functions in PyTorch: what goes in is never changed."""
+"""PaliGemma and PaliGemma 2 as pure functions in PyTorch: no function changes its arguments.
 
-from pgfunc import errors as errors
-from pgfunc import quant as quant
-from pgfunc import sample as sample
-from pgfunc import siglip_dual
-from pgfunc import tokenizer as tokenizer
-from pgfunc import tree as tree
-from pgfunc.cache import Cache as Cache
-from pgfunc.checkpoint import load as load
-from pgfunc.checkpoint import save as save
-from pgfunc.checkpoint.conversion import convert as convert
-from pgfunc.checkpoint.siglip import load_siglip as load_siglip
-from pgfunc.checkpoint.siglip import save_siglip as save_siglip
-from pgfunc.config import PUBLISHED as PUBLISHED
-from pgfunc.config import Config as Config
-from pgfunc.generate import Completion as Completion
-from pgfunc.generate import generate as generate
-from pgfunc.generate import score as score
-from pgfunc.generate import stream as stream
-from pgfunc.jit import compiled_in as compiled_in
-from pgfunc.jit import jit as jit
-from pgfunc.jit.donation import reorder as reorder
-from pgfunc.jit.donation import rewind as rewind
-from pgfunc.kernels import rules as _rules  # noqa: F401  # fills the table of what compiled code computes instead
-from pgfunc.objects import detect as detect
-from pgfunc.objects import segment as segment
-from pgfunc.paligemma import Params as Params
-from pgfunc.paligemma import decode as decode
-from pgfunc.paligemma import extend as extend
-from pgfunc.paligemma import forward as forward
-from pgfunc.paligemma import prefill as prefill
-from pgfunc.prompt import Model as Model
-from pgfunc.prompt import Prompt as Prompt
-from pgfunc.prompt import prepare as prepare
-from pgfunc.siglip_dual import prompt as dual_prompt  # noqa: F401
-from pgfunc.siglip_dual.prompt import SiglipModel as SiglipModel
+    import pgfunc as pg
 
+    model = pg.load()
+    (answer,) = pg.generate(model, "photo.jpg", "caption en")
+
+Some public names are modules: `pgfunc.errors`, `pgfunc.quant`, `pgfunc.sample`, `pgfunc.tokenizer`, `pgfunc.tree`. Some
+have shorter names: `pg.detect` is `pgfunc.objects.detect`, `pg.segment` is `pgfunc.objects.segment`, `pg.dual` is
+`pgfunc.siglip_dual`, and `pg.dual_prompt` is `pgfunc.siglip_dual.prompt`. `pg.laws` is `pgfunc.laws`, which is imported
+when first used.
+"""
+
+from types import ModuleType
+
+import pgfunc.kernels.rules  # noqa: F401  # fills the table of `lowering`
+from pgfunc import errors, quant, sample, siglip_dual, tokenizer, tree
+from pgfunc.cache import Cache
+from pgfunc.checkpoint import load, save
+from pgfunc.checkpoint.conversion import convert
+from pgfunc.checkpoint.siglip import load_siglip, save_siglip
+from pgfunc.config import PUBLISHED, Config
+from pgfunc.generate import Completion, generate, score, stream
+from pgfunc.jit import compiled_in, jit
+from pgfunc.jit.donation import reorder, rewind
+from pgfunc.objects import detect, segment
+from pgfunc.paligemma import Params, decode, extend, forward, prefill
+from pgfunc.prompt import Model, Prompt, prepare
+from pgfunc.siglip_dual import prompt as dual_prompt
+from pgfunc.siglip_dual.prompt import SiglipModel
+
+__version__ = "0.1.0"
 dual = siglip_dual
 
+# `laws` is public too, but is left out here, because `import *` would import it
+__all__ = [
+    "PUBLISHED", "Cache", "Completion", "Config", "Model", "Params", "Prompt", "SiglipModel",
+    "compiled_in", "convert", "decode", "detect", "dual", "dual_prompt", "errors", "extend", "forward", "generate",
+    "jit", "load", "load_siglip", "prefill", "prepare", "quant", "reorder", "rewind", "sample", "save",
+    "save_siglip", "score", "segment", "stream", "tokenizer", "tree",
+]  # fmt: skip
 
-def __getattr__(name: str):
-    """`pg.laws`, imported when it is first asked for: nothing else in Python needs Hypothesis."""
+
+def __getattr__(name: str) -> ModuleType:
+    """Import `pg.laws` when it is first used, because only the laws need Hypothesis.
+
+    Raises SettingError if Hypothesis is not installed.
+    """
     if name == "laws":
         from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""The faults that the laws are meant to catch: for each a change of a system that gives wrong numbers, not a raise."""
+"""One fault for each law, which the law must find: a change of a system that gives wrong numbers without raising."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from pgfunc.laws import System
 
 
 def boxed(system: System) -> System:
-    """A cache that is overwritten: all handles on it are the newest."""
+    """A system that overwrites its cache, so that every handle is the newest."""
 
     def prefill(prompt, size):
         logits, cache = system.prefill(prompt, size)
@@ -26,7 +26,7 @@ def boxed(system: System) -> System:
 
 
 def overwriting(system: System) -> System:
-    """A step that writes the newest keys into the first slot of the cache that it was given."""
+    """A system whose step writes the newest keys into the first slot of its argument."""
 
     def decode(token, cache):
         logits, new = system.decode(token, cache)
@@ -37,6 +37,7 @@ def overwriting(system: System) -> System:
 
 
 def counting(system: System) -> System:
+    """A system whose logits grow with each call."""
     calls: list[int] = []
 
     def forward(prompt):
@@ -47,7 +48,7 @@ def counting(system: System) -> System:
 
 
 class Doubled(torch.autograd.Function):
-    """The identity, with a gradient that is twice as large as it is in reverse mode alone."""
+    """The identity, whose gradient is twice too large in reverse mode and correct in forward mode."""
 
     generate_vmap_rule = True
 
@@ -76,17 +77,17 @@ def swapped(params: Any) -> Any:
 
 
 def in_steps_of_1024(read: Callable[..., Any]) -> Callable[..., Any]:
-    """What reads boxes as some readers do."""
-    return lambda *given: [(label, tuple(edge * 1023 / 1024 for edge in box)) for label, box in read(*given)]
+    """A reader of boxes that divides by 1024 instead of 1023."""
+    return lambda *args: [(label, tuple(edge * 1023 / 1024 for edge in box)) for label, box in read(*args)]
 
 
 def darker_at_the_edge(pixels: torch.Tensor) -> torch.Tensor:
-    """As of a picture that was padded with black before it was resized."""
+    """Pixels as if the picture were padded with black before it was resized."""
     return torch.cat([pixels[:, :1] * 0.9 - 0.1, pixels[:, 1:]], 1)
 
 
-def whole_chunks_alone(contrast: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A loss that leaves out the rows of a chunk that is not full."""
+def full_chunks_only(contrast: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A loss that leaves out the rows of the last chunk if it is not full."""
 
     def loss(kind, x, y, scale, bias, chunk):
         rows = len(x) // chunk * chunk if chunk else len(x)
@@ -96,11 +97,12 @@ def whole_chunks_alone(contrast: Callable[..., torch.Tensor]) -> Callable[..., t
 
 
 def change(**changes: Callable[[System], Any]) -> Callable[[System], System]:
-    """The system with some of its functions exchanged, each by one made from the system."""
+    """A function that replaces functions of a system, each by one made from the system."""
     return lambda system: system._replace(**{name: make(system) for name, make in changes.items()})
 
 
 def on_prompt(edit: Callable[[pg.Prompt], pg.Prompt]) -> Callable[[System], System]:
+    """A function that makes a system edit each prompt before forward."""
     return change(forward=lambda system: lambda prompt: system.forward(edit(prompt)))
 
 
@@ -117,7 +119,7 @@ FAULTS: dict[str, Callable[[System], System]] = {
     "padding-is-not-read": on_prompt(lambda p: p._replace(valid=torch.ones_like(p.valid))),
     "a-row-is-alone": change(forward=lambda s: lambda p: (x := s.forward(p)) + x[:1, :1]),
     "the-order-of-rows-does-not-matter": change(forward=lambda s: lambda p: (x := s.forward(p)) + 0.1 * x[:1, :1]),
-    "the-order-of-pictures-matters": change(  # the same but for rounding
+    "the-order-of-pictures-matters": change(  # the order of the pictures changes nothing but rounding
         forward=lambda s: lambda p: s.forward(p) + s.forward(p._replace(pixels=p.pixels.flip(1)))
     ),
     "forward-is-pure": counting,
@@ -133,7 +135,7 @@ FAULTS: dict[str, Callable[[System], System]] = {
     "the-gradient-equals-finite-differences": change(
         apply=lambda s: lambda params, p: Doubled.apply(s.apply(params, p))
     ),
-    "the-head-is-the-embedding": change(  # a bias of its own
+    "the-head-is-the-embedding": change(  # a bias on the logits
         apply=lambda s: lambda params, p: s.apply(params, p) + torch.linspace(0, 1, s.vocab)
     ),
     "rms-norm-is-scale-invariant": change(rms_norm=lambda s: lambda x, scale: s.rms_norm(x, scale) * x.abs().amax()),
@@ -146,8 +148,8 @@ FAULTS: dict[str, Callable[[System], System]] = {
             lambda q, k, v, mask: s.attend(q, *(x.repeat(1, 1, q.shape[2] // x.shape[2], 1) for x in (k, v)), mask)
         )
     ),
-    "attention-is-a-mean": change(attend=lambda s: lambda *given: 1.001 * s.attend(*given)),
-    "hidden-keys-are-not-read": change(  # those that any query sees are seen by all
+    "attention-is-a-mean": change(attend=lambda s: lambda *args: 1.001 * s.attend(*args)),
+    "hidden-keys-are-not-read": change(  # every query sees what any query sees
         attend=lambda s: lambda q, k, v, mask: s.attend(q, k, v, mask.any(1, keepdim=True).expand_as(mask))
     ),
     "a-window-that-covers-all-is-none": change(
@@ -167,11 +169,11 @@ FAULTS: dict[str, Callable[[System], System]] = {
     "cold-is-greedy": change(choose=lambda s: lambda logits, u, t: s.choose(logits, u, max(t, 1.0))),
     "heat-is-uniform": change(choose=lambda s: lambda logits, u, t: s.choose(logits, u, min(t, 10.0))),
     "frequencies-fit-probabilities": change(draw=lambda s: lambda logits, u: s.draw(logits, u**1.2)),
-    "what-is-loaded-is-what-was-saved": change(  # files of bfloat16
+    "what-is-loaded-is-what-was-saved": change(  # files that hold bfloat16
         reload=lambda s: lambda params: pytree.tree_map(lambda x: x.bfloat16().to(x.dtype), s.reload(params))
     ),
     "a-conversion-and-back-changes-nothing": change(convert=lambda s: lambda params: swapped(s.convert(params))),
-    "quantized-within-half-a-step": change(  # groups that are twice as large
+    "quantized-within-half-a-step": change(  # groups twice as large
         quantize=lambda s: lambda w, bits, group: s.quantize(w, bits, min(2 * group, 128))
     ),
     "text-comes-back": change(to_text=lambda s: lambda ids: s.to_text(ids).strip()),
@@ -179,19 +181,19 @@ FAULTS: dict[str, Callable[[System], System]] = {
     "a-box-comes-back-within-half-a-step": change(read_boxes=lambda s: in_steps_of_1024(s.read_boxes)),
     "text-of-boxes-comes-back": change(read_boxes=lambda s: in_steps_of_1024(s.read_boxes)),
     "a-mask-comes-back-inside-its-box": change(
-        read_masks=lambda s: lambda *given: [(label, box, mask.roll(1, 0)) for label, box, mask in s.read_masks(*given)]
+        read_masks=lambda s: lambda *args: [(label, box, mask.roll(1, 0)) for label, box, mask in s.read_masks(*args)]
     ),
     "mask-codes-come-back": change(features=lambda s: lambda codes: s.features(codes.flip(1))),
     "pixels-lie-between-black-and-white": change(pixels=lambda s: lambda picture: s.pixels(picture) * 1.001),
     "one-colour-stays-what-it-is": change(pixels=lambda s: lambda picture: darker_at_the_edge(s.pixels(picture))),
-    "a-loss-is-its-formula-at-any-logits": change(  # log of sigmoid, log of softmax
-        contrast=lambda s: lambda *given: s.contrast(*given).exp().log()
+    "a-loss-is-its-formula-at-any-logits": change(  # overflows for extreme logits
+        contrast=lambda s: lambda *args: s.contrast(*args).exp().log()
     ),
-    "chunks-of-a-loss-equal-the-whole": change(contrast=lambda s: whole_chunks_alone(s.contrast)),
+    "chunks-of-a-loss-equal-the-whole": change(contrast=lambda s: full_chunks_only(s.contrast)),
     "the-order-of-pairs-does-not-matter": change(
-        contrast=lambda s: lambda *given: s.contrast(*given) + 1e-3 * given[1][0, 0]
+        contrast=lambda s: lambda *args: s.contrast(*args) + 1e-3 * args[1][0, 0]
     ),
     "the-gradient-of-a-loss-equals-finite-differences": change(
-        contrast=lambda s: lambda *given: Doubled.apply(s.contrast(*given))
+        contrast=lambda s: lambda *args: Doubled.apply(s.contrast(*args))
     ),
 }

@@ -1,4 +1,4 @@
-"""The laws hold of what is ours, and each has been seen to fail: it finds the fault that it is meant to catch."""
+"""The laws hold for our implementations, and each law finds the fault that was planted for it."""
 
 import json
 import re
@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 import pgfunc as pg
 from pgfunc import laws, tokenizer
 from pgfunc.checkpoint import shipped
-from pgfunc.cli import laws as command
+from pgfunc.cli import law_systems
 from pgfunc.cli.options import app
 from pgfunc.config import Config
-from pgfunc.laws import LAWS, System, adapters
+from pgfunc.laws import LAWS, System, adapters, strategies
 from pgfunc.objects import vqvae
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -39,26 +39,26 @@ def eager(name: str = "gemma2") -> System:
 
 
 systems = st.builds(system, laws.configs(), laws.Strategies().seeds)
-filters = ("nearest", "bilinear", "bicubic", "lanczos")
-few = st.sampled_from([system(replace(CONFIGS["gemma2"], resample=each)) for each in filters])
+FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
+few = st.sampled_from([system(replace(CONFIGS["gemma2"], resample=name)) for name in FILTERS])
 
 
-def of(law: laws.Law) -> tuple[st.SearchStrategy[System], int]:
-    """The systems that a law is asked of, and how many examples of it: networks of every kind, where it needs one."""
-    networks = {"forward", "prefill", "windowed", "params"} & {*law.needs}
-    return (systems, max(10, settings().max_examples // 4)) if networks else (few, settings().max_examples)
+def systems_for(law: laws.Law) -> tuple[st.SearchStrategy[System], int]:
+    """The systems to check a law on, and the number of examples: networks of every kind if the law runs one."""
+    runs_network = {"forward", "prefill", "windowed", "params"} & {*law.needs}
+    return (systems, max(10, settings().max_examples // 4)) if runs_network else (few, settings().max_examples)
 
 
 def broken(results: list[laws.Result]) -> list[str]:
     return [
-        f"{each.law.name}: {each.counterexample} {each.why} {each.worst}"
-        for each in results
-        if each.verdict == "broken"
+        f"{result.law.name}: {result.counterexample} {result.why} {result.worst}"
+        for result in results
+        if result.verdict == "broken"
     ]
 
 
-def beside_rows(system: System) -> System:
-    """The system, with its own logits made a row at a time for the reference."""
+def with_own_reference(system: System) -> System:
+    """The system whose reference is its own forward, one row at a time."""
 
     def reference(prompt):
         rows = [pg.Prompt(*(leaf[row : row + 1] for leaf in prompt)) for row in range(len(prompt.tokens))]
@@ -68,23 +68,23 @@ def beside_rows(system: System) -> System:
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_each_law_holds_of_networks_of_every_kind(law):
-    drawn, examples = of(law)
-    (result,) = laws.check(drawn.map(beside_rows), [law], examples=examples, derandomize=True)
+def test_each_law_holds_for_networks_of_every_kind(law):
+    drawn, examples = systems_for(law)
+    (result,) = laws.check(drawn.map(with_own_reference), [law], examples=examples, derandomize=True)
     assert not broken([result])
     assert result.verdict == "holds"
     assert result.examples >= 10
 
 
 @pytest.mark.parametrize("method", ["int8", "int4-32"])
-def test_the_laws_of_the_cache_hold_of_quantized_networks_which_are_what_they_stand_for(method):
+def test_the_laws_of_the_cache_hold_for_quantized_networks_which_equal_their_dequantized_ones(method):
     cfg = CONFIGS["gemma2"]
     cfg = replace(cfg, text=replace(cfg.text, width=64, hidden=64, head_dim=32, kv_heads=2))
     names = {"decode-equals-longer-prefill", "an-old-handle-stays-valid", "logits-are-those-of-the-reference"}
     chosen = [law for law in LAWS if law.name in names]
     results = laws.check(laws.quantized(laws.parameters(cfg), cfg, method), chosen, examples=5, derandomize=True)
     assert not broken(results)
-    assert {each.law.name for each in results if each.verdict == "holds"} == names
+    assert {result.law.name for result in results if result.verdict == "holds"} == names
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -96,44 +96,44 @@ def test_every_law_has_a_fault():
 
 @pytest.fixture
 def unshrunk(monkeypatch):
-    """For a test that does not ask for the smallest example."""
+    """Do not shrink counterexamples: the test accepts any."""
     monkeypatch.setattr(laws.law, "QUIET", settings(laws.law.QUIET, phases=[Phase.generate]))
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_each_law_finds_the_fault_that_it_is_meant_to_catch(law, unshrunk):
-    (result,) = laws.check(of(law)[0].map(FAULTS[law.name]), [law], examples=200, derandomize=True)
+def test_each_law_finds_the_fault_that_was_planted_for_it(law, unshrunk):
+    (result,) = laws.check(systems_for(law)[0].map(FAULTS[law.name]), [law], examples=200, derandomize=True)
     assert result.verdict == "broken"
-    assert not result.why, "a fault is a wrong number"
+    assert not result.why, "a fault must give wrong numbers, not raise"
     assert result.counterexample.startswith("pgfunc: ")
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
-def test_transformers_that_is_not_told_the_suffix_shows_it_to_all_in_one_row_without_padding(tmp_path, unshrunk):
-    """By the way to attention that it takes by itself. Of the other, and of ragged rows, the example below tells."""
+def test_transformers_without_token_type_ids_lets_one_unpadded_row_see_its_whole_suffix(tmp_path, unshrunk):
+    """With its default attention. The example below covers eager attention and ragged rows."""
     reference.save_random(tmp_path, "gemma-1kv")
     ours = pg.load(tmp_path, device="cpu")
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
     unmarked = laws.transformers(theirs, ours.cfg, marked=False)
-    given = unmarked._replace(reference=laws.eager(ours.params, ours.cfg).forward)
+    checked = unmarked._replace(reference=laws.eager(ours.params, ours.cfg).forward)
     rows = laws.ragged(rows=1, padding=0).filter(lambda rows: rows.images > 0)
-    results = laws.check(given, laws.MODEL, laws.Strategies(rows=rows), 15, derandomize=True)
-    found = {each.law.name for each in results if each.verdict == "broken"}
-    overwritten = {"an-old-handle-stays-valid", "forks-are-apart", "a-step-is-pure"}  # of its cache, another matter
+    results = laws.check(checked, laws.MODEL, laws.Strategies(rows=rows), 15, derandomize=True)
+    names = {result.law.name for result in results if result.verdict == "broken"}
+    overwriting = {"an-old-handle-stays-valid", "forks-are-apart", "a-step-is-pure"}  # broken because it has one cache
     expected = {"a-suffix-is-causal", "decode-equals-longer-prefill", "logits-are-those-of-the-reference"}
-    assert found - overwritten == expected, broken(results)
-    assert "forks-are-apart" in found
+    assert names - overwriting == expected, broken(results)
+    assert "forks-are-apart" in names
 
 
-def test_the_example_prints_what_its_note_tells(capsys, unshrunk):
+def test_the_example_finds_what_its_note_reports(capsys, unshrunk):
     runpy.run_path(str(EXAMPLES / "laws_of_transformers.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    said, heads = [line.split() for line in lines], [i for i, line in enumerate(lines) if not line.startswith(" ")]
-    names = [{line[0] for line in said[a + 1 : b]} for a, b in zip(heads, [*heads[1:], None], strict=True)]
-    rounded = {"a-step-is-pure", "an-old-handle-stays-valid"}  # in PaliGemma they fall by the last bits alone, or not
-    sdpa, sdpa_unmarked, eager, eager_unmarked, gemma2, gemma2_unmarked = (each - rounded for each in names)
+    words, heads = [line.split() for line in lines], [i for i, line in enumerate(lines) if not line.startswith(" ")]
+    names = [{line[0] for line in words[a + 1 : b]} for a, b in zip(heads, [*heads[1:], None], strict=True)]
+    rounded = {"a-step-is-pure", "an-old-handle-stays-valid"}  # PaliGemma breaks them, if at all, only by the last bits
+    sdpa, sdpa_unmarked, eager, eager_unmarked, gemma2, gemma2_unmarked = (broken - rounded for broken in names)
     assert sdpa == eager == {"forks-are-apart"}
     assert sdpa_unmarked >= {"a-suffix-is-causal", "a-row-is-alone", "decode-equals-longer-prefill", *sdpa}
     assert eager_unmarked == {"a-prefix-sees-itself", "logits-are-those-of-the-reference", *eager}
@@ -141,20 +141,20 @@ def test_the_example_prints_what_its_note_tells(capsys, unshrunk):
     assert gemma2_unmarked == {*gemma2, *eager_unmarked}
 
 
-# --- what a search says -----------------------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------------------
 
 
-def test_a_counterexample_is_small_and_says_what_it_is():
+def test_a_counterexample_is_small_and_legible():
     causal = next(law for law in LAWS if law.name == "a-suffix-is-causal")
     (result,) = laws.check(FAULTS[causal.name](eager("gemma")), [causal], examples=30, derandomize=True)
     assert result.worst == 1
     assert result.tolerance == 0
     assert result.counterexample == (
-        "pgfunc: Place(rows=Rows(prefix=(1,), suffix=(1,), images=0, padding=0, seed=0), share=0.0)"
+        "pgfunc: Position(rows=Rows(prefix=(1,), suffix=(1,), images=0, padding=0, seed=0), share=0.0)"
     )
 
 
-def test_an_example_that_raises_breaks_its_law_and_nan_does_too():
+def test_an_example_that_raises_or_gives_nan_breaks_its_law():
     pure = next(law for law in LAWS if law.name == "forward-is-pure")
     alone = next(law for law in LAWS if law.name == "a-row-is-alone")
 
@@ -167,38 +167,45 @@ def test_an_example_that_raises_breaks_its_law_and_nan_does_too():
     assert result.verdict == "broken"
 
 
-def test_a_law_that_is_broken_now_and_then_is_broken():
-    calls, given = [], eager()
+def test_a_law_that_is_broken_only_sometimes_is_broken():
+    calls, system = [], eager()
 
     def forward(prompt):
         calls.append(1)
-        return given.forward(prompt) + float(len(calls) == 6)
+        return system.forward(prompt) + float(len(calls) == 6)
 
     pure = [law for law in LAWS if law.name == "forward-is-pure"]
-    (result,) = laws.check(given._replace(forward=forward), pure, examples=10)
+    (result,) = laws.check(system._replace(forward=forward), pure, examples=10)
     assert result.verdict == "broken"
 
 
-def test_laws_of_functions_that_a_system_does_not_have_are_absent():
+def test_laws_about_functions_that_a_system_lacks_are_absent():
     results = laws.check(System("nothing", 10, 28), examples=3)
-    assert {each.verdict for each in results} == {"absent"}
+    assert {result.verdict for result in results} == {"absent"}
     assert results[0].why == "forward, prefill, decode"
 
 
-def test_narrower_strategies_are_drawn_from():
-    seen, given = [], eager()
+def test_examples_are_drawn_from_the_strategies():
+    shapes, system = [], eager()
 
     def forward(prompt):
-        seen.append(tuple(prompt.tokens.shape))
-        return given.forward(prompt)
+        shapes.append(tuple(prompt.tokens.shape))
+        return system.forward(prompt)
 
     narrow = laws.Strategies(rows=laws.ragged(rows=1, prefix=1, suffix=0, images=1, padding=0))
     names = {"padding-is-not-read", "a-suffix-is-causal", "the-order-of-pictures-matters", "a-row-is-alone"}
     chosen = [law for law in LAWS if law.name in names]
-    results = laws.check(given._replace(forward=forward), chosen, narrow, examples=5)
-    assert set(seen) == {(1, 1)}
-    absent = {each.law.name for each in results if each.why == "such examples"}
+    results = laws.check(system._replace(forward=forward), chosen, narrow, examples=5)
+    assert set(shapes) == {(1, 1)}
+    absent = {result.law.name for result in results if result.why == "such examples"}
     assert absent == {"a-suffix-is-causal", "the-order-of-pictures-matters"}
+
+
+@pytest.mark.parametrize("mode", strategies.MODES)
+def test_the_pictures_of_every_mode_can_be_read(mode):
+    picture = laws.picture(laws.Picture(mode, 9, 5, seed=0))
+    assert (picture.mode, picture.size) == (mode, (9, 5))
+    assert eager().pixels(picture).isfinite().all()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -207,17 +214,17 @@ run = CliRunner().invoke
 
 
 def test_the_command_checks_the_shipped_checkpoint_and_prints_a_table():
-    chosen = [word for law in ("a-suffix-is-causal", "drawing-is-monotone") for word in ("--law", law)]
-    result = run(app, ["laws", "--examples", "2", *chosen])
+    options = [word for law in ("a-suffix-is-causal", "drawing-is-monotone") for word in ("--law", law)]
+    result = run(app, ["laws", "--examples", "2", *options])
     assert result.exit_code == 0, result.output
     assert re.search(r"a-suffix-is-causal +holds +2 +0\.0e\+00", result.output)
-    found = run(app, ["laws", "--examples", "2", "--json", *chosen[2:]])
-    (line,) = found.output.splitlines()
+    result = run(app, ["laws", "--examples", "2", "--json", *options[2:]])
+    (line,) = result.output.splitlines()
     assert json.loads(line)["verdict"] == "holds"
-    assert json.loads(line)["statement"] == "A larger number draws no earlier token."
+    assert json.loads(line)["statement"] == "A larger uniform number never draws an earlier token."
 
 
-def test_the_command_ends_with_1_where_a_law_is_broken(tmp_path, monkeypatch):
+def test_the_exit_status_is_1_if_a_law_is_broken(tmp_path, monkeypatch):
     (tmp_path / "mine_wrong.py").write_text(
         "from pgfunc.laws import System\nSYSTEM = System('mine', 5, 28, softcap=lambda x, cap: x)\n"
     )
@@ -225,20 +232,20 @@ def test_the_command_ends_with_1_where_a_law_is_broken(tmp_path, monkeypatch):
     result = run(app, ["laws", "--adapter", "mine_wrong:SYSTEM", "--law", "softcap-is-bounded-and-monotone"])
     assert result.exit_code == 1
     assert "broken" in result.output
-    assert "A softcap is never beyond its cap" in result.output
+    assert "A softcap never exceeds its cap" in result.output
     assert "mine: Scaled(seed=0, by=" in result.output
 
 
-@pytest.mark.parametrize("words", [["--quantize", "int8"], []])
-def test_laws_of_parameters_that_are_quantized_or_large_are_not_asked(words, monkeypatch):
-    monkeypatch.setattr(command, "MOST_COPIED", 2**30 if words else 2**20)
-    asked = [law for law in LAWS if "params" in law.needs or law.name == "forward-is-pure"]
-    chosen = [word for law in asked for word in ("--law", law.name)]
-    result = run(app, ["laws", "--examples", "1", "--json", *words, *chosen])
+@pytest.mark.parametrize("options", [["--quantize", "int8"], []])
+def test_laws_about_parameters_are_not_checked_if_these_are_quantized_or_large(options, monkeypatch):
+    monkeypatch.setattr(law_systems, "MOST_COPIED", 2**30 if options else 2**20)
+    chosen = [law for law in LAWS if "params" in law.needs or law.name == "forward-is-pure"]
+    names = [word for law in chosen for word in ("--law", law.name)]
+    result = run(app, ["laws", "--examples", "1", "--json", *options, *names])
     assert result.exit_code == 0
-    found = [json.loads(line) for line in result.output.splitlines()]
-    assert {each["law"]: each["verdict"] for each in found} == {
-        law.name: "absent" if "params" in law.needs else "holds" for law in asked
+    records = [json.loads(line) for line in result.output.splitlines()]
+    assert {record["law"]: record["verdict"] for record in records} == {
+        law.name: "absent" if "params" in law.needs else "holds" for law in chosen
     }
 
 
@@ -249,16 +256,16 @@ def test_laws_of_parameters_that_are_quantized_or_large_are_not_asked(words, mon
         (TorchDynamoException("no g++"), "torch.compile fails here (no g++): is there a C++ compiler? It runs without"),
     ],
 )
-def test_what_a_machine_lacks_breaks_no_law(problem, message, monkeypatch):
-    def fails(*given, **options):
+def test_a_missing_compiler_or_too_little_memory_breaks_no_law(problem, message, monkeypatch):
+    def fails(*arguments, **options):
         raise problem
 
-    monkeypatch.setattr(adapters, "jit", lambda *given, **options: fails)
+    monkeypatch.setattr(adapters, "jit", lambda *arguments, **options: fails)
     result = run(app, ["laws", "--examples", "1", "--law", "forks-are-apart", "--compile"])
     assert str(result.exception).startswith(message)
 
 
-def test_memory_that_does_not_suffice_for_an_example_breaks_no_law():
+def test_an_example_that_runs_out_of_memory_breaks_no_law():
     def fails(prompt):
         raise torch.OutOfMemoryError("2 GB")
 
@@ -267,7 +274,7 @@ def test_memory_that_does_not_suffice_for_an_example_breaks_no_law():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         (["--adapter", ":thing"], "adapter is ':thing', expected module:object"),
         (["--adapter", "nothing"], "adapter is 'nothing', expected module:object"),
@@ -281,12 +288,12 @@ def test_memory_that_does_not_suffice_for_an_example_breaks_no_law():
         (["--examples", "0"], "examples is 0, expected 1 or more"),
     ],
 )
-def test_mistakes_are_errors_of_one_line(words, message):
-    result = run(app, ["laws", *words])
+def test_mistakes_are_errors_of_one_line(options, message):
+    result = run(app, ["laws", *options])
     assert str(result.exception).startswith(message)
 
 
-def test_a_stranger_adapts_a_toy_in_a_few_lines(capsys):
+def test_an_adapter_for_a_toy_model_takes_20_lines(capsys):
     example = EXAMPLES / "laws_of_a_toy.py"
     assert len(example.read_text().splitlines()) <= 20
     runpy.run_path(str(example))

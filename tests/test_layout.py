@@ -21,8 +21,8 @@ ORDER = [
     "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
     "laws.hf", "laws.check", "laws", "cli.options", "cli.compiled", "cli.text", "cli.contrast", "cli.progress",
-    "cli.train", "cli.drawings", "cli.locate", "cli.checkpoints", "cli.compile", "cli.bench", "cli.laws", "cli",
-    "cli.__main__",
+    "cli.train", "cli.drawings", "cli.locate", "cli.checkpoints", "cli.compile", "cli.bench", "cli.law_systems",
+    "cli.laws", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent
 

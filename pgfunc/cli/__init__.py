@@ -11,6 +11,11 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+import pgfunc as pg
 
 # --help lists the commands in the order of these imports
 from pgfunc.cli import text as text  # isort: skip
@@ -23,6 +28,24 @@ from pgfunc.cli import bench as bench  # isort: skip
 from pgfunc.cli import laws as laws  # isort: skip
 from pgfunc.cli.options import app
 from pgfunc.errors import PgfuncError, with_options
+
+
+def print_version(wanted: bool) -> bool:
+    """Print the version and end the program, if `--version` is given. What is returned is the option's value."""
+    if wanted:
+        print(f"pgfunc {pg.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+]
+
+
+@app.callback()
+def before_each_command(version: Version = False) -> None:
+    """Take the options that stand before the name of a command."""
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ LOCK = RLock()  # held for moments, and nothing is waited for with it
 class Handle(NamedTuple):
     """A cache that was made here, while it lives: its tensors, which are objects of its own on shared memory."""
 
-    buffers: tuple["ref[Tensor]", ...]
-    length: "ref[Tensor]"
+    buffers: tuple[ref[Tensor], ...]
+    length: ref[Tensor]
     rewound: bool  # then those before it may see more than it does
 
     def alive(self) -> bool:

@@ -1,4 +1,4 @@
-"""pgfunc's own implementations as systems: eager, compiled, in fewer bits."""
+"""pgfunc's own implementations as systems: eager, compiled, quantized."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,19 +34,20 @@ def eager(
     vq: vqvae.Params | tuple[()] = (),
     step: Callable[..., tuple[Tensor, Cache]] = paligemma.decode,
 ) -> System:
-    """The functions as they are, on the device of the parameters; those of a tokenizer and of masks where there are.
+    """pgfunc run eagerly, on the device of the parameters.
 
-    `step` decodes; `compiled` gives another.
+    Functions of text exist if a tokenizer is passed, and those of masks if a mask decoder (`vq`) is. `step` replaces
+    the decode function.
     """
-    cfg = replace(cfg, text=replace(cfg.text, masked=()))  # laws are about all rows, and about finite logits
+    cfg = replace(cfg, text=replace(cfg.text, masked=()))  # the laws cover every token id, with finite logits
     device = params.projector.device
-    here = partial(to, device)
+    on_device = partial(to, device)
 
-    def back(results: tuple[Tensor, Cache]) -> tuple[Tensor, Cache]:
+    def to_cpu(results: tuple[Tensor, Cache]) -> tuple[Tensor, Cache]:
         return results[0].cpu(), results[1]
 
     def apply(params: Params, prompt: Prompt, cfg: Config = cfg) -> Tensor:
-        return paligemma.forward(params, here(prompt), cfg).cpu()
+        return paligemma.forward(params, on_device(prompt), cfg).cpu()
 
     def windowed(prompt: Prompt, size: int) -> Tensor:
         return apply(params, prompt, replace(cfg, text=replace(cfg.text, window=size)))
@@ -57,9 +58,9 @@ def eager(
         cfg.vision.image_size,
         ROUNDING[params.projector.dtype],
         forward=partial(apply, params),
-        prefill=lambda prompt, size: back(paligemma.prefill(params, here(prompt), cfg, size)),
-        extend=lambda tokens, cache: back(paligemma.extend(params, here(tokens), cache, cfg)),
-        decode=lambda token, cache: back(step(params, here(token), cache, cfg)),
+        prefill=lambda prompt, size: to_cpu(paligemma.prefill(params, on_device(prompt), cfg, size)),
+        extend=lambda tokens, cache: to_cpu(paligemma.extend(params, on_device(tokens), cache, cfg)),
+        decode=lambda token, cache: to_cpu(step(params, on_device(token), cache, cfg)),
         windowed=windowed,
         image_tokens=cfg.vision.tokens,
         params=params,
@@ -87,11 +88,14 @@ def eager(
     return with_masks(system, vq) if isinstance(vq, vqvae.Params) else system
 
 
-def with_tokenizer(system: System, given: Tokenizer) -> System:
-    return system._replace(to_ids=partial(tokenizer.encode, given), to_text=partial(tokenizer.decode, given))
+def with_tokenizer(system: System, words: Tokenizer) -> System:
+    """The system with the functions of a tokenizer."""
+    return system._replace(to_ids=partial(tokenizer.encode, words), to_text=partial(tokenizer.decode, words))
 
 
 def with_masks(system: System, vq: vqvae.Params) -> System:
+    """The system with the functions of a mask decoder."""
+
     def write(objects: list[tuple[str, Tensor]]) -> str:
         return segment.render([segment.from_mask(label, mask) for label, mask in objects], vq)
 
@@ -113,68 +117,75 @@ def compiled(
     tokenizer: Tokenizer | None = None,
     vq: vqvae.Params | tuple[()] = (),
 ) -> System:
-    """The step is compiled, for each number of rows and of slots that it meets, and its cache donated."""
+    """pgfunc with a compiled decode step and a donated cache; compiled again for each batch size and cache size."""
     return eager(params, cfg, name, tokenizer, vq, jit(paligemma.decode, donate="cache"))
 
 
 def quantized(params: Params, cfg: Config, method: str = "int8") -> System:
-    """The functions on quantized weights; beside them the weights that these stand for."""
-    fewer = quant.quantize(params, method)
-    return eager(fewer, cfg, f"pgfunc, {method}")._replace(params=(), reference=eager(dequantize(fewer), cfg).forward)
+    """pgfunc with quantized weights. The reference is the same model with these weights dequantized."""
+    small = quant.quantize(params, method)
+    return eager(small, cfg, f"pgfunc, {method}")._replace(params=(), reference=eager(dequantize(small), cfg).forward)
 
 
-def to(device: torch.device, given: Any) -> Any:
-    """A tree with its tensors on a device; numbers stay what they are."""
-    return tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, given)
+def to(device: torch.device, values: Any) -> Any:
+    """A tree with its tensors on a device; other leaves are unchanged."""
+    return tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, values)
 
 
 def on(device: torch.device, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on a device, for tensors of the CPU."""
-    return lambda *given: to(torch.device("cpu"), fn(*to(device, given)))
+    """The function computed on a device, with arguments and results on the CPU."""
+    return lambda *arguments: to(torch.device("cpu"), fn(*to(device, arguments)))
 
 
 def mask(valid: Tensor, causal: Tensor, window: int) -> Tensor:
-    made = masks.prompt(valid, causal, window)
-    found = made.window if window else made.full
-    assert isinstance(found, Tensor)
-    return found
+    """The mask of a prompt, with a window or without (0)."""
+    both = masks.prompt(valid, causal, window)
+    chosen = both.window if window else both.full
+    assert isinstance(chosen, Tensor)
+    return chosen
 
 
 def reorder(params: Params, order: Tensor) -> Params:
+    """The parameters with the rows of the embedding in another order."""
     embed = params.language.embed
-    rows = torch.cat([embed[order.to(embed.device)], embed[len(order) :]])  # behind them is padding
+    rows = torch.cat([embed[order.to(embed.device)], embed[len(order) :]])  # followed by the padding rows
     return params._replace(language=params.language._replace(embed=rows))
 
 
 def reload(cfg: Config, params: Params) -> Params:
+    """The parameters, saved in Hugging Face layout and loaded."""
     with TemporaryDirectory() as folder:
         with changing(folder) as change:
             shards.write(change, hf.arrays(cfg, params), {}, 5 * 10**9)
-        return read(hf.load(Path(folder), cfg, None, params.projector.device, quant.methods(params)))
+        return copied(hf.load(Path(folder), cfg, None, params.projector.device, quant.methods(params)))
 
 
 def convert(cfg: Config, params: Params) -> Params:
+    """The parameters, converted from Hugging Face layout to big_vision's and back."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "params.npz"
         bigvision.save(path, cfg, reload(cfg, params))
         return reload(cfg, bigvision.load(path, cfg, None, params.projector.device))
 
 
-def read(mapped: Params) -> Params:
-    """Parameters that no longer need their file."""
+def copied(mapped: Params) -> Params:
+    """A copy in memory of parameters that are mapped from a file."""
     return tree.map(Tensor.clone, mapped)
 
 
 def quantize(w: Tensor, bits: int, group: int) -> Tensor:
+    """The matrix, quantized and dequantized."""
     method = {(8, 0): "int8", (4, 128): "int4", (4, 64): "int4-64", (4, 32): "int4-32"}[bits, group]
     return lowbit.dequantize(lowbit.quantize(w, method))
 
 
 def write_boxes(objects: list[tuple[str, Edges]], width: int, height: int) -> str:
+    """The text of labels with boxes."""
     return detect.render([Detection(label, Box(*box)) for label, box in objects], width, height)
 
 
 def contrast(kind: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, chunk: int) -> Tensor:
+    """The softmax or the sigmoid loss."""
     if kind == "softmax":
         return softmax_loss(images, texts, scale, chunk)
     return sigmoid_loss(images, texts, scale, bias, chunk)

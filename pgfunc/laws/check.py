@@ -1,4 +1,4 @@
-"""All laws, and what they say of a system."""
+"""All laws, and checking a system against them."""
 
 from collections.abc import Iterable, Iterator
 
@@ -28,12 +28,12 @@ def check(
     examples: int = EXAMPLES,
     derandomize: bool = False,
 ) -> list[Result]:
-    """Look for examples that break the laws, of one system, or of all that a strategy draws.
+    """Look for examples that break the laws, in one system or in those that a strategy draws; one result for each law.
 
         broken = [result for result in pg.laws.check(system) if result.verdict == "broken"]
 
-    A law that needs a function which the system does not have, or examples that the strategies do not draw, is
-    `absent`. With `derandomize` the examples are the same at each call. An example that raises breaks its law.
+    The verdict is "absent" if the system lacks a function that the law needs, or if the strategies draw no example for
+    it. With `derandomize`, every call tries the same examples. An example that raises an exception breaks its law.
     """
     return list(checks(system, laws, strategies, examples, derandomize))
 
@@ -45,7 +45,7 @@ def checks(
     examples: int = EXAMPLES,
     derandomize: bool = False,
 ) -> Iterator[Result]:
-    """`check`, a result at a time."""
+    """Like `check`, but yields each result as soon as it is known."""
     systems = st.just(system) if isinstance(system, System) else system
     for law in laws:
         yield search(law, systems, strategies or Strategies(), examples, derandomize)

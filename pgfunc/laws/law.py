@@ -1,7 +1,7 @@
 """A law, and the search for an example that breaks it.
 
-A law is a value: what it says, what it is about, how wrong an example is, and how wrong it may be and why. Hypothesis
-draws the examples and makes the one that is shown as small as it can. Knows nothing about models.
+A law is a value: its statement, the functions that it needs, the error of an example, and the allowed error with its
+reason. Hypothesis draws the examples and shrinks the counterexample that is shown. Knows nothing about models.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import OutOfMemoryError
 from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import System
 
-SMALLER = 200  # examples that are tried to find a smaller one than the first that breaks a law
+MOST_SHRINKS = 200  # examples that are tried, after the first counterexample, to find a smaller one
 QUIET = settings(
     database=None, deadline=None, verbosity=Verbosity.quiet, print_blob=False, report_multiple_bugs=False,
     suppress_health_check=list[Any](HealthCheck), phases=[Phase.explicit, Phase.generate, Phase.shrink],
@@ -26,10 +26,10 @@ QUIET = settings(
 
 
 class Law(NamedTuple):
-    """What must hold of any implementation that has the functions in `needs`.
+    """A statement that every implementation with the functions in `needs` must satisfy.
 
-    An example is plain data, which prints as what it is. It breaks the law where its error is not at most `within`,
-    plus `roundings` times the rounding of the system.
+    An example is plain data that prints legibly. It breaks the law if its error exceeds `within` plus `roundings` times
+    the rounding of the system, or is nan.
     """
 
     name: str
@@ -42,19 +42,20 @@ class Law(NamedTuple):
     reason: str  # for the tolerance
 
     def tolerance(self, system: System) -> float:
+        """The largest allowed error for this system."""
         return self.within + self.roundings * system.rounding
 
 
 class Result(NamedTuple):
-    """What a search found: of the examples tried the largest error; the smallest example that breaks the law."""
+    """The result of a search: how many examples were tried, the largest error, and the smallest counterexample."""
 
     law: Law
     verdict: Literal["holds", "broken", "absent"]
     examples: int = 0
-    worst: float = 0.0
+    worst: float = 0.0  # if the law is broken, the error of the counterexample
     tolerance: float = 0.0
     counterexample: str = ""
-    why: str = ""  # the functions that are missing, or what an example raised
+    why: str = ""  # the missing functions, or the exception that an example raised
 
 
 def law(
@@ -65,7 +66,7 @@ def law(
     roundings: float = 0.0,
     reason: str = "exact",
 ) -> Callable[[Callable[[Any, Any], float]], Law]:
-    """Make a law of the function that says how wrong an example is; the law has its name."""
+    """A decorator that turns the function for the error of an example into a law, which takes its name."""
 
     def named(error: Callable[[Any, Any], float]) -> Law:
         name = error.__name__.replace("_", "-")
@@ -79,29 +80,29 @@ class Broken(Exception):
 
 
 class Enough(KeyboardInterrupt):
-    """The search for a smaller example has taken long enough: Hypothesis lets this one pass, as that of a keyboard."""
+    """Ends the search for a smaller example. Hypothesis lets it pass, because it is a KeyboardInterrupt."""
 
 
 def search(
     law: Law, systems: SearchStrategy[System], strategies: Strategies, examples: int, derandomize: bool
 ) -> Result:
-    """What examples of a law give; with `derandomize` they are the same at each call.
+    """Try examples of a law; with `derandomize`, every call tries the same ones.
 
-    One that raises breaks it, but where a device has not enough memory: this goes on to the caller.
+    An example that raises an exception breaks the law, except OutOfMemoryError, which is raised to the caller.
     """
-    found, after = Result(law, "absent"), 0
+    result, shrinks = Result(law, "absent"), 0
 
     @settings(QUIET, max_examples=examples, derandomize=derandomize)
     @given(st.data())
     def example(data: DataObject) -> None:
-        nonlocal found, after
-        if found.verdict == "broken":
-            after += 1
-            if after > SMALLER:
+        nonlocal result, shrinks
+        if result.verdict == "broken":
+            shrinks += 1
+            if shrinks > MOST_SHRINKS:
                 raise Enough
         system = data.draw(systems)
         if missing := system.missing(law.needs):
-            found = found._replace(why=", ".join(missing)) if found.verdict == "absent" else found
+            result = result._replace(why=", ".join(missing)) if result.verdict == "absent" else result
             return
         drawn, tolerance, why = data.draw(law.domain(system, strategies)), law.tolerance(system), ""
         try:
@@ -111,20 +112,20 @@ def search(
         except Exception as problem:
             error, why = nan, ": ".join([type(problem).__name__, *str(problem).splitlines()[:1]])
         broken = not error <= tolerance
-        found = found._replace(
-            verdict="broken" if broken or found.verdict == "broken" else "holds",
-            examples=found.examples + 1,
-            worst=error if broken else max(found.worst, error),
+        result = result._replace(
+            verdict="broken" if broken or result.verdict == "broken" else "holds",
+            examples=result.examples + 1,
+            worst=error if broken else max(result.worst, error),
             tolerance=tolerance,
-            counterexample=f"{system.name}: {drawn}" if broken else found.counterexample,
-            why=why if broken else found.why if found.verdict == "broken" else "",
+            counterexample=f"{system.name}: {drawn}" if broken else result.counterexample,
+            why=why if broken else result.why if result.verdict == "broken" else "",
         )
         if broken:
             raise Broken
 
     try:
-        with suppress(Broken, Flaky, Enough):  # an example may break a law at one time, and not at another
+        with suppress(Broken, Flaky, Enough):  # Flaky: an example breaks a law in one run and not in another
             example()
     except Unsatisfiable:
-        return found._replace(why="such examples")
-    return found
+        return result._replace(why="such examples")
+    return result

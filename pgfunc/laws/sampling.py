@@ -1,4 +1,4 @@
-"""The laws of the choice of a token: what filters keep, what uniform numbers draw."""
+"""The laws of sampling: which tokens the filters keep, and which token a uniform number draws."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,14 @@ from pgfunc.laws.law import law
 from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import System
 
-ALARM = 1e-9  # by the limit of chi-square; of true draws about one example in 1e7 is called wrong
+# the smallest p-value that passes, by the limiting chi-square distribution; about one correct example in 1e7 fails
+SMALLEST_P = 1e-9
 DRAWS = 2000
 
 
 class Filtered(NamedTuple):
+    """Logits, and the settings of top-k, top-p and min-p."""
+
     logits: tuple[float, ...]
     k: int
     p: float
@@ -23,11 +26,15 @@ class Filtered(NamedTuple):
 
 
 class Drawn(NamedTuple):
+    """Logits, and uniform numbers that each draw a token."""
+
     logits: tuple[float, ...]
     u: tuple[float, ...]
 
 
 class Sampled(NamedTuple):
+    """Logits, and the seed of random uniform numbers."""
+
     logits: tuple[float, ...]
     seed: int
 
@@ -51,75 +58,78 @@ def row(logits: tuple[float, ...]) -> Tensor:
     return torch.tensor([logits])
 
 
-def shares(logits: Tensor) -> Tensor:
+def probabilities(logits: Tensor) -> Tensor:
     return logits.double().softmax(-1)
 
 
 def kept(logits: Tensor) -> Tensor:
+    """Which tokens are not excluded."""
     return logits > float("-inf")
 
 
-def changes(found: Tensor, logits: Tensor) -> bool:
-    """Whether a filter has done anything but exclude."""
-    return not torch.equal(found[kept(found)], logits[kept(found)])
+def changes_logits(filtered: Tensor, logits: Tensor) -> bool:
+    """Whether a filter changed the logit of a token that it keeps."""
+    return not torch.equal(filtered[kept(filtered)], logits[kept(filtered)])
 
 
-@law("Top-k keeps the k largest logits and what ties with the last of them, as they are.", needs="top_k",
-     domain=filtered)  # fmt: skip
+@law("Top-k keeps the k largest logits and those that tie with the smallest of them, and does not change them.",
+     needs="top_k", domain=filtered)  # fmt: skip
 def top_k_keeps_the_k_largest(system: System, example: Filtered) -> float:
     logits = row(example.logits)
-    found, least = system.top_k(logits, example.k), sorted(example.logits)[-min(example.k, len(example.logits))]
-    return float(changes(found, logits) or not torch.equal(kept(found), kept(logits) & (logits >= least)))
+    result, least = system.top_k(logits, example.k), sorted(example.logits)[-min(example.k, len(example.logits))]
+    return float(changes_logits(result, logits) or not torch.equal(kept(result), kept(logits) & (logits >= least)))
 
 
-@law("Top-p keeps the fewest tokens of that probability, and what ties with the last of them.", needs="top_p",
-     domain=filtered)  # fmt: skip
+@law("Top-p keeps the fewest tokens of total probability p or more, and ties of the least probable of them.",
+     needs="top_p", domain=filtered)  # fmt: skip
 def top_p_keeps_the_fewest_of_that_probability(system: System, example: Filtered) -> float:
     logits = row(example.logits)
-    found, each = system.top_p(logits, example.p), shares(logits)
-    inside = kept(found)
+    result, p = system.top_p(logits, example.p), probabilities(logits)
+    inside = kept(result)
     least = logits[inside].min()
-    without = float(each[logits > least].sum())  # less than p: else the last would not be needed
-    enough = float(each[inside].sum()) >= example.p - 1e-12
+    without = float(p[logits > least].sum())  # must be less than p; else the least probable token is not needed
+    enough = float(p[inside].sum()) >= example.p - 1e-12
     ties = torch.equal(inside, kept(logits) & (logits >= least))
-    return float(changes(found, logits) or not ties or not enough or without >= example.p + 1e-12)
+    return float(changes_logits(result, logits) or not ties or not enough or without >= example.p + 1e-12)
 
 
-@law("Min-p keeps the tokens at least so many times as probable as the best.", needs="min_p", domain=filtered)
+@law("Min-p keeps the tokens that are at least min_p times as probable as the most probable one.",
+     needs="min_p", domain=filtered)  # fmt: skip
 def min_p_keeps_what_is_near_the_best(system: System, example: Filtered) -> float:
     logits = row(example.logits)
-    found, ratio = system.min_p(logits, example.least), shares(logits) / shares(logits).max()
+    result, ratio = system.min_p(logits, example.least), probabilities(logits) / probabilities(logits).max()
     sure, never = ratio > example.least * (1 + 1e-6), ratio < example.least * (1 - 1e-6)
-    wrong = (sure & kept(logits) & ~kept(found)) | (never & kept(found))
-    return float(changes(found, logits) or bool(wrong.any()))
+    wrong = (sure & kept(logits) & ~kept(result)) | (never & kept(result))
+    return float(changes_logits(result, logits) or bool(wrong.any()))
 
 
-@law("Top-k and min-p exclude the same in either order.", needs="top_k min_p", domain=filtered)
+@law("Top-k and min-p exclude the same tokens in either order.", needs="top_k min_p", domain=filtered)
 def filters_commute(system: System, example: Filtered) -> float:
     logits = row(example.logits)
     one = system.min_p(system.top_k(logits, example.k), example.least)
     return float(not torch.equal(one, system.top_k(system.min_p(logits, example.least), example.k)))
 
 
-@law("A larger number draws no earlier token.", needs="draw", domain=drawn)
+@law("A larger uniform number never draws an earlier token.", needs="draw", domain=drawn)
 def drawing_is_monotone(system: System, example: Drawn) -> float:
     u = torch.tensor(sorted(example.u), dtype=torch.float64)
     tokens = system.draw(row(example.logits).expand(len(u), -1), u)
     return float((tokens.diff() < 0).any())
 
 
-@law("A number draws the token where the cumulative probability first exceeds it, one that has probability.",
+@law("A uniform number draws the first token whose cumulative probability exceeds it, and never one of probability 0.",
      needs="draw", domain=drawn, within=1e-12, reason="two float64 sums of 12 terms")  # fmt: skip
 def drawing_inverts_the_distribution(system: System, example: Drawn) -> float:
     u = torch.tensor(example.u, dtype=torch.float64)
-    tokens, each = system.draw(row(example.logits).expand(len(u), -1), u), shares(row(example.logits))[0]
-    ends = each.cumsum(0)
-    missed = torch.maximum(u - ends[tokens], ends[tokens] - each[tokens] - u).clamp(min=0)
-    return float(missed.max()) + float((each[tokens] == 0).any())
+    tokens, p = system.draw(row(example.logits).expand(len(u), -1), u), probabilities(row(example.logits))[0]
+    ends = p.cumsum(0)
+    missed = torch.maximum(u - ends[tokens], ends[tokens] - p[tokens] - u).clamp(min=0)
+    return float(missed.max()) + float((p[tokens] == 0).any())
 
 
-@law("A temperature of 0, or near it, draws a most probable token.", needs="choose", domain=sampled, within=1e-10,
-     reason="what is nearer than a hundred temperatures is drawn too")  # fmt: skip
+@law("A temperature of 0, or close to 0, draws a token of the highest probability.",
+     needs="choose", domain=sampled, within=1e-10,
+     reason="a token within a hundred temperatures of the largest logit may be drawn too")  # fmt: skip
 def cold_is_greedy(system: System, example: Sampled) -> float:
     logits = row(example.logits)
     u = torch.rand(1, generator=torch.Generator().manual_seed(example.seed), dtype=torch.float64)
@@ -127,8 +137,9 @@ def cold_is_greedy(system: System, example: Sampled) -> float:
     return float((logits.double().max() - logits[0, tokens].double()).max())
 
 
-@law("A very high temperature draws all tokens alike, but those that are excluded.", needs="choose", domain=drawn,
-     within=1e-9, reason="logits that are 60 apart, over the temperature")  # fmt: skip
+@law("A very high temperature draws all tokens that are not excluded with equal probability.",
+     needs="choose", domain=drawn, within=1e-9,
+     reason="a difference of 60 between logits, divided by the temperature")  # fmt: skip
 def heat_is_uniform(system: System, example: Drawn) -> float:
     logits, u = row(example.logits), torch.tensor(example.u, dtype=torch.float64)
     tokens = torch.stack([system.choose(logits.expand(len(u), -1), u, temperature) for temperature in (1e12, 1e308)])
@@ -138,24 +149,25 @@ def heat_is_uniform(system: System, example: Drawn) -> float:
     return float(missed.max()) + float((~possible[tokens]).any())
 
 
-@law("Drawn by random numbers, tokens are as frequent as they are probable.", needs="draw", domain=sampled, within=1.0,
-     reason="Pearson's chi-square: about one true example in ten million")  # fmt: skip
+@law("Tokens drawn by random numbers have frequencies that fit their probabilities.",
+     needs="draw", domain=sampled, within=1.0,
+     reason="Pearson's chi-square test: about one correct example in ten million fails")  # fmt: skip
 def frequencies_fit_probabilities(system: System, example: Sampled) -> float:
     generator = torch.Generator().manual_seed(example.seed)
     logits, u = row(example.logits), torch.rand(DRAWS, generator=generator, dtype=torch.float64)
-    found = torch.bincount(system.draw(logits.expand(DRAWS, -1), u), minlength=logits.shape[-1]).double()
-    expected = shares(logits)[0] * DRAWS
-    large = expected >= 20  # where the tail of the statistic is close to its limit; what is smaller counts as one
+    counts = torch.bincount(system.draw(logits.expand(DRAWS, -1), u), minlength=logits.shape[-1]).double()
+    expected = probabilities(logits)[0] * DRAWS
+    large = expected >= 20  # there the statistic is close to its limit; the rarer tokens are counted as one
     rare = expected[~large].sum() >= 20
     observed, mean = (
-        torch.cat([side[large], side[~large].sum()[None]])[: None if rare else -1] for side in (found, expected)
+        torch.cat([side[large], side[~large].sum()[None]])[: None if rare else -1] for side in (counts, expected)
     )
     if len(mean) < 2:
         return 0.0
     mean = mean * observed.sum() / mean.sum()
     statistic = ((observed - mean).square() / mean).sum()
     tail = torch.special.gammaincc(torch.tensor((len(mean) - 1) / 2, dtype=torch.float64), statistic / 2)
-    return float(tail.clamp(min=1e-300).log() / torch.tensor(ALARM, dtype=torch.float64).log())
+    return float(tail.clamp(min=1e-300).log() / torch.tensor(SMALLEST_P, dtype=torch.float64).log())
 
 
 SAMPLING = (

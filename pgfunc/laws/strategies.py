@@ -1,7 +1,6 @@
-"""What laws are checked on: small configurations, parameters, prompts and their splits, text, pictures, logits.
+"""Strategies that draw the examples of laws: small configurations, parameters, prompts, splits, text, pictures, logits.
 
-Plain data that prints as it is: an example holds lengths and a seed instead of tensors, so that it is small, can be
-shrunk, and says what it is.
+An example is plain data: lengths and a seed instead of tensors, so that it can be shrunk and prints legibly.
 """
 
 import re
@@ -26,61 +25,62 @@ dtypes = st.sampled_from(["float64", "float32", "bfloat16", "float16"])
 
 
 class Rows(NamedTuple):
-    """A batch of prompts: so many tokens of prefix and suffix a row, and what is alike in all."""
+    """A batch of prompts: the numbers of prefix and suffix tokens of each row, and what all rows share."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     images: int = 1
-    padding: int = 0  # columns behind the longest row
-    seed: int = 0  # of tokens and pixels
+    padding: int = 0  # columns after the longest row
+    seed: int = 0  # for tokens and pixels
 
     @property
     def lengths(self) -> tuple[int, ...]:
+        """The tokens of each row."""
         return tuple(p + s for p, s in zip(self.prefix, self.suffix, strict=True))
 
 
 def prompt(rows: Rows, vocab: int, image_size: int) -> Prompt:
-    """The rows with random tokens, in padded places too, where they must not matter; random pixels."""
+    """The prompt of these rows, with random pixels and random tokens, also at padded positions."""
     generator = torch.Generator().manual_seed(rows.seed)
     lengths, starts = (torch.tensor(side)[:, None] for side in (rows.lengths, rows.prefix))
-    place = torch.arange(max(rows.lengths) + rows.padding)
+    position = torch.arange(max(rows.lengths) + rows.padding)
     batch = len(rows.prefix)
     return Prompt(
         pixels=torch.rand(batch, rows.images, 3, image_size, image_size, generator=generator) * 2 - 1,
-        tokens=torch.randint(0, vocab, (batch, len(place)), generator=generator),
-        valid=place < lengths,
-        causal=(place >= starts) & (place < lengths),
+        tokens=torch.randint(0, vocab, (batch, len(position)), generator=generator),
+        valid=position < lengths,
+        causal=(position >= starts) & (position < lengths),
     )
 
 
 @st.composite
 def ragged(draw, rows: int = 3, prefix: int = 4, suffix: int = 5, images: int = 2, padding: int = 2) -> Rows:
-    """At most so many rows, of 1 token of prefix and none of suffix at least."""
+    """Batches of at most these sizes. Each row has at least 1 prefix token and may have no suffix."""
     sizes = draw(st.lists(st.tuples(st.integers(1, prefix), st.integers(0, suffix)), min_size=1, max_size=rows))
-    more = draw(st.integers(0, images)), draw(st.integers(0, padding)), draw(seeds)
-    return Rows(tuple(p for p, _ in sizes), tuple(s for _, s in sizes), *more)
+    shared = draw(st.integers(0, images)), draw(st.integers(0, padding)), draw(seeds)
+    return Rows(tuple(p for p, _ in sizes), tuple(s for _, s in sizes), *shared)
 
 
 class Split(NamedTuple):
-    """Prompts that are prefilled up to so many tokens a row, and decoded from there."""
+    """Prompts of which the first `at` tokens of each row are prefilled, and the rest is decoded."""
 
     rows: Rows
     at: tuple[int, ...]
 
 
 def splits(rows: SearchStrategy[Rows]) -> SearchStrategy[Split]:
-    """Rows that have a token of suffix at least, each cut before one."""
+    """Splits of rows that all have a suffix; each row is split before one of its suffix tokens."""
 
     def of(rows: Rows) -> SearchStrategy[Split]:
-        places = (st.integers(p, p + s - 1) for p, s in zip(rows.prefix, rows.suffix, strict=True))
-        return st.builds(Split, st.just(rows), st.tuples(*places))
+        positions = (st.integers(p, p + s - 1) for p, s in zip(rows.prefix, rows.suffix, strict=True))
+        return st.builds(Split, st.just(rows), st.tuples(*positions))
 
     return rows.flatmap(of)
 
 
 # --- text and pictures ------------------------------------------------------------------------------------------------
 
-# control tokens, what looks like a place or a byte, what tokenizers and terminals read in a way of their own
+# control tokens, text that looks like a <loc> token or a byte, and text that tokenizers and terminals treat specially
 names = st.sampled_from([
     "<pad>", "<eos>", "<bos>", "<unk>", "<image>", "<mask>", "<bos", "<<bos>>", "bos>", "<loc0000>", "<loc1023>",
     "<loc1024>", "<loc1>", "<seg000>", "<seg127>", "<0x41>", "\n", "\r\n", "\t", " ", "▁", "\x00", "\x1b[0m",
@@ -89,7 +89,7 @@ names = st.sampled_from([
 hostile = st.text() | st.lists(names | st.text(max_size=5)).map("".join)
 
 WORD = re.compile("<(?:loc[0-9]{4}|seg[0-9]{3})>")
-# of an object in a text, where a semicolon ends it
+# labels of objects in a text, where a semicolon ends an object
 labels = (st.text(max_size=12) | hostile).map(str.strip).filter(lambda text: ";" not in text and not WORD.search(text))
 
 MODES = [
@@ -99,7 +99,7 @@ MODES = [
 
 
 class Picture(NamedTuple):
-    """A picture of one of Pillow's modes, of random bytes."""
+    """A picture in one of Pillow's modes: random bytes, or in modes I and F random levels of 16 and of 8 bits."""
 
     mode: str
     width: int
@@ -110,22 +110,27 @@ class Picture(NamedTuple):
 pictures = st.builds(Picture, st.sampled_from(MODES), st.integers(1, 70), st.integers(1, 70), seeds)
 
 
-def picture(given: Picture) -> Image.Image:
-    size = (given.width, given.height)
-    generator = torch.Generator().manual_seed(given.seed)
-    count = len(Image.new(given.mode, size).tobytes())
-    return Image.frombytes(given.mode, size, bytes(torch.randint(0, 256, (count,), generator=generator).tolist()))
+def picture(example: Picture) -> Image.Image:
+    """The picture that the example describes."""
+    size = (example.width, example.height)
+    generator = torch.Generator().manual_seed(example.seed)
+    if example.mode in ("I", "F"):  # other numbers than levels are refused, so random bytes would be
+        share = torch.rand(example.height, example.width, generator=generator)
+        levels = (share * 65_535).int() if example.mode == "I" else share * 255
+        return Image.fromarray(levels.numpy())
+    count = len(Image.new(example.mode, size).tobytes())
+    return Image.frombytes(example.mode, size, bytes(torch.randint(0, 256, (count,), generator=generator).tolist()))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
-# whole numbers tie, and none is much more probable than others; -inf is a token that something excluded before
+# small whole numbers tie often, and none dominates; -inf is a token that was excluded before
 whole, wide = st.integers(-3, 3).map(float), st.floats(-30, 30, width=32)
-styles = [st.lists(each, min_size=1, max_size=12) for each in (whole, wide, whole | wide | st.just(float("-inf")))]
+styles = [st.lists(logit, min_size=1, max_size=12) for logit in (whole, wide, whole | wide | st.just(float("-inf")))]
 
 
 class Strategies(NamedTuple):
-    """What the domains of laws draw from. An implementation that takes less gets narrower ones."""
+    """The strategies that laws draw examples from. An implementation that accepts less needs narrower ones."""
 
     rows: SearchStrategy[Rows] = ragged()
     seeds: SearchStrategy[int] = seeds
@@ -136,7 +141,7 @@ class Strategies(NamedTuple):
     labels: SearchStrategy[str] = labels
     pictures: SearchStrategy[Picture] = pictures
     dtypes: SearchStrategy[str] = dtypes
-    # bits of a weight, and how many inputs of an output share a step (0: all)
+    # bits of a weight, and the number of inputs that share a step (0: all)
     formats: SearchStrategy[tuple[int, int]] = st.sampled_from([(8, 0), (4, 128), (4, 64), (4, 32)])
     losses: SearchStrategy[str] = st.sampled_from(["softmax", "sigmoid"])
 
@@ -146,8 +151,8 @@ class Strategies(NamedTuple):
 
 @st.composite
 def configs(draw) -> Config:
-    """Small networks with every variant of a block: heads that share keys, softcaps, a window, norms of what is added,
-    learned and rotary positions of patches, every filter that resizes pictures."""
+    """Small networks with every variant of a block: shared keys, softcaps, a window, post-norms, learned and rotary
+    positions of patches, and every resize filter."""
     kv_heads, caps = draw(st.sampled_from([1, 2, 4])), st.sampled_from([0.0, 2.0])
     text = TextConfig(
         vocab=64, padding=3, width=16, layers=draw(st.integers(1, 3)), heads=4, kv_heads=kv_heads, head_dim=8,
@@ -161,10 +166,10 @@ def configs(draw) -> Config:
 
 
 def parameters(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
-    """Random parameters whose vectors are not zero either, so that every leaf matters."""
+    """Random parameters in which vectors are not zero either, so that every leaf affects the logits."""
     generator = torch.Generator().manual_seed(seed)
 
-    def moved(leaf: Tensor) -> Tensor:
+    def perturbed(leaf: Tensor) -> Tensor:
         return leaf + 0.2 * torch.randn(leaf.shape, generator=generator).to(dtype) if leaf.dim() == 1 else leaf
 
-    return tree.map(moved, paligemma.init(cfg, seed, dtype))
+    return tree.map(perturbed, paligemma.init(cfg, seed, dtype))

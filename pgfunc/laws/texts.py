@@ -1,4 +1,4 @@
-"""The laws of what stands in a text: its ids, boxes and masks, written and read again within exact bounds."""
+"""The laws of text: token ids, boxes and masks that are written to a text are read back, within exact bounds."""
 
 from math import inf
 from typing import Any, NamedTuple
@@ -12,16 +12,18 @@ from pgfunc.laws.law import law
 from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import Edges, System
 
-STEPS = 1023  # from the first place along a side to the last
-PLACES, CODES = 16, 128  # codes a mask, and how many there are to choose from
+STEPS = 1023  # between the first and the last <loc> position along a side
+SLOTS, CODES = 16, 128  # mask codes for each mask, and the number of different codes
 
 
 class Words(NamedTuple):
+    """A text."""
+
     text: str
 
 
 class Between(NamedTuple):
-    """The word of a place or of a mask code in a text."""
+    """A `<loc....>` or `<seg...>` token between two texts."""
 
     left: str
     word: str
@@ -29,15 +31,15 @@ class Between(NamedTuple):
 
 
 class Boxes(NamedTuple):
-    """Labels, each with where its box lies: shares of the picture's sides."""
+    """Labels with boxes, whose edges are shares of the picture's sides."""
 
     width: int
     height: int
     objects: tuple[tuple[str, Edges], ...]
 
 
-class Places(NamedTuple):
-    """Labels, each with the places of its box as they stand in a text."""
+class LocBoxes(NamedTuple):
+    """Labels with boxes, whose edges are the numbers of `<loc....>` tokens."""
 
     width: int
     height: int
@@ -45,7 +47,7 @@ class Places(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Labels, each with the mask of a random ellipse."""
+    """Labels, and the seed of a random elliptic mask for each."""
 
     width: int
     height: int
@@ -54,6 +56,8 @@ class Masks(NamedTuple):
 
 
 class Codes(NamedTuple):
+    """The number of masks with random codes, and their seed."""
+
     masks: int
     seed: int
 
@@ -63,20 +67,20 @@ def words(system: System, strategies: Strategies) -> SearchStrategy[Words]:
 
 
 def between(system: System, strategies: Strategies) -> SearchStrategy[Between]:
-    places = st.integers(0, STEPS).map("<loc{:04d}>".format) | st.integers(0, CODES - 1).map("<seg{:03d}>".format)
-    return st.builds(Between, strategies.text, places, strategies.text)
+    words = st.integers(0, STEPS).map("<loc{:04d}>".format) | st.integers(0, CODES - 1).map("<seg{:03d}>".format)
+    return st.builds(Between, strategies.text, words, strategies.text)
 
 
-def sides(first: Any, second: Any) -> Any:
-    """What belongs to the edges of a box: top, left, bottom, right."""
-    (top, bottom), (left, right) = first, second
+def box_edges(vertical: Any, horizontal: Any) -> Any:
+    """The edges of a box, in the order top, left, bottom, right, from its two spans."""
+    (top, bottom), (left, right) = vertical, horizontal
     return top, left, bottom, right
 
 
 def objects(labels: SearchStrategy[str], span: SearchStrategy[Any]) -> SearchStrategy[Any]:
-    """A few labels, none twice, each with a box of two spans."""
-    each = st.tuples(labels, st.builds(sides, span, span))
-    return st.lists(each, max_size=4, unique_by=lambda pair: pair[0]).map(tuple)
+    """Up to four different labels with boxes."""
+    labelled = st.tuples(labels, st.builds(box_edges, span, span))
+    return st.lists(labelled, max_size=4, unique_by=lambda pair: pair[0]).map(tuple)
 
 
 def boxes(system: System, strategies: Strategies) -> SearchStrategy[Boxes]:
@@ -84,9 +88,9 @@ def boxes(system: System, strategies: Strategies) -> SearchStrategy[Boxes]:
     return st.builds(Boxes, side, side, objects(strategies.labels, span))
 
 
-def places(system: System, strategies: Strategies) -> SearchStrategy[Places]:
+def loc_boxes(system: System, strategies: Strategies) -> SearchStrategy[LocBoxes]:
     span = st.lists(st.integers(0, STEPS), min_size=2, max_size=2, unique=True).map(sorted)
-    return st.builds(Places, st.integers(1, 5000), st.integers(1, 5000), objects(strategies.labels, span))
+    return st.builds(LocBoxes, st.integers(1, 5000), st.integers(1, 5000), objects(strategies.labels, span))
 
 
 def ellipses(system: System, strategies: Strategies) -> SearchStrategy[Masks]:
@@ -101,13 +105,13 @@ def codes(system: System, strategies: Strategies) -> SearchStrategy[Codes]:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-@law("The text of the ids of a text is that text, but for ▁, which stands for a space.",
+@law("Decoding the token ids of a text gives that text, except that ▁ becomes a space.",
      needs="to_ids to_text", domain=words)  # fmt: skip
 def text_comes_back(system: System, example: Words) -> float:
     return float(system.to_text(system.to_ids(example.text)) != example.text.replace("▁", " "))
 
 
-@law("A place or a mask code is one token, whatever stands beside it.", needs="to_ids", domain=between)
+@law("A <loc....> or <seg...> word is one token, whatever text is beside it.", needs="to_ids", domain=between)
 def places_and_codes_are_one_token(system: System, example: Between) -> float:
     left, word, right = map(system.to_ids, example)
     return float(len(word) != 1 or system.to_ids("".join(example)) != [*left, *word, *right])
@@ -116,83 +120,86 @@ def places_and_codes_are_one_token(system: System, example: Between) -> float:
 # --- boxes and masks --------------------------------------------------------------------------------------------------
 
 
-def moved(found: Edges, expected: Edges, width: int, height: int) -> float:
-    """How far an edge is from where it was, of what it may be: half a step, or one where the box is thinner than one.
+def edge_error(actual: Edges, expected: Edges, width: int, height: int) -> float:
+    """The largest change of an edge, as a share of the allowed change.
 
-    A box is never without area, so that a thin one is made a step thick.
+    Half a step is allowed, or a whole step if the box is thinner than a step: a box must have an area, so a thin one is
+    made one step thick.
     """
     errors = []
     for low, high, side in ((0, 2, height), (1, 3, width)):
         step = side / STEPS
         allowed = step / 2 if expected[high] - expected[low] >= step else step
-        errors += [abs(found[edge] - expected[edge]) / allowed for edge in (low, high)]
-    return worst(errors)
+        errors += [abs(actual[edge] - expected[edge]) / allowed for edge in (low, high)]
+    return largest(errors)
 
 
-def worst(errors: list[float]) -> float:
-    """The largest, 0 where there is none; nan where one is."""
+def largest(errors: list[float]) -> float:
+    """The largest error; 0 if there are none, nan if one of them is nan."""
     return float(torch.tensor([0.0, *errors], dtype=torch.float64).max())
 
 
-@law("A box that is written and read keeps its label, and no edge moves by more than half a step of 1/1023.",
+@law("A box that is written to text and read keeps its label, and no edge moves by more than half a step of 1/1023.",
      needs="write_boxes read_boxes", domain=boxes, within=1.0 + 1e-9,
-     reason="halves of a step; float64")  # fmt: skip
+     reason="in units of the allowed change; float64")  # fmt: skip
 def a_box_comes_back_within_half_a_step(system: System, example: Boxes) -> float:
     width, height, objects = example
-    given = [(label, scaled(box, width, height)) for label, box in objects]
-    found = system.read_boxes(system.write_boxes(given, width, height), width, height)
-    if [label for label, _ in found] != [label for label, _ in given]:
+    expected = [(label, scaled(box, width, height)) for label, box in objects]
+    actual = system.read_boxes(system.write_boxes(expected, width, height), width, height)
+    if [label for label, _ in actual] != [label for label, _ in expected]:
         return inf
-    return worst([moved(mine[1], theirs[1], width, height) for mine, theirs in zip(found, given, strict=True)])
+    pairs = zip(actual, expected, strict=True)
+    return largest([edge_error(one, other, width, height) for (_, one), (_, other) in pairs])
 
 
-@law("Places are 1,023rds of a side, and the text of boxes that are read is written again as it was.",
-     needs="write_boxes read_boxes", domain=places, within=1e-12, reason="float64")  # fmt: skip
-def text_of_boxes_comes_back(system: System, example: Places) -> float:
+@law("<loc....> counts 1/1023 of a side, and boxes that are read from a text are written as the same text.",
+     needs="write_boxes read_boxes", domain=loc_boxes, within=1e-12, reason="float64")  # fmt: skip
+def text_of_boxes_comes_back(system: System, example: LocBoxes) -> float:
     width, height, objects = example
-    text = " ; ".join(" ".join(["".join(f"<loc{place:04d}>" for place in at), label]).strip() for label, at in objects)
-    found = system.read_boxes(text, width, height)
-    if len(found) != len(objects) or system.write_boxes(found, width, height) != text:
+    text = " ; ".join(" ".join(["".join(f"<loc{loc:04d}>" for loc in locs), label]).strip() for label, locs in objects)
+    read = system.read_boxes(text, width, height)
+    if len(read) != len(objects) or system.write_boxes(read, width, height) != text:
         return inf
-    expected = [scaled([place / STEPS for place in at], width, height) for _, at in objects]
-    pairs = [pair for (_, mine), theirs in zip(found, expected, strict=True) for pair in zip(mine, theirs, strict=True)]
-    return worst([abs(one - other) / max(width, height) for one, other in pairs])
+    expected = [scaled([loc / STEPS for loc in locs], width, height) for _, locs in objects]
+    pairs = [pair for (_, box), edges in zip(read, expected, strict=True) for pair in zip(box, edges, strict=True)]
+    return largest([abs(one - other) / max(width, height) for one, other in pairs])
 
 
 def scaled(shares: Any, width: int, height: int) -> Any:
+    """A box in pixels, from one in shares of the picture's sides."""
     return tuple(share * side for share, side in zip(shares, (height, width) * 2, strict=True))
 
 
-@law("A mask that is written and read keeps its label and its box, up to half a step, and has no pixel outside it.",
+@law("A mask that is written and read keeps its label, keeps its box up to half a step, and has no pixel outside it.",
      needs="write_masks read_masks", domain=ellipses, within=1.0 + 1e-9,
-     reason="halves of a step; float64")  # fmt: skip
+     reason="in units of the allowed change; float64")  # fmt: skip
 def a_mask_comes_back_inside_its_box(system: System, example: Masks) -> float:
     width, height = example.width, example.height
-    given = [(label, ellipse(width, height, example.seed + i)) for i, label in enumerate(example.labels)]
-    found = system.read_masks(system.write_masks(given), width, height)
-    if [label for label, _, _ in found] != [label for label, _ in given]:
+    drawn = [(label, ellipse(width, height, example.seed + i)) for i, label in enumerate(example.labels)]
+    read = system.read_masks(system.write_masks(drawn), width, height)
+    if [label for label, _, _ in read] != [label for label, _ in drawn]:
         return inf
     errors = []
-    for (_, box, mask), (_, before) in zip(found, given, strict=True):
-        inside = before.any(1)[:, None] & before.any(0)  # of an ellipse: its tightest box
+    for (_, box, mask), (_, before) in zip(read, drawn, strict=True):
+        inside = before.any(1)[:, None] & before.any(0)  # the bounding box of the ellipse
         (top, left), (bottom, right) = ((inside.nonzero()[at] + add).double().tolist() for at, add in ((0, 0), (-1, 1)))
         outside = inf if mask.shape != inside.shape or (mask & ~inside).any() else 0.0
-        errors += [outside, moved(box, (top, left, bottom, right), width, height)]
-    return worst(errors)
+        errors += [outside, edge_error(box, (top, left, bottom, right), width, height)]
+    return largest(errors)
 
 
 def ellipse(width: int, height: int, seed: int) -> Tensor:
-    """The mask of a random ellipse, of a pixel at least."""
+    """The mask of a random ellipse, at least one pixel large."""
     a, b, c, d = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
     y, x = torch.arange(height)[:, None] - int(a * height), torch.arange(width) - int(b * width)
     return (y / (1 + c * height / 2)) ** 2 + (x / (1 + d * width / 2)) ** 2 < 1
 
 
-@law("The features that stand for mask codes are encoded as these codes.", needs="features codes", domain=codes)
+@law("The codes of the features of mask codes are the same mask codes.", needs="features codes", domain=codes)
 def mask_codes_come_back(system: System, example: Codes) -> float:
     generator = torch.Generator().manual_seed(example.seed)
-    given = torch.randint(0, CODES, (example.masks, PLACES), generator=generator)
-    return float((system.codes(system.features(given)) != given).sum())
+    codes = torch.randint(0, CODES, (example.masks, SLOTS), generator=generator)
+    return float((system.codes(system.features(codes)) != codes).sum())
 
 
 TEXTS = (

@@ -1,4 +1,4 @@
-"""The laws of the cache hold where what appends to it is compiled, and the cache donated."""
+"""The laws of the cache hold for a compiled decode step with a donated cache."""
 
 import re
 
@@ -16,21 +16,22 @@ CACHE = {
 }  # fmt: skip
 
 
-def test_the_laws_of_the_cache_hold_of_compiled_steps():
+def test_the_laws_of_the_cache_hold_for_compiled_steps():
     cfg = CONFIGS["gemma2"]
-    rows = laws.ragged(rows=2).filter(lambda rows: len(rows.prefix) == 2)  # code is compiled for a batch size
+    rows = laws.ragged(rows=2).filter(lambda rows: len(rows.prefix) == 2)  # code is compiled for each batch size
     chosen = [law for law in laws.MODEL if law.name in CACHE]
     results = laws.check(laws.compiled(laws.parameters(cfg), cfg), chosen, laws.Strategies(rows=rows), 20, True)
-    assert [(each.law.name, each.verdict, each.why) for each in results] == [(law.name, "holds", "") for law in chosen]
+    verdicts = [(result.law.name, result.verdict, result.why) for result in results]
+    assert verdicts == [(law.name, "holds", "") for law in chosen]
     assert len(chosen) == len(CACHE)
 
 
 def test_the_command_compiles_the_step(tmp_path, monkeypatch):
     pg.save(text_model(), tmp_path)
     steps = []
-    monkeypatch.setattr(adapters, "jit", lambda fn, **options: steps.append(pg.jit(fn, **options)) or steps[0])
-    words = ["--examples", "1", "--law", "an-old-handle-stays-valid", "--device", "cpu", "--compile"]
-    result = CliRunner().invoke(app, ["laws", "--model", str(tmp_path), *words])
+    monkeypatch.setattr(adapters, "jit", lambda fn, donate: steps.append(pg.jit(fn, donate)) or steps[0])
+    options = ["--examples", "1", "--law", "an-old-handle-stays-valid", "--device", "cpu", "--compile"]
+    result = CliRunner().invoke(app, ["laws", "--model", str(tmp_path), *options])
     assert result.exit_code == 0, result.output
     assert re.search("an-old-handle-stays-valid +holds +1 ", result.output)
     assert [step.compilations for step in steps] == [1]

@@ -112,7 +112,7 @@ def metadata(path: Path) -> dict[str, Any]:
     """The metadata of a safetensors file; empty if the file cannot be read, which loading it reports."""
     try:
         if path.is_file():
-            return as_dict(json.loads(header(path))).get("__metadata__") or {}
+            return as_dict(as_dict(json.loads(header(path))).get("__metadata__"))
     except (OSError, ValueError, RecursionError):
         pass
     return {}

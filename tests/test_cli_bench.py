@@ -159,7 +159,7 @@ def test_what_the_machine_lacks_is_one_line(run, folder, said, monkeypatch):
     def fail(*given):
         raise FAILURES[said]
 
-    monkeypatch.setattr(bench, "decode_stage", fail)
+    monkeypatch.setattr(bench.pipeline, "decode_stage", fail)
     status, out, err = run("--model", str(folder), *FEW)
     assert (status, out) == (2, "")
     assert err.startswith(f"pgfunc: {said}")

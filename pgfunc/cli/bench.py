@@ -95,7 +95,7 @@ def bench(
             "dtype": str(kind).removeprefix("torch."), "quantize": quantize,
             "hardware": measuring.hardware(where), "device": str(where),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "image_tokens": cfg.vision.tokens,
-        } | asdict(case) | {"slots": case.length(cfg) + case.room(cfg)} | machine._asdict()  # fmt: skip
+        } | asdict(case) | {"slots": case.length(cfg) + case.free_slots(cfg)} | machine._asdict()  # fmt: skip
         del about["stages"]  # what follows says it
         loaded, first = measuring.load_stage(make, where, machine, 1 if drawn else repeat, "draw" if drawn else "load")
         rest = measuring.stages(loaded, case, machine)

@@ -1,4 +1,4 @@
-"""The loops in `examples/loops` say what `generate` says where they must."""
+"""The loops in `examples/loops` give the text of `generate` in the cases where they should."""
 
 from pathlib import Path
 
@@ -25,32 +25,32 @@ def picture():
 
 @pytest.fixture(scope="module")
 def expected(model, picture) -> str:
-    (done,) = pg.generate(model, picture, "what", max_new_tokens=TOKENS)
-    assert len(done.tokens) > 3
-    return done.text
+    (completion,) = pg.generate(model, picture, "what", max_new_tokens=TOKENS)
+    assert len(completion.tokens) > 3
+    return completion.text
 
 
-def test_greedy(model, picture, expected):
+def test_the_greedy_loop_equals_generate(model, picture, expected):
     assert greedy.greedy(model, picture, "what", TOKENS) == expected
 
 
-def test_speculation_changes_the_number_of_steps_alone(model, picture, expected):
+def test_speculative_decoding_changes_only_the_number_of_steps(model, picture, expected):
     text, steps = speculative.speculative(model, picture, "what", TOKENS)
     assert text == expected
-    assert steps < TOKENS - 1, "of those after the first token, some came together"
+    assert steps < TOKENS - 1, "some steps accept more than one token"
 
 
-def test_a_beam_of_one_is_greedy(model, picture, expected):
+def test_beam_search_with_one_beam_is_greedy(model, picture, expected):
     assert beam.beam(model, picture, "what", 1, TOKENS) == expected
 
 
-def test_places_chosen_among_places_are_those_chosen_among_all():
+def test_locations_chosen_among_location_tokens_equal_those_chosen_among_all_tokens():
     shipped, image = pg.load(dtype="float32", device="cpu"), str(ROOT / "examples/images/cat-and-bus.png")
-    (done,) = pg.generate(shipped, image, "detect cat ; bus")
-    assert done.text.count("<loc") == 8
-    assert boxes.boxes(shipped, image, "cat ; bus") == done.text
-    assert boxes.step.compilations == 2  # with all of the head, and with the places
+    (completion,) = pg.generate(shipped, image, "detect cat ; bus")
+    assert completion.text.count("<loc") == 8
+    assert boxes.boxes(shipped, image, "cat ; bus") == completion.text
+    assert boxes.step.compilations == 2  # with logits for all tokens, and only for location tokens
 
 
-def test_samples_at_next_to_no_temperature_are_greedy(model, picture, expected):
+def test_samples_at_a_tiny_temperature_are_greedy(model, picture, expected):
     assert best_of_n.best_of_n(model, picture, "what", 3, TOKENS, temperature=1e-5) == expected

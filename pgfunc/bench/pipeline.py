@@ -63,7 +63,7 @@ class Case:
             raise SettingError(f"slots is {self.slots}, expected {filled} or more: so many will be filled")
 
     def check_memory(self, cfg: Config, dtype: torch.dtype, device: torch.device, weights: int) -> None:
-        """Raise SettingError if the device cannot hold the case besides `weights` bytes of weights.
+        """Raise SettingError if the device cannot hold the case in addition to `weights` bytes.
 
         Without this check, the operating system would kill the process on a CPU.
         """

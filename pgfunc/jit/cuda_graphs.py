@@ -63,7 +63,7 @@ class GraphedFunction:
     """`fn`, replayed from graphs.
 
     The first call with inputs at new addresses runs `fn` directly; the second call with the same addresses captures a
-    graph. Inputs that are copied do not count as moved.
+    graph. Inputs that are copied may have any address.
 
     `fn` is a pure function of tensors with fixed shapes on one device. It may write into the inputs with the indices
     `written`, if repeating the write changes nothing. Those are never copied, and copied inputs together have at most

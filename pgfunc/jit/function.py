@@ -1,15 +1,15 @@
 """The compiled function: finds the code for a call, or compiles it, and returns values.
 
 A cache is append-only: a handle does not see the slots behind its length. So a donated cache is written in place there,
-unless a newer handle on its buffers is alive (`donation.py`). While a loop runs, its arguments (the weights, say) stay
-the same; each continuation remembers those it was made with, so that the next step need not read them again.
+unless a newer handle on its buffers is alive (`donation.py`). Most arguments of a loop, such as the weights, stay the
+same. Each continuation remembers the arguments it was made with, so that the next step need not read them again.
 
 A function that takes `wrap`, which it applies to its repeated blocks, is compiled a block at a time: all layers share
 the code of one block, and the rest of the function runs eagerly.
 
-On CUDA, compiled code is captured in a graph and replayed (`cuda_graphs.py`), on one stream. The last few sets of cache
-buffers are kept there, and used again when all handles on them are dead, so a loop over the next prompt replays the
-graph of the last one.
+On CUDA, compiled code is captured in a graph and replayed on one stream (`cuda_graphs.py`). The last few sets of cache
+buffers are kept and used again when all handles on them are dead, so the loop over the next prompt replays the graph of
+the last loop.
 """
 
 import inspect
@@ -34,14 +34,14 @@ from pgfunc.ops import on_host, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
-MANY = 8  # compilations of one function; this one and each further one warns
+MANY = 8  # compilations of one function, from which on each one warns
 CLOSURE_CHANGED = "a value that the function closes over has changed"
 
 Runner = cuda_graphs.GraphedFunction | cuda_graphs.DirectFunction
 
 _checking: ContextVar[bool] = ContextVar("checking", default=False)  # whether a function runs eagerly to be checked
 
-# length of a continuation -> the function that made it, and the arguments it was made with, which are likely to return
+# length of a continuation -> the function that made it, and that call's arguments, which the next call likely repeats
 _origins: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
@@ -236,14 +236,15 @@ class Jitted(Generic[P, R]):
         self.why = why
         self._descriptions.append(description)
         if self.compilations >= MANY:
-            warn(f"{self.name} was compiled, time {self.compilations}: {why}", RuntimeWarning, stacklevel=self._depth)
+            message = f"{self.name} was compiled {self.compilations} times, this time because {why}"
+            warn(message, RuntimeWarning, stacklevel=self._depth)
 
     def _warn_of_devices(self, specs: dict[str, ArgumentSpec]) -> None:
         """Warn if some arguments are on the CPU and others on a GPU."""
         devices = {name: {device.type for *_, device in spec.layouts} for name, spec in specs.items()}
         on_cpu = [name for name, types in devices.items() if "cpu" in types]
         if on_cpu and any("cuda" in types for types in devices.values()):
-            message = f"{self.name} runs without CUDA graphs, and slowly: on the CPU is {', '.join(on_cpu)}; move it"
+            message = f"{self.name} runs slowly, without CUDA graphs; move to the GPU: {', '.join(on_cpu)}"
             warn(message, RuntimeWarning, stacklevel=self._depth)
 
 

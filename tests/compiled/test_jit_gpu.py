@@ -120,7 +120,7 @@ def test_reordered_rows_reuse_the_buffers_that_graphs_read():
 
 def test_an_argument_on_the_cpu_warns_that_it_is_slow():
     step = pg.jit(lambda x, u: x + u)
-    with pytest.warns(RuntimeWarning, match="runs without CUDA graphs, and slowly: on the CPU is u"):
+    with pytest.warns(RuntimeWarning, match="runs slowly, without CUDA graphs; move to the GPU: u"):
         step(torch.ones(3, device="cuda"), torch.ones(()))
 
 

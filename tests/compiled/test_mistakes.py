@@ -231,8 +231,11 @@ def test_why_says_what_differed_and_a_function_that_is_compiled_often_warns():
         warnings.simplefilter("error")
         for i in range(2, 4):
             scaled(torch.ones(2), float(i), CFG)
-    with pytest.warns(RuntimeWarning, match=r"was compiled, time 8: temperature is 9\.0, was"):
+    with pytest.warns(
+        RuntimeWarning, match=r"was compiled 8 times, this time because temperature is 9\.0, was"
+    ) as warned:
         scaled(torch.ones(2), 9.0, CFG)
+    assert warned[0].filename == __file__, "the warning points to the call"
 
 
 def test_copies_are_counted():

@@ -145,7 +145,7 @@ def top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:
 
 
 def top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
-    """Keep the fewest most probable tokens whose probabilities sum to p, and all that tie with the last of them.
+    """Keep the fewest most probable tokens that sum to probability p or more, and all that tie with the last of them.
 
     (Holtzman et al. 2020)
     """

@@ -1,7 +1,7 @@
 """Which cache may be written in place: handles, continuations and forks. `jit` uses it, and rows are reordered here.
 
-A *handle* is a `Cache` made by compiled code: buffers and a length for each row. It sees only the slots before its
-length. A step takes a handle whose buffers are *donated*: it appends the new token in place, and returns the
+A *handle* is a `Cache` made by compiled code or `reorder`: buffers, and a length for each row. It sees only the slots
+before its length. A step takes a handle whose buffers are *donated*: it appends the new token in place, and returns the
 *continuation*, a longer handle on the same buffers. Several handles may thus share buffers, here one row of 8 slots:
 
     buffers   a b c d e . . .

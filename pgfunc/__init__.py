@@ -22,6 +22,7 @@ from pgfunc.jit import compiled_in as compiled_in
 from pgfunc.jit import jit as jit
 from pgfunc.jit.donation import reorder as reorder
 from pgfunc.jit.donation import rewind as rewind
+from pgfunc.kernels import rules as _rules  # noqa: F401  # fills the table of what compiled code computes instead
 from pgfunc.objects import detect as detect
 from pgfunc.objects import segment as segment
 from pgfunc.paligemma import Params as Params

@@ -1,7 +1,7 @@
-"""What a checkpoint is made of, as frozen values; every published checkpoint is one of them.
+"""Configurations as frozen dataclasses; `PUBLISHED` has one for every published checkpoint.
 
-A config holds facts that never flow through a function: sizes, scales, token ids, the variants of a block. It knows
-nothing about files (`checkpoint.hf` reads and writes `config.json`) and nothing about tensors.
+A config holds the facts about a model that are not tensors: sizes, scales, token ids, the variant of a block. This
+module knows nothing about tensors or files (`checkpoint.hf` reads and writes `config.json`).
 """
 
 from collections.abc import Iterable
@@ -20,8 +20,8 @@ class VisionConfig:
     hidden: int
     image_size: int  # pixels along each side of the square input
     patch: int
-    position: Literal["learned", "rope2d"] = "learned"  # every published checkpoint has a learned embedding
-    theta: float = 10_000.0  # of rope2d
+    position: Literal["learned", "rope2d"] = "learned"  # "learned" in every published checkpoint
+    theta: float = 10_000.0  # the base of the angles of rope2d
     eps: float = 1e-6
 
     @property
@@ -30,12 +30,12 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along each side."""
+        """The number of patches along each side."""
         return self.image_size // self.patch
 
     @property
     def tokens(self) -> int:
-        """Patches, which are the image tokens of one picture."""
+        """The number of patches, which is also the number of image tokens of one picture."""
         return self.grid**2
 
 
@@ -43,7 +43,7 @@ class VisionConfig:
 class TextConfig:
     """The Gemma language model. Gemma 2 is Gemma 1 with softcaps, a sliding window and post-norms."""
 
-    vocab: int  # ids of the vocabulary, counted from 0; logits have this many columns
+    vocab: int  # token ids are 0 .. vocab - 1, and logits have this many columns
     width: int
     layers: int
     heads: int
@@ -51,47 +51,47 @@ class TextConfig:
     head_dim: int
     hidden: int
     query_scale: float  # multiplies q·k
-    padding: int = 0  # rows that a file carries after the vocabulary: random numbers, never read or written
-    masked: tuple = ()  # pairs (first, end) of ids below `vocab` that are no tokens: their logits are -inf
-    attention_softcap: float = 0.0  # 0: none
-    final_softcap: float = 0.0  # 0: none
-    window: int = 0  # of the even layers, in positions; 0: none
+    padding: int = 0  # embedding rows after the vocabulary: random numbers that are never read or written
+    masked: tuple = ()  # ranges (first, end) of ids below `vocab` that are not tokens: their logits are -inf
+    attention_softcap: float = 0.0  # 0 means none
+    final_softcap: float = 0.0  # 0 means none
+    window: int = 0  # positions that the even layers see; 0 means all
     post_norms: bool = False
     theta: float = 10_000.0
     eps: float = 1e-6
     positions: int = 8192
 
     def has(self, id: int) -> bool:
-        """Whether this is the id of a token that can be read and written."""
+        """Whether this id is a token that the model can read and write."""
         return 0 <= id < self.vocab and not any(first <= id < end for first, end in self.masked)
 
     def windowed(self, layer: int) -> bool:
-        """Gemma 2 alternates: the even layers slide, the odd ones see everything."""
+        """Whether a layer has a sliding window: in Gemma 2 the even layers do, the odd layers see all positions."""
         return self.window > 0 and layer % 2 == 0
 
 
 @dataclass(frozen=True)
 class Config:
-    """PaliGemma: a vision encoder, a projector to the width of the text, a language model, and the ids between them."""
+    """PaliGemma: the configs of the vision encoder and the language model, and the ids of the special tokens."""
 
     vision: VisionConfig
     text: TextConfig
     pad: int = 0
     eos: int = 1
     bos: int = 2
-    image: int = 257_152  # `<image>`: marks places in Hugging Face's prompts; never embedded, never sampled
+    image: int = 257_152  # `<image>`, the placeholder in Hugging Face's prompts; it is never embedded or sampled
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"  # the resize filter of the processor
 
 
 def with_vocabulary(cfg: Config, ids: Iterable[int]) -> Config:
-    """The config whose vocabulary is these ids, and pad, eos and bos, as far as the embedding has rows for them.
+    """The config with a vocabulary of these ids and pad, eos and bos.
 
-    `<image>` is left out. Ids below the largest that are left out are masked.
+    Ids for which the embedding has no row are left out, and so is `<image>`. The gaps between the ids are masked.
     """
     rows = cfg.text.vocab + cfg.text.padding
-    kept = sorted({id for id in (*ids, cfg.pad, cfg.eos, cfg.bos) if 0 <= id < rows} - {cfg.image})
-    vocab = kept[-1] + 1
-    masked = tuple((before + 1, id) for before, id in pairwise([-1, *kept]) if id > before + 1)
+    tokens = sorted({id for id in (*ids, cfg.pad, cfg.eos, cfg.bos) if 0 <= id < rows} - {cfg.image})
+    vocab = tokens[-1] + 1
+    masked = tuple((before + 1, id) for before, id in pairwise([-1, *tokens]) if id > before + 1)
     return replace(cfg, text=replace(cfg.text, vocab=vocab, padding=rows - vocab, masked=masked))
 
 
@@ -104,8 +104,8 @@ class SiglipTextConfig:
     layers: int
     heads: int
     hidden: int
-    out: int  # the length of a text's vector, which is the vision encoder's width
-    positions: int = 64  # every text is padded to so many tokens
+    out: int  # the length of the vector of a text, equal to the width of the vision encoder
+    positions: int = 64  # every text is padded to this many tokens
     eps: float = 1e-6
 
     @property
@@ -115,7 +115,7 @@ class SiglipTextConfig:
 
 @dataclass(frozen=True)
 class SiglipConfig:
-    """SigLIP: a vision encoder and a text encoder whose vectors are compared."""
+    """SigLIP: the configs of a vision encoder and a text encoder, whose vectors are compared."""
 
     vision: VisionConfig
     text: SiglipTextConfig

@@ -1,28 +1,27 @@
-"""The exceptions a caller can catch. Each message is one line: what is wrong, where, and what to do.
+"""The exceptions that a caller can catch. Each message is one line: what is wrong, where, and what to do.
 
-`PgfuncError` is the root. The command line prints the message and exits with status 2; nothing else in the package
-turns an error into text. What a message says to give is an argument of Python, as in `dtype=`; `with_options` names it
-as the command line does.
+`PgfuncError` is the base class. The command line prints the message and exits with status 2; no other part of the
+package turns an error into text. Messages name Python arguments, such as `dtype=`; `with_options` replaces them by
+command-line options.
 """
 
 import re
 
-LONGEST = 1000  # characters of a message; what a file says of itself may be a megabyte
-# what a terminal obeys, breaks a line, or turns the direction of the rest of it; and halves of characters
+LONGEST = 1000  # characters of a message; it may quote a file, and the quotation may be a megabyte
+# control characters of terminals, line breaks, characters that change the text direction, and surrogates
 COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def harmless(text: str, keep: str = "") -> str:
-    """Text to be shown, in which nothing commands a terminal or forges a line: such characters, but for those to keep,
-    are escaped."""
-    return COMMANDS.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
+    """The text with all characters escaped that control a terminal or fake a line, except the characters in `keep`."""
+    return COMMANDS.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 class PgfuncError(Exception):
-    """Anything that pgfunc reports about its input, its files or its machine.
+    """The base class: an error in the input, a file or the machine.
 
-    What a message quotes of a file or a name cannot break its line, command a terminal or fill it: characters that do
-    not print are escaped, and a long message loses its middle.
+    A message may quote a file or a name, so it is made safe to print: unprintable characters are escaped, and a long
+    message loses its middle.
     """
 
     def __str__(self) -> str:
@@ -30,53 +29,54 @@ class PgfuncError(Exception):
 
 
 class CheckpointError(PgfuncError):
-    """A checkpoint that cannot be read, or does not fit its configuration."""
+    """A checkpoint cannot be read, or does not match its configuration."""
 
 
 class ImageError(PgfuncError, ValueError):
-    """A picture that cannot be read."""
+    """A picture cannot be read."""
 
 
 class PromptError(PgfuncError, ValueError):
-    """A prompt that cannot be made from the given images and text, or does not fit the model."""
+    """No prompt can be made from these images and texts, or the prompt does not fit the model."""
 
 
 class TokenError(PgfuncError, IndexError):
-    """A token id that no row of the vocabulary has."""
+    """A token id is outside the vocabulary."""
 
 
 class CacheFullError(PgfuncError, IndexError):
-    """More tokens than a row of a cache has room for."""
+    """A row of a cache has too few free slots for the new tokens."""
 
 
 class DataError(PgfuncError, ValueError):
-    """A line of a data set that cannot be used."""
+    """A line of a data set cannot be used."""
 
 
 class SettingError(PgfuncError, ValueError):
-    """A setting outside its range, such as a temperature or top-p."""
+    """A setting, such as the temperature or top-p, is outside its range."""
 
 
 class NumericalError(PgfuncError, ArithmeticError):
-    """A computation that left the range of its numbers."""
+    """Numbers are nan or infinite, or too large for their dtype."""
 
 
 class DeviceError(PgfuncError, RuntimeError):
-    """A device that is not there."""
+    """A device does not exist on this machine."""
 
 
-def printable(said: str) -> str:
-    """A message as one line of bounded length, without characters that command a terminal."""
-    said = said if said.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
+def printable(message: str) -> str:
+    """The message as one line of at most `LONGEST` characters, with unprintable characters escaped."""
+    if not message.isprintable():
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     half = (LONGEST - len(" ... ")) // 2
-    return said if len(said) <= LONGEST else f"{said[:half]} ... {said[-half:]}"
+    return message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half:]}"
 
 
 def with_options(message: str) -> str:
-    """A message in which arguments of Python, `max_new_tokens=`, are options of the command line, --max-new-tokens."""
-    return re.sub(r"(?<![\w.=-])([a-z]\w*)=(?=[\s,;.)]|$)", lambda said: "--" + said[1].replace("_", "-"), message)
+    """The message with Python arguments, such as `max_new_tokens=`, written as options: `--max-new-tokens`."""
+    return re.sub(r"(?<![\w.=-])([a-z]\w*)=(?=[\s,;.)]|$)", lambda match: "--" + match[1].replace("_", "-"), message)
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, for quoting in a message of one line."""
+    """The first line of a library's error message, or the name of its type if the message is empty."""
     return str(error).partition("\n")[0] or type(error).__name__

@@ -1,27 +1,29 @@
 """The Gemma language model (Gemma Team 2024; big_vision `models/ppp/gemma.py`): embed, run, unembed.
 
-One block serves Gemma 1 and Gemma 2 by fields of the config, and `run` serves prefill and decode, which differ only in
-the number of tokens. It knows nothing about pictures. Axes: b batch, t query, s key, d width, f hidden, v vocabulary;
-`nh` and `kh` are heads, or kv heads, and head dim fused.
+One block computes Gemma 1 and Gemma 2, by fields of the config. `run` is both prefill and decode, which differ only in
+the number of tokens. Nothing here knows about pictures. Axes: b batch, t token, q query, s key, d width, f hidden,
+v vocabulary, r rows of the head; `nh` and `kh` are heads (or kv heads) and head dim fused.
 """
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc import ops, tree
-from pgfunc.cache import Cache, append, pad, slots_behind
+from pgfunc.cache import Cache, Empty, Past, append_layer, by_layer
 from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
-from pgfunc.kernels import block as kernel_block
-from pgfunc.masks import Masks, Span
-from pgfunc.ops import identity, linear, plain, rms_norm, widen
+from pgfunc.lowering import lowered
+from pgfunc.masks import Mask, Masks
+from pgfunc.ops import identity, linear, linear_many, plain, rms_norm, upcast
 
-Allowed = range | Int[Tensor, "r"] | None  # the tokens that have logits; None: all
+Allowed = range | Int[Tensor, "r"] | None  # the tokens that get logits; None: all
+Queries = Int[Tensor, "b q"] | tuple[()]  # the indices of the tokens that are computed; (): all
+T = TypeVar("T", bound=Any)
 
 
 class Layer(NamedTuple):
@@ -39,6 +41,9 @@ class Layer(NamedTuple):
     down: Float[Tensor, "d f"]
     post_mlp_norm: Float[Tensor, "d"]  # () in Gemma 1
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Params(NamedTuple):
     """`embed` is read by `embed` and, tied, by `unembed`."""
@@ -46,6 +51,9 @@ class Params(NamedTuple):
     embed: Float[Tensor, "v d"]
     layers: tuple[Layer, ...]
     norm: Float[Tensor, "d"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 def abstract(cfg: TextConfig) -> Params:
@@ -64,7 +72,7 @@ def abstract(cfg: TextConfig) -> Params:
 
 def embed(p: Params, ids: Int[Tensor, "b t"], cfg: TextConfig) -> Float[Tensor, "b t d"]:
     """Token ids -> vectors, times the square root of the width."""
-    x = ops.look_up(ids, p.embed)
+    x = ops.embedding(ids, p.embed)
     # the factor is rounded to the weights' dtype first: 45.25 for 2048 in bf16 (big_vision gemma.py, Embedder.encode)
     return x * torch.full((), cfg.width**0.5, dtype=x.dtype, device=x.device)
 
@@ -74,25 +82,28 @@ def unembed(
 ) -> Float[Tensor, "*b v"]:
     """The final norm, the tied head and the final softcap: the only place that makes logits.
 
-    The product with the head has the parameters' precision; what follows is float32, or wider. Ids that are no tokens,
-    such as `<image>`, have -inf. With `allowed` only the logits of those tokens are made, in their order, and only
-    their rows of the head are read: a range is a view of it. Raises SettingError as `head_rows`.
+    The product with the head has the parameters' precision; what follows is in float32, or wider. Ids that are no
+    tokens, such as `<image>`, get -inf. If `allowed` is given, only the logits of those tokens are computed, in their
+    order, and only their rows of the head are read; a range is a view of the head. Raises SettingError as `head_rows`.
     """
     rows = head_rows(allowed, cfg)
-    head = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of a quantized one
-    if kernel_block.serves(x, tap, head):
-        logits = kernel_block.head(x, p.norm, head, cfg.eps, made=isinstance(rows, Tensor))
-    else:
-        logits = linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), head)
-    logits = widen(logits)
+    logits = upcast(lowered(head)(p, x, rows, cfg, tap))
     logits = ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits
     return tap("logits", without_masked(logits, rows, cfg) if cfg.masked else logits)
 
 
-def head_rows(allowed: Allowed, cfg: TextConfig) -> slice | Int[Tensor, "r"]:
-    """The rows of the head of the tokens that are allowed.
+def head(
+    p: Params, x: Float[Tensor, "*b d"], rows: slice | Int[Tensor, "r"], cfg: TextConfig, tap
+) -> Float[Tensor, "*b v"]:
+    """The final norm, and the product with these rows of the tied head."""
+    w = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of a quantized matrix
+    return linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), w)
 
-    Raises SettingError for a range with a step, or outside the vocabulary; ids are taken as they are.
+
+def head_rows(allowed: Allowed, cfg: TextConfig) -> slice | Int[Tensor, "r"]:
+    """The rows of the head that belong to the allowed tokens.
+
+    Raises SettingError for a range that has a step or leaves the vocabulary. Ids are not checked.
     """
     if not isinstance(allowed, range):
         return slice(cfg.vocab) if allowed is None else allowed
@@ -117,55 +128,43 @@ def run(
     positions: Int[Tensor, "b t"],
     masks: Masks,
     cfg: TextConfig,
-    cache: Cache | tuple[()] = (),
+    cache: Cache | Empty | tuple[()] = (),
     tap=identity,
     wrap=plain,
-    at: Int[Tensor, "b q"] | tuple[()] = (),
-    room: int = 0,
+    queries: Queries = (),
 ) -> tuple[Float[Tensor, "b q d"], tuple[tuple[Tensor, Tensor], ...]]:
-    """All layers over t new tokens; returns their output and, a layer, the keys and values that they attended to.
+    """All layers over t new tokens: their output and, for each layer, the keys and values that they attended to.
 
-    Without a cache the tokens see one another, and the keys and values are their own, with `room` for so many more.
-    With one they are appended at each row's length first, and what comes back are the cache's buffers after the append.
-    `wrap` is applied to `block`. With `at` the output is that of the tokens in these places alone; the last layer makes
-    no other.
+    Without a cache the tokens attend to one another. With a cache their keys and values are appended at each row's
+    length first, and its buffers are returned after that. `wrap` is applied to `block`. If `queries` is given, the
+    output has only those tokens, and the last layer computes no others.
     """
-    fast = wrap is plain and len(cache) > 0 and kernel_block.serves_layers(x, tap, p.layers)
-    once = fast or kernel_block.compiled(x)
-    angles = (kernel_block.rotation if once else ops.angles)(positions, cfg.head_dim, cfg.theta)
-    where = slots_behind(cache.length, x.shape[1], cache.slots) if cache else ()
-    seen = []
-    for i, layer in enumerate(p.layers):
+    angles = lowered(ops.angles)(positions, cfg.head_dim, cfg.theta)
+    last, kv = len(p.layers) - 1, []
+    for i, (layer, past) in enumerate(zip(p.layers, by_layer(cache, x.shape[1], len(p.layers)), strict=True)):
         mask = masks.window if cfg.windowed(i) else masks.full
-        past = (cache.k[i], cache.v[i], where) if cache else ()
-        if fast and cache:
-            past = cache.k[i], cache.v[i], cache.length
-            x, kv = kernel_block.block(layer, x, angles, past, cfg.window if cfg.windowed(i) else 0, cfg)
-        else:
-            wanted = at if i == len(p.layers) - 1 else ()
-            x, kv = wrap(block)(layer, x, angles, mask, cfg, past, ops.within(f"language.{i}", tap), wanted, room)
-        seen.append(kv)
-    return x, tuple(seen)
+        layer_tap, layer_queries = ops.within(f"language.{i}", tap), queries if i == last else ()
+        x, layer_kv = wrap(lowered(block))(layer, x, angles, mask, cfg, past, layer_tap, layer_queries)
+        kv.append(layer_kv)
+    return x, tuple(kv)
 
 
 def block(
     p: Layer,
     x: Float[Tensor, "b t d"],
     angles: Float[Tensor, "b t half"],
-    mask: Bool[Tensor, "b t s"] | Span,
+    mask: Mask,
     cfg: TextConfig,
-    past=(),
+    past: Past | Empty | tuple[()] = (),
     tap=identity,
-    at: Int[Tensor, "b q"] | tuple[()] = (),
-    room: int = 0,
+    queries: Queries = (),
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Attention and MLP, each on a normalised copy that is added back; Gemma 2 also normalises what it adds.
 
-    With `at`, of the tokens in these places alone: of others there are keys and values. Without a cache these have
-    `room` for so many more.
+    If `queries` is given, only those tokens are computed; the others contribute keys and values.
     """
-    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap, at, room)
-    x = x if isinstance(at, tuple) else pick(x, at)
+    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap, queries)
+    x = pick(x, queries)
     x = tap("resid_mid", x + (rms_norm(added, p.post_attention_norm, cfg.eps) if cfg.post_norms else added))
     added = mlp(p, rms_norm(x, p.mlp_norm, cfg.eps), tap)
     return tap("resid_post", x + (rms_norm(added, p.post_mlp_norm, cfg.eps) if cfg.post_norms else added)), kv
@@ -175,44 +174,53 @@ def attention(
     p: Layer,
     x: Float[Tensor, "b t d"],
     angles: Float[Tensor, "b t half"],
-    mask: Bool[Tensor, "b t s"] | Span,
+    mask: Mask,
     cfg: TextConfig,
-    past=(),
+    past: Past | Empty | tuple[()] = (),
     tap=identity,
-    at: Int[Tensor, "b q"] | tuple[()] = (),
-    room: int = 0,
+    queries: Queries = (),
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
-    """Grouped-query attention with rotary positions (Ainslie et al. 2023)."""
-    if isinstance(at, Tensor):
-        k, v = ops.linears(x, (p.k, p.v))
-        q, turn = linear(pick(x, at), p.q), pick(angles, at)
-        mask = Span(*(side.gather(1, at) for side in mask)) if isinstance(mask, Span) else pick(mask, at)
-    else:
-        (q, k, v), turn = ops.linears(x, (p.q, p.k, p.v)), angles
-    q = tap("q", rearrange(q, "b t (n h) -> b t n h", n=cfg.heads))
-    k, v = (tap(name, rearrange(each, "b t (k h) -> b t k h", k=cfg.kv_heads)) for name, each in (("k", k), ("v", v)))
-    if isinstance(mask, Span) and isinstance(at, tuple):
-        q, k, v = kernel_block.rotated(q, k, v, angles, room)
-        kept = k, v
-    else:
-        q, k = ops.rotate(q, turn), ops.rotate(k, angles)
-        if past:
-            k_buffer, v_buffer, where = past
-            k, v = append(k_buffer, k, where), append(v_buffer, v, where)
-        kept = pad(k, room), pad(v, room)
-    how = cfg.query_scale, cfg.attention_softcap
-    # a span ends before the empty slots, and then only these buffers need to be made
-    out = kernel_block.attend(q, *kept, mask, *how) if isinstance(mask, Span) else ops.attend(q, k, v, mask, *how)
-    return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), kept
+    """Grouped-query attention with rotary positions (Ainslie et al. 2023): project, rotate, append, attend, project."""
+    q, k, v = project(p, x, cfg, tap, queries)
+    q, k, v = lowered(rotate_and_append)(q, k, v, angles, past, queries)
+    out = ops.attend(q, k, v, pick(mask, queries), cfg.query_scale, cfg.attention_softcap)
+    return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), (k, v)
 
 
-def pick(x: Shaped[Tensor, "b t r"], at: Int[Tensor, "b q"]) -> Shaped[Tensor, "b q r"]:
-    """The tokens in these places of each row."""
-    return torch.take_along_dim(x, rearrange(at, "b q -> b q 1"), dim=1)
+def project(
+    p: Layer, x: Float[Tensor, "b t d"], cfg: TextConfig, tap, queries: Queries
+) -> tuple[Float[Tensor, "b q n h"], Float[Tensor, "b t k h"], Float[Tensor, "b t k h"]]:
+    """The heads of the queries, and the kv heads of all tokens."""
+    if isinstance(queries, Tensor):
+        q, (k, v) = linear(pick(x, queries), p.q), linear_many(x, (p.k, p.v))
+    else:
+        q, k, v = linear_many(x, (p.q, p.k, p.v))
+    heads = (("q", q, cfg.heads), ("k", k, cfg.kv_heads), ("v", v, cfg.kv_heads))
+    q, k, v = (tap(name, rearrange(each, "b t (n h) -> b t n h", n=count)) for name, each, count in heads)
+    return q, k, v
+
+
+def rotate_and_append(
+    q: Float[Tensor, "b q n h"],
+    k: Float[Tensor, "b t k h"],
+    v: Float[Tensor, "b t k h"],
+    angles: Float[Tensor, "b t half"],
+    past: Past | Empty | tuple[()],
+    queries: Queries,
+) -> tuple[Float[Tensor, "b q n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
+    """q, rotated; and the keys and values that it attends to: the past's, and behind them the rotated k, and v."""
+    return ops.rotate(q, pick(angles, queries)), *append_layer(ops.rotate(k, angles), v, past)
+
+
+def pick(x: T, queries: Queries) -> T:
+    """The tokens of each row at these indices, in each tensor of x; all of them if `queries` is ()."""
+    if isinstance(queries, tuple):
+        return x
+    return tree.map(lambda part: part.take_along_dim(queries[(..., *[None] * (part.dim() - 2))], dim=1), x)
 
 
 def mlp(p: Layer, x: Float[Tensor, "b t d"], tap=identity) -> Float[Tensor, "b t d"]:
     """GeGLU (Shazeer 2020): the gate's tanh-GELU times the up projection, then down."""
-    gate, up = ops.linears(x, (p.gate, p.up))
+    gate, up = linear_many(x, (p.gate, p.up))
     hidden = tap("mlp_hidden", ops.gelu(gate) * up)
     return tap("mlp_out", linear(hidden, p.down))

@@ -21,12 +21,13 @@ from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
 from pgfunc.jit import jit
 from pgfunc.jit.donation import bucket, reorder
-from pgfunc.ops import plain, widen
+from pgfunc.ops import plain, upcast
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, fits, prepare, text_ids, texts, tokenizer_of
 from pgfunc.sample import Settings, choose, logprob, whole
 
 POLL = 8  # tokens between two checks on a GPU whether all rows have ended
+LONGEST = 400  # characters of the text in the repr of a completion
 SCORED_BYTES = 2**30  # of logits and caches, for the answers that are scored together
 
 
@@ -37,6 +38,11 @@ class Completion(NamedTuple):
     tokens: list[int]
     logprobs: list[float]  # of each token, before temperature and filters
     finish: Literal["eos", "length"]
+
+    def __repr__(self) -> str:
+        text = repr(self.text)
+        text = text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+        return f"Completion({text}, {len(self.tokens)} tokens, log-probability {sum(self.logprobs):.2f}, {self.finish})"
 
 
 def generate(
@@ -217,7 +223,7 @@ def answer_scores(
     count, width, device = len(answers), max(map(len, answers)), logits.device
     tokens = torch.tensor([[*answer, *[model.cfg.pad] * (width - len(answer))] for answer in answers], device=device)
     real = torch.tensor([[i < len(answer) for i in range(width)] for answer in answers], device=device)
-    scores = widen(logits).log_softmax(-1)[:, tokens[:, 0]]
+    scores = upcast(logits).log_softmax(-1)[:, tokens[:, 0]]
     if width == 1:
         return scores
     rows = torch.arange(len(logits), device=device).repeat_interleave(count)  # the answers of a row are adjacent

@@ -1,21 +1,22 @@
-"""Pictures -> pixels: whatever people have in their folders, as the square of numbers that the encoder was trained on.
+"""Pictures -> pixels: any picture file, PIL image or array becomes the square tensor that the encoder was trained on.
 
-Upright (EXIF orientation applied), on white where transparent, 8 bits, RGB, the first frame, resized without keeping
-the aspect (as PaliGemma was trained), values in [-1, 1]. Decoding and resizing are Pillow's.
+The picture is made upright (its EXIF orientation is applied), blended onto white where it is transparent, converted to
+8-bit RGB and resized without keeping the aspect ratio (as PaliGemma was trained); values are scaled to [-1, 1]. An
+animation gives its first frame. Pillow decodes and resizes.
 
-What its type leaves open is decided by what a picture holds, so that different levels never become one black:
+If the type does not tell the range of the values, the largest value does:
 
-    integers of more than 8 bits    levels of 8 bits where none is above 255 (so Pillow reads them), else of 16
-    Pillow's floats, mode F         shares in [0, 1] where none is above 1, else levels of 8 bits (so Pillow reads them)
-    arrays of floats                shares in [0, 1]
-    arrays of integers              uint8 or uint16, of either byte order; others say nothing about their range
-    arrays of three axes            the channels are the last
+    integers of more than 8 bits    8-bit levels if none is above 255 (as Pillow reads them), else 16-bit levels
+    Pillow's floats, mode F         fractions in [0, 1] if none is above 1, else 8-bit levels (as Pillow reads them)
+    arrays of floats                fractions in [0, 1]
+    arrays of integers              uint8 or uint16, of either byte order; other dtypes do not tell their range
+    arrays of three axes            the last axis is the channels
 
-Values outside these ranges are an error. Pillow keeps the upper 8 bits of colours that have 16 in a file.
+Values outside these ranges are an error. If a file has 16 bits per colour channel, Pillow keeps the upper 8.
 
-To read a file takes 8 bytes of memory a pixel, up to 16 in rare modes and as WebP; Pillow opens 89 million pixels.
-Nothing that belongs to the whole process is changed: where a file's metadata are damaged, Pillow may warn, and the
-caller's filters say what becomes of that.
+Reading a file takes 8 bytes of memory per pixel, and up to 16 for WebP and rare modes; Pillow opens 89 million pixels.
+This module changes no state of the process. If a file has damaged metadata, Pillow may warn; the caller's warning
+filters decide what happens then.
 """
 
 import io
@@ -35,8 +36,8 @@ from pgfunc.errors import ImageError, first_line
 
 Source = str | PathLike | bytes | Image.Image | np.ndarray | Tensor
 
-BAND = 2**20  # pixels that are converted at a time: a whole picture in each mode that it passes takes too much memory
-PIECES = 20_000  # in which a header may be read: Pillow joins Exif data, and comments, in time that is their square
+BAND = 2**20  # pixels converted at a time: the conversion has several steps, and each would copy the whole picture
+MAX_READS = 20_000  # calls of read for one header: Pillow takes quadratic time to join EXIF blocks and comments
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,9 +50,9 @@ TURNS = {
 
 
 def pixels(source: Source, cfg: Config | SiglipConfig) -> Float[Tensor, "3 y x"]:
-    """A picture as the encoder takes it: channels first, values in [-1, 1].
+    """The pixels of a picture, as the encoder takes them: channels first, values in [-1, 1].
 
-    Raises ImageError, naming the file, for what is missing, corrupt, truncated or a decompression bomb.
+    Raises ImageError, which names the file, if it is missing, corrupt, truncated or a decompression bomb.
     """
     side = cfg.vision.image_size
     image = open_image(source, side)
@@ -60,37 +61,38 @@ def pixels(source: Source, cfg: Config | SiglipConfig) -> Float[Tensor, "3 y x"]
 
 
 def open_image(source: Source, side: int = 0) -> Image.Image:
-    """Any picture as an upright 8-bit RGB image, its first frame if there are several.
+    """A picture as an upright 8-bit RGB image; an animation gives its first frame.
 
-    Raises ImageError as `pixels`, and for a strip so long that resizing it to a square of that side takes too much.
+    Raises ImageError like `pixels`, and also if the picture is so long and narrow that resizing it to a square with
+    this side would take too much memory.
     """
-    image = decoded(source)
+    image = decode(source)
     if Image.MAX_IMAGE_PIXELS is not None and side * max(image.size) > Image.MAX_IMAGE_PIXELS:
         size = f"{image.width} x {image.height}"
         raise ImageError(f"{name_of(source)}: too many pixels in a row ({size}); cut the picture into parts")
-    whole = Image.new("RGB", image.size)
+    upright = Image.new("RGB", image.size)
     for rows in bands(*image.size):
-        whole.paste(_rgb(image.crop((0, rows.start, image.width, rows.stop))), (0, rows.start))
-    return whole
+        upright.paste(_to_rgb(image.crop((0, rows.start, image.width, rows.stop))), (0, rows.start))
+    return upright
 
 
 def bands(width: int, height: int) -> Iterator[range]:
-    """The rows of a picture, in parts of BAND pixels."""
+    """The rows of a picture, split into parts of about `BAND` pixels."""
     step = max(1, BAND // width)
     return (range(top, min(top + step, height)) for top in range(0, height, step))
 
 
-def decoded(source: Source) -> Image.Image:
-    """Any picture upright, in a mode of 8 bits a channel or less."""
+def decode(source: Source) -> Image.Image:
+    """A picture made upright, in a mode with at most 8 bits per channel."""
     if isinstance(source, (np.ndarray, Tensor)):
         return _from_array(_as_array(source))
     name = name_of(source)
     try:
         if isinstance(source, Image.Image):
-            return _shallow(_upright(source))
-        with File(_raw(source)) as file, _opened(file) as image:
+            return _to_8_bits(_upright(source))
+        with HeaderReader(_open_bytes(source)) as file, _open_header(file) as image:
             check_size(name, *image.size)
-            return _shallow(_upright(image))
+            return _to_8_bits(_upright(image))
     except ImageError:
         raise
     except FileNotFoundError:
@@ -98,51 +100,51 @@ def decoded(source: Source) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too many pixels ({error}); make the picture smaller first") from error
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not a picture, or of a kind that Pillow does not read") from None
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
+        raise ImageError(f"{name}: not a picture, or in a format that Pillow does not read") from None
+    except Exception as error:  # a damaged file can make Pillow's decoders raise any exception
         reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
         raise ImageError(f"{name}: cannot be read as a picture ({reason})") from error
 
 
 def name_of(source: Source) -> str:
-    """What a message calls a picture."""
+    """The name of a picture in error messages."""
     return str(source) if isinstance(source, (str, PathLike)) else "the given picture"
 
 
 def check_size(name: str, width: int, height: int) -> None:
-    """Raise ImageError for more pixels than Pillow opens without a warning."""
+    """Raise ImageError if a picture has more pixels than Pillow opens without a warning."""
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise ImageError(
             f"{name}: too many pixels ({width} x {height} exceed {Image.MAX_IMAGE_PIXELS:,}); make the picture smaller"
         )
 
 
-class File(io.BufferedReader):
-    """A file whose header is read in no more than so many pieces."""
+class HeaderReader(io.BufferedReader):
+    """A file that raises ValueError after `MAX_READS` reads. The limit is lifted when the header has been read."""
 
-    pieces: float = PIECES
+    reads_left: float = MAX_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self.pieces -= 1
-        if self.pieces < 0:
-            raise ValueError(f"its header is in more than {PIECES:,} pieces")
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ValueError(f"its header is in more than {MAX_READS:,} pieces")
         return super().read(size)
 
 
-def _opened(file: File) -> Image.Image:
-    """A picture whose header has been read."""
+def _open_header(file: HeaderReader) -> Image.Image:
+    """The picture in a file: its header is read, its pixels are not yet decoded."""
     try:
         image = Image.open(file)
-    except UserWarning:  # the caller's filters make errors of warnings: most are of Exif data in a JPEG
+    except UserWarning:  # the caller turns warnings into errors; most warnings are about the EXIF data of a JPEG
         file.seek(0)
-        file = File(io.BytesIO(file.read().replace(b"Exif\0\0", b"exif\0\0")))
+        file = HeaderReader(io.BytesIO(file.read().replace(b"Exif\0\0", b"exif\0\0")))  # Pillow then skips these data
         image = Image.open(file)
-    file.pieces = inf
+    file.reads_left = inf
     return image
 
 
-def _raw(source: str | PathLike | bytes) -> io.RawIOBase | io.BytesIO:
-    """The bytes of a picture; those of a pipe or a device may never end, or never begin."""
+def _open_bytes(source: str | PathLike | bytes) -> io.RawIOBase | io.BytesIO:
+    """The encoded bytes of a picture. Pipes and devices are refused: reading one may never end."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     path = Path(source)
@@ -152,8 +154,8 @@ def _raw(source: str | PathLike | bytes) -> io.RawIOBase | io.BytesIO:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says; as it lies where that cannot be read."""
-    # to decode PostScript Pillow starts Ghostscript, where there is one, and it may never end
+    """The decoded picture, rotated by its EXIF orientation if that can be read."""
+    # Pillow runs Ghostscript, if it is installed, to decode PostScript, and that may never end
     if image.format == "EPS" and getattr(image, "tile", None):
         raise ValueError("PostScript is a program, convert it to PNG first")
     image.load()
@@ -161,42 +163,43 @@ def _upright(image: Image.Image) -> Image.Image:
         raise ValueError(f"its size is {image.width} x {image.height}")
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # the metadata are damaged, the pixels are not
+    except Exception:  # only the metadata are damaged; the pixels are decoded
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
-def _shallow(image: Image.Image) -> Image.Image:
-    """The picture, in levels of 8 bits where it has other numbers."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """The picture with 8-bit levels; only modes I, F and I;16 are converted."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
-    numbers = np.asarray(image)
-    levels = _eight_bits(numbers)
-    if (clear := image.info.get("transparency")) is not None:  # a level, which stands for no colour
-        levels[numbers == clear] = 255
+    values = np.asarray(image)
+    levels = _to_8_bit_levels(values)
+    if (transparent := image.info.get("transparency")) is not None:  # all pixels with this value are transparent
+        levels[values == transparent] = 255
     return Image.fromarray(levels)
 
 
-def _eight_bits(numbers: np.ndarray) -> np.ndarray:
-    """Numbers that are no 8-bit levels, as such: rounded from 16 bits and from shares, cut from floats as by Pillow."""
-    least, most = numbers.min(), numbers.max()
-    floats = numbers.dtype.kind == "f"
+def _to_8_bit_levels(values: np.ndarray) -> np.ndarray:
+    """8-bit levels: 16-bit levels and fractions are rounded, floats above 1 are truncated as Pillow truncates them."""
+    least, most = values.min(), values.max()
+    floats = values.dtype.kind == "f"
     limit = 255 if floats else 65_535
     if not (least >= 0 and most <= limit):
         raise ValueError(f"its levels are {least} to {most}, expected 0 to {limit:,}; scale them first")
-    levels = np.empty(numbers.shape, np.uint8)
-    for rows in bands(numbers[0].size, len(numbers)):
-        part = numbers[rows.start : rows.stop]
+    levels = np.empty(values.shape, np.uint8)
+    for rows in bands(values[0].size, len(values)):
+        part = values[rows.start : rows.stop]
         if floats:
             levels[rows.start : rows.stop] = (part * 255).round() if most <= 1 else part
-        else:  # 257 x level is level
+        else:  # the 16-bit level 257 n is the 8-bit level n
             levels[rows.start : rows.stop] = (part // 257 + (part % 257 > 128)) if most > 255 else part
     return levels
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in mode RGB, blended onto white where it is transparent."""
     if image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow knows no shorter way
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # no La to RGBA in Pillow
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
@@ -207,12 +210,12 @@ def _as_array(source: np.ndarray | Tensor) -> np.ndarray:
     try:
         tensor = source.detach().cpu().resolve_conj().resolve_neg()
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # numpy has no bfloat16
-    except Exception as error:  # sparse, quantized, without values
-        raise ImageError(f"a tensor that is no array of numbers ({first_line(error)})") from error
+    except Exception as error:  # a sparse, quantized or meta tensor
+        raise ImageError(f"a tensor that cannot become an array of numbers ({first_line(error)})") from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    """An array of height x width (x 1, 3 or 4 channels): integers are levels, floating point numbers lie in [0, 1]."""
+    """The picture in an array of height x width (x 1, 3 or 4 channels): integer levels, or floats in [0, 1]."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (3, 4)):
@@ -223,9 +226,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):
             raise ImageError("a picture of floating point numbers must lie in [0, 1]; divide 8-bit levels by 255")
-        array = _eight_bits(array)
+        array = _to_8_bit_levels(array)
     elif np.issubdtype(array.dtype, np.uint16):  # of either byte order
-        array = _eight_bits(array)
+        array = _to_8_bit_levels(array)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype != np.uint8:

@@ -1,14 +1,17 @@
-"""Who may see whom. Every mask of the project is made here, from two flags a token: valid and causal.
+"""Which tokens attend to which. All masks of the project are made here, from two flags a token: valid and causal.
 
-`causal` marks a token that opens a block of its own; a token sees its own block and all before it. One rule gives the
-prefix-LM of PaliGemma (image and prefix 0, suffix 1), a causal LM (all 1) and block-causal masks (big_vision's
-`mask_ar`):
+`causal` marks a token that opens a block of its own; a token sees its own block and all blocks before it. This one rule
+gives the prefix-LM of PaliGemma (image and prefix 0, suffix 1), a causal LM (all 1) and block-causal masks
+(big_vision's `mask_ar`):
 
     causal  0 0 0 1 1        sees  1 1 1 . .
     valid   1 1 1 1 1              1 1 1 . .
                                    1 1 1 . .
                                    1 1 1 1 .
                                    1 1 1 1 1
+
+The formulas make boolean masks. Compiled code may describe a mask instead (`Span`, `Appended`), for kernels that need
+no mask in memory; `dense` makes the boolean mask of a description.
 """
 
 from typing import NamedTuple
@@ -20,17 +23,28 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """A mask of which each query sees what stands together: the keys from `begin` to before `end`."""
+    """The mask of queries that each see contiguous keys: from `begin` up to, but not including, `end`."""
 
     begin: Int[Tensor, "b t"]
     end: Int[Tensor, "b t"]
 
 
-class Masks(NamedTuple):
-    """What a layer may see; the even layers of Gemma 2 see less."""
+class Appended(NamedTuple):
+    """The mask of tokens appended to a cache at `length`: each sees itself and all before it, or the last `window`."""
 
-    full: Bool[Tensor, "b t s"] | Span
-    window: Bool[Tensor, "b t s"] | Span | tuple[()]
+    length: Int[Tensor, "b"]
+    tokens: int
+    window: int  # 0: no window
+
+
+Mask = Bool[Tensor, "b t s"] | Span | Appended
+
+
+class Masks(NamedTuple):
+    """What each layer attends to. Every second layer of Gemma 2 has a sliding window."""
+
+    full: Mask
+    window: Mask | tuple[()]
 
 
 def positions(valid: Bool[Tensor, "b t"]) -> Int[Tensor, "b t"]:
@@ -39,15 +53,15 @@ def positions(valid: Bool[Tensor, "b t"]) -> Int[Tensor, "b t"]:
 
 
 def prefix_lm(valid: Bool[Tensor, "b t"], causal: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t t"]:
-    """Query t sees key s when s is of t's block or an earlier one, and both are valid."""
+    """Query t sees key s if both are valid and s is in the block of t or in an earlier one."""
     query, key = _blocks(causal)
     return (key <= query) & _both(valid)
 
 
 def window(valid: Bool[Tensor, "b t"], causal: Bool[Tensor, "b t"], size: int) -> Bool[Tensor, "b t t"]:
-    """`prefix_lm`, but of other blocks only the last `size` positions, the query's own included.
+    """`prefix_lm`, but only the last `size` positions of other blocks are seen; the query's own position counts.
 
-    Within a block the window does not bite: the bidirectional prefix sees itself whole (the rule of transformers).
+    The window does not apply within a block: the bidirectional prefix sees all of itself (the rule of transformers).
 
         causal  0 0 0 1 1        size 2 sees  1 1 1 . .
                                               1 1 1 . .
@@ -56,14 +70,27 @@ def window(valid: Bool[Tensor, "b t"], causal: Bool[Tensor, "b t"], size: int) -
                                               . . . 1 1
     """
     query, key = _blocks(causal)
-    place = positions(valid)
-    near = rearrange(place, "b s -> b 1 s") > rearrange(place, "b t -> b t 1") - size
+    position = positions(valid)
+    near = rearrange(position, "b s -> b 1 s") > rearrange(position, "b t -> b t 1") - size
     return prefix_lm(valid, causal) & (near | (query == key))
 
 
 def prompt(valid: Bool[Tensor, "b t"], causal: Bool[Tensor, "b t"], size: int) -> Masks:
-    """The masks of tokens that see one another; `size` 0 makes no windowed one."""
+    """The masks of tokens that attend to one another. There is no windowed mask if `size` is 0."""
     return Masks(prefix_lm(valid, causal), window(valid, causal, size) if size else ())
+
+
+def left_aligned(valid: Bool[Tensor, "b t"], causal: Bool[Tensor, "b t"], size: int) -> Masks:
+    """`prompt`, of rows that have their valid tokens first: there each query sees contiguous keys."""
+    return prompt(valid, causal, size)
+
+
+def spans(masks: Masks) -> Masks:
+    """The same masks as spans, if each query sees contiguous keys."""
+    assert isinstance(masks.full, Tensor)
+    end = masks.full.sum(-1)
+    windowed = Span(end - masks.window.sum(-1), end) if isinstance(masks.window, Tensor) else ()
+    return Masks(Span(torch.zeros_like(end), end), windowed)
 
 
 def cached(length: Int[Tensor, "b"], tokens: int, slots: int, size: int) -> Masks:
@@ -72,18 +99,25 @@ def cached(length: Int[Tensor, "b"], tokens: int, slots: int, size: int) -> Mask
     length 2, tokens 2, slots 5  sees  1 1 1 . .      size 2 sees  . 1 1 . .
                                        1 1 1 1 .                   . . 1 1 .
     """
-    key = torch.arange(slots, device=length.device)
-    query = rearrange(length, "b -> b 1 1") + rearrange(torch.arange(tokens, device=length.device), "t -> t 1")
-    full = key <= query
-    return Masks(full, full & (key > query - size) if size else ())
+    windowed = dense(Appended(length, tokens, size), slots) if size else ()
+    return Masks(dense(Appended(length, tokens, 0), slots), windowed)
 
 
-def spans(seen: Masks) -> Masks:
-    """The masks of rows that have their valid tokens first, where all that a query sees stands together."""
-    assert isinstance(seen.full, Tensor)
-    end = seen.full.sum(-1)
-    window = Span(end - seen.window.sum(-1), end) if isinstance(seen.window, Tensor) else ()
-    return Masks(Span(torch.zeros_like(end), end), window)
+def appended(length: Int[Tensor, "b"], tokens: int, slots: int, size: int) -> Masks:
+    """The masks of `cached` as descriptions."""
+    return Masks(Appended(length, tokens, 0), Appended(length, tokens, size) if size else ())
+
+
+def dense(mask: Mask, slots: int) -> Bool[Tensor, "b t s"]:
+    """The boolean mask over so many slots; a boolean mask stays as it is."""
+    if isinstance(mask, Tensor):
+        return mask
+    key = torch.arange(slots, device=mask[0].device)
+    if isinstance(mask, Span):
+        return (key >= rearrange(mask.begin, "b t -> b t 1")) & (key < rearrange(mask.end, "b t -> b t 1"))
+    token = torch.arange(mask.tokens, device=key.device)
+    query = rearrange(mask.length, "b -> b 1 1") + rearrange(token, "t -> t 1")
+    return (key <= query) & (key > query - mask.window) if mask.window else key <= query
 
 
 def _blocks(causal: Bool[Tensor, "b t"]) -> tuple[Int[Tensor, "b t 1"], Int[Tensor, "b 1 t"]]:

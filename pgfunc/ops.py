@@ -1,7 +1,8 @@
-"""The arithmetic that the towers share: linear maps, norms, rotary positions, softcap, attention.
+"""The arithmetic that both towers share: linear maps, norms, rotary positions, softcap, attention.
 
-Everything is a function of tensors and numbers. What must be precise is: norms, rotations and softmax run in float32
-(float64 stays float64) and the result is cast last. Nothing here knows about parameter trees or configs.
+Everything is a function of tensors and numbers. Norms, rotations and softmax are computed in float32 (float64 stays
+float64), and the result is cast last. Nothing here knows about parameter trees, configs or devices: compiled code may
+replace a formula, see `lowering`.
 
 Axes: b batch, t query, s key, n heads, k kv heads, g heads of one kv head, h head dim, d width.
 """
@@ -14,125 +15,79 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pgfunc.errors import TokenError
+from pgfunc.lowering import lowered, on_host, transformed
+from pgfunc.masks import Mask, dense
 from pgfunc.quant import lowbit
 from pgfunc.quant.lowbit import Float8, Int8, Quantized
 
 T = TypeVar("T")
-AMX = torch.cpu._is_amx_tile_supported()
 
 
 def identity(name: str, x: T) -> T:
-    """The default tap: names a value that passes through, and changes nothing."""
+    """The default tap: returns the value that passes through, whatever its name."""
     return x
 
 
-def within(place: str, tap):
-    """A tap for the values of a part: their names begin with the place. The default tap stays what it is."""
-    return identity if tap is identity else lambda name, value: tap(f"{place}.{name}", value)
+def within(prefix: str, tap):
+    """A tap for one part of the model: it puts the prefix before each name. The default tap stays the default tap."""
+    return identity if tap is identity else lambda name, value: tap(f"{prefix}.{name}", value)
 
 
 def plain(fn: T) -> T:
-    """The default for what wraps a transformer block: changes nothing. Gradient checkpointing and `torch.compile` are
-    others."""
+    """The default `wrap` of a transformer block: returns it unchanged. Gradient checkpointing is another."""
     return fn
 
 
-def widen(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """x in float32, or wider where it already is."""
+def upcast(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """x in float32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear(
     x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"] | Quantized, bias: Float[Tensor, "o"] | None = None
 ) -> Float[Tensor, "*b o"]:
-    """x @ w.T + bias. The one place where weights meet activations, quantized or not.
+    """x @ w.T + bias. The only place where weights meet activations, quantized or not."""
+    return lowered(linear_formula)(x, w, bias)
 
-    In compiled code for GPUs the bias is added to the product, where it is joined to what follows: cuBLAS may copy it
-    to every row first. On CPUs without AMX one row is multiplied as a loop that inductor writes, at up to twice the
-    speed of the library.
-    """
-    compiling = torch.compiler.is_compiling()
-    if not isinstance(w, Tensor):
-        out = lowbit.multiply(x, w)
-    elif compiling and written_out(x, w):
-        out = lowbit.one_row(x, w)
-    elif compiling and x.is_cuda:
-        out = F.linear(x, w)
-    else:
+
+def linear_formula(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> Tensor:
+    """The formula of `linear`."""
+    if isinstance(w, Tensor):
         return F.linear(x, w, bias)
+    out = lowbit.multiply(x, w)
     return out if bias is None else out + bias
 
 
-def written_out(x: Tensor, w: Tensor) -> bool:
-    """Whether inductor's loop is faster at a product: it is on an EPYC, and on a Xeon with AMX it is not."""
-    return x.device.type == "cpu" and x.shape[:-1].numel() == 1 and x.dtype == w.dtype != torch.float64 and not AMX
-
-
-def beside(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of tensors of one dtype that differ in their first axis alone, one behind another in the memory of a
-    device; of meta tensors, room for them."""
-    sizes = [len(x) for x in tensors]
-    copies = tensors[0].new_empty(sum(sizes), *tensors[0].shape[1:], device=device).split(sizes)
-    for copy, x in zip(copies, tensors, strict=True):
-        if not x.is_meta:
-            copy.copy_(x)
-    return list(copies)
-
-
-def together(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The one tensor, a view, that tensors are which `beside` made; None for others."""
-    first, ends = tensors[0], [x.data_ptr() + x.nbytes for x in tensors]
-    alike = all(x.shape[1:] == first.shape[1:] and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
-    behind = all(x.data_ptr() == end for x, end in zip(tensors[1:], ends[:-1], strict=True))
-    shared = all(x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for x in tensors)
-    if not (alike and behind and shared):
-        return None
-    size = sum(len(x) for x in tensors), *first.shape[1:]
-    return first.as_strided(size, torch.empty(size, device="meta").stride())
-
-
-def linears(
+def linear_many(
     x: Float[Tensor, "*b i"], weights: Sequence[Any], biases: Sequence[Tensor] = ()
 ) -> tuple[Float[Tensor, "*b _"], ...]:
-    """`linear` of one x by several matrices. In compiled code for GPUs one product, where `beside` put them."""
-    simple = all(isinstance(w, Tensor) for w in weights)
-    if simple and x.is_cuda and torch.compiler.is_compiling() and not torch.is_grad_enabled() and not transformed():
-        return torch.ops.pgfunc.linears(x, weights, biases).split([len(w) for w in weights], -1)
+    """`linear` of one x by several matrices."""
+    return lowered(linear_many_formula)(x, weights, biases)
+
+
+def linear_many_formula(x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The formula of `linear_many`."""
     return tuple(linear(x, *each) for each in zip(weights, *([biases] if biases else []), strict=True))
 
 
-@torch.library.custom_op("pgfunc::linears", mutates_args=())
-def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    w, bias = together(weights), together(biases) if biases else None
-    with torch.autocast(x.device.type, enabled=False):
-        if w is None:  # or they would be copied for each product
-            pairs = zip(weights, *([biases] if biases else []), strict=True)
-            return torch.cat([linear(x, *each) for each in pairs], -1)
-        return F.linear(x, w, torch.cat(tuple(biases)) if biases and bias is None else bias)
+def embedding(ids: Int[Tensor, "*b"], table: Float[Tensor, "v d"] | Int8 | Float8) -> Float[Tensor, "*b d"]:
+    """The rows of a table with these ids; only those rows of a quantized table are dequantized.
 
-
-_linears.register_fake(lambda x, weights, biases: x.new_empty(*x.shape[:-1], sum(len(w) for w in weights)))
-
-
-def look_up(ids: Int[Tensor, "*b"], table: Float[Tensor, "v d"] | Int8 | Float8) -> Float[Tensor, "*b d"]:
-    """The rows of a table; of a quantized one only those are made.
-
-    An id that is no row gives nan, as `jax.numpy.take` does; where it is known on the host it is a TokenError.
+    An id outside the table gives nan, as `jax.numpy.take` does, or raises TokenError if it is known on the host.
     """
     size = len(table if isinstance(table, Tensor) else table.scale)
-    inside = ids.clamp(0, size - 1)
-    known = inside == ids
-    if on_host(ids) and not known.all():
-        raise TokenError(f"token id {int(ids[~known][0])} is outside 0..{size - 1}; is it another model's?")
+    nearest = ids.clamp(0, size - 1)
+    valid = nearest == ids
+    if on_host(ids) and not valid.all():
+        raise TokenError(f"token id {int(ids[~valid][0])} is outside 0..{size - 1}; is it another model's?")
     rows = (
-        F.embedding(inside, table)
+        F.embedding(nearest, table)
         if isinstance(table, Tensor)
-        else lowbit.dequantize(type(table)(*(part[inside] for part in table)))
+        else lowbit.dequantize(type(table)(*(part[nearest] for part in table)))
     )
-    return torch.where(rearrange(known, "... -> ... 1"), rows, torch.nan)
+    return torch.where(rearrange(valid, "... -> ... 1"), rows, torch.nan)
 
 
 def layer_norm(
@@ -147,9 +102,9 @@ def rms_norm(x: Float[Tensor, "*b d"], scale: Float[Tensor, "d"], eps: float) ->
 
     The tree keeps the raw scale, and the 1 is added in float32: in bf16 1 + scale would lose the scale's low bits.
     """
-    wide = widen(x)
+    wide = upcast(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1 + widen(scale))).to(x.dtype)
+    return (normed * (1 + upcast(scale))).to(x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -174,37 +129,35 @@ def angles(positions: Int[Tensor, "*b t"], dim: int, theta: float) -> Float[Tens
 def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*#b t half"]) -> Float[Tensor, "*b t n h"]:
     """Turn each plane (x[i], x[i + h/2]) by its angle, in float32: the half-split form of RoPE."""
     cos, sin = (rearrange(wave, "... t half -> ... t 1 half") for wave in (angles.cos(), angles.sin()))
-    first, second = widen(x).chunk(2, dim=-1)
+    first, second = upcast(x).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-def transformed() -> bool:
-    """Whether torch.func transforms or forward-mode AD are at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def on_host(x: Tensor) -> bool:
-    """Whether the numbers of a tensor can be looked at, and nothing waits for it: on a CPU, eager, not transformed."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def attend(
     q: Float[Tensor, "b t n h"],
-    k: Float[Tensor, "b s k h"],
-    v: Float[Tensor, "b s k h"],
-    mask: Bool[Tensor, "b t s"] | None,
+    k: Float[Tensor, "b _ k h"],
+    v: Float[Tensor, "b _ k h"],
+    mask: Mask | None,
     scale: float,
     cap: float = 0.0,
 ) -> Float[Tensor, "b t n h"]:
     """softmax(softcap(q·k · scale)) · v over the keys where mask is True; head n reads kv head n // (n / k).
 
-    A query that may see no key gives zeros. PyTorch's fused kernels serve when they can; they know neither softcaps
-    nor forward-mode AD nor vmap, where the same formula is written out. They also have no second derivative: use
-    torch.func for it, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. In compiled code for GPUs the formula is
-    written out for a single query too: it is then joined to what stands around it.
+    A query that sees no key gives zeros. No query sees keys beyond the mask's last.
     """
-    joined = q.shape[1] == 1 and q.is_cuda and torch.compiler.is_compiling()
-    if joined or cap or transformed():
+    return lowered(attend_formula)(q, k, v, mask, scale, cap)
+
+
+def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float, cap: float) -> Tensor:
+    """The formula of `attend`, by PyTorch's fused attention if that can compute it.
+
+    It supports neither softcaps nor forward-mode AD nor vmap, and has no second derivative: use torch.func for that, or
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    """
+    if mask is not None:
+        mask = dense(mask, k.shape[1])
+        k, v = k[:, : mask.shape[-1]], v[:, : mask.shape[-1]]
+    if cap or transformed():
         return attend_explicit(q, k, v, mask, scale, cap)
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
@@ -227,9 +180,9 @@ def attend_explicit(
     scale: float,
     cap: float = 0.0,
 ) -> Float[Tensor, "b t n h"]:
-    """`attend`, with the weights of the attention as a value: differentiable to any order and in either mode."""
+    """`attend` with explicit attention weights: differentiable to any order, in forward and reverse mode."""
     grouped = rearrange(q, "b t (k g) h -> b t k g h", k=k.shape[2])
-    scores = widen(einsum(grouped, k, "b t k g h, b s k h -> b k g t s")) * scale
+    scores = upcast(einsum(grouped, k, "b t k g h, b s k h -> b k g t s")) * scale
     scores = softcap(scores, cap) if cap else scores
     if mask is not None:
         seen = rearrange(mask, "b t s -> b 1 1 t s")

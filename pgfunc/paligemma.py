@@ -1,26 +1,24 @@
 """PaliGemma (Beyer et al. 2024) and PaliGemma 2 (Steiner et al. 2024): pictures and text in, logits out.
 
-The sequence of a row is its image tokens, then its text; `Prompt` carries both. `forward` gives the logits of a whole
-prompt, `prefill` those of its last token and the cache behind them, `extend` and `decode` go on from a cache. All are
-pure functions of (params, inputs, cfg). Axes: b batch, i pictures a row, p patches, t text tokens, s sequence,
-d width, e width of the vision encoder, v vocabulary.
+The sequence of a row is its image tokens, then its text; `Prompt` holds both. `forward` gives the logits of a whole
+prompt, `prefill` those of its last token and a cache of the prompt; `extend` and `decode` continue a cache. All are
+pure functions of (params, inputs, cfg). Axes: b batch, i pictures a row, p patches, t text tokens, s sequence, d width,
+e width of the vision encoder, v vocabulary.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pgfunc import gemma, masks, ops, siglip, tree
-from pgfunc.cache import Cache, check_room
+from pgfunc import gemma, masks, siglip, tree
+from pgfunc.cache import Cache, Empty, check_room
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
-from pgfunc.kernels import block as kernel_block
-from pgfunc.ops import identity, linear, plain, transformed
-
-T = TypeVar("T", bound=Any)
+from pgfunc.lowering import lowered, transformed
+from pgfunc.ops import identity, linear, plain
 
 
 class Params(NamedTuple):
@@ -31,14 +29,20 @@ class Params(NamedTuple):
     projector_bias: Float[Tensor, "d"]
     language: gemma.Params
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Prompt(NamedTuple):
-    """What goes in. Tokens are bos, prefix, newline (then suffix, eos), padded; `causal` marks suffix tokens."""
+    """The input. Tokens are bos, prefix, newline (then suffix, eos), padded; `causal` marks suffix tokens."""
 
     pixels: Float[Tensor, "b i 3 y x"]  # in [-1, 1]
     tokens: Int[Tensor, "b t"]
     valid: Bool[Tensor, "b t"]
     causal: Bool[Tensor, "b t"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 class Embedded(NamedTuple):
@@ -60,35 +64,13 @@ def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Para
     return tree.init(abstract(cfg), seed, dtype)
 
 
-def packed(params: Params, device: torch.device) -> Params:
-    """The parameters on a device, with those beside one another that meet the same vectors: q, k and v, gate and up.
-
-    Compiled code for GPUs makes one product of them. They are copies; quantized ones stay apart. Of parameters on the
-    meta device, room for them.
-    """
-
-    def pack(layer: T, *groups: str) -> T:
-        for names in map(str.split, groups):
-            parts = [getattr(layer, name) for name in names]
-            if all(isinstance(part, Tensor) for part in parts):
-                layer = layer._replace(**dict(zip(names, ops.beside(parts, device), strict=True)))
-        return layer
-
-    vision = tuple(pack(layer, "q k v", "q_bias k_bias v_bias") for layer in params.vision.layers)
-    language = tuple(pack(layer, "q k v", "gate up") for layer in params.language.layers)
-    params = params._replace(
-        vision=params.vision._replace(layers=vision), language=params.language._replace(layers=language)
-    )
-    return tree.map(lambda leaf: torch.empty_like(leaf, device=device) if leaf.is_meta else leaf.to(device), params)
-
-
 def encode_images(
     params: Params, pixels: Float[Tensor, "b i 3 y x"], cfg: Config, tap=identity, wrap=plain
 ) -> Float[Tensor, "b ip d"]:
     """The pictures of each row -> image tokens in the language model's width, picture after picture.
 
-    `wrap` is applied to the vision encoder's `block`. Pictures that all rows share (`prepare`) are encoded once, but
-    for a tap, which sees every row.
+    `wrap` is applied to the vision encoder's `block`. Pictures that all rows share (`prepare`) are encoded once, unless
+    there is a tap, which sees every row.
     """
     batch, pictures = pixels.shape[:2]
     differentiated = pixels.requires_grad or transformed()  # then each row has a gradient of its own
@@ -102,12 +84,12 @@ def encode_images(
 
 
 def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
-    """Image tokens and text tokens as one sequence; the image is part of the bidirectional prefix."""
+    """Image tokens and text tokens as one sequence; the pictures belong to the bidirectional prefix."""
     return join(params, encode_images(params, prompt.pixels, cfg, tap), prompt, cfg, tap)
 
 
 def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
-    """Encoded pictures and the text of a prompt as one sequence: a picture may be encoded once for many prompts."""
+    """Encoded pictures and the text of a prompt as one sequence, so that a picture is encoded once for many prompts."""
     # only text is scaled by sqrt(width): image tokens enter as the projector made them (big_vision paligemma.py)
     text = gemma.embed(params.language, prompt.tokens, cfg.text)
     present = prompt.valid.new_ones(image.shape[:2])
@@ -118,12 +100,23 @@ def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Co
     )
 
 
-def forward(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Float[Tensor, "b t v"]:
-    """The logits at every text position, in float32; those at padded positions mean nothing."""
-    x, valid, causal = embed_prompt(params, prompt, cfg, tap)
+def forward(params: Params, prompt: Prompt, cfg: Config, tap=identity, wrap=plain) -> Float[Tensor, "b t v"]:
+    """The logits at every text position, in float32; those at padded positions have no meaning.
+
+    `wrap` is applied to the blocks of both towers, and to `gemma.unembed`.
+    """
+    x = hidden(params, encode_images(params, prompt.pixels, cfg, tap, wrap), prompt, cfg, tap, wrap)
+    return wrap(gemma.unembed)(params.language, x[:, x.shape[1] - prompt.tokens.shape[1] :], cfg.text, tap)
+
+
+def hidden(
+    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity, wrap=plain
+) -> Float[Tensor, "b s d"]:
+    """The language model's output at every position, of encoded pictures and the text of a prompt."""
+    x, valid, causal = join(params, image, prompt, cfg, tap)
     seen = masks.prompt(valid, causal, cfg.text.window)
-    x, _ = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap)
-    return gemma.unembed(params.language, x[:, x.shape[1] - prompt.tokens.shape[1] :], cfg.text, tap)
+    x, _ = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap, wrap=wrap)
+    return x
 
 
 def prefill(
@@ -135,21 +128,19 @@ def prefill(
     allowed: gemma.Allowed = None,
     wrap=plain,
 ) -> tuple[Float[Tensor, "b v"], Cache]:
-    """The logits at each row's last valid token, and a cache of the prompt with room for `size` tokens more.
+    """The logits at each row's last valid token, and a cache of the prompt with free slots for `size` more tokens.
 
-    `allowed` here, in `extend` and in `decode`: the tokens that have logits, see `gemma.unembed`. `wrap` is applied to
-    the blocks of both towers, and to what stands between and behind them.
+    `allowed`, here and in `extend` and `decode`: the tokens that get logits, see `gemma.unembed`. `wrap` is applied to
+    the blocks of both towers, and to what comes between and after them.
     """
     if size < 0:
         raise SettingError(f"size is {size}, expected room for 0 or more tokens")
-    gemma.head_rows(allowed, cfg.text)  # a mistake is known before anything is computed
+    gemma.head_rows(allowed, cfg.text)  # raises before anything is computed
     image = encode_images(params, prompt.pixels, cfg, tap, wrap)
-    spans = wrap is not plain and kernel_block.possible(image)
-    x, positions, seen, length = wrap(embed_and_mask)(params, image, prompt._replace(pixels=()), cfg, tap, spans)
-    last = rearrange(length - 1, "b -> b 1")
-    # a tap sees every token in every layer
-    at = last if tap is identity else ()
-    x, kv = gemma.run(params.language, x, positions, seen, cfg.text, tap=tap, wrap=wrap, at=at, room=size)
+    x, positions, seen, length = wrap(embed_and_mask)(params, image, prompt._replace(pixels=()), cfg, tap)
+    last, empty = rearrange(length - 1, "b -> b 1"), Empty(x.shape[1] + size)
+    queries = last if tap is identity else ()  # a tap sees every token in every layer
+    x, kv = gemma.run(params.language, x, positions, seen, cfg.text, empty, tap, wrap, queries)
     x = x if tap is identity else gemma.pick(x, last)
     cache = Cache(tuple(k for k, _ in kv), tuple(v for _, v in kv), length)
     logits = wrap(gemma.unembed)(params.language, x, cfg.text, tap, allowed)
@@ -157,16 +148,16 @@ def prefill(
 
 
 def embed_and_mask(
-    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap, spans: bool
+    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap
 ) -> tuple[Float[Tensor, "b t d"], Int[Tensor, "b t"], masks.Masks, Int[Tensor, "b"]]:
-    """What the language model takes of a prompt: vectors, positions, masks, maybe as spans, and the rows' lengths."""
+    """What the language model needs of a prompt: vectors, positions, masks, and the length of each row."""
     x, valid, causal = left_aligned(join(params, image, prompt, cfg, tap))
-    seen = masks.prompt(valid, causal, cfg.text.window)
-    return x, masks.positions(valid), masks.spans(seen) if spans else seen, valid.sum(-1)
+    seen = lowered(masks.left_aligned)(valid, causal, cfg.text.window)
+    return x, masks.positions(valid), seen, valid.sum(-1)
 
 
 def left_aligned(embedded: Embedded) -> Embedded:
-    """Each row with its valid tokens first, in order: a cache's slots are positions, wherever the padding stood."""
+    """Each row with its valid tokens first, in order: slots of a cache are positions, wherever the padding was."""
     order = (~embedded.valid).long().argsort(dim=-1, stable=True)
     x = torch.take_along_dim(embedded.x, rearrange(order, "b s -> b s 1"), dim=1)
     return Embedded(x, embedded.valid.take_along_dim(order, 1), embedded.causal.take_along_dim(order, 1))
@@ -175,14 +166,14 @@ def left_aligned(embedded: Embedded) -> Embedded:
 def extend(
     params: Params, tokens: Int[Tensor, "b t"], cache: Cache, cfg: Config, tap=identity, allowed: gemma.Allowed = None
 ) -> tuple[Float[Tensor, "b t v"], Cache]:
-    """Append t suffix tokens to each row: their logits, and a new cache. The given cache stays what it was.
+    """Append t suffix tokens to each row: their logits, and a new cache. The given cache does not change.
 
-    Raises CacheFullError where a row has no room for them, and TokenError for an id outside the vocabulary, if that is
-    known on the host. Else such a token has nan for its logits, and so have those after it; see `Cache.overflowed`.
+    Raises CacheFullError if a row has no free slots for them, and TokenError for an id outside the vocabulary, if that
+    is known on the host. Otherwise the logits of such a token, and of those after it, are nan (`Cache.overflowed`).
     """
     count = tokens.shape[1]
     check_room(cache.length, count, cache.slots)
-    seen = masks.cached(cache.length, count, cache.slots, cfg.text.window)
+    seen = lowered(masks.cached)(cache.length, count, cache.slots, cfg.text.window)
     positions = rearrange(cache.length, "b -> b 1") + torch.arange(count, device=tokens.device)
     x = gemma.embed(params.language, tokens, cfg.text)
     x = tap("language.embed", torch.where(rearrange(positions < cache.slots, "b t -> b t 1"), x, torch.nan))
@@ -194,7 +185,7 @@ def extend(
 def decode(
     params: Params, token: Int[Tensor, "b"], cache: Cache, cfg: Config, tap=identity, allowed: gemma.Allowed = None
 ) -> tuple[Float[Tensor, "b v"], Cache]:
-    """Append one token to each row: the logits after it, and a new cache. The given cache stays what it was.
+    """Append one token to each row: the logits after it, and a new cache. The given cache does not change.
 
     Prefilling n + 1 tokens equals prefilling n and decoding one, at every split of the suffix.
     """

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc.errors import SettingError
-from pgfunc.ops import widen
+from pgfunc.ops import upcast
 
 PART = 512  # logits that are reduced together
 
@@ -98,7 +98,7 @@ def greedy(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
 
 def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     """The log-probability of each token under its logits."""
-    parts = split(widen(logits))
+    parts = split(upcast(logits))
     maxima = parts.amax(-1).clamp(min=torch.finfo(parts.dtype).min)  # finite even if a whole part is excluded
     sums = (parts - rearrange(maxima, "... -> ... 1")).exp().sum(-1)
     maximum = maxima.amax(-1)

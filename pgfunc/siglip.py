@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgfunc import ops, tree
 from pgfunc.config import SiglipTextConfig, VisionConfig
-from pgfunc.ops import identity, layer_norm, linear, plain
+from pgfunc.ops import identity, layer_norm, linear, linear_many, plain
 
 Turn = Float[Tensor, "2 p half"] | tuple[()]  # the angles of rope2d
 
@@ -39,6 +39,9 @@ class Layer(NamedTuple):
     down: Float[Tensor, "d f"]
     down_bias: Float[Tensor, "d"]
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class Params(NamedTuple):
     """The encoder."""
@@ -49,6 +52,9 @@ class Params(NamedTuple):
     layers: tuple[Layer, ...]
     norm_scale: Float[Tensor, "d"]
     norm_bias: Float[Tensor, "d"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 class Head(NamedTuple):
@@ -69,6 +75,9 @@ class Head(NamedTuple):
     up_bias: Float[Tensor, "f"]
     down: Float[Tensor, "d f"]
     down_bias: Float[Tensor, "d"]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 def abstract(cfg: VisionConfig) -> Params:
@@ -122,9 +131,9 @@ def attention(
 ) -> Float[Tensor, "n p d"]:
     """Multi-head attention: every vector of x reads all of the source, which is x itself in a block."""
     if x is source:
-        made = ops.linears(x, (p.q, p.k, p.v), (p.q_bias, p.k_bias, p.v_bias))
+        made = linear_many(x, (p.q, p.k, p.v), (p.q_bias, p.k_bias, p.v_bias))
     else:
-        made = linear(x, p.q, p.q_bias), *ops.linears(source, (p.k, p.v), (p.k_bias, p.v_bias))
+        made = linear(x, p.q, p.q_bias), *linear_many(source, (p.k, p.v), (p.k_bias, p.v_bias))
     heads = (rearrange(each, "b p (n h) -> b p n h", n=cfg.heads) for each in made)
     q, k, v = (tap(name, each) for name, each in zip("qkv", heads, strict=True))
     if isinstance(turn, Tensor):

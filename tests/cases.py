@@ -1,8 +1,9 @@
-"""Small configs and random prompts that the tests share. Every variant of the block is among the configs."""
+"""Small configs, random prompts and a byte-level model that the tests share. The configs cover every block variant."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -36,17 +37,17 @@ seeds = laws.Strategies().seeds
 def prompt(
     cfg: Config, prefix: list[int], suffix: list[int], images: int = 1, seed: int = 0, padding: int = 0
 ) -> pg.Prompt:
-    """A random prompt with the given lengths a row, padded with random tokens, which must not matter."""
+    """A random prompt with these lengths in each row, padded with random tokens, which must not change any result."""
     return made(Rows(tuple(prefix), tuple(suffix), images, padding, seed), cfg)
 
 
 def made(rows: Rows, cfg: Config) -> pg.Prompt:
-    """The rows of a batch, which a test draws by `laws.ragged`."""
+    """The prompt of a batch of rows, which a test draws with `laws.ragged`."""
     return laws.prompt(rows, cfg.text.vocab, cfg.vision.image_size)
 
 
 def text_model(seed: int = 0) -> pg.Model:
-    """A random model that reads and writes bytes: one token a byte, places and mask codes behind them."""
+    """A random model with a byte-level tokenizer: one token per byte, then location tokens and mask codes."""
     control = {name: id for id, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>"))}
     vocab = control | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
     backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
@@ -60,8 +61,14 @@ def text_model(seed: int = 0) -> pg.Model:
     return pg.Model(cfg, params(cfg, seed), tokenizer.wrap(backend, "the tests' tokenizer"))
 
 
+def bits(params: Any) -> dict[str, bytes]:
+    """Path -> the bytes of the leaf, for comparing trees bit for bit."""
+    leaves = pg.tree.flatten(params).items()
+    return {path: leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for path, leaf in leaves}
+
+
 def edit_arrays(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the arrays of a safetensors file."""
+    """Change the arrays of a safetensors file in place."""
     arrays = {key: value.clone() for key, value in load_file(path).items()}
     change(arrays)
     save_file(arrays, path, metadata={"format": "pt"})

@@ -1,12 +1,12 @@
-"""A search by coverage for bytes that break the law of `readers.py`; run by hand, not by pytest.
+"""A coverage-guided search for bytes that break the law of `readers.py`; run by hand, not by pytest.
 
     pip install atheris
-    python tests/fuzzing.py                                      # the names
-    python tests/fuzzing.py config -max_total_time=600           # options are libFuzzer's
+    python tests/fuzzing.py                                      # lists the readers
+    python tests/fuzzing.py config -max_total_time=600           # takes libFuzzer's options
 
 Bytes that break the law are written to `crash-...` in the working folder, with the traceback on standard error;
-`python tests/fuzzing.py config crash-...` reads them again. Inputs that took the search further are kept in memory
-alone; give a folder behind the name to keep them. Instrumented are this package, Pillow, zipfile and numpy's reader.
+`python tests/fuzzing.py config crash-...` runs them again. Inputs that increase coverage are kept only in memory; give
+a folder after the reader's name to save them. This package, Pillow, zipfile and numpy's reader are instrumented.
 """
 
 import json
@@ -21,45 +21,46 @@ except ImportError:
     sys.exit("fuzzing needs atheris: pip install atheris")
 
 with atheris.instrument_imports(include=["pgfunc", "PIL", "zipfile", "numpy.lib"], enable_loader_override=False):
-    from readers import READERS, attempt, lay
-    from small import VALUES, replaced, within
+    from readers import READERS, attempt, write_others
+    from small import VALUES, json_paths, replaced
 
-LIMITS = ["-timeout=10", "-rss_limit_mb=2048"]  # a hang, or memory that a small file does not need, is a finding
+LIMITS = ["-timeout=10", "-rss_limit_mb=2048"]  # beyond them a small file hangs a reader, or wastes memory
 
 
-def mutated(given: bytes, size: int, seed: int) -> bytes:
-    """The bytes changed as libFuzzer does it, or, where they are JSON, often in one value."""
-    chosen = random.Random(seed)
-    if chosen.random() < 0.5:
-        return atheris.Mutate(given, size)
+def mutated(content: bytes, size: int, seed: int) -> bytes:
+    """The bytes as libFuzzer mutates them; half of the time, and if they are JSON, with one value replaced instead."""
+    generator = random.Random(seed)
+    if generator.random() < 0.5:
+        return atheris.Mutate(content, size)
     try:
-        value = json.loads(given)
-        changed = json.dumps(replaced(value, chosen.choice(within(value)), chosen.choice(VALUES))).encode()
+        value = json.loads(content)
+        path, new = generator.choice(json_paths(value)), generator.choice(VALUES)
+        mutant = json.dumps(replaced(value, path, new)).encode()
     except (ValueError, RecursionError):
-        return atheris.Mutate(given, size)
-    return changed[:size]
+        return atheris.Mutate(content, size)
+    return mutant[:size]
 
 
 def main() -> None:
-    """Search from the reader's whole files, until a finding or the end of the time."""
+    """Search from the reader's valid files, until one breaks the law or the time is over."""
     if len(sys.argv) < 2 or sys.argv[1] not in READERS:
         sys.exit(f"name one of {', '.join(READERS)}")
     reader = READERS[sys.argv[1]]
-    with tempfile.TemporaryDirectory() as place:
-        folder, whole = Path(place, "files"), Path(place, "whole")
-        for each in (folder, whole):
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, seeds = Path(temporary, "files"), Path(temporary, "seeds")
+        for each in (folder, seeds):
             each.mkdir()
-        lay(reader, folder)
+        write_others(reader, folder)
         for number, content in enumerate(reader.seeds):
-            (whole / str(number)).write_bytes(content)
-        given = sys.argv[2:]
-        # libFuzzer adds what it finds to the first folder, and only reads the others; for a file it needs none
-        folders = [] if any(Path(word).is_file() for word in given) else [str(whole)]
+            (seeds / str(number)).write_bytes(content)
+        arguments = sys.argv[2:]
+        # libFuzzer saves inputs to the first folder and only reads the others; with a file it needs no folder
+        folders = [] if any(Path(argument).is_file() for argument in arguments) else [str(seeds)]
 
-        def read(found: bytes) -> None:
-            attempt(reader, found, folder)
+        def read(content: bytes) -> None:
+            attempt(reader, content, folder)
 
-        atheris.Setup([sys.argv[0], *LIMITS, *given, *folders], read, custom_mutator=mutated)
+        atheris.Setup([sys.argv[0], *LIMITS, *arguments, *folders], read, custom_mutator=mutated)
         atheris.Fuzz()
 
 

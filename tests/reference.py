@@ -1,7 +1,7 @@
 """An independent implementation to compare with: transformers' PaliGemma on random tiny checkpoints.
 
-`save_random` writes a checkpoint as transformers lays it out; weights are scaled so that every part of the network
-matters to the logits and not only the embedding. `logits` and `greedy` run transformers on a `Prompt`.
+`save_random` writes a checkpoint with transformers. Its weights are scaled so that every part of the network affects
+the logits, not only the embedding. `logits` and `greedy` run transformers on a `Prompt`.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 import pgfunc as pg
 
-VOCAB, IMAGE = 96, 96  # `<image>` is the first id behind the vocabulary; 32 rows of padding follow
+VOCAB, IMAGE = 96, 96  # `<image>` is the first id after the vocabulary; 32 padding rows follow
 SIDE, PATCH = 28, 14
 
 TEXT = {"vocab_size": VOCAB + 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
@@ -24,7 +24,7 @@ VARIANTS = {
     "gemma-1kv": TEXT | {"model_type": "gemma", "num_key_value_heads": 1},
     "gemma-2kv": TEXT | {"model_type": "gemma", "num_key_value_heads": 2},
     "gemma-4kv": TEXT | {"model_type": "gemma", "num_key_value_heads": 4},
-    # caps and window small enough to bite: scores reach beyond the caps, sequences beyond the window
+    # caps and window are small enough to matter: scores exceed the caps, and sequences exceed the window
     "gemma2": TEXT | {"model_type": "gemma2", "num_key_value_heads": 2, "sliding_window": 6, "query_pre_attn_scalar": 6,
                       "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
 }  # fmt: skip
@@ -57,7 +57,7 @@ def save_random(folder: Path, variant: str, seed: int = 0, dtype: torch.dtype = 
 
 
 def relayout(folder: Path, layout: str) -> None:
-    """Rename the keys of a saved checkpoint to another of the layouts in use; 4.52 also wrote the tied head."""
+    """Rename the keys of a saved checkpoint to another key layout; that of 4.52 also contains the tied head."""
     path = folder / "model.safetensors"
     arrays = load_file(path)
     for old, new in LAYOUTS[layout].items():
@@ -68,9 +68,9 @@ def relayout(folder: Path, layout: str) -> None:
 
 
 def load(folder: Path, dtype: str = "auto") -> PaliGemmaForConditionalGeneration:
-    """The checkpoint as transformers reads it, with the attention that knows Gemma 2's softcap.
+    """The checkpoint loaded by transformers, with the attention that implements Gemma 2's softcap.
 
-    The dtype is named here, for the factor of embeddings is rounded to that in which the model is made.
+    `dtype` is passed to transformers, because it rounds the factor of the embeddings to the dtype of the new model.
     """
     model, report = PaliGemmaForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
@@ -80,45 +80,45 @@ def load(folder: Path, dtype: str = "auto") -> PaliGemmaForConditionalGeneration
 
 
 def inputs(prompt: pg.Prompt, cfg: pg.Config) -> dict[str, Tensor]:
-    """The arguments that transformers takes for a prompt: image marks before the text, and the suffix marked."""
-    batch, pictures = prompt.pixels.shape[:2]
-    marks = torch.full((batch, pictures * cfg.vision.tokens), cfg.image, device=prompt.tokens.device)
+    """The arguments of transformers for a prompt: `<image>` tokens precede the text, and type 1 marks the suffix."""
+    batch, images = prompt.pixels.shape[:2]
+    image_ids = torch.full((batch, images * cfg.vision.tokens), cfg.image, device=prompt.tokens.device)
     return {
-        "input_ids": torch.cat([marks, prompt.tokens], 1),
-        "attention_mask": torch.cat([torch.ones_like(marks), prompt.valid.long()], 1),
-        "token_type_ids": torch.cat([torch.zeros_like(marks), prompt.causal.long()], 1),
+        "input_ids": torch.cat([image_ids, prompt.tokens], 1),
+        "attention_mask": torch.cat([torch.ones_like(image_ids), prompt.valid.long()], 1),
+        "token_type_ids": torch.cat([torch.zeros_like(image_ids), prompt.causal.long()], 1),
         "pixel_values": prompt.pixels.flatten(0, 1),
     }
 
 
 @torch.no_grad()
 def logits(model: PaliGemmaForConditionalGeneration, prompt: pg.Prompt, cfg: pg.Config) -> Tensor:
-    """The logits at the text positions, for the tokens that are not padding rows."""
+    """The logits at the text positions, without the padding rows of the vocabulary."""
     return model(**inputs(prompt, cfg)).logits[:, -prompt.tokens.shape[1] :, : cfg.text.vocab].float()
 
 
 @torch.no_grad()
 def greedy(model: PaliGemmaForConditionalGeneration, prompt: pg.Prompt, cfg: pg.Config, tokens: int) -> Tensor:
-    """Cached greedy tokens after one unpadded row, with the padding rows of the vocabulary forbidden."""
-    given = inputs(prompt, cfg)
-    forbidden = [[row] for row in range(VOCAB, VOCAB + 32)]
-    out = model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None,
-                         bad_words_ids=forbidden)  # fmt: skip
-    return out[:, given["input_ids"].shape[1] :]
+    """Greedy tokens after one unpadded row, with a cache, never a padding row of the vocabulary."""
+    arguments = inputs(prompt, cfg)
+    padding_rows = [[row] for row in range(VOCAB, VOCAB + 32)]
+    ids = model.generate(**arguments, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None,
+                         bad_words_ids=padding_rows)  # fmt: skip
+    return ids[:, arguments["input_ids"].shape[1] :]
 
 
 def main() -> None:
-    """The worst difference of text logits from transformers', over prompts of every kind that the tests use."""
+    """Print the largest difference between our logits and transformers', for prompts like those in the tests."""
     print(f"{'':12}worst |difference|   standard deviation of the logits")
     for variant in VARIANTS:
-        with TemporaryDirectory() as place:
-            save_random(Path(place), variant)
-            model, other = pg.load(place, device="cpu"), load(Path(place))
+        with TemporaryDirectory() as folder:
+            save_random(Path(folder), variant)
+            model, other = pg.load(folder, device="cpu"), load(Path(folder))
         worst, spread = 0.0, 0.0
         for seed in range(20):
-            given = prompt(model.cfg, [2, 5, 3], [9, 1, 4], images=1 + seed % 2, seed=seed, padding=2)
-            ours = pg.forward(model.params, given, model.cfg)[given.valid]
-            theirs = logits(other, given, model.cfg)[given.valid]
+            batch = prompt(model.cfg, [2, 5, 3], [9, 1, 4], images=1 + seed % 2, seed=seed, padding=2)
+            ours = pg.forward(model.params, batch, model.cfg)[batch.valid]
+            theirs = logits(other, batch, model.cfg)[batch.valid]
             worst, spread = max(worst, float((ours - theirs).abs().max())), float(theirs.std())
         print(f"{variant:12}{worst:.1e}              {spread:.2f}")
 

@@ -1,4 +1,4 @@
-"""Small whole files of each kind that the package reads, and how they are taken apart and put together again."""
+"""Small valid files of every format that the package reads, and functions that take files apart and rebuild them."""
 
 import io
 import json
@@ -27,10 +27,10 @@ from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.config import SiglipConfig, SiglipTextConfig, TextConfig
 from pgfunc.train import fit, lora, run
 
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F")  # of pictures
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F")  # of images
 NPZ = "model.npz"
 
-# --- small whole files
+# --- checkpoints
 
 LARGE = CONFIGS["gemma2"]
 TEXT = TextConfig(vocab=12, padding=2, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, hidden=8, query_scale=0.5,
@@ -41,7 +41,7 @@ SIGLIP = SiglipConfig(CFG.vision, SiglipTextConfig(vocab=20, width=8, layers=1, 
 
 
 def files(write: Callable[[Path], object]) -> dict[str, bytes]:
-    """Name -> content of what is written into a folder."""
+    """Name -> content of the files that `write` writes into a folder."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -82,12 +82,12 @@ def npz(**arrays: np.ndarray) -> bytes:
 
 
 def with_header(header: bytes) -> bytes:
-    """A safetensors file with this header."""
+    """A safetensors file with this header, and zeros as data."""
     return struct.pack("<Q", len(header)) + header + bytes(len(SAFETENSORS) - 8 - len(HEADER))
 
 
 def with_npy_header(header: bytes) -> bytes:
-    """A `.npz` of one array with this header."""
+    """A `.npz` with one array that has this header."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("params/a.npy", b"\x93NUMPY\2\0" + struct.pack("<I", len(header)) + header + bytes(64))
@@ -95,7 +95,7 @@ def with_npy_header(header: bytes) -> bytes:
 
 
 def vocabularies(*words: str) -> tuple[bytes, ...]:
-    """A `tokenizer.json` of each model, with parts of each kind."""
+    """One `tokenizer.json` for each type of tokenizer model, with different normalizers and decoders."""
     ids = {word: id for id, word in enumerate(words)}
     bpe = Backend(models.BPE(ids, [], byte_fallback=True, unk_token="<unk>"))
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -112,16 +112,16 @@ def vocabularies(*words: str) -> tuple[bytes, ...]:
 
 
 def pictures() -> tuple[bytes, ...]:
-    """A small file of every kind that Pillow writes and reads, in every mode that it takes."""
+    """A small file in every image format that Pillow writes and reads, in every mode that the format supports."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of formats that Pillow will drop
+        warnings.simplefilter("ignore", DeprecationWarning)  # for formats that Pillow will drop
         Image.init()
         formats = sorted(Image.SAVE.keys() & Image.OPEN.keys())
-        return tuple(found for format in formats for mode in MODES if (found := picture_file(format, mode, 16, 16)))
+        return tuple(file for format in formats for mode in MODES if (file := picture_file(format, mode, 16, 16)))
 
 
 def picture_file(format: str, mode: str, width: int, height: int) -> bytes:
-    """A picture's file; none where the format does not take the mode or the size."""
+    """An image file; empty if the format does not support the mode or the size."""
     file = io.BytesIO()
     try:
         Image.new(mode, (width, height)).save(file, format)
@@ -131,21 +131,24 @@ def picture_file(format: str, mode: str, width: int, height: int) -> bytes:
 
 
 def split(content: bytes) -> tuple[bytes, bytes]:
-    """The header of a safetensors file, and its data."""
+    """The header and the data of a safetensors file."""
     end = 8 + struct.unpack("<Q", content[:8])[0]
     return content[8:end], content[end:]
 
 
 def joined(header: bytes, data: bytes) -> bytes:
+    """The inverse of `split`."""
     return struct.pack("<Q", len(header)) + header + data
 
 
 def members(content: bytes) -> list[tuple[str, bytes]]:
+    """Name and content of every member of a zip file."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return [(name, archive.read(name)) for name in archive.namelist()]
 
 
 def zipped(members: list[tuple[str, bytes]]) -> bytes:
+    """The inverse of `members`."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members:
@@ -153,52 +156,56 @@ def zipped(members: list[tuple[str, bytes]]) -> bytes:
     return file.getvalue()
 
 
-# --- JSON in them
+# --- JSON values
 
 NUMBERS = (0, 1, -1, 7, 2**31, 2**63, 10**9, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"))
 VALUES = (*NUMBERS, None, True, False, "", "a\nb", "\0", "\ud800", "../x", "x" * 5000, [], {}, [0], {"a": 0}, [[]])
 
-Place = tuple[str | int, ...]
+JsonPath = tuple[str | int, ...]  # the keys and indices that lead to a value inside a JSON value
 
 
-def within(value: Any, place: Place = ()) -> list[Place]:
-    """Every place in a JSON value: the keys and indices that lead there."""
+def json_paths(value: Any, path: JsonPath = ()) -> list[JsonPath]:
+    """The paths of all values inside a JSON value, and of itself."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place, *(found for key, part in parts for found in within(part, (*place, key)))]
+    return [path, *(inner for key, part in parts for inner in json_paths(part, (*path, key)))]
 
 
-def replaced(value: Any, place: Place, new: Any) -> Any:
-    """The JSON value with another in one place."""
-    if not place:
+def replaced(value: Any, path: JsonPath, new: Any) -> Any:
+    """The JSON value with the value at one path replaced."""
+    if not path:
         return new
-    key, *rest = place
+    key, *rest = path
     parts = {**value} if isinstance(value, dict) else [*value]
     parts[key] = replaced(value[key], tuple(rest), new)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return parts
 
 
-# --- the files
+# --- tokenizers, images, text and training files
 
 WORDS = ("<pad>", "<eos>", "<bos>", "<unk>", "\n", "a", "é", "▁", "<loc0001>", "<0x0A>", "##a", "</s>")
 VOCABULARIES = vocabularies(*WORDS)
 TOKEN = {"content": "<task>", "lstrip": True, "rstrip": False, "normalized": False, "special": True}
-DECLARED = {
+TOKENIZER_FILES = {
     "tokenizer.json": VOCABULARIES[0],
     "tokenizer_config.json": json.dumps({"bos_token": "<bos>", "mask_token": TOKEN, "extra_special_tokens": ["<a>"],
                                          "added_tokens_decoder": {"12": TOKEN}}).encode(),
 }  # fmt: skip
-OLD_DECLARED = (json.dumps({"eos_token": "<eos>", "additional_special_tokens": ["<a>", TOKEN]}).encode(), b"{}")
-ADDED = {"tokenizer_config.json": b"{}", "added_tokens.json": b'{"<task>": 12, "<a>": 13}'}
+OLD_TOKENIZER_CONFIGS = (
+    json.dumps({"eos_token": "<eos>", "additional_special_tokens": ["<a>", TOKEN]}).encode(),
+    b"{}",
+)
+ADDED_TOKENS = {"tokenizer_config.json": b"{}", "added_tokens.json": b'{"<task>": 12, "<a>": 13}'}
 PICTURES = pictures()
+PUBLISHED_NPZS = (npz(**{f"params/{bigvision.EMBED}": np.ones((2, 3), "f4")}),)
 NPZS = npz(a=np.ones((2, 3), "f4"), b=np.zeros(3, "V2")), npz(a=np.array([{}], object)), npz()
 MASKS = save({"_vq_vae._embedding": torch.ones(128, 1)})
 JOB = run.Job(MODEL, (), run.Settings(steps=2, freeze=("vision.*", "language.*")))
 STATE = files(lambda folder: run.save(folder / fit.STATE, JOB, run.start(JOB)))[fit.STATE]
 RUN_LOG = b'{"step": 1, "loss": 2.5, "norm": 1.0, "rate": 0.1}\n{"step": 2, "loss": 2}\n'
-OBJECT, CODES = "<loc0102><loc0204><loc0511><loc0767>", "".join(f"<seg{code:03d}>" for code in range(7, 23))
-PLACES = (f"{OBJECT} cat ; {OBJECT} bus".encode(), f"{OBJECT}{CODES} cat".encode(), b"a <loc0001> ; ;",
-          "<loc9999>é☃\u2028;".encode())  # fmt: skip
-MASKED = f"{OBJECT}{CODES} cat ; {OBJECT}<seg001> bus".encode(), f"{OBJECT}{CODES}<seg128>;".encode()
-LINE = {"image": "a.png", "prefix": "caption en", "suffix": "a dog"}
-LINES = json.dumps(LINE) + "\n\n" + json.dumps(LINE | {"image": ["a.png"]})
-EXAMPLES = {"data.jsonl": LINES.encode()} | files(lambda folder: Image.new("RGB", (4, 4), "red").save(folder / "a.png"))
+BOX, CODES = "<loc0102><loc0204><loc0511><loc0767>", "".join(f"<seg{code:03d}>" for code in range(7, 23))
+BOX_TEXTS = (f"{BOX} cat ; {BOX} bus".encode(), f"{BOX}{CODES} cat".encode(), b"a <loc0001> ; ;",
+             "<loc9999>é☃\u2028;".encode())  # fmt: skip
+MASK_TEXTS = f"{BOX}{CODES} cat ; {BOX}<seg001> bus".encode(), f"{BOX}{CODES}<seg128>;".encode()
+EXAMPLE = {"image": "a.png", "prefix": "caption en", "suffix": "a dog"}
+JSON_LINES = json.dumps(EXAMPLE) + "\n\n" + json.dumps(EXAMPLE | {"image": ["a.png"]})
+EXAMPLES = {"data.jsonl": JSON_LINES.encode(), "a.png": picture_file("PNG", "RGB", 4, 4)}

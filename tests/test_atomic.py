@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgfunc.checkpoint.writing import NAMES, write_safetensors
+from pgfunc.checkpoint.writing import DTYPE_NAMES, write_safetensors
 from pgfunc.errors import CheckpointError
 from pgfunc.files import atomic
 from pgfunc.files.atomic import changing, replacing, write_text
@@ -260,7 +260,7 @@ def test_without_locks_each_file_still_changes_at_once(pair, monkeypatch):
 
 # the format
 
-dtypes = st.sampled_from(sorted(NAMES, key=str))
+dtypes = st.sampled_from(sorted(DTYPE_NAMES, key=str))
 shapes = st.lists(st.integers(0, 3), max_size=3)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is what was read, in every format and layout."""
+"""Checkpoints: what is loaded is what was saved, in every format and key layout."""
 
 import json
 import os
@@ -12,20 +12,17 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from cases import CONFIGS, configs, edit_arrays, params, seeds, text_model
+from cases import CONFIGS, bits, configs, edit_arrays, params, seeds, text_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 import pgfunc as pg
 from pgfunc import paligemma
-from pgfunc.checkpoint import bigvision, hf, hf_config, source
+from pgfunc.checkpoint import bigvision, hf, hf_config, shards, source
+from pgfunc.checkpoint.tables import Slot, to_arrays
 from pgfunc.errors import CheckpointError
 from pgfunc.train import lora
-
-
-def bits(tree) -> dict[str, bytes]:
-    return {path: leaf.contiguous().view(torch.uint8).numpy().tobytes() for path, leaf in pg.tree.flatten(tree).items()}
 
 
 def model(name: str = "gemma", dtype: torch.dtype = torch.float32, seed: int = 0) -> pg.Model:
@@ -60,13 +57,10 @@ def test_bigvision_to_hf_to_bigvision_is_bit_equal(tmp_path, dtype):
         assert all(one[key].dtype == two[key].dtype and one[key].tobytes() == two[key].tobytes() for key in one.files)
 
 
-def test_npz_has_the_shapes_of_the_reference(tmp_path):
+def test_npz_has_the_shapes_of_big_vision(tmp_path):
     published = pg.PUBLISHED["paligemma2-3b-224"]
     cfg = replace(published, vision=replace(published.vision, layers=2), text=replace(published.text, layers=3))
-    shapes = {
-        key: tuple(x.shape)
-        for key, x in pg.checkpoint.files.arrange(bigvision.table(cfg), paligemma.abstract(cfg)).items()
-    }
+    shapes = {key: tuple(x.shape) for key, x in to_arrays(bigvision.table(cfg), paligemma.abstract(cfg)).items()}
     expected = {
         "img/embedding/kernel": (14, 14, 3, 1152),
         "img/pos_embedding": (1, 256, 1152),
@@ -87,33 +81,47 @@ def test_npz_has_the_shapes_of_the_reference(tmp_path):
     }
     assert expected.items() <= shapes.items()
     equal_heads = replace(cfg, text=replace(cfg.text, kv_heads=8))
-    keys = pg.checkpoint.files.arrange(bigvision.table(equal_heads), paligemma.abstract(equal_heads))
+    keys = to_arrays(bigvision.table(equal_heads), paligemma.abstract(equal_heads))
     assert tuple(keys["llm/layers/attn/qkv_einsum/w"].shape) == (3, 3, 8, 2304, 256)
 
 
-def test_npz_weights_mean_what_the_reference_computes_with_them(tmp_path):
-    """The einsums of big_vision's gemma.py on its arrays equal our linear maps on ours."""
+def test_npz_weights_give_the_products_of_big_visions_einsums(tmp_path):
+    """The einsums of big_vision's gemma.py on big_vision's arrays equal our linear maps on our parameters."""
     cfg, tree = CONFIGS["gemma2"], params(CONFIGS["gemma2"])
-    arrays = pg.checkpoint.files.arrange(bigvision.table(cfg), tree)
+    arrays = to_arrays(bigvision.table(cfg), tree)
     x, layer = torch.randn(5, cfg.text.width), tree.language.layers[1]
     q = torch.einsum("td,ndh->tnh", x, arrays["llm/layers/attn/q_einsum/w"][1])
     k, v = torch.einsum("td,ckdh->ctkh", x, arrays["llm/layers/attn/kv_einsum/w"][1])
     out = torch.einsum("tnh,nhd->td", q, arrays["llm/layers/attn/attn_vec_einsum/w"][1])
     gate, up = torch.einsum("td,cdf->ctf", x, arrays["llm/layers/mlp/gating_einsum"][1])
-    for found, expected in (
+    for actual, expected in (
         (q, x @ layer.q.T), (k, x @ layer.k.T), (v, x @ layer.v.T), (gate, x @ layer.gate.T), (up, x @ layer.up.T),
         (out, q.flatten(1) @ layer.out.T),
     ):  # fmt: skip
-        torch.testing.assert_close(found.flatten(1), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(actual.flatten(1), expected, atol=1e-5, rtol=1e-5)
     pixels = torch.randn(14, 14, 3)
     patch = torch.einsum("yxc,yxcd->d", pixels, arrays["img/embedding/kernel"])
     flat = pg.paligemma.siglip.patchify(pixels.permute(2, 0, 1)[None], replace(cfg.vision, image_size=14))[0, 0]
     torch.testing.assert_close(tree.vision.patch.flatten(1) @ flat, patch, atol=1e-5, rtol=1e-5)
 
 
+def test_the_two_leaves_drawn_in_tables_read_and_write_as_drawn():
+    slots = pg.tree.flatten(bigvision.table(pg.PUBLISHED["paligemma-3b-224"]))
+    projector, down = slots["projector"], slots["language.layers.3.down"]
+    assert (projector, down) == (
+        Slot("img/head/kernel", (), "e d -> d e"),
+        Slot("llm/layers/mlp/linear", (3,), "f d -> d f"),
+    )
+    kernel, linear = torch.randn(2, 3), torch.randn(4, 2, 3)
+    assert torch.equal(projector.from_array(kernel), kernel.T)
+    assert torch.equal(down.from_array(linear), linear[3].T)
+    assert torch.equal(projector.to_array(kernel.T), kernel)
+    assert torch.equal(down.to_array(linear[3].T), linear[3])
+
+
 def test_npz_without_the_params_prefix_loads_too(tmp_path):
     cfg, tree = CONFIGS["gemma"], params(CONFIGS["gemma"])
-    arrays = pg.checkpoint.files.arrange(bigvision.table(cfg), tree)
+    arrays = to_arrays(bigvision.table(cfg), tree)
     np.savez(tmp_path / "bare.npz", **{key: value.numpy() for key, value in arrays.items()})
     assert bits(bigvision.load(tmp_path / "bare.npz", cfg, None, torch.device("cpu"))) == bits(tree)
 
@@ -125,10 +133,10 @@ def test_shards_of_any_size_hold_the_same_weights(tmp_path_factory, cfg, seed, s
     assert bits(pg.load(folder, device="cpu").params) == bits(before)
     assert len(list(folder.glob("*.safetensors"))) > 1
     pg.save(pg.Model(cfg, before, None), folder)
-    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"], "no stale shard or index stays"
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"], "no stale shard or index remains"
 
 
-def test_a_single_file_counts_before_an_index(tmp_path):
+def test_a_single_file_is_preferred_to_an_index(tmp_path):
     pg.save(model(seed=1), tmp_path, shard_bytes=10_000)
     pg.save(model(seed=2), tmp_path / "other")
     (tmp_path / "other" / hf.SINGLE).rename(tmp_path / hf.SINGLE)
@@ -138,31 +146,31 @@ def test_a_single_file_counts_before_an_index(tmp_path):
 def test_saving_leaves_other_files_alone(tmp_path):
     pg.save(model(), tmp_path, shard_bytes=10_000)
     for name in ("model_backup.safetensors", "model-lora.safetensors", "notes.txt"):
-        (tmp_path / name).write_text("mine")
+        (tmp_path / name).write_text("user's")
     pg.save(model(), tmp_path)
-    kept = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert kept == {"model_backup.safetensors", "model-lora.safetensors", "notes.txt", hf.SINGLE, "config.json",
+    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert names == {"model_backup.safetensors", "model-lora.safetensors", "notes.txt", hf.SINGLE, "config.json",
                     "preprocessor_config.json"}  # fmt: skip
 
 
 def test_an_interrupted_save_leaves_the_old_weights(tmp_path, monkeypatch):
     pg.save(model(seed=1), tmp_path, shard_bytes=10_000)
-    written, write = [], hf.write_safetensors
+    files, write = [], shards.write_safetensors
 
     def interrupted(file, arrays, metadata):
-        written.append(file)
-        if len(written) == 3:
+        files.append(file)
+        if len(files) == 3:
             raise OSError("no space left")
         write(file, arrays, metadata)
 
-    monkeypatch.setattr(hf, "write_safetensors", interrupted)
+    monkeypatch.setattr(shards, "write_safetensors", interrupted)
     with pytest.raises(CheckpointError, match="cannot be written"):
         pg.save(model(seed=2), tmp_path, shard_bytes=10_000)
     assert bits(pg.load(tmp_path, device="cpu").params) == bits(model(seed=1).params)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_conversion_that_cannot_be_written_leaves_nothing(tmp_path):
+def test_a_failed_conversion_leaves_no_files(tmp_path):
     pg.save(model(), tmp_path / "hf")
     (tmp_path / "x.npz").mkdir()
     with pytest.raises(CheckpointError, match=r"x\.npz: cannot be written"):
@@ -170,7 +178,7 @@ def test_a_conversion_that_cannot_be_written_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_layers_that_are_one_are_saved_as_two(tmp_path):
+def test_layers_that_share_tensors_are_saved_separately(tmp_path):
     tree = params(CONFIGS["gemma"])
     first = tree.language.layers[0]
     tied = tree._replace(language=tree.language._replace(layers=(first,) * 3))
@@ -199,14 +207,14 @@ def test_gemma_2_without_a_window_round_trips(tmp_path):
     assert hf_config.parse(hf_config.render(cfg, "float32")) == cfg
 
 
-def test_an_npz_with_padding_rows_loads_under_a_published_name(tmp_path, monkeypatch):
+def test_an_npz_with_padding_rows_loads_with_a_published_config(tmp_path, monkeypatch):
     cfg = CONFIGS["gemma"]
     bigvision.save(tmp_path / "x.npz", cfg, params(cfg))
     monkeypatch.setitem(pg.PUBLISHED, "small", replace(cfg, text=replace(cfg.text, padding=0)))
     assert pg.load(tmp_path / "x.npz", device="meta", config="small").cfg == cfg
 
 
-def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(tmp_path):
+def test_a_model_can_be_saved_over_the_files_that_it_is_mapped_from(tmp_path):
     before = model()
     pg.save(before, tmp_path)
     pg.save(pg.load(tmp_path, device="cpu"), tmp_path)
@@ -214,7 +222,7 @@ def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the mappings where Linux lists them")
-def test_loading_maps_the_file_and_copies_nothing(tmp_path):
+def test_loading_maps_the_file_without_a_copy(tmp_path):
     pg.save(model(), tmp_path)
     leaves = pg.tree.flatten(pg.load(tmp_path, device="cpu").params).values()
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
@@ -225,8 +233,8 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path):
 def test_dtype_casts_every_leaf(tmp_path):
     pg.save(model(), tmp_path)
     for name in ("bfloat16", torch.float64):
-        kinds = {leaf.dtype for leaf in pg.tree.flatten(pg.load(tmp_path, name, "cpu").params).values()}
-        assert kinds == {torch.bfloat16 if name == "bfloat16" else torch.float64}
+        dtypes = {leaf.dtype for leaf in pg.tree.flatten(pg.load(tmp_path, name, "cpu").params).values()}
+        assert dtypes == {torch.bfloat16 if name == "bfloat16" else torch.float64}
 
 
 @given(configs)
@@ -236,7 +244,7 @@ def test_config_json_round_trips(cfg):
 
 @pytest.mark.parametrize("name", ["paligemma-3b-224", "paligemma2-3b-448", "paligemma2-10b-896", "paligemma2-28b-224"])
 def test_published_config_json_gives_the_published_value(name):
-    """text_config as on the hub: what equals the class's default is left out, and 64 rows of padding are there."""
+    """The text_config is as on the hub: defaults of the class are omitted, and there are 64 padding rows."""
     cfg = pg.PUBLISHED[name]
     text = {"hidden_size": cfg.text.width, "intermediate_size": cfg.text.hidden, "num_hidden_layers": cfg.text.layers,
             "num_attention_heads": cfg.text.heads, "num_key_value_heads": cfg.text.kv_heads,
@@ -251,7 +259,7 @@ def test_published_config_json_gives_the_published_value(name):
 
 
 @pytest.mark.parametrize("resample", ["bilinear", "lanczos", "bicubic"])
-def test_the_resize_filter_is_the_checkpoints(tmp_path, resample):
+def test_the_resize_filter_of_the_checkpoint_is_kept(tmp_path, resample):
     pg.save(model()._replace(cfg=replace(CONFIGS["gemma"], resample=resample)), tmp_path)
     assert pg.load(tmp_path, device="cpu").cfg.resample == resample
     pg.convert(tmp_path, tmp_path / "x.npz")
@@ -259,10 +267,10 @@ def test_the_resize_filter_is_the_checkpoints(tmp_path, resample):
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    assert pg.load(tmp_path, device="cpu").cfg.resample == resample, "where newer folders keep it"
+    assert pg.load(tmp_path, device="cpu").cfg.resample == resample, "newer folders keep it in this file"
 
 
-def test_a_hub_id_comes_from_the_local_cache_when_the_hub_is_off(tmp_path):
+def test_a_hub_id_is_read_from_the_local_cache_when_offline(tmp_path):
     revision = "a" * 40
     repository = tmp_path / "models--someone--tiny"
     pg.save(model(), repository / "snapshots" / revision)
@@ -292,57 +300,57 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_config_of_an_npz_is_that_of_its_name(name, tmp_path):
+def test_the_config_of_an_npz_follows_from_its_name(name, tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, **{"params/img/head/bias": np.zeros(2, "f4")})
     assert source.named_config(None, path, name) == pg.PUBLISHED[NAMES[name]]
 
 
-def test_a_hub_repository_of_one_npz_comes_from_the_local_cache_with_the_config_of_its_name(tmp_path, monkeypatch):
+def test_a_hub_repository_with_one_npz_is_read_from_the_cache_with_the_config_in_its_name(tmp_path, monkeypatch):
     cfg = CONFIGS["gemma2"]
     revision, repository = "a" * 40, tmp_path / "models--google--paligemma2-3b-pt-224-jax"
     (repository / "snapshots" / revision).mkdir(parents=True)
     bigvision.save(repository / "snapshots" / revision / "weights.npz", cfg, params(cfg))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
-    asked = []
+    patterns = []
 
     def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.extend(allow_patterns)
+        patterns.extend(allow_patterns)
         return huggingface_hub.hf_api.HfApi().snapshot_download(
             name, revision=revision, allow_patterns=allow_patterns, cache_dir=tmp_path, local_files_only=True
         )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setitem(pg.PUBLISHED, "paligemma2-3b-224", cfg)
-    found = pg.load("google/paligemma2-3b-pt-224-jax", device="cpu")
-    assert found.cfg == cfg
-    assert bits(found.params) == bits(params(cfg))
-    assert asked == ["*.json", "*.safetensors", "*.npz"]
+    loaded = pg.load("google/paligemma2-3b-pt-224-jax", device="cpu")
+    assert loaded.cfg == cfg
+    assert bits(loaded.params) == bits(params(cfg))
+    assert patterns == ["*.json", "*.safetensors", "*.npz"]
     pg.save(model(), repository / "snapshots" / revision)
-    asked.clear()
+    patterns.clear()
     assert pg.load("google/paligemma2-3b-pt-224-jax", device="cpu").cfg == model().cfg
-    assert asked == ["*.json", "*.safetensors"], "no .npz is fetched beside safetensors"
+    assert patterns == ["*.json", "*.safetensors"], "no .npz is fetched beside safetensors"
 
 
-def test_arrays_that_no_model_reads_are_named_once(tmp_path, caplog):
+def test_ignored_arrays_are_reported_once(tmp_path, caplog):
     pg.save(model(), tmp_path)
-    more = {
+    ignored = {
         "vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None],
         "rotary_emb.inv_freq": torch.ones(2),
     }
-    edit_arrays(tmp_path / hf.SINGLE, lambda arrays: arrays.update(more))
+    edit_arrays(tmp_path / hf.SINGLE, lambda arrays: arrays.update(ignored))
     for _ in range(2):
         pg.load(tmp_path, device="cpu")
     (record,) = caplog.records
-    said = f"{tmp_path}: rotary_emb.inv_freq (and 1 more) is left out: no model reads it"
-    assert (record.name, record.levelname, record.getMessage()) == ("pgfunc", "WARNING", said)
+    message = f"{tmp_path}: rotary_emb.inv_freq (and 1 more) is ignored: no model uses it"
+    assert (record.name, record.levelname, record.getMessage()) == ("pgfunc", "WARNING", message)
 
 
-@pytest.mark.parametrize("kind", ["paligemma", "siglip"])
-def test_a_copied_model_stays_when_its_file_is_overwritten_in_place(tmp_path, kind):
-    """And a mapped one does not: that is what `load` says."""
-    if kind == "siglip":
+@pytest.mark.parametrize("family", ["paligemma", "siglip"])
+def test_only_a_copied_model_survives_writing_into_its_file(tmp_path, family):
+    """A mapped model changes, as the docstring of `load` says."""
+    if family == "siglip":
         shutil.copytree(pg.checkpoint.shipped() / "siglip", tmp_path / "siglip")
         shutil.copy(pg.checkpoint.shipped() / hf.SINGLE, tmp_path)
         shutil.copy(pg.checkpoint.shipped() / "config.json", tmp_path)
@@ -361,34 +369,35 @@ def test_a_copied_model_stays_when_its_file_is_overwritten_in_place(tmp_path, ki
     assert not any(leaf.any() for leaf in pg.tree.flatten(mapped).values())
 
 
-def test_the_abstract_tree_of_a_file_is_read_without_its_weights(tmp_path):
+def test_the_meta_device_reads_shapes_and_dtypes_only(tmp_path):
     pg.save(model("gemma2", torch.bfloat16), tmp_path)
     tree = pg.load(tmp_path, device="meta").params
     assert all(leaf.is_meta and leaf.dtype == torch.bfloat16 for leaf in pg.tree.flatten(tree).values())
 
 
-def test_a_pointer_of_git_lfs_is_named(tmp_path):
+def test_a_git_lfs_pointer_is_refused(tmp_path):
     pg.save(model(), tmp_path)
     (tmp_path / hf.SINGLE).write_text("version 1\noid sha256:00\nsize 3\n")
-    with pytest.raises(CheckpointError, match="a pointer of Git LFS: git lfs pull"):
+    with pytest.raises(CheckpointError, match="it is a Git LFS pointer: run git lfs pull"):
         pg.load(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_ends_that_are_not_heeded_are_named(tmp_path, caplog, file):
+def test_other_end_of_sequence_ids_are_reported(tmp_path, caplog, file):
     pg.save(model(), tmp_path)
     raw = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
     (tmp_path / file).write_text(json.dumps(raw | {"eos_token_id": [1, 7]}))
     pg.load(tmp_path, device="cpu")
     (record,) = caplog.records
-    assert record.getMessage() == f"{tmp_path / file}: eos_token_id has 7, which ends no answer here; 1 does"
+    message = "eos_token_id has 7, which does not end an answer here; only 1 does"
+    assert record.getMessage() == f"{tmp_path / file}: {message}"
 
 
-def test_an_adapter_may_bring_its_tokenizer(tmp_path):
+def test_the_tokenizer_of_an_adapter_is_used(tmp_path):
     base = text_model()
     pg.save(base._replace(tokenizer=None), tmp_path / "base")
     lora.save(tmp_path / "lora", lora.init(base.params, ["projector"], 1, 1.0), base.cfg, "base")
-    pg.save(base, tmp_path / "words")
-    shutil.copy(tmp_path / "words" / "tokenizer.json", tmp_path / "lora")
-    found = pg.load(tmp_path / "base", device="cpu", adapter=tmp_path / "lora")
-    assert pg.tokenizer.encode(found.tokenizer, "a") == pg.tokenizer.encode(base.tokenizer, "a")
+    pg.save(base, tmp_path / "with tokenizer")
+    shutil.copy(tmp_path / "with tokenizer" / "tokenizer.json", tmp_path / "lora")
+    loaded = pg.load(tmp_path / "base", device="cpu", adapter=tmp_path / "lora")
+    assert pg.tokenizer.encode(loaded.tokenizer, "a") == pg.tokenizer.encode(base.tokenizer, "a")

@@ -1,4 +1,4 @@
-"""What does not fit is named, in one line: damaged files, other models, sources that are not there."""
+"""Damaged files, files of other models and missing sources are refused in one line that names the problem."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def edit_text(folder: Path, **changes) -> None:
 
 
 def index(folder: Path, value) -> None:
-    """The folder with its one file as a shard, and this index."""
+    """Turn the folder's only weight file into a shard, with this index."""
     (folder / hf.SINGLE).rename(folder / "shard")
     (folder / hf.INDEX).write_text(json.dumps(value))
 
@@ -39,7 +39,7 @@ DAMAGE = {
         lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.pop(NORM)),
         rf"{NORM} is missing, expected shape \(16,\)",
     ),
-    "key too many": (
+    "unknown key": (
         lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.update(extra=torch.zeros(2, 3))),
         r"extra with shape \(2, 3\) is not part of the model that config\.json describes",
     ),
@@ -81,7 +81,7 @@ DAMAGE = {
         lambda d: index(d, {"weight_map": {"nothing": "shard"}}),
         r"shard: nothing is missing, though",
     ),
-    "index without a map": (lambda d: index(d, {}), "weight_map is not a table"),
+    "index without a map": (lambda d: index(d, {}), "weight_map does not map keys"),
     "two dtypes": (
         lambda d: edit_arrays(d / hf.SINGLE, lambda a: a.update({NORM: a[NORM].bfloat16()})),
         r"is torch\.bfloat16.* choose one with dtype=",
@@ -101,20 +101,20 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_in_one_line(tmp_path, damage):
+def test_a_damaged_folder_is_refused_in_one_line(tmp_path, damage):
     pg.save(model(), tmp_path)
     spoil, message = DAMAGE[damage]
     spoil(tmp_path)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(CheckpointError, match=message) as raised:
         pg.load(tmp_path, device="cpu")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_damaged_npz_is_named(tmp_path):
+def test_a_damaged_npz_is_refused(tmp_path):
     path, cfg = tmp_path / "x.npz", CONFIGS["gemma"]
     pg.save(model(), tmp_path / "hf")
     bigvision.save(path, cfg, params(cfg))
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     config = tmp_path / "hf" / "config.json"
     with pytest.raises(CheckpointError, match="needs config="):
         pg.load(path)
@@ -123,7 +123,7 @@ def test_damaged_npz_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"img/head/kernel: expected \(24, 32\), found \(24, 16\)"):
         pg.load(path, config=config)
     pg.save(model(), tmp_path / "hf")
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(complete[: len(complete) // 2])
     with pytest.raises(CheckpointError, match="not a complete npz file"):
         pg.load(path, config=config)
     np.savez(path, **{"params/img/head/bias": np.zeros(3, ">i4")})
@@ -136,7 +136,7 @@ def test_damaged_npz_is_named(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", hf.SINGLE, "tokenizer.json", "x.npz"])
-def test_a_file_that_is_none_is_not_waited_for(tmp_path, name):
+def test_a_fifo_in_place_of_a_file_is_refused_without_waiting(tmp_path, name):
     pg.save(model(), tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
@@ -144,7 +144,7 @@ def test_a_file_that_is_none_is_not_waited_for(tmp_path, name):
         pg.load(tmp_path / name if name == "x.npz" else tmp_path, config=tmp_path if name == "x.npz" else None)
 
 
-def test_sources_that_are_not_there_are_named(tmp_path):
+def test_a_missing_source_device_or_dtype_is_refused(tmp_path):
     for source in ("no/such/folder", tmp_path / "nothing.npz"):
         with pytest.raises(CheckpointError, match="no such file or folder"):
             pg.load(source)
@@ -164,7 +164,7 @@ def test_sources_that_are_not_there_are_named(tmp_path):
             pg.load(name)
 
 
-def test_the_first_of_several_ends_of_sequence_is_the_answers(tmp_path):
+def test_the_first_of_several_eos_ids_ends_an_answer(tmp_path):
     pg.save(model(), tmp_path)
     edit_json(tmp_path / "config.json", eos_token_id=None)
     edit_text(tmp_path, eos_token_id=[1, 107])

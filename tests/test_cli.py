@@ -270,7 +270,7 @@ def only_adapter(folder):
 
 @pytest.mark.parametrize(("spoil", "said"), [
     (two_dtypes, "choose one with --dtype"),
-    (quantized, "which gptq has quantized here, and give --quantize"),
+    (quantized, "instead of those that gptq quantized, with --quantize"),
     (one_npz, "a .npz needs --config, one of paligemma-3b-224,"),
     (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "or load it with --tokenizer"),
     (only_adapter, "and --adapter takes it"),

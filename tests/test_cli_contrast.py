@@ -103,7 +103,7 @@ MISTAKES = {
     ("embed", "red.png", "--out", "two.txt"): "--out two.txt: expected a name that ends in .npy",
     ("embed", "red.png", "--out", "no/two.npy"): "no/two.npy: there is no folder no",
     ("embed", "red.png", "--out", "folder.npy"): "folder.npy: is a folder",
-    ("embed", "--text", "a a a a a a a a a"): "is 9 tokens, this model has room for 7",
+    ("embed", "--text", "a a a a a a a a a"): "is 9 tokens, this model reads up to 7",
     ("classify", "red.png", "--label", "it", "--template", "photo"): "--template 'photo': expected a {}",
     ("classify", "red.png", "--label", "it", "--label", " "): "--label is empty",
     ("classify", "absent.png", "--label", "it"): "absent.png: no such file",

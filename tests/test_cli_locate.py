@@ -78,7 +78,7 @@ def test_detect_prints_an_object_a_line_and_names_what_it_left_out(run, asked):
     assert sure == "red.png: cat\tx 0.2..0.6, y 0.0..0.3\tconfidence 0.78"
     assert unsure == "red.png: yellow bus\tx 39.1..150.0, y 14.7..74.9"
     assert err.splitlines() == [
-        "pgfunc: red.png: left out 'nonsense': 0 places, expected 4",
+        "pgfunc: red.png: left out 'nonsense': 0 location tokens, expected 4",
         "pgfunc: red.png: stopped at 512 tokens, perhaps within the answer; --max-new-tokens allows more",
     ]
 
@@ -105,7 +105,7 @@ def test_detect_json_has_boxes_in_pixels_by_name(run, asked):
         150,
     ]
     assert (second["width"], second["height"]) == (20, 10)
-    assert first["malformed"] == [{"piece": "nonsense", "reason": "0 places, expected 4"}]
+    assert first["malformed"] == [{"piece": "nonsense", "reason": "0 location tokens, expected 4"}]
     sure, unsure = first["objects"]
     assert sure["confidence"] == pytest.approx(np.exp(-0.25))
     assert (unsure["label"], unsure["confidence"]) == ("yellow bus", None)

@@ -1,4 +1,4 @@
-"""Drawing: colours where the objects are, labels inside the picture, and nothing else is touched."""
+"""Drawing: objects are coloured, labels stay inside the picture, and no other pixel changes."""
 
 from time import process_time
 
@@ -14,7 +14,7 @@ from pgfunc.errors import SettingError
 from pgfunc.image import open_image
 from pgfunc.objects import draw, segment
 from pgfunc.objects.detect import Box, Detection
-from pgfunc.objects.fonts import Letters
+from pgfunc.objects.fonts import FallbackFont
 from pgfunc.objects.segment import Segment
 
 
@@ -27,8 +27,8 @@ def pixels(picture: Image.Image) -> np.ndarray:
 
 
 @st.composite
-def found(draw, width: int, height: int) -> list[Detection]:
-    """Boxes anywhere, some of them partly or wholly outside."""
+def detections(draw, width: int, height: int) -> list[Detection]:
+    """Boxes anywhere, some of them partly or completely outside the picture."""
     edge = st.floats(-0.5, 1.5)
     boxes = draw(st.lists(st.tuples(edge, edge, edge, edge), max_size=6))
     labels = st.text(max_size=40)
@@ -40,18 +40,20 @@ def found(draw, width: int, height: int) -> list[Detection]:
 
 @given(st.data(), st.sampled_from([(1, 1), (3, 200), (64, 64), (200, 90), (640, 480)]))
 def test_any_boxes_on_any_picture_can_be_drawn_and_labels_stay_inside(data, size):
-    items = data.draw(found(*size))
+    items = data.draw(detections(*size))
     picture = grey(*size)
     drawn = draw.objects(picture, items)
     assert (drawn.size, drawn.mode) == (size, "RGB")
-    assert picture.tobytes() == grey(*size).tobytes(), "the given picture is not changed"
-    placed = draw.plates(size, [item.box for item in items], [draw.caption(item) for item in items], Letters(12), 1)
-    assert len(placed) == len(items)
-    for plate in filter(None, placed):
-        assert 0 <= plate.left < plate.right <= size[0]
-        assert 0 <= plate.top < plate.bottom <= size[1]
-    areas = [(plate.right - plate.left) * (plate.bottom - plate.top) for plate in placed if plate]
-    assert sum(areas) <= size[0] * size[1] / 8, "the picture is seen, however many labels it has"
+    assert picture.tobytes() == grey(*size).tobytes(), "the input is not changed"
+    labels = draw.place_labels(
+        size, [item.box for item in items], [draw.caption(item) for item in items], FallbackFont(12), 1
+    )
+    assert len(labels) == len(items)
+    for label in filter(None, labels):
+        assert 0 <= label.left < label.right <= size[0]
+        assert 0 <= label.top < label.bottom <= size[1]
+    areas = [(label.right - label.left) * (label.bottom - label.top) for label in labels if label]
+    assert sum(areas) <= size[0] * size[1] / 8, "labels hide little, however many there are"
 
 
 @pytest.mark.parametrize("size", [(64, 64), (640, 480), (3000, 2000)])
@@ -61,22 +63,22 @@ def test_an_outline_lies_on_the_edges_of_its_box_and_grows_with_the_picture(size
     drawn = pixels(draw.objects(grey(*size), [Detection("", box)]))
     touched = (drawn != 90).any(-1)
     rows, columns = touched.any(1).nonzero()[0], touched.any(0).nonzero()[0]
-    # an empty label leaves no trace
+    # an empty label draws nothing
     assert (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) == (box.ymin, box.ymax, box.xmin, box.xmax)
     middle = touched[round(0.5 * height)]
     line = middle[: round(0.7 * width)].sum()
     assert line == max(1, round(min(size) / 140)) + (0 if size[0] == 64 else max(1, round(min(size) / 140) // 3))
-    assert not touched[round(0.5 * height), round(0.6 * width) : round(0.8 * width)].any(), "only the edges"
+    assert not touched[round(0.5 * height), round(0.6 * width) : round(0.8 * width)].any(), "only the edges are drawn"
 
 
-def test_a_mask_is_translucent_inside_an_edge_and_covers_its_pixels_alone():
+def test_a_mask_is_translucent_inside_its_edge_and_colours_only_its_pixels():
     mask = torch.zeros(480, 640, dtype=torch.bool)
     mask[300:400, 200:260] = True
     item = segment.from_mask("", mask)._replace(box=Box(0, 0, 480, 640))
     drawn = pixels(draw.objects(grey(640, 480), [item]))
     colour = np.array(draw.COLOURS[0])
-    assert (drawn[300:400, 200:203] == colour).all(), "three pixels of edge, as a box has"
-    assert (drawn[303:397, 203:204] == 0).all(), "one dark pixel inside it"
+    assert (drawn[300:400, 200:203] == colour).all(), "the edge is three pixels wide, as that of a box"
+    assert (drawn[303:397, 203:204] == 0).all(), "one dark pixel inside the edge"
     expected = 90 * (1 - draw.OPACITY) + colour * draw.OPACITY
     assert np.abs(drawn[304:396, 204:256] - expected).max() <= 1  # 8 bits
     around = drawn[200:470, 100:600].copy()
@@ -85,14 +87,14 @@ def test_a_mask_is_translucent_inside_an_edge_and_covers_its_pixels_alone():
 
 
 @given(hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))), st.integers(1, 3))
-def test_an_edge_is_what_lies_near_the_outside(mask, width):
-    found = draw.edge(mask, width)
+def test_the_edge_of_a_mask_is_its_pixels_near_the_outside(mask, width):
+    edge = draw.edge(mask, width)
     for y, x in np.ndindex(mask.shape):
         near = mask[max(y - width, 0) : y + width + 1, max(x - width, 0) : x + width + 1]
-        assert found[y, x] == (mask[y, x] and not near.all())
+        assert edge[y, x] == (mask[y, x] and not near.all())
 
 
-def test_a_label_has_one_colour_and_labels_differ():
+def test_boxes_have_the_colour_of_their_label():
     boxes = [Box(top, left, top + 60, left + 60) for top in (30, 150) for left in (30, 150)]
     items = [Detection(label, box) for label, box in zip(["cat", "dog", "cat", "bus"], boxes, strict=True)]
     drawn = pixels(draw.objects(grey(300, 300), items))
@@ -101,7 +103,7 @@ def test_a_label_has_one_colour_and_labels_differ():
     assert len(set(draw.COLOURS)) == len(draw.COLOURS)
 
 
-def test_masks_of_one_label_are_told_apart():
+def test_masks_with_the_same_label_have_different_colours():
     masks = torch.zeros(12, 90, 120, dtype=torch.bool)
     for number, mask in enumerate(masks):
         mask[10 + 20 * (number // 4) : 26 + 20 * (number // 4), 10 + 25 * (number % 4) : 30 + 25 * (number % 4)] = True
@@ -111,12 +113,12 @@ def test_masks_of_one_label_are_told_apart():
 
 
 @given(st.integers(0, 150))
-def test_colours_are_told_apart_however_many(count):
+def test_any_number_of_colours_are_distinct(count):
     colours = draw.palette(count)
-    assert colours == draw.palette(200)[:count], "a new label changes no other's colour"
+    assert colours == draw.palette(200)[:count], "a new label does not change the colours of others"
     assert tuple(colours[:10]) == draw.COLOURS[:count]
     assert len(set(colours)) == count
-    assert all(max(colour) > 128 for colour in colours), "no dark one on a dark line"
+    assert all(max(colour) > 128 for colour in colours), "no dark colour, because edges have a dark line"
 
 
 def test_thirty_colours_are_as_far_apart_as_ten():
@@ -129,40 +131,40 @@ def test_thirty_colours_are_as_far_apart_as_ten():
 
 @pytest.mark.parametrize("side", [32, 48, 64])
 @pytest.mark.parametrize("masks", [False, True])
-def test_a_small_picture_is_still_seen(side, masks):
-    """Labels hide an eighth of it at most, and nothing of the objects while there is room beside them."""
+def test_labels_hide_little_of_a_small_picture(side, masks):
+    """They hide at most an eighth of it, and no part of an object while they fit beside the objects."""
     boxes = [
         Box(side * 0.6, side * 0.5, side * 0.95, side * 0.9),
         Box(side * 0.25, side * 0.5, side * 0.55, side * 0.9),
     ]
     items: list = [Detection(name, box) for name, box in zip(("cat", "strawberry"), boxes, strict=True)]
     if masks:
-        there = torch.zeros(2, side, side, dtype=torch.bool)
-        for mask, box in zip(there, boxes, strict=True):
+        stacked = torch.zeros(2, side, side, dtype=torch.bool)
+        for mask, box in zip(stacked, boxes, strict=True):
             mask[int(box.ymin) + 2 : int(box.ymax) - 2, int(box.xmin) + 2 : int(box.xmax) - 2] = True
-        items = [Segment(item.label, item.box, mask) for item, mask in zip(items, there, strict=True)]
-    labelled = pixels(draw.objects(grey(side, side), items))
+        items = [Segment(item.label, item.box, mask) for item, mask in zip(items, stacked, strict=True)]
+    with_labels = pixels(draw.objects(grey(side, side), items))
     bare = pixels(draw.objects(grey(side, side), [item._replace(label="") for item in items]))
-    hidden = (labelled != bare).any(-1)
+    hidden = (with_labels != bare).any(-1)
     assert hidden.mean() <= 1 / 8
     for box in boxes:
         top, left, bottom, right = map(round, box)
         assert not hidden[top + 1 : bottom - 1, left + 1 : right - 1].any()
 
 
-def test_many_labels_have_smaller_letters_and_those_without_room_are_left_out():
+def test_many_labels_have_smaller_letters_and_those_that_do_not_fit_are_left_out():
     boxes = [Box(y, x, y + 9, x + 9) for y in range(0, 440, 15) for x in range(0, 600, 15)]
     items = [Detection(f"thing {i % 25}", box) for i, box in enumerate(boxes)]
-    few, many = (draw.fitting([item.label for item in some], None, (640, 480), 3) for some in (items[:3], items))
+    few, many = (draw.choose_font([item.label for item in some], None, (640, 480), 3) for some in (items[:3], items))
     assert sum(many.getmetrics()) < sum(few.getmetrics())
-    placed = draw.plates((640, 480), boxes, [item.label for item in items], many, 3)
-    areas = [(plate.right - plate.left) * (plate.bottom - plate.top) for plate in placed if plate]
+    labels = draw.place_labels((640, 480), boxes, [item.label for item in items], many, 3)
+    areas = [(label.right - label.left) * (label.bottom - label.top) for label in labels if label]
     assert 0.12 < sum(areas) / (640 * 480) <= 1 / 8
-    assert len(areas) < len(placed)
+    assert len(areas) < len(labels)
 
 
 def seconds(side: int) -> float:
-    """CPU time of drawing a mask with its label on a picture."""
+    """The CPU time for drawing a mask with its label on a square picture."""
     mask = torch.zeros(side, side, dtype=torch.bool)
     mask[side // 9 : -side // 9, side // 8 : -side // 5] = True
     item, picture, times = segment.from_mask("cat", mask), grey(side, side), []
@@ -173,30 +175,30 @@ def seconds(side: int) -> float:
     return min(times)
 
 
-def test_the_cost_of_drawing_grows_with_the_pixels_and_no_faster():
-    assert seconds(2048) < 3 * 16 * seconds(512)  # 16 times the pixels; lines four times as wide
+def test_the_cost_of_drawing_grows_no_faster_than_the_pixels():
+    assert seconds(2048) < 3 * 16 * seconds(512)  # 16 times the pixels, and lines four times as wide
 
 
-def test_labels_avoid_each_other_while_there_is_room():
+def test_labels_avoid_each_other_while_the_picture_has_free_space():
     boxes = [Box(100, 100, 200, 200), Box(101, 101, 200, 200), Box(102, 99, 201, 200), Box(0, 0, 300, 300)]
-    placed = draw.plates((300, 300), boxes, [f"object {i}" for i in range(4)], ImageFont.load_default(10), 2)
-    assert None not in placed
-    rectangles = draw.corners([plate[1:] for plate in placed if plate])
+    labels = draw.place_labels((300, 300), boxes, [f"object {i}" for i in range(4)], ImageFont.load_default(10), 2)
+    assert None not in labels
+    rectangles = draw.rectangles([label[1:] for label in labels if label])
     assert sum(draw.overlaps(rectangles, rectangles)) == (rectangles[:, 2:] - rectangles[:, :2]).prod(-1).sum()
-    assert (placed[0].left, placed[0].bottom) == (100, 100), "on top of its box, if it can"
+    assert (labels[0].left, labels[0].bottom) == (100, 100), "above its box, if that is free"
 
 
-def test_a_label_wider_than_the_picture_is_cut_short():
+def test_a_label_wider_than_the_picture_is_truncated():
     font = ImageFont.load_default(12)
-    cut = draw.shortened("a very long label", font, 60)
+    cut = draw.truncate("a very long label", font, 60)
     assert cut.endswith("…")
     assert "a very long label".startswith(cut[:-1])
     assert font.getlength(cut) <= 60 < font.getlength("a very long label"[: len(cut)] + "…")
-    assert draw.shortened("cat", font, 60) == "cat"
-    assert draw.shortened("cat", font, 0) == ""
+    assert draw.truncate("cat", font, 60) == "cat"
+    assert draw.truncate("cat", font, 0) == ""
 
 
-def test_captions_have_the_confidence_if_that_is_asked_for_and_there_is_one():
+def test_a_caption_has_the_confidence_if_asked_for_and_present():
     box = Box(0, 0, 1, 1)
     mask = torch.ones(1, 1, dtype=torch.bool)
     assert draw.caption(Detection("cat", box, 0.874)) == "cat"
@@ -204,23 +206,25 @@ def test_captions_have_the_confidence_if_that_is_asked_for_and_there_is_one():
     assert draw.caption(Detection("cat", box, 0.874), confidence=True) == "cat 87%"
     assert draw.caption(Segment("", box, mask, 0.5), confidence=True) == "50%"
     assert draw.caption(Detection("big\n\0 cat\x1b", box)) == "big cat"
-    sure = [Detection("cat", Box(20, 20, 80, 80), 0.3)]
-    assert draw.objects(grey(300, 300), sure) == draw.objects(grey(300, 300), [sure[0]._replace(confidence=None)])
-    assert draw.objects(grey(300, 300), sure, confidence=True) != draw.objects(grey(300, 300), sure)
+    confident = [Detection("cat", Box(20, 20, 80, 80), 0.3)]
+    assert draw.objects(grey(300, 300), confident) == draw.objects(
+        grey(300, 300), [confident[0]._replace(confidence=None)]
+    )
+    assert draw.objects(grey(300, 300), confident, confidence=True) != draw.objects(grey(300, 300), confident)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_a_picture_of_any_mode_is_drawn_on_as_rgb(mode):
     items = [Detection("cat", Box(20, 20, 80, 80))]
-    given = grey(100, 100).convert(mode)
-    drawn = draw.objects(given, items)
-    assert (drawn.mode, given.mode) == ("RGB", mode)
-    assert drawn == draw.objects(open_image(given), items)
+    picture = grey(100, 100).convert(mode)
+    drawn = draw.objects(picture, items)
+    assert (drawn.mode, picture.mode) == ("RGB", mode)
+    assert drawn == draw.objects(open_image(picture), items)
 
 
-def test_what_cannot_be_drawn_is_one_line():
+def test_an_object_that_cannot_be_drawn_is_refused():
     for box in (Box(float("nan"), 0, 5, 5), Box(0, 0, float("inf"), 5)):
-        with pytest.raises(SettingError, match=r"^Box\(.*\) is no box, its edges are not finite$"):
+        with pytest.raises(SettingError, match=r"^Box\(.*\) is not a box; its edges are not finite$"):
             draw.objects(grey(30, 20), [Detection("cat", box)])
     small = Segment("cat", Box(0, 0, 5, 5), torch.ones(30, 20, dtype=torch.bool))
     with pytest.raises(SettingError, match=r"the mask of 'cat' is 30 x 20, the picture 20 x 30 pixels"):
@@ -229,12 +233,12 @@ def test_what_cannot_be_drawn_is_one_line():
         draw.objects(grey(30, 20), [Detection("cat", Box(0, 0, 5, 5))], font="no.ttf")
 
 
-def test_a_mask_without_pixels_and_one_of_the_whole_picture():
-    none, whole = torch.zeros(20, 30, dtype=torch.bool), torch.ones(20, 30, dtype=torch.bool)
-    assert draw.objects(grey(30, 20), [Segment("", Box(3, 3, 3, 3), none)]).getpixel((20, 10)) == (90, 90, 90)
-    drawn = pixels(draw.objects(grey(30, 20), [Segment("", Box(0, 0, 20, 30), whole)]))
-    assert (drawn[1:-1, 1:-1] == drawn[5, 5]).all(), "the border of the picture is no edge of a mask"
+def test_an_empty_mask_draws_nothing_and_a_full_one_has_no_edge():
+    empty, full = torch.zeros(20, 30, dtype=torch.bool), torch.ones(20, 30, dtype=torch.bool)
+    assert draw.objects(grey(30, 20), [Segment("", Box(3, 3, 3, 3), empty)]).getpixel((20, 10)) == (90, 90, 90)
+    drawn = pixels(draw.objects(grey(30, 20), [Segment("", Box(0, 0, 20, 30), full)]))
+    assert (drawn[1:-1, 1:-1] == drawn[5, 5]).all(), "a mask has no edge at the border of the picture"
 
 
-def test_nothing_found_is_the_same_picture():
+def test_without_objects_the_picture_is_unchanged():
     assert draw.objects(grey(30, 20), []).tobytes() == grey(30, 20).tobytes()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pgfunc as pg
 from pgfunc import gemma, paligemma, siglip, tree
 from pgfunc.checkpoint import hf
-from pgfunc.checkpoint.files import arrange
+from pgfunc.checkpoint.tables import to_arrays
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
 from pgfunc.laws import ragged
 from pgfunc.train import data, finetune, fit, run
@@ -59,7 +59,7 @@ def test_loss_and_gradient_equal_transformers(variant, images, tmp_path, monkeyp
     torch.testing.assert_close(value, expected.detach(), atol=1e-5, rtol=0)  # float32, losses near 5
     table = hf.table(model.cfg, {"vision": "vision_tower.", "projector": "", "language": "language_model."})
     found = {name.removeprefix("model."): weight.grad for name, weight in other.named_parameters()}
-    assert_trees(arrange(table, grads), found, atol=1e-4, rtol=0)  # float32; the worst seen was 1e-6
+    assert_trees(to_arrays(table, grads), found, atol=1e-4, rtol=0)  # float32; the worst seen was 1e-6
 
 
 @given(st.data())

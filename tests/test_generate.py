@@ -186,3 +186,14 @@ def test_a_model_without_a_tokenizer_runs_on_token_ids():
     assert pg.generate(bare, RED, [ids], 5)[0] == expected._replace(text="")
     with pytest.raises(PromptError, match="without a tokenizer"):
         pg.generate(bare, RED, "ab")
+
+
+def test_a_completion_shows_its_text_its_length_its_log_probability_and_why_it_ended():
+    done = pg.Completion("a cow\n", [5, 6, 7], [-0.5, -0.25, -1.0], "eos")
+    assert repr(done) == r"Completion('a cow\n', 3 tokens, log-probability -1.75, eos)"
+    assert repr(pg.Completion("", [], [], "length")) == "Completion('', 0 tokens, log-probability 0.00, length)"
+    for text in ("x" * 10**5, "\U0001f404\x1b" * 10**4):
+        shown = repr(pg.Completion(text, [1] * 10**5, [-1e-3] * 10**5, "length"))
+        assert shown.isprintable()
+        assert shown.endswith(" ..., 100000 tokens, log-probability -100.00, length)")
+        assert len(shown) < 500

@@ -1,4 +1,4 @@
-"""Whatever lies in people's folders becomes the numbers that transformers' processor makes of it, or an ImageError."""
+"""Every picture becomes the pixels that transformers' processor makes of it, or raises an ImageError."""
 
 import io
 import os
@@ -46,13 +46,13 @@ def rgb(source: image.Source) -> np.ndarray:
 
 def message(error: pytest.ExceptionInfo) -> str:
     text = str(error.value)
-    assert text.isprintable(), "one line, and nothing that a terminal obeys"
+    assert text.isprintable(), "one line without control characters"
     return text
 
 
 pictures = st.builds(noise, st.integers(1, 70), st.integers(1, 70), seeds)
 
-# --- the numbers
+# --- values and resizing
 
 
 @given(pictures, st.sampled_from(sorted(FILTERS)), st.sampled_from([28, 56]))
@@ -68,13 +68,13 @@ def test_pixels_equal_transformers_processor(picture, resample, side):
 
 @given(pictures, st.sampled_from(["bilinear", "bicubic"]))
 def test_resizing_is_antialiased_interpolation(picture, resample):
-    picture = picture // 2 + 64  # so far from black and white that no overshoot of the cubic is clipped
+    picture = picture // 2 + 64  # away from black and white, so that no overshoot of bicubic is clipped
     expected = interpolate(
         torch.from_numpy(picture).permute(2, 0, 1)[None].double(), (SIDE, SIDE), mode=resample, antialias=True
     )
-    found = image.pixels(picture, replace(CFG, resample=resample))
+    pixels = image.pixels(picture, replace(CFG, resample=resample))
     # Pillow rounds to whole levels after each of its two passes; the cubic's weights amplify the first rounding by 1.3
-    torch.testing.assert_close(found.double(), expected[0] / 127.5 - 1, atol=1.2 * LEVEL, rtol=0)
+    torch.testing.assert_close(pixels.double(), expected[0] / 127.5 - 1, atol=1.2 * LEVEL, rtol=0)
 
 
 def test_black_is_minus_one_white_is_one_and_channels_are_red_green_blue():
@@ -83,15 +83,15 @@ def test_black_is_minus_one_white_is_one_and_channels_are_red_green_blue():
     torch.testing.assert_close(pixels, expected, atol=1e-7, rtol=0)  # one rounding of float32
 
 
-def test_every_filter_is_another_one():
-    found = [image.pixels(noise(60, 40), replace(CFG, resample=name)) for name in FILTERS]
-    for i, one in enumerate(found):
-        assert all((one - other).abs().mean() > LEVEL for other in found[:i])
+def test_the_filters_give_different_pixels():
+    resized = [image.pixels(noise(60, 40), replace(CFG, resample=name)) for name in FILTERS]
+    for i, one in enumerate(resized):
+        assert all((one - other).abs().mean() > LEVEL for other in resized[:i])
 
 
-# --- upright
+# --- orientation
 
-# Exif 2.3, tag 274, from what is stored to what is seen: which sides of the scene row 0 and column 0 lie on
+# EXIF 2.3, tag 274, stored pixels -> upright pixels; the comment says which sides of the scene row 0 and column 0 are
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda stored: stored,  # top, left
     2: lambda stored: stored[:, ::-1],  # top, right
@@ -112,7 +112,7 @@ def exif(orientation: int) -> Image.Exif:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_upright_whatever_the_exif_says(orientation, format):
+def test_a_picture_is_upright_for_every_exif_orientation(orientation, format):
     options = {"lossless": True} if format == "WEBP" else {}
     picture = Image.fromarray(noise(5, 8))
     stored = np.asarray(Image.open(io.BytesIO(encoded(picture, format, **options))))
@@ -124,33 +124,34 @@ def test_upright_whatever_the_exif_says(orientation, format):
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
-def test_upright_in_every_mode(orientation, mode):
+def test_a_picture_is_upright_in_every_mode(orientation, mode):
     picture = Image.fromarray(noise(5, 8, channels=4)).convert(mode if mode != "I;16" else "I").convert(mode)
     file = encoded(picture, "PNG", exif=exif(orientation))
     assert np.array_equal(rgb(file), UPRIGHT[orientation](rgb(encoded(picture, "PNG"))))
 
 
-flips = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
+byte_changes = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 
 
-def flipped(file: bytes, places: list[tuple[int, int]]) -> bytes:
-    damaged = bytearray(file)
-    for place, byte in places:
-        damaged[place % len(damaged)] = byte
-    return bytes(damaged)
+def damaged(file: bytes, changes: list[tuple[int, int]]) -> bytes:
+    """The file with some bytes replaced; a change is (offset, byte)."""
+    content = bytearray(file)
+    for offset, byte in changes:
+        content[offset % len(content)] = byte
+    return bytes(content)
 
 
-@given(flips, st.sampled_from(["JPEG", "PNG", "WEBP"]))
-def test_damaged_metadata_leave_the_pixels(places, format):
-    """The picture may stay on its side, but it is not lost; a warning would be an error here."""
+@given(byte_changes, st.sampled_from(["JPEG", "PNG", "WEBP"]))
+def test_damaged_metadata_leave_the_pixels(changes, format):
+    """The picture may not be upright, but it is read. A warning would be an error here."""
     options = {"lossless": True} if format == "WEBP" else {}
-    plain = Image.fromarray(noise(5, 8))
-    found = rgb(encoded(plain, format, exif=flipped(exif(6).tobytes(), places), **options))
-    stored = rgb(encoded(plain, format, **options))
-    assert any(np.array_equal(found, upright(stored)) for upright in UPRIGHT.values())
+    picture = Image.fromarray(noise(5, 8))
+    pixels = rgb(encoded(picture, format, exif=damaged(exif(6).tobytes(), changes), **options))
+    stored = rgb(encoded(picture, format, **options))
+    assert any(np.array_equal(pixels, upright(stored)) for upright in UPRIGHT.values())
 
 
-def test_the_first_frame_counts():
+def test_an_animation_gives_its_first_frame():
     frames = [Image.fromarray(noise(5, 8, seed)) for seed in range(3)]
     for format, options in {"TIFF": {}, "PNG": {}, "WEBP": {"lossless": True}}.items():
         file = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
@@ -164,12 +165,12 @@ GREY = RAMP[:, :, None].repeat(3, axis=2)
 
 
 def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    share = alpha[:, :, None] / 255
-    return colour * share + 255 * (1 - share)
+    opacity = alpha[:, :, None] / 255
+    return colour * opacity + 255 * (1 - opacity)
 
 
 def palette(transparency: int | bytes | None = None) -> tuple[Image.Image, np.ndarray]:
-    """Two pixels a colour, over 100 colours, and what they look like."""
+    """A palette picture with two pixels of each of 100 colours, and its RGB values on white."""
     colours = noise(100, 1)
     index = np.arange(200, dtype=np.uint8).reshape(10, 20) // 2
     picture = Image.frombytes("P", (20, 10), index.tobytes())
@@ -185,7 +186,7 @@ def palette(transparency: int | bytes | None = None) -> tuple[Image.Image, np.nd
 
 
 @pytest.mark.parametrize("transparency", [None, 7, bytes(range(0, 200, 4))], ids=["none", "one colour", "shades"])
-def test_palettes_are_looked_up(transparency):
+def test_palette_pictures_have_the_colours_of_their_palette(transparency):
     picture, expected = palette(transparency)
     for source in (picture, encoded(picture, "PNG")):
         assert np.abs(rgb(source) - expected).max() <= 1  # blending rounds to whole levels
@@ -210,7 +211,7 @@ def test_transparent_pixels_appear_on_white():
     assert np.array_equal(rgb(encoded(Image.fromarray(rgba), "PNG")), rgb(rgba))
 
 
-def test_a_transparent_colour_of_a_picture_without_alpha_is_white():
+def test_the_transparent_colour_of_a_picture_without_alpha_is_white():
     grey, colour = Image.fromarray(RAMP), Image.fromarray(GREY)
     for file in (encoded(grey, "PNG", transparency=9), encoded(colour, "PNG", transparency=(9, 9, 9))):
         expected = GREY.copy()
@@ -218,7 +219,7 @@ def test_a_transparent_colour_of_a_picture_without_alpha_is_white():
         assert np.array_equal(rgb(file), expected)
 
 
-DEEP = (RAMP.astype(np.uint16) * 257).astype(np.uint16)  # 257 x level is level, in 16 bits
+DEEP = (RAMP.astype(np.uint16) * 257).astype(np.uint16)  # the level n in 16 bits is 257 n
 RAMPS: dict[str, image.Source] = {
     "L": Image.fromarray(RAMP),
     "I;16": Image.fromarray(DEEP),
@@ -235,7 +236,7 @@ RAMPS: dict[str, image.Source] = {
 
 
 @pytest.mark.parametrize("name", RAMPS)
-def test_a_grey_ramp_is_itself_in_every_depth(name):
+def test_a_grey_ramp_has_the_same_levels_in_every_bit_depth(name):
     assert np.array_equal(rgb(RAMPS[name]), GREY)
 
 
@@ -252,24 +253,24 @@ DEPTHS: dict[str, Callable[[np.ndarray], image.Source]] = {
 
 
 @given(st.sampled_from(sorted(DEPTHS)), st.integers(1, 65_535), seeds)
-def test_levels_of_more_than_eight_bits_are_rounded_unless_all_are_levels_of_eight(name, most, seed):
+def test_levels_of_more_than_eight_bits_are_rounded_to_eight_unless_none_is_above_255(name, most, seed):
     levels = np.random.default_rng(seed).integers(0, most + 1, (5, 7))
-    found = rgb(DEPTHS[name](levels))[:, :, 0]
-    if levels.max() <= 255:  # as Pillow's own `convert` has them
-        assert np.array_equal(found, levels)
+    converted = rgb(DEPTHS[name](levels))[:, :, 0]
+    if levels.max() <= 255:  # like Pillow's own `convert`
+        assert np.array_equal(converted, levels)
     else:
-        assert np.abs(found - levels / 257).max() <= 0.5
+        assert np.abs(converted - levels / 257).max() <= 0.5
 
 
 @given(st.floats(0, 1))
-def test_shares_are_rounded_to_the_nearest_level(share):
-    for source in (np.full((2, 2), share), Image.fromarray(np.full((2, 2), share, np.float32))):
-        (found,) = {*rgb(source).flatten()}
-        assert abs(found - share * 255) <= 0.5 + 1e-4  # float32
+def test_fractions_are_rounded_to_the_nearest_level(fraction):
+    for source in (np.full((2, 2), fraction), Image.fromarray(np.full((2, 2), fraction, np.float32))):
+        (level,) = {*rgb(source).flatten()}
+        assert abs(level - fraction * 255) <= 0.5 + 1e-4  # float32
 
 
 @given(st.floats(1.001, 255), seeds)
-def test_floats_above_one_are_the_levels_that_pillow_sees(most, seed):
+def test_floats_above_one_are_converted_as_by_pillow(most, seed):
     levels = np.random.default_rng(seed).uniform(0, most, (5, 7)).astype(np.float32)
     levels[0, 0] = most
     picture = Image.fromarray(levels)
@@ -277,20 +278,20 @@ def test_floats_above_one_are_the_levels_that_pillow_sees(most, seed):
 
 
 @pytest.mark.parametrize("levels", [[-1, 9], [0, 65_536], [0, 2**31 - 1]], ids=str)
-def test_integers_outside_the_range_of_levels_are_refused(levels):
+def test_integers_outside_16_bits_are_refused(levels):
     with pytest.raises(ImageError, match=f"levels are {levels[0]} to {levels[1]}, expected 0 to 65,535") as error:
         rgb(Image.fromarray(np.array([levels], np.int32)))
     message(error)
 
 
 @pytest.mark.parametrize("levels", [[-0.5, 0.5], [0, 255.5], [0, np.nan], [0, np.inf]], ids=str)
-def test_floats_outside_the_range_of_levels_are_refused(levels):
+def test_floats_outside_0_to_255_are_refused(levels):
     with pytest.raises(ImageError, match="expected 0 to 255; scale them first") as error:
         rgb(Image.fromarray(np.array([levels], np.float32)))
     message(error)
 
 
-def test_a_transparent_level_of_sixteen_bits_is_white():
+def test_the_transparent_level_of_a_16_bit_picture_is_white():
     expected = GREY.copy()
     expected[0, 9] = 255
     assert np.array_equal(rgb(encoded(Image.fromarray(DEEP), "PNG", transparency=9 * 257)), expected)
@@ -301,7 +302,7 @@ MODES = ["1", "L", "P", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "L
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_in_which_pillow_keeps_levels_shows_what_pillow_shows(mode):
+def test_every_mode_of_pillow_has_the_colours_that_pillow_converts_it_to(mode):
     picture = Image.fromarray(noise(9, 11)).convert("L").convert(mode)
     assert picture.mode == mode
     assert np.array_equal(
@@ -309,12 +310,12 @@ def test_every_mode_in_which_pillow_keeps_levels_shows_what_pillow_shows(mode):
     )
 
 
-def test_a_large_picture_is_converted_in_parts_as_it_is_whole(monkeypatch):
+def test_converting_a_picture_in_bands_gives_the_same_levels(monkeypatch):
     picture = Image.fromarray(noise(70, 30, channels=4))
-    whole = [rgb(picture.convert(mode)) for mode in ("RGBA", "P", "CMYK")] + [rgb(DEEP)]
+    at_once = [rgb(picture.convert(mode)) for mode in ("RGBA", "P", "CMYK")] + [rgb(DEEP)]
     monkeypatch.setattr(image, "BAND", 100)
-    parts = [rgb(picture.convert(mode)) for mode in ("RGBA", "P", "CMYK")] + [rgb(DEEP)]
-    assert all(np.array_equal(one, other) for one, other in zip(whole, parts, strict=True))
+    in_bands = [rgb(picture.convert(mode)) for mode in ("RGBA", "P", "CMYK")] + [rgb(DEEP)]
+    assert all(np.array_equal(one, other) for one, other in zip(at_once, in_bands, strict=True))
 
 
 def test_one_bit_is_black_and_white():
@@ -323,7 +324,7 @@ def test_one_bit_is_black_and_white():
         assert np.array_equal(rgb(source), np.where(bits, 255, 0)[:, :, None].repeat(3, 2))
 
 
-def test_inks_are_subtracted_from_white():
+def test_cmyk_becomes_rgb_by_subtracting_the_inks_from_white():
     inks = noise(9, 11, channels=4)
     light = 255 - inks.astype(float)
     expected = light[:, :, :3] * light[:, :, 3:] / 255
@@ -332,10 +333,10 @@ def test_inks_are_subtracted_from_white():
     flat = Image.new("CMYK", (16, 16), (10, 200, 90, 30))
     file = encoded(flat, "JPEG", quality=100)
     assert Image.open(io.BytesIO(file)).mode == "CMYK"
-    assert np.abs(rgb(file) - rgb(flat)).max() <= 3  # the rounding of a JPEG of one colour
+    assert np.abs(rgb(file) - rgb(flat)).max() <= 3  # rounding in a JPEG of one colour
 
 
-def test_luma_and_chroma_become_colours():
+def test_ycbcr_becomes_rgb_as_in_jfif():
     picture = Image.fromarray(noise(9, 11)).convert("YCbCr")
     y, cb, cr = np.moveaxis(np.asarray(picture).astype(float), 2, 0)
     cb, cr = cb - 128, cr - 128
@@ -350,14 +351,14 @@ def test_luma_and_chroma_become_colours():
 def test_all_sources_of_one_picture_agree(picture):
     expected = image.pixels(picture, CFG)
     tensor = torch.from_numpy(picture)
-    share = picture / 255
+    fractions = picture / 255
     sources: dict[str, image.Source] = {
         "bytes": encoded(Image.fromarray(picture), "PNG"),
         "PIL": Image.fromarray(picture),
         "uint16": picture.astype(np.uint16) * 257,
-        "float64": share,
-        "float32": share.astype(np.float32),
-        "float16": share.astype(np.float16),
+        "float64": fractions,
+        "float32": fractions.astype(np.float32),
+        "float16": fractions.astype(np.float16),
         "opaque": np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)]),
         "strided": np.asfortranarray(picture),
         "reversed twice": np.ascontiguousarray(picture[::-1, ::-1])[::-1, ::-1],
@@ -372,12 +373,12 @@ def test_all_sources_of_one_picture_agree(picture):
 
 def test_bfloat16_keeps_a_picture_within_its_precision():
     tensor = torch.from_numpy(noise(30, 20))
-    found = rgb((tensor / 255).bfloat16())
-    assert np.abs(found - tensor.numpy()).max() <= 1  # 8 bits of mantissa: half a level, then rounding
+    levels = rgb((tensor / 255).bfloat16())
+    assert np.abs(levels - tensor.numpy()).max() <= 1  # 8 bits of mantissa: half a level, then rounding
 
 
 @pytest.mark.parametrize("as_path", [str, Path])
-def test_paths_agree_with_what_is_in_the_file(tmp_path, as_path):
+def test_a_path_gives_the_picture_in_the_file(tmp_path, as_path):
     path = tmp_path / "a picture (é).png"
     path.write_bytes(encoded(Image.fromarray(noise(6, 9)), "PNG"))
     assert np.array_equal(rgb(as_path(path)), noise(6, 9))
@@ -390,19 +391,19 @@ def test_grey_arrays_are_grey_pictures(picture):
         assert np.array_equal(rgb(source), grey[:, :, None].repeat(3, 2))
 
 
-def test_what_is_given_stays_as_it_was():
+def test_the_arguments_are_not_changed():
     array = noise(6, 9, channels=4)
     image.pixels(array, CFG)
     assert np.array_equal(array, noise(6, 9, channels=4))
     for mode in ("RGB", "RGBA", "P", "L", "I;16"):
         picture = Image.fromarray(noise(6, 9)).convert("I" if mode == "I;16" else mode).convert(mode)
         picture.info |= {"exif": exif(6).tobytes(), "comment": b"kept"}
-        before, info, kept = picture.tobytes(), dict(picture.info), picture.copy()
+        levels, info, copy = picture.tobytes(), dict(picture.info), picture.copy()
         image.pixels(picture, CFG)
-        assert (picture.tobytes(), picture.info, picture.mode, picture.size) == (before, info, kept.mode, kept.size)
+        assert (picture.tobytes(), picture.info, picture.mode, picture.size) == (levels, info, copy.mode, copy.size)
 
 
-# --- what is no picture
+# --- invalid pictures
 
 NOT_PICTURES = {
     "one axis": np.zeros(5),
@@ -433,13 +434,13 @@ NOT_PICTURES = {
 
 
 @pytest.mark.parametrize("name", NOT_PICTURES)
-def test_arrays_that_are_no_pictures_are_refused(name):
+def test_arrays_that_are_not_pictures_are_refused(name):
     with pytest.raises(ImageError) as error:
         image.pixels(NOT_PICTURES[name], CFG)
     message(error)
 
 
-def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
+def test_files_that_are_not_pictures_are_refused_and_named(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not a picture\n" * 9)
@@ -449,7 +450,7 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
         with pytest.raises(ImageError) as error:
             image.pixels(tmp_path / name, CFG)
         assert repr(name)[1:-1] in message(error)
-        assert "0x" not in message(error), "no addresses in memory"
+        assert "0x" not in message(error), "no memory address"
     with pytest.raises(ImageError, match=r"missing\.png: no such file"):
         image.pixels(tmp_path / "missing.png", CFG)
     for source in (b"", b"GIF89a", b"not a picture"):
@@ -458,7 +459,7 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
         assert "0x" not in message(error)
 
 
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+def test_pipes_sockets_devices_and_folders_are_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as endpoint:
         endpoint.bind(str(tmp_path / "socket"))
@@ -471,23 +472,23 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
 
 
 def segmented(segments: int) -> bytes:
-    """A JPEG with so many segments of Exif data, which Pillow joins one by one."""
+    """A JPEG with this many segments of EXIF data, which Pillow joins one by one."""
     file, data = encoded(Image.new("RGB", (8, 8)), "JPEG"), b"Exif\0\0abcd"
     return file[:2] + (b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data) * segments + file[2:]
 
 
 def commented(comments: int) -> bytes:
-    """A GIF with so many comments, likewise."""
+    """A GIF with this many comments, which Pillow joins one by one."""
     file = encoded(Image.new("L", (8, 8)), "GIF")
     start = file.index(b",")
     return file[:start] + b"!\xfe\x01a\0" * comments + file[start:]
 
 
 def test_a_header_in_very_many_pieces_is_refused():
-    for made in (segmented, commented):
-        assert rgb(made(1000)).shape == (8, 8, 3)
+    for make in (segmented, commented):
+        assert rgb(make(1000)).shape == (8, 8, 3)
         with pytest.raises(ImageError, match="header is in more than 20,000 pieces"):
-            rgb(made(10**5))
+            rgb(make(10**5))
 
 
 @pytest.mark.parametrize("size", [(10**6, 1), (1, 10**6)], ids=str)
@@ -496,15 +497,15 @@ def test_a_picture_of_a_million_pixels_in_one_line_is_refused(size):
         image.pixels(encoded(Image.new("1", size), "PNG"), replace(CFG, vision=replace(CFG.vision, image_size=224)))
 
 
-@pytest.mark.parametrize(("fault", "said"), [("one\ntwo", "(one)"), ("", "(OSError)")])
-def test_an_error_of_a_decoder_is_one_line(monkeypatch, fault, said):
+@pytest.mark.parametrize(("fault", "reason"), [("one\ntwo", "(one)"), ("", "(OSError)")])
+def test_the_error_of_a_decoder_becomes_one_line(monkeypatch, fault, reason):
     def broken(file):
         raise OSError(fault)
 
     monkeypatch.setattr(Image, "open", broken)
     with pytest.raises(ImageError) as error:
         image.pixels(b"", CFG)
-    assert said in message(error)
+    assert reason in message(error)
 
 
 FORMATS: dict[str, dict] = {
@@ -521,7 +522,7 @@ formats = st.sampled_from(sorted(FORMATS))
 
 
 def attempt(file: bytes) -> np.ndarray | None:
-    """The picture, or nothing after an ImageError of one line; any other error fails the test."""
+    """The picture, or None if reading it raises an ImageError of one line. Any other error fails the test."""
     try:
         return rgb(file)
     except ImageError as error:
@@ -531,18 +532,18 @@ def attempt(file: bytes) -> np.ndarray | None:
 
 
 @given(formats, st.floats(0, 1, exclude_max=True), st.booleans())
-def test_a_truncated_picture_is_refused_unless_nothing_of_it_is_missing(format, share, end):
-    whole = FILES[format]
-    cut = len(whole) - 1 - int(share * 40) if end else int(share * len(whole))  # often among the last 40 bytes
-    found = attempt(whole[:cut])
-    assert found is None or np.array_equal(found, rgb(whole))
+def test_a_truncated_picture_is_refused_unless_all_pixels_are_there(format, fraction, near_end):
+    file = FILES[format]
+    cut = len(file) - 1 - int(fraction * 40) if near_end else int(fraction * len(file))
+    picture = attempt(file[:cut])
+    assert picture is None or np.array_equal(picture, rgb(file))
 
 
-@given(formats, flips, st.booleans())
-def test_damaged_bytes_give_a_picture_or_an_image_error(format, places, head):
-    head = min(len(FILES[format]), 60 if head else 10**6)
-    found = attempt(flipped(FILES[format][:head], places) + FILES[format][head:])
-    assert found is None or (found.ndim == 3 and found.shape[2] == 3 and 0 not in found.shape)
+@given(formats, byte_changes, st.booleans())
+def test_damaged_bytes_give_a_picture_or_an_image_error(format, changes, in_header):
+    end = min(len(FILES[format]), 60 if in_header else 10**6)
+    picture = attempt(damaged(FILES[format][:end], changes) + FILES[format][end:])
+    assert picture is None or (picture.ndim == 3 and picture.shape[2] == 3 and 0 not in picture.shape)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -550,7 +551,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds a hundred bytes."""
+    """A PNG that declares this size and has a hundred bytes of pixel data."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
 
@@ -558,7 +559,7 @@ def png(width: int, height: int) -> bytes:
 BOMBS = {
     "PNG": png(30_000, 30_000),
     "PNG of one row": png(2**31 - 1, 1),
-    "PNG that Pillow only warns of": png(10_000, 10_000),
+    "PNG that only makes Pillow warn": png(10_000, 10_000),
     "GIF": b"GIF89a"
     + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0)
     + b","
@@ -570,7 +571,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_decompression_bomb_is_refused_by_its_header(name, monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("memory would be taken for the pixels"))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("this would allocate memory for the pixels"))
     with pytest.raises(ImageError, match="too many pixels") as error:
         image.pixels(BOMBS[name], CFG)
     message(error)

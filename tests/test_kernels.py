@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgfunc import kernels
 from pgfunc.errors import DeviceError
+from pgfunc.kernels import calls, tuning
 
 HERE = Path(__file__).parent
 
@@ -39,20 +39,20 @@ def test_without_triton_a_call_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "pgfunc.kernels.device", raising=False)
     with pytest.raises(DeviceError, match="need Triton, which is not installed: pip install triton"):
-        kernels.matvec(torch.ones(4), torch.ones(2, 4))
+        calls.matvec(torch.ones(4), torch.ones(2, 4))
 
 
 def test_a_block_is_no_wider_than_the_matrix_needs_and_every_size_has_a_tile():
-    for name in kernels.TILES:
+    for name in tuning.TILES:
         kind, _, kernel = name.rpartition(" ")
         bits, group = {"": (16, 0), "int8": (8, 0), "int4": (4, 32)}[kind]
         for outputs, inputs in [(1, 1), (64, 16), (2560, 2048), (257_152, 4608)]:
             inputs, w = max(inputs, group), torch.empty(outputs, 0)
-            sizes = kernels.Kept((w, w), inputs, bits, group).sizes(kernels.tile(kernel, outputs, inputs, bits))
+            sizes = calls.KernelMatrix((w, w), inputs, bits, group).sizes(tuning.tile(kernel, outputs, inputs, bits))
             assert sizes["BLOCK"] & (sizes["BLOCK"] - 1) == 0
             assert max(16, group) <= sizes["BLOCK"] < max(17, 2 * inputs)
     for slots in (1, 600, 1000, 8192):
         for size in (2, 4):
-            share = kernels.chunk(slots, size)
+            share = tuning.chunk(slots, size)
             assert share.keys & (share.keys - 1) == 0
             assert share.keys >= 16  # the least that a tensor core multiplies

@@ -201,7 +201,7 @@ def test_an_adapter_of_another_model_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ("half", "projector A is missing, expected shape"), ("stranger", "lora_embedding_A.weight is no linear weight"),
+    ("half", "projector A is missing, expected shape"), ("stranger", "lora_embedding_A.weight is not a linear weight"),
     ("config", "adapter_config.json: missing"),
 ])  # fmt: skip
 def test_an_adapter_that_is_not_whole_is_named(change, said, tmp_path):

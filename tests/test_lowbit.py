@@ -95,7 +95,7 @@ def test_either_order_is_the_other_to_the_bit(seed, method, dtype):
     assert not rows.blocked
     assert lowbit.method(rows) == lowbit.method(w) == method
     assert np.array_equal(meaning(rows), meaning(w))
-    back = lowbit.arranged(rows, torch.device("cpu"))
+    back = lowbit.to_device_layout(rows, torch.device("cpu"))
     assert torch.equal(back.values, w.values)
     assert torch.equal(back.scale, w.scale)
     assert lowbit.ordered(rows, rows=True) is rows
@@ -239,15 +239,15 @@ def test_products_are_differentiable_in_both_modes_and_map_over_matrices(method)
 
 def test_kernels_serve_where_they_can_and_nowhere_else():
     x, w = normal(1, 2, 256, dtype=torch.bfloat16), lowbit.quantize(normal(2, BLOCK, 256, dtype=torch.bfloat16), "int8")
-    assert lowbit.kernel_serves(x, w)
-    assert not lowbit.kernel_serves(x.float(), w), "dtypes differ"
-    assert not lowbit.kernel_serves(x[:, :250], w), "a row that the kernel would read past"
-    assert not lowbit.kernel_serves(x.double(), w._replace(scale=w.scale.double())), "float64 has no kernel"
-    assert not lowbit.kernel_serves(x.clone().requires_grad_(), w)
+    assert lowbit.cpu_kernel_applies(x, w)
+    assert not lowbit.cpu_kernel_applies(x.float(), w), "dtypes differ"
+    assert not lowbit.cpu_kernel_applies(x[:, :250], w), "a row that the kernel would read past"
+    assert not lowbit.cpu_kernel_applies(x.double(), w._replace(scale=w.scale.double())), "float64 has no kernel"
+    assert not lowbit.cpu_kernel_applies(x.clone().requires_grad_(), w)
     with torch.no_grad():
-        assert lowbit.kernel_serves(x.clone().requires_grad_(), w)
+        assert lowbit.cpu_kernel_applies(x.clone().requires_grad_(), w)
     seen = []
-    torch.func.vmap(lambda row: seen.append(lowbit.kernel_serves(row, w)) or row)(x)
+    torch.func.vmap(lambda row: seen.append(lowbit.cpu_kernel_applies(row, w)) or row)(x)
     assert seen == [False]
 
 
@@ -255,8 +255,8 @@ def test_kernels_serve_where_they_can_and_nowhere_else():
 def test_looking_up_makes_the_rows_of_the_table(seed, method, dtype):
     table = lowbit.quantize(normal(seed, 20, 12, dtype=dtype), method)
     ids = torch.randint(0, 20, (2, 3), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(ops.look_up(ids, table), lowbit.dequantize(table)[ids])
-    assert prod(ops.look_up(ids[:0], table).shape) == 0
+    assert torch.equal(ops.embedding(ids, table), lowbit.dequantize(table)[ids])
+    assert prod(ops.embedding(ids[:0], table).shape) == 0
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="another CPU packs differently")

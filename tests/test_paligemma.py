@@ -13,10 +13,8 @@ from torch.func import grad, jvp, vmap
 from watched import Watched
 
 import pgfunc as pg
-from pgfunc import gemma, kernels, masks, ops, paligemma, quant, siglip
-from pgfunc.cache import slots_behind
+from pgfunc import gemma, ops, paligemma, siglip
 from pgfunc.errors import SettingError
-from pgfunc.kernels import block
 
 ATOL = 1e-4  # float32, few layers, logits of order 1
 
@@ -245,35 +243,6 @@ def test_a_tap_sees_every_layer_and_can_edit_it():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_parameters_are_the_same_and_lie_beside_one_another(name):
-    given = params(CONFIGS[name])
-    packed = paligemma.packed(given, torch.device("cpu"))
-    assert all(
-        torch.equal(*pair)
-        for pair in zip(pg.tree.flatten(given).values(), pg.tree.flatten(packed).values(), strict=True)
-    )
-    for layer in packed.language.layers:
-        assert ops.together((layer.q, layer.k, layer.v)) is not None
-        assert ops.together((layer.gate, layer.up)) is not None
-    for layer in packed.vision.layers:
-        assert ops.together((layer.q, layer.k, layer.v)) is not None
-        assert ops.together((layer.q_bias, layer.k_bias, layer.v_bias)) is not None
-    small = quant.quantize(given, "int8")
-    again = paligemma.packed(small, torch.device("cpu"))
-    assert quant.methods(again) == quant.methods(small)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_are_packed_on_the_device_that_is_named_with_room_for_those_without_weights(name):
-    given, room = params(CONFIGS[name]), paligemma.packed(paligemma.abstract(CONFIGS[name]), torch.device("cpu"))
-    sizes = {path: leaf.shape for path, leaf in pg.tree.flatten(given).items()}
-    for packed, device in ((room, "cpu"), (paligemma.packed(given, torch.device("meta")), "meta")):
-        assert {leaf.device.type for leaf in pg.tree.flatten(packed).values()} == {device}
-        assert {path: leaf.shape for path, leaf in pg.tree.flatten(packed).items()} == sizes
-    assert ops.together(room.language.layers[0][1:4]) is not None
-
-
-@pytest.mark.parametrize("name", CONFIGS)
 def test_whatever_is_made_is_made_where_the_parameters_are(name):
     cfg, tree = CONFIGS[name], paligemma.abstract(CONFIGS[name])
     for images in (0, 2):
@@ -306,73 +275,3 @@ def test_the_factor_of_text_is_rounded_to_the_dtype_of_the_weights_first():
     table = torch.randn(4, 2048).bfloat16()
     found = gemma.embed(gemma.Params(table, (), table[0]), torch.tensor([[2, 1]]), cfg)
     assert torch.equal(found[0], (table[[2, 1]].double() * 45.25).bfloat16())  # the root is 45.2548
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_step_by_the_kernels_is_asked_for_what_the_eager_one_computes(name):
-    """With the code for GPUs replaced by what it stands for, where neither a tap looks nor a prompt is read."""
-    cfg, tree, token = CONFIGS[name], params(CONFIGS[name]), torch.tensor([1, 2])
-    given, steps = prompt(cfg, [3, 1], [0, 2]), []
-
-    def step(layer, x, angles, past, window, cfg):
-        steps.append(layer)
-        k, v, length = past
-        seen, where = masks.cached(length, 1, k.shape[1], window), slots_behind(length, 1, k.shape[1])
-        mask = seen.window if window else seen.full
-        return gemma.block(layer, x, angles["by the kernels"], mask, cfg, (k, v, where))
-
-    expected = pg.decode(tree, token, pg.prefill(tree, given, cfg, 2)[1], cfg)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block, "serves_layers", lambda x, tap, layers: tap is ops.identity and layers)
-        patch.setattr(block, "rotation", lambda *given: {"by the kernels": ops.angles(*given)})
-        patch.setattr(block, "block", step)
-        _, cache = pg.prefill(tree, given, cfg, 2)
-        torch.testing.assert_close(pg.decode(tree, token, cache, cfg), expected)
-        assert steps == list(tree.language.layers)
-        torch.testing.assert_close(pg.decode(tree, token, cache, cfg, lambda name, x: x), expected)
-    assert len(steps) == cfg.text.layers
-
-
-@pytest.mark.parametrize("allowed", [None, range(3, 9), torch.tensor([5, 2])], ids=["all", "range", "ids"])
-def test_logits_by_the_kernels_are_asked_for_as_the_eager_ones_are_computed(allowed):
-    cfg, tree, asked = CONFIGS["gemma2"].text, params(CONFIGS["gemma2"]).language, []
-
-    def head(x, scale, table, eps, made):
-        asked.append(made)
-        return ops.linear(ops.rms_norm(x, scale, eps), table)
-
-    x = torch.randn(2, cfg.width)
-    expected = gemma.unembed(tree, x, cfg, allowed=allowed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block, "serves", lambda x, tap, table: tap is ops.identity and len(table) > 0)
-        patch.setattr(block, "head", head)
-        torch.testing.assert_close(gemma.unembed(tree, x, cfg, allowed=allowed), expected)
-        torch.testing.assert_close(gemma.unembed(tree, x, cfg, lambda name, x: x, allowed), expected)
-    assert asked == [isinstance(allowed, torch.Tensor)], "a copy was made of these rows of the head"
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_prompt_compiled_block_by_block_is_what_it_was(name):
-    """By the code for GPUs where it can be had on a CPU: spans in place of masks, and the last layer at one token."""
-    cfg = CONFIGS[name]
-    weights, given = params(cfg), prompt(cfg, [3, 1], [0, 2])
-    wrapped, spans = [], []
-
-    def wrap(part):
-        wrapped.append(part)
-        return part
-
-    def attend(q, k, v, mask, *how):
-        spans.append(mask)
-        return kernels.attend_spans_eager(q, k, v, *mask, *how)
-
-    expected = pg.prefill(weights, given, cfg, 2, tap=lambda name, x: x)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block, "possible", lambda x: True)
-        patch.setattr(block, "attend", attend)
-        patch.setattr(block, "rotated", kernels.rotated_prompt_eager)
-        found = pg.prefill(weights, given, cfg, 2, wrap=wrap)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert len(spans) == cfg.text.layers
-    vision, language = [siglip.block] * cfg.vision.layers, [gemma.block] * cfg.text.layers
-    assert wrapped == [*vision, paligemma.embed_and_mask, *language, gemma.unembed]

@@ -20,7 +20,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(folder):
+def models(folder):
     return pg.load(folder, device="cpu"), reference.load(folder)
 
 
@@ -34,25 +34,25 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(pair, case):
-    model, other = pair
+def test_logits_equal_transformers(models, case):
+    model, other = models
     prefix, suffix, images, padding = CASES[case]
-    given = prompt(model.cfg, prefix, suffix, images, padding=padding)
-    ours, theirs = pg.forward(model.params, given, model.cfg), reference.logits(other, given, model.cfg)
-    assert theirs.std() > 0.3, "the network must matter"
-    torch.testing.assert_close(ours[given.valid], theirs[given.valid], atol=ATOL, rtol=0)
+    batch = prompt(model.cfg, prefix, suffix, images, padding=padding)
+    ours, theirs = pg.forward(model.params, batch, model.cfg), reference.logits(other, batch, model.cfg)
+    assert theirs.std() > 0.3, "the logits must depend on the network"
+    torch.testing.assert_close(ours[batch.valid], theirs[batch.valid], atol=ATOL, rtol=0)
 
 
-def test_greedy_tokens_equal_transformers_over_32_cached_steps(pair):
-    model, other = pair
+def test_greedy_tokens_equal_transformers_over_32_cached_steps(models):
+    model, other = models
     for seed in range(4):
-        given = prompt(model.cfg, [5], [0], seed=seed)
-        logits, cache = pg.prefill(model.params, given, model.cfg, 32)
+        batch = prompt(model.cfg, [5], [0], seed=seed)
+        logits, cache = pg.prefill(model.params, batch, model.cfg, 32)
         tokens = [pg.sample.greedy(logits)]
         for _ in range(31):
             logits, cache = pg.decode(model.params, tokens[-1], cache, model.cfg)
             tokens.append(pg.sample.greedy(logits))
-        assert torch.equal(torch.stack(tokens, 1), reference.greedy(other, given, model.cfg, 32))
+        assert torch.equal(torch.stack(tokens, 1), reference.greedy(other, batch, model.cfg, 32))
 
 
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
@@ -60,19 +60,19 @@ def test_greedy_tokens_equal_transformers_over_32_cached_steps(pair):
 def test_every_key_layout_loads_the_same_weights(tmp_path, layout, variant):
     reference.save_random(tmp_path, variant)
     expected = pg.tree.flatten(pg.load(tmp_path, device="cpu").params)
-    expected = {path: leaf.clone() for path, leaf in expected.items()}  # the file is about to be written anew
+    expected = {path: leaf.clone() for path, leaf in expected.items()}  # because the file is about to be rewritten
     reference.relayout(tmp_path, layout)
-    found = pg.tree.flatten(pg.load(tmp_path, device="cpu").params)
-    assert all(torch.equal(found[path], leaf) for path, leaf in expected.items())
+    actual = pg.tree.flatten(pg.load(tmp_path, device="cpu").params)
+    assert all(torch.equal(actual[path], leaf) for path, leaf in expected.items())
 
 
-def test_saved_checkpoints_load_in_transformers_with_the_same_logits(pair, tmp_path):
-    model, other = pair
+def test_saved_checkpoints_load_in_transformers_with_the_same_logits(models, tmp_path):
+    model, other = models
     pg.save(model, tmp_path, shard_bytes=40_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    given = prompt(model.cfg, [2, 5], [3, 1])
+    batch = prompt(model.cfg, [2, 5], [3, 1])
     assert torch.equal(
-        reference.logits(reference.load(tmp_path), given, model.cfg), reference.logits(other, given, model.cfg)
+        reference.logits(reference.load(tmp_path), batch, model.cfg), reference.logits(other, batch, model.cfg)
     )
 
 
@@ -82,16 +82,16 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(folder, tmp_path):
     assert model.params.projector.dtype == torch.bfloat16
     ours, theirs = [], []
     for seed in range(8):
-        given = prompt(model.cfg, [4, 6], [5, 2], seed=seed)
-        exact = pg.forward(wide.params, given, model.cfg)[given.valid]
-        ours.append((pg.forward(model.params, given, model.cfg)[given.valid] - exact).square().mean())
-        theirs.append((reference.logits(other, given, model.cfg)[given.valid] - exact).square().mean())
-    # the same roundings at other places: over eight prompts the two errors agree to a few per cent
+        batch = prompt(model.cfg, [4, 6], [5, 2], seed=seed)
+        exact = pg.forward(wide.params, batch, model.cfg)[batch.valid]
+        ours.append((pg.forward(model.params, batch, model.cfg)[batch.valid] - exact).square().mean())
+        theirs.append((reference.logits(other, batch, model.cfg)[batch.valid] - exact).square().mean())
+    # both round equally often, at different points: over eight prompts the two errors agree to a few per cent
     assert torch.stack(ours).mean().sqrt() < 1.2 * torch.stack(theirs).mean().sqrt()
 
 
-def test_padding_rows_of_the_vocabulary_have_no_logits(pair):
-    model, _ = pair
+def test_padding_rows_of_the_vocabulary_have_no_logits(models):
+    model, _ = models
     assert model.params.language.embed.shape[0] == model.cfg.text.vocab + 32
     logits = pg.forward(model.params, prompt(model.cfg, [3], [2]), model.cfg)
     assert logits.shape[-1] == model.cfg.text.vocab == model.cfg.image

@@ -1,4 +1,4 @@
-"""Pictures and text become `[image tokens] <bos> prefix \\n | suffix <eos>`, row by row."""
+"""Every row of pictures and text becomes `[image tokens] <bos> prefix \\n | suffix <eos>`."""
 
 from dataclasses import replace
 
@@ -16,14 +16,14 @@ from pgfunc import image, tokenizer
 from pgfunc.config import Config
 from pgfunc.errors import ImageError, PromptError
 
-VOCAB = len(IDS) - 1  # `<image>` is the last id of the tokenizer, and none of the model's
+VOCAB = len(IDS) - 1  # `<image>` is the last id of the tokenizer and not in the model's vocabulary
 CFG = Config(VISION, replace(GEMMA, vocab=VOCAB, positions=90), image=IDS["<image>"])
 MODEL = pg.Model(CFG, params(CFG), PLAIN)
 MUTE = MODEL._replace(tokenizer=None)
 PAD, EOS, BOS, NEWLINE = 0, 1, 2, IDS["\n"]
 RED, GREEN, BLUE = (np.full((3, 5, 3), np.eye(3)[i] * 255, np.uint8) for i in range(3))
 
-# so that all fit 90 positions, and markers of pictures have tests of their own
+# short enough for 90 positions, and without `<image>` markers, which other tests cover
 short = texts.filter(lambda text: len(text.encode()) < 30 and not text.lstrip().startswith("<image>"))
 batches = st.lists(st.tuples(short, st.none() | short), min_size=1, max_size=4)
 
@@ -36,14 +36,14 @@ def prepare(rows: list[tuple[str, str | None]], images=()) -> pg.Prompt:
     return pg.prepare(MODEL, [list(images)] * len(rows), [prefix for prefix, _ in rows], [suffix for _, suffix in rows])
 
 
-def same(one: pg.Prompt, other: pg.Prompt) -> bool:
+def equal(one: pg.Prompt, other: pg.Prompt) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def failing(*given, model: pg.Model = MODEL) -> str:
-    """The message, one line, of the PromptError that `prepare` raises."""
+def error_message(*arguments, model: pg.Model = MODEL) -> str:
+    """The message of the PromptError that `prepare` raises. It must be one line."""
     with pytest.raises(PromptError) as error:
-        pg.prepare(model, *given)
+        pg.prepare(model, *arguments)
     assert str(error.value).isprintable(), "one line"
     return str(error.value)
 
@@ -52,7 +52,7 @@ def failing(*given, model: pg.Model = MODEL) -> str:
 
 
 def test_a_prompt_is_laid_out_as_drawn():
-    """Two rows, x for what is padded:
+    """Two rows; x is padding:
 
     <bos> a \\n | c d <eos>        <bos> e f b \\n x
     """
@@ -81,58 +81,56 @@ def test_every_row_is_bos_prefix_newline_suffix_eos_then_padding(rows):
 
 
 @given(batches, st.integers(0, 2))
-def test_a_row_does_not_depend_on_the_others_but_for_padding(rows, pictures):
+def test_a_row_depends_on_the_other_rows_only_in_its_padding(rows, pictures):
     images = [RED, BLUE][:pictures]
     prompt = prepare(rows, images)
     for i, row in enumerate(rows):
         alone = prepare([row], images)
         width = alone.tokens.shape[1]
-        assert same(alone, pg.Prompt(prompt.pixels[i : i + 1], *(leaf[i : i + 1, :width] for leaf in prompt[1:])))
+        assert equal(alone, pg.Prompt(prompt.pixels[i : i + 1], *(leaf[i : i + 1, :width] for leaf in prompt[1:])))
         assert not prompt.valid[i, width:].any()
 
 
 @pytest.mark.parametrize("prefix", ["", "a", "a\n", "a\n\n", "\n", "a\n<loc0001>\n"])
-def test_the_newline_is_a_token_of_its_own_whatever_stands_before_it(prefix):
+def test_the_newline_is_a_separate_token_after_every_prefix(prefix):
     (tokens,) = pg.prepare(MODEL, RED, prefix).tokens.tolist()
     assert tokens == [BOS, *encode(prefix), NEWLINE]
 
 
 def test_a_prefix_that_ends_in_a_newline_keeps_both():
-    assert encode("\n\n") == [IDS["\n\n"]], (
-        "else the test tests nothing: in one string, two newlines would be one token"
-    )
+    assert encode("\n\n") == [IDS["\n\n"]], "in one string, two newlines are one token; otherwise this tests nothing"
     assert pg.prepare(MODEL, RED, "a\n").tokens.tolist() == [[BOS, IDS["a"], NEWLINE, NEWLINE]]
 
 
-def test_what_a_user_writes_is_no_control_token():
+def test_user_text_contains_no_control_token():
     prompt = pg.prepare(MODEL, RED, "<bos><image><pad>\n<eos>", "<eos> <bos>")
     (tokens,) = prompt.tokens.tolist()
     assert (tokens.count(BOS), tokens.count(EOS), tokens.count(PAD), tokens.count(CFG.image)) == (1, 1, 0, 0)
     assert tokens[-1] == EOS
 
 
-def test_places_are_tokens_of_prefix_and_suffix():
+def test_location_and_mask_tokens_are_encoded_in_prefix_and_suffix():
     prompt = pg.prepare(MODEL, RED, "a<loc0001>", "<loc1023><seg001>")
-    words = [IDS[word] for word in ("<loc0001>", "<loc1023>", "<seg001>")]
-    assert prompt.tokens.tolist() == [[BOS, IDS["a"], words[0], NEWLINE, *words[1:], EOS]]
+    first, *rest = [IDS[token] for token in ("<loc0001>", "<loc1023>", "<seg001>")]
+    assert prompt.tokens.tolist() == [[BOS, IDS["a"], first, NEWLINE, *rest, EOS]]
 
 
-# --- prefixes that begin with `<image>`, as transformers' processor takes them
+# --- prefixes that begin with `<image>`, as for transformers' processor
 
 
 @given(st.integers(1, 2), st.sampled_from(["", " ", "\n"]), st.sampled_from(["", " "]), short)
-def test_a_marker_for_each_picture_is_implied(pictures, before, between, prefix):
+def test_one_marker_per_picture_changes_nothing(pictures, before, between, prefix):
     assume(not prefix.startswith("<bos>"))
     images = [[RED, BLUE][:pictures]]
     marked = before + between.join(["<image>"] * pictures) + prefix
-    assert same(pg.prepare(MODEL, images, marked, "b"), pg.prepare(MODEL, images, prefix, "b"))
+    assert equal(pg.prepare(MODEL, images, marked, "b"), pg.prepare(MODEL, images, prefix, "b"))
 
 
-def test_a_bos_behind_the_markers_is_implied_too():
+def test_a_bos_after_the_markers_changes_nothing():
     expected = pg.prepare(MODEL, RED, "a")
-    assert same(pg.prepare(MODEL, RED, "<image><bos>a"), expected)
-    assert same(pg.prepare(MODEL, RED, ["<image>a"]), expected)
-    assert not same(pg.prepare(MODEL, RED, "<bos>a"), expected), "without a marker it is text"
+    assert equal(pg.prepare(MODEL, RED, "<image><bos>a"), expected)
+    assert equal(pg.prepare(MODEL, RED, ["<image>a"]), expected)
+    assert not equal(pg.prepare(MODEL, RED, "<bos>a"), expected), "without a marker, <bos> is text"
 
 
 @pytest.mark.parametrize(("images", "prefix", "count"), [
@@ -140,13 +138,13 @@ def test_a_bos_behind_the_markers_is_implied_too():
     ([[RED, BLUE]], "<image> a", "1 <image> for 2 pictures;"),
     ([[]], "<image>a", "1 <image> for 0 pictures;"),
 ])  # fmt: skip
-def test_another_number_of_markers_is_refused(images, prefix, count):
-    assert count in failing(images, prefix)
-    assert "leave <image> out" in failing(images, prefix)
+def test_a_wrong_number_of_markers_is_refused(images, prefix, count):
+    assert count in error_message(images, prefix)
+    assert "leave <image> out" in error_message(images, prefix)
 
 
 @pytest.mark.parametrize("prefix", ["what is <image>?", "<image>a<image>", "a <image>", "<IMAGE>a", "<imag e>"])
-def test_image_elsewhere_is_text(prefix):
+def test_image_in_another_position_is_text(prefix):
     tokens = pg.prepare(MODEL, RED, prefix).tokens.tolist()
     assert tokens == [[BOS, *encode(prefix.removeprefix("<image>")), NEWLINE]]
     assert CFG.image not in tokens[0]
@@ -157,10 +155,10 @@ def test_image_in_a_suffix_is_text():
     assert tokens == [[BOS, IDS["a"], NEWLINE, *encode("<image>b"), EOS]]
 
 
-def test_markers_are_implied_in_every_loop():
+def test_markers_change_nothing_in_generate_stream_and_score():
     plain, marked = "caption en", "<image>caption en"
-    (expected,), (found,) = (pg.generate(MODEL, RED, prefix, max_new_tokens=5) for prefix in (plain, marked))
-    assert found == expected
+    (expected,), (completion,) = (pg.generate(MODEL, RED, prefix, max_new_tokens=5) for prefix in (plain, marked))
+    assert completion == expected
     assert "".join(pg.stream(MODEL, RED, marked, max_new_tokens=5)) == expected.text
     assert torch.equal(pg.score(MODEL, RED, marked, ["a"]), pg.score(MODEL, RED, plain, ["a"]))
     rows = pg.generate(MODEL, [RED, [RED, BLUE]], [marked, "<image>" + marked], max_new_tokens=5)
@@ -171,51 +169,51 @@ def test_markers_are_implied_in_every_loop():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_pictures_stand_in_their_row_in_their_order(count):
+def test_pictures_keep_their_row_and_their_order(count):
     rows = [[RED, GREEN][:count], [BLUE, RED][:count], [GREEN, GREEN][:count]]
     prompt = pg.prepare(MODEL, rows, ["a", "b", "c"])
     assert prompt.pixels.shape == (3, count, 3, 28, 28)
-    for pictures, pixels in zip(rows, prompt.pixels, strict=True):
-        for picture, found in zip(pictures, pixels, strict=True):
-            assert torch.equal(found, image.pixels(picture, CFG))
+    for pictures, row in zip(rows, prompt.pixels, strict=True):
+        for picture, pixels in zip(pictures, row, strict=True):
+            assert torch.equal(pixels, image.pixels(picture, CFG))
 
 
-def test_a_picture_may_be_whatever_image_reads(tmp_path):
+def test_a_picture_may_be_a_path_bytes_an_image_or_a_tensor(tmp_path):
     Image.fromarray(RED).save(tmp_path / "red.png")
     path = tmp_path / "red.png"
     for source in (path, str(path), path.read_bytes(), Image.fromarray(RED), torch.from_numpy(RED)):
         for images in (source, [source], [[source]], (source,)):
-            assert same(pg.prepare(MODEL, images, "a"), pg.prepare(MODEL, RED, "a"))
+            assert equal(pg.prepare(MODEL, images, "a"), pg.prepare(MODEL, RED, "a"))
     with pytest.raises(ImageError, match=r"blue\.png: no such file"):
         pg.prepare(MODEL, [path, tmp_path / "blue.png"], "a")
 
 
 def test_pictures_take_positions():
-    prefix = "x" * (90 - 2 * 4 - 2)  # 4 image tokens a picture, bos, newline
+    prefix = "x" * (90 - 2 * 4 - 2)  # 4 image tokens per picture, bos, newline
     assert pg.prepare(MODEL, [[RED, BLUE]], prefix).tokens.shape == (1, 82)
     pg.prepare(MODEL, RED, prefix + "xxxx")
     pg.prepare(MODEL, [[]], prefix + "x" * 8)
     for images, rest in (([[RED, BLUE]], "x"), (RED, "x" * 5), ([[]], "x" * 9)):
-        assert "90 positions" in failing(images, prefix + rest)
+        assert "90 positions" in error_message(images, prefix + rest)
 
 
 def test_the_longest_row_and_its_suffix_must_fit():
     text = "x" * 43
     pg.prepare(MODEL, [RED, BLUE], ["a", text[:-4]], ["b", text])  # 4 + bos + 39 + newline + 43 + eos is 89
-    assert "90 positions" in failing([RED, BLUE], ["a", text], ["b", text])
+    assert "90 positions" in error_message([RED, BLUE], ["a", text], ["b", text])
 
 
-# --- rows and what is given once
+# --- one value for all rows
 
 
-def test_what_is_given_once_is_for_every_row():
+def test_a_single_value_is_used_for_every_row():
     rows = pg.prepare(MODEL, [RED, RED], ["a", "a"], ["b", "b"])
     for images in (RED, [RED, RED], (RED, RED), [[RED], [RED]], [(RED,), RED]):
         for prefixes in ("a", ["a", "a"], ("a", "a")):
             for suffixes in ("b", ["b", "b"], ("b", "b")):
-                if any(isinstance(given, (list, tuple)) for given in (images, prefixes, suffixes)):
-                    assert same(pg.prepare(MODEL, images, prefixes, suffixes), rows)
-    assert same(pg.prepare(MODEL, RED, "a", "b"), pg.prepare(MODEL, [RED], ["a"], ["b"]))
+                if any(isinstance(argument, (list, tuple)) for argument in (images, prefixes, suffixes)):
+                    assert equal(pg.prepare(MODEL, images, prefixes, suffixes), rows)
+    assert equal(pg.prepare(MODEL, RED, "a", "b"), pg.prepare(MODEL, [RED], ["a"], ["b"]))
 
 
 def test_empty_texts_are_texts():
@@ -228,25 +226,25 @@ def test_empty_texts_are_texts():
 
 
 @given(short, short)
-def test_ids_in_place_of_text_are_taken_as_they_are(prefix, suffix):
+def test_ids_instead_of_text_are_used_unchanged(prefix, suffix):
     left, right = [BOS, *encode(prefix), NEWLINE], encode(suffix)
     expected = pg.prepare(MODEL, [RED, BLUE], prefix)
     for model in (MODEL, MUTE):
-        assert same(pg.prepare(model, [RED, BLUE], left), expected)
-        assert same(pg.prepare(model, [RED, BLUE], [left, tuple(left)]), expected)
+        assert equal(pg.prepare(model, [RED, BLUE], left), expected)
+        assert equal(pg.prepare(model, [RED, BLUE], [left, tuple(left)]), expected)
         if right:
-            assert same(pg.prepare(model, RED, left, right), pg.prepare(MODEL, RED, prefix, suffix))
-    assert same(pg.prepare(MODEL, RED, [left, prefix]), pg.prepare(MODEL, RED, [prefix, prefix]))
+            assert equal(pg.prepare(model, RED, left, right), pg.prepare(MODEL, RED, prefix, suffix))
+    assert equal(pg.prepare(MODEL, RED, [left, prefix]), pg.prepare(MODEL, RED, [prefix, prefix]))
 
 
-def test_what_is_given_stays_as_it_was():
+def test_the_arguments_are_not_changed():
     images, prefixes, suffixes, red = [[RED, BLUE], [BLUE, RED]], ["a", [2, 5]], ["b", None], RED.copy()
     pg.prepare(MODEL, images, prefixes, suffixes)
     assert ([len(row) for row in images], prefixes, suffixes) == ([2, 2], ["a", [2, 5]], ["b", None])
     assert np.array_equal(RED, red)
 
 
-# --- what is no prompt
+# --- invalid prompts
 
 LENGTHS = {
     "pictures and prefixes": (([RED, BLUE], ["a", "b", "c"]), "2 pictures, 3 prefixes"),
@@ -260,74 +258,74 @@ LENGTHS = {
 @pytest.mark.parametrize("case", LENGTHS)
 def test_lists_of_different_lengths_are_refused(case):
     arguments, counts = LENGTHS[case]
-    assert counts in failing(*arguments)
+    assert counts in error_message(*arguments)
 
 
 @pytest.mark.parametrize("arguments", [([], []), ([], "a"), (RED, []), ((), ())])
 def test_no_rows_are_refused(arguments):
-    assert "no rows" in failing(*arguments)
+    assert "no rows" in error_message(*arguments)
 
 
 @pytest.mark.parametrize("images", [[RED, [RED, BLUE]], [[], RED], [[RED], []]])
 def test_rows_with_different_numbers_of_pictures_are_refused(images):
-    assert "different numbers of pictures" in failing(images, "a")
+    assert "different numbers of pictures" in error_message(images, "a")
 
 
 @pytest.mark.parametrize("wrong", [VOCAB, VOCAB + 1, -1, 2**40])
 def test_ids_outside_the_vocabulary_are_refused(wrong):
     for arguments in ((RED, [BOS, wrong]), (RED, [[BOS], [wrong]]), (RED, "a", [wrong]), (RED, "a", [[5, wrong]])):
-        assert f"token id {wrong} is outside 0..{VOCAB - 1}" in failing(*arguments)
+        assert f"token id {wrong} is outside 0..{VOCAB - 1}" in error_message(*arguments)
     assert pg.prepare(MODEL, RED, [0, VOCAB - 1]).tokens.tolist() == [[0, VOCAB - 1]]
 
 
 @pytest.mark.parametrize("arguments", [(RED, [[]]), (RED, [[BOS], []]), (RED, "a", [[]])])
 def test_a_row_of_no_ids_is_refused(arguments):
-    assert "found []" in failing(*arguments)
+    assert "found []" in error_message(*arguments)
 
 
 @pytest.mark.parametrize("arguments", [(RED, "a"), (RED, ["a", [2]]), (RED, [BOS, 5], "a")])
 def test_text_without_a_tokenizer_is_refused(arguments):
-    assert "without a tokenizer" in failing(*arguments, model=MUTE)
+    assert "without a tokenizer" in error_message(*arguments, model=MUTE)
 
 
 @pytest.mark.parametrize("wrong", [None, 5, 2.0, b"abc", np.array([2, 5]), torch.tensor([2, 5]), iter("ab")], ids=type)
-def test_what_is_neither_text_nor_ids_is_refused(wrong):
+def test_values_that_are_neither_text_nor_ids_are_refused(wrong):
     for arguments in ((RED, wrong), (RED, ["a", wrong])):
-        assert "prefixes are text or lists of token ids" in failing(*arguments)
-    for arguments in ((RED, "a", wrong), (RED, "a", ["b", wrong])) if wrong is not None else ():  # None is no suffix
-        assert "suffixes are text or lists of token ids" in failing(*arguments)
+        assert "prefixes are text or lists of token ids" in error_message(*arguments)
+    for arguments in ((RED, "a", wrong), (RED, "a", ["b", wrong])) if wrong is not None else ():  # None means no suffix
+        assert "suffixes are text or lists of token ids" in error_message(*arguments)
 
 
 def test_a_model_without_weights_is_refused():
-    nowhere = MODEL._replace(params=pg.tree.map(lambda leaf: leaf.to("meta"), MODEL.params))
-    assert "is on the meta device" in failing(RED, "a", model=nowhere)
+    on_meta = MODEL._replace(params=pg.tree.map(lambda leaf: leaf.to("meta"), MODEL.params))
+    assert "is on the meta device" in error_message(RED, "a", model=on_meta)
 
 
-def test_a_tokenizer_of_another_model_is_noticed():
-    (place,) = encode("<loc0001>")
-    small = MODEL._replace(cfg=replace(CFG, text=replace(CFG.text, vocab=place)))
+def test_the_tokenizer_of_another_model_is_refused():
+    (id,) = encode("<loc0001>")
+    small = MODEL._replace(cfg=replace(CFG, text=replace(CFG.text, vocab=id)))
     pg.prepare(small, RED, "a")
-    with pytest.raises(PromptError, match=f"token id {place} is outside"):
+    with pytest.raises(PromptError, match=f"token id {id} is outside"):
         pg.prepare(small, RED, "<loc0001>")
 
 
-def test_a_picture_that_stands_in_many_rows_is_decoded_once(monkeypatch):
+def test_a_picture_in_several_rows_is_decoded_once(monkeypatch):
     decoded = []
-    once = image.pixels
-    monkeypatch.setattr(image, "pixels", lambda source, cfg: decoded.append(source) or once(source, cfg))
-    found = pg.prepare(MODEL, [RED, BLUE, RED], ["a", "b", "c"]).pixels
+    original = image.pixels
+    monkeypatch.setattr(image, "pixels", lambda source, cfg: decoded.append(source) or original(source, cfg))
+    pixels = pg.prepare(MODEL, [RED, BLUE, RED], ["a", "b", "c"]).pixels
     assert len(decoded) == 2
-    assert torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], found[1])
+    assert torch.equal(pixels[0], pixels[2])
+    assert not torch.equal(pixels[0], pixels[1])
 
 
 @pytest.mark.parametrize("row", [RED, [RED, BLUE]])
-def test_pictures_that_all_rows_share_are_held_once(row):
+def test_pictures_that_all_rows_share_are_stored_once(row):
     pixels = pg.prepare(MODEL, [row, row], ["a", "b"]).pixels
     assert pixels.stride(0) == 0
     assert torch.equal(pixels, torch.cat([pg.prepare(MODEL, [row], ["a"]).pixels] * 2))
 
 
-def test_text_that_is_no_text_is_refused():
-    assert "encoded" in failing(RED, "a\ud800")
-    assert "encoded" in failing(RED, "a", ["\udfff\n"])
+def test_text_with_a_lone_surrogate_is_refused():
+    assert "encoded" in error_message(RED, "a\ud800")
+    assert "encoded" in error_message(RED, "a", ["\udfff\n"])

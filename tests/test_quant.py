@@ -136,7 +136,7 @@ def test_int4_takes_whole_groups_and_whole_blocks(method, inputs):
 def test_a_gpu_without_fp8_says_so(monkeypatch):
     small, cuda = quant.quantize(params(WIDE_CONFIGS["gemma"]), "fp8", ["*.gate"]), torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for refused in (lambda: quant.check_device("fp8", cuda), lambda: quant.arranged(small, cuda)):
+    for refused in (lambda: quant.check_device("fp8", cuda), lambda: quant.to_device_layout(small, cuda)):
         with pytest.raises(SettingError, match=r"fp8 needs .* 8\.9 or more, cuda:0 has 8\.0; take int8"):
             refused()
     quant.check_device("int8", cuda)
@@ -304,10 +304,16 @@ def test_a_damaged_file_is_one_line_that_names_key_and_shapes(what, tmp_path):
 
 
 ENTRIES = {
-    "another library's": ({"quant_method": "bitsandbytes"}, "quantization_config is not of pgfunc; load the original"),
-    "no table": ({"format": "pgfunc", "weights": ["q"]}, "quantization_config is not of pgfunc"),
-    "another's table": ({"quant_method": "x", "weights": {"language.embed": "int8"}}, "is not of pgfunc"),
-    "no names": ({"format": "pgfunc", "weights": {"language.embed": [8]}}, "quantization_config is not of pgfunc"),
+    "another library's": (
+        {"quant_method": "bitsandbytes"},
+        "was not written by pgfunc; load the original",
+    ),
+    "no table": ({"format": "pgfunc", "weights": ["q"]}, "was not written by pgfunc"),
+    "another's table": ({"quant_method": "x", "weights": {"language.embed": "int8"}}, "was not written by pgfunc"),
+    "no names": (
+        {"format": "pgfunc", "weights": {"language.embed": [8]}},
+        "was not written by pgfunc",
+    ),
     "no such method": ({"format": "pgfunc", "weights": {"language.embed": "8"}}, "quantize is '8', expected"),
     "no such weight": ({"format": "pgfunc", "weights": {"language.q": "int8"}}, "language.q is no matrix"),
     "a size": ({"format": "pgfunc", "weights": {"vision.layers.0.q": "int4"}}, "found 24 x 24"),

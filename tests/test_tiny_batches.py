@@ -104,7 +104,7 @@ def written(row: texts.Row, places: list[list[int]], codes: list[list[int]]) -> 
         for piece in pieces[1:]:
             i = next(known)
             masked = piece.startswith("<seg000>")
-            out += detect.words(places[i], codes[i] if masked else ()) + piece.removeprefix("<seg000>" * 16)
+            out += detect.token_text(places[i], codes[i] if masked else ()) + piece.removeprefix("<seg000>" * 16)
         return out
 
     return fill(row.prefix), fill(row.suffix)
@@ -150,17 +150,17 @@ def test_boxes_and_codes_of_a_batch_are_those_of_what_was_rendered(vocab):
             continue
         seen[task] += 1
         assert not detect.malformed(suffix)
-        for item in detect.written(suffix):
+        for item in detect.well_formed(suffix):
             matches = [
                 j for j, thing in enumerate(scene.things)
                 if thing.name == item.label
-                and np.abs(np.array(item.places) / 1023 - drawn.boxes[number, j].numpy()).max() <= 0.5001 / 1023
+                and np.abs(np.array(item.locations) / 1023 - drawn.boxes[number, j].numpy()).max() <= 0.5001 / 1023
             ]  # fmt: skip
             assert matches, "half a step"
             if task == "segment":
                 assert item.codes in [tuple(codes[number, j].tolist()) for j in matches]
         labels = prefix.partition(" ")[2].split(" ; ")
-        assert len(detect.written(suffix)) == sum(thing.name in labels for thing in scene.things)
+        assert len(detect.well_formed(suffix)) == sum(thing.name in labels for thing in scene.things)
     assert seen["detect"] > 10
     assert seen["segment"] > 5
 

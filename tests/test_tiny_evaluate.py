@@ -157,7 +157,7 @@ def full() -> vqvae.Params:
 
 
 def masked(*found: tuple[str, Box]) -> str:
-    return " ; ".join(detect.write(detect.to_places(box, SIDE, SIDE), name, [0] * 16) for name, box in found)
+    return " ; ".join(detect.write(detect.to_locations(box, SIDE, SIDE), name, [0] * 16) for name, box in found)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_what_is_exported_loads_and_runs(exported):
     picture = Image.new("RGB", (224, 224), "navy")
     (done,) = pg.generate(model, picture, "caption en", max_new_tokens=3)
     assert done.finish in ("eos", "length")
-    assert segment.parse(detect.words((0, 0, 500, 500), range(16)), 224, 224, coder)[0].mask.shape == (224, 224)
+    assert segment.parse(detect.token_text((0, 0, 500, 500), range(16)), 224, 224, coder)[0].mask.shape == (224, 224)
     images = siglip_dual.embed_images(siglip.params, dual_prompt.pixels(siglip, [picture]), siglip.cfg)
     said = siglip_dual.embed_texts(siglip.params, dual_prompt.text_ids(siglip, ["a cup"]), siglip.cfg)
     assert torch.isfinite(siglip_dual.logits(siglip.params, images, said)).all()
@@ -240,7 +240,7 @@ def answers(asked, drawn, painted: render.Rendered, codes: torch.Tensor) -> list
     for i, row in asked:
         boxes = [detect.Box(*(painted.boxes[i, j] * 224).tolist()) for j in row.things]
         pieces = [
-            detect.write(detect.to_places(box, 224, 224), drawn[i].things[j].name,
+            detect.write(detect.to_locations(box, 224, 224), drawn[i].things[j].name,
                          codes[i, j].tolist() if row.task == "segment" else ())
             for j, box in zip(row.things, boxes, strict=True)
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Text becomes ids and comes back; what a user writes is never a control token."""
+"""Text is encoded to ids and decoded again; user text never becomes a control token."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ MERGES = [
 
 
 def google(control_special: bool = True, words_special: bool = False) -> Backend:
-    """A small tokenizer laid out as PaliGemma's: spaces are ▁, bytes stand in for what is missing, bos is added."""
+    """A small tokenizer like PaliGemma's: spaces are ▁, unknown characters are byte tokens, and bos is added."""
     letters = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
     texts = [*letters, *(left + right for left, right in MERGES)]
     pieces = CONTROL + [f"<0x{byte:02X}>" for byte in range(256)] + texts
@@ -82,26 +82,26 @@ def test_text_never_becomes_a_control_token(tokens, text):
 
 
 @given(texts)
-def test_files_that_mark_their_tokens_otherwise_give_the_same_ids(text):
+def test_the_ids_do_not_depend_on_which_tokens_are_marked_special(text):
     first, *others = (tokenizer.encode(tokens, text) for tokens in VARIANTS.values())
     assert all(other == first for other in others)
 
 
 @given(tokenizers, texts, st.sampled_from(WORDS), texts)
-def test_places_and_mask_codes_are_one_id_wherever_they_stand(tokens, left, word, right):
-    both = [*tokenizer.encode(tokens, left), IDS[word], *tokenizer.encode(tokens, right)]
-    assert tokenizer.encode(tokens, left + word + right) == both
+def test_location_and_mask_tokens_are_one_id_in_every_position(tokens, left, word, right):
+    expected = [*tokenizer.encode(tokens, left), IDS[word], *tokenizer.encode(tokens, right)]
+    assert tokenizer.encode(tokens, left + word + right) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["<loc1>", "<loc00001>", "<LOC0001>", "<loc0001", "< loc0001>", "<seg0001>", "<loc1024>"]
 )
-def test_what_only_resembles_a_place_is_spelled_out(text):
+def test_text_that_only_resembles_a_location_token_is_ordinary_text(text):
     assert len(tokenizer.encode(PLAIN, text)) > 1
     assert not {IDS[word] for word in WORDS} & set(tokenizer.encode(PLAIN, text))
 
 
-def test_nothing_is_added_cut_off_or_padded():
+def test_nothing_is_added_truncated_or_padded():
     assert tokenizer.encode(PLAIN, "") == []
     assert tokenizer.encode(PLAIN, "x") == [IDS["x"]]
     assert tokenizer.encode(PLAIN, "x" * 50) == [IDS["x"]] * 50
@@ -114,7 +114,7 @@ def test_a_newline_is_one_id_and_two_are_another():
 
 
 @given(st.text(), st.characters(categories=["Cs"]), st.text())
-def test_half_a_surrogate_pair_is_no_text(left, surrogate, right):
+def test_a_lone_surrogate_is_refused(left, surrogate, right):
     with pytest.raises(PromptError) as error:
         tokenizer.encode(PLAIN, left + surrogate + right)
     assert str(error.value).isprintable()
@@ -132,19 +132,19 @@ FLAGS = [
 ]
 
 
-def defined(folder: Path, way: str) -> None:
-    """A folder of transformers with tokens of its own, defined in one of the ways that people have."""
+def save_with_defined_tokens(folder: Path, way: str) -> None:
+    """Save a tokenizer in transformers' layout with additional tokens, defined in one of the ways in `WAYS`."""
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
-    found = PreTrainedTokenizerFast(tokenizer_object=google(), extra_special_tokens={"image_token": "<image>"}, **names)
+    fast = PreTrainedTokenizerFast(tokenizer_object=google(), extra_special_tokens={"image_token": "<image>"}, **names)
     if way == "special":
-        found.add_special_tokens({"additional_special_tokens": DEFINED})
+        fast.add_special_tokens({"additional_special_tokens": DEFINED})
     elif way == "plain":
-        found.add_tokens(DEFINED)
+        fast.add_tokens(DEFINED)
     elif way == "flags":
-        found.add_tokens(FLAGS)
+        fast.add_tokens(FLAGS)
     elif way == "another end":
-        found.add_special_tokens({"eos_token": "</s>", "mask_token": "<task>"})
-    found.save_pretrained(folder)
+        fast.add_special_tokens({"eos_token": "</s>", "mask_token": "<task>"})
+    fast.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     if way == "extra in the config":
         settings["extra_special_tokens"] = ["<image>", *DEFINED]
@@ -171,9 +171,9 @@ WAYS = ["special", "plain", "flags", "another end", "extra in the config", "addi
 
 @pytest.fixture(scope="module", params=WAYS)
 def both(request, tmp_path_factory) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
-    """A folder's tokenizer, as pgfunc and as transformers have it."""
+    """The tokenizer in a folder, loaded by pgfunc and by transformers."""
     folder = tmp_path_factory.mktemp("defined")
-    defined(folder, request.param)
+    save_with_defined_tokens(folder, request.param)
     return tokenizer.load(folder / "tokenizer.json"), AutoTokenizer.from_pretrained(folder)
 
 
@@ -181,14 +181,14 @@ words = st.sampled_from([*DEFINED, *WORDS, "<mask>", "<TASK>", "Words", " ", "  
 
 
 @given(st.lists(words | st.text(max_size=3)).map("".join))
-def test_defined_tokens_are_read_as_transformers_reads_them(both, text):
+def test_defined_tokens_are_encoded_as_in_transformers(both, text):
     ours, theirs = both
     expected = theirs(text, add_special_tokens=False).input_ids
     assume(ours.control.isdisjoint(expected))
     assert tokenizer.encode(ours, text) == expected
 
 
-def test_each_defined_token_is_one_id_beside_a_control_token_that_is_spelled(both):
+def test_each_defined_token_is_one_id_next_to_a_control_token_that_is_text(both):
     ours, theirs = both
     for name in set(DEFINED) & theirs.get_vocab().keys():
         (id,) = tokenizer.encode(ours, name)
@@ -198,7 +198,7 @@ def test_each_defined_token_is_one_id_beside_a_control_token_that_is_spelled(bot
         assert ours.control.isdisjoint(ids)
 
 
-def test_defined_tokens_are_written_special_or_not(both):
+def test_defined_tokens_are_decoded_whether_special_or_not(both):
     ours, theirs = both
     for name in set(DEFINED) & theirs.get_vocab().keys():
         ids = [IDS["a"], theirs.convert_tokens_to_ids(name), IDS["b"]]
@@ -206,8 +206,8 @@ def test_defined_tokens_are_written_special_or_not(both):
         assert list(tokenizer.pieces(ours, ids)) == ["a", name, "b"]
 
 
-def test_an_id_is_a_control_token_by_whatever_name(tmp_path):
-    defined(tmp_path, "another end")
+def test_an_id_can_be_made_a_control_token_whatever_its_name(tmp_path):
+    save_with_defined_tokens(tmp_path, "another end")
     ours = tokenizer.load(tmp_path / "tokenizer.json", control=[len(IDS)])
     assert ours.backend.id_to_token(len(IDS)) == "</s>"
     assert len(IDS) not in tokenizer.encode(ours, "a</s>")
@@ -219,8 +219,8 @@ def test_an_id_is_a_control_token_by_whatever_name(tmp_path):
     '{"added_tokens_decoder": {"1": {"content": 7}}}', '{"bos_token": {"content": ["a"]}}',
     '{"extra_special_tokens": 7}', '{"added_tokens_decoder": {"1": "a\\ud800"}}',
 ])  # fmt: skip
-def test_a_broken_file_beside_a_tokenizer_is_named(tmp_path, content):
-    path = saved(tmp_path, WHOLE)
+def test_a_broken_file_next_to_a_tokenizer_is_named(tmp_path, content):
+    path = saved(tmp_path, COMPLETE)
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json") as error:
         tokenizer.load(path)
@@ -241,8 +241,8 @@ COPIES = {
 
 
 @given(tokenizers, st.sampled_from(sorted(COPIES)), st.booleans(), texts)
-def test_a_copy_reads_and_writes_as_the_original(tokens, way, used, text):
-    """Whether the original has read a control token before or not."""
+def test_a_copy_encodes_and_decodes_like_the_original(tokens, way, used, text):
+    """Whether or not the original has encoded a control token before."""
     expected = tokenizer.encode(tokens, text)
     if used:
         tokenizer.encode(tokens, "<eos>")
@@ -252,11 +252,11 @@ def test_a_copy_reads_and_writes_as_the_original(tokens, way, used, text):
     assert tokenizer.decode(copied, expected) == tokenizer.decode(tokens, expected)
 
 
-def test_a_backend_that_somebody_else_has_is_not_shared():
-    """transformers sets padding, truncation and how special tokens are read anew at each call."""
+def test_a_backend_is_copied_and_not_shared():
+    """transformers sets padding, truncation and `encode_special_tokens` again at each call."""
     backend = google()
     tokens = tokenizer.wrap(backend, "a test's tokenizer")
-    assert backend.truncation, "what is given is not changed"
+    assert backend.truncation, "the argument is not changed"
     backend.enable_padding(length=50, pad_id=0, pad_token="<pad>")
     backend.add_tokens(["abc"])
     backend.encode_special_tokens = False
@@ -266,7 +266,7 @@ def test_a_backend_that_somebody_else_has_is_not_shared():
     assert tokenizer.encode(tokens, "abc<eos>") == tokenizer.encode(PLAIN, "abc<eos>")
 
 
-def test_merges_are_never_left_out_at_random():
+def test_merges_are_never_skipped_at_random():
     backend = google()
     backend.model.dropout = 0.9
     tokens = tokenizer.wrap(backend, "a test's tokenizer")
@@ -274,18 +274,22 @@ def test_merges_are_never_left_out_at_random():
         assert tokenizer.encode(tokens, "a en\n\n<eos>00") == tokenizer.encode(PLAIN, "a en\n\n<eos>00")
 
 
-def test_files_beside_a_tokenizer_of_another_name_are_of_others(tmp_path):
+def test_a_tokenizer_with_another_file_name_ignores_the_other_files_in_its_folder(tmp_path):
     path = tmp_path / "words.json"
-    path.write_text(WHOLE)
+    path.write_text(COMPLETE)
     (tmp_path / "tokenizer_config.json").write_text("{")
     assert tokenizer.load(path).backend.get_vocab() == IDS
 
 
-def test_threads_read_the_same_ids():
+def test_threads_encode_the_same_ids():
     tokens = tokenizer.wrap(google(), "a test's tokenizer")
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda text: tokenizer.encode(tokens, text), ["a<eos>b<loc0001>", "a en"] * 100))
-    assert found == [tokenizer.encode(PLAIN, "a<eos>b<loc0001>"), tokenizer.encode(PLAIN, "a en")] * 100
+        ids = list(pool.map(lambda text: tokenizer.encode(tokens, text), ["a<eos>b<loc0001>", "a en"] * 100))
+    assert ids == [tokenizer.encode(PLAIN, "a<eos>b<loc0001>"), tokenizer.encode(PLAIN, "a en")] * 100
+
+
+def test_the_repr_of_a_tokenizer_is_its_size():
+    assert repr(tokenizer.wrap(google(), "a test's tokenizer")) == f"Tokenizer({len(IDS):,} tokens)"
 
 
 # --- ids to text
@@ -293,7 +297,7 @@ def test_threads_read_the_same_ids():
 
 @given(tokenizers, texts)
 def test_decoding_undoes_encoding(tokens, text):
-    """But for ▁, which is how Google's tokenizers write a space."""
+    """Except for ▁, with which Google's tokenizers represent a space."""
     assert tokenizer.decode(tokens, tokenizer.encode(tokens, text)) == text.replace("▁", " ")
 
 
@@ -302,28 +306,28 @@ ids = st.lists(st.integers(0, len(IDS) - 1) | st.integers(4, 259) | added)  # 4 
 
 
 @given(tokenizers, ids)
-def test_ids_are_the_bytes_of_their_tokens(tokens, ids):
-    spelled = {id: name.replace("▁", " ").encode() for name, id in IDS.items()}
-    spelled |= {4 + byte: bytes([byte]) for byte in range(256)} | dict.fromkeys(FORBIDDEN, b"")
-    assert tokenizer.decode(tokens, ids) == b"".join(spelled[id] for id in ids).decode("utf-8", "replace")
+def test_ids_are_decoded_to_the_bytes_of_their_tokens(tokens, ids):
+    token_bytes = {id: name.replace("▁", " ").encode() for name, id in IDS.items()}
+    token_bytes |= {4 + byte: bytes([byte]) for byte in range(256)} | dict.fromkeys(FORBIDDEN, b"")
+    assert tokenizer.decode(tokens, ids) == b"".join(token_bytes[id] for id in ids).decode("utf-8", "replace")
 
 
 @given(tokenizers, texts, st.lists(st.tuples(st.integers(0, 100), st.sampled_from(sorted(FORBIDDEN)))))
-def test_control_tokens_leave_no_trace(tokens, text, inserted):
+def test_control_tokens_are_left_out_of_the_text(tokens, text, inserted):
     ids = tokenizer.encode(tokens, text)
     expected = tokenizer.decode(tokens, ids)
-    for place, id in inserted:
-        ids.insert(place, id)
+    for index, id in inserted:
+        ids.insert(index, id)
     assert tokenizer.decode(tokens, ids) == expected
 
 
-def test_places_and_mask_codes_are_written_out():
+def test_location_and_mask_tokens_are_decoded_to_their_names():
     for tokens in VARIANTS.values():
         assert tokenizer.decode(tokens, [2, IDS["<loc0001>"], IDS["<seg127>"], IDS["▁en"], 1]) == "<loc0001><seg127> en"
 
 
 @given(texts)
-def test_pieces_come_as_soon_as_their_characters_are_whole(text):
+def test_pieces_come_as_soon_as_their_characters_are_complete(text):
     ids, taken = tokenizer.encode(PLAIN, text), 0
 
     def one_by_one() -> Iterator[int]:
@@ -332,12 +336,12 @@ def test_pieces_come_as_soon_as_their_characters_are_whole(text):
             taken += 1
             yield id
 
-    written = ""
+    decoded = ""
     for piece in tokenizer.pieces(PLAIN, one_by_one()):
-        written += piece
+        decoded += piece
         assert piece
-        assert tokenizer.decode(PLAIN, ids[:taken]) == written
-    assert written == text.replace("▁", " ")
+        assert tokenizer.decode(PLAIN, ids[:taken]) == decoded
+    assert decoded == text.replace("▁", " ")
 
 
 # --- files
@@ -351,37 +355,37 @@ def saved(folder: Path, content: str | bytes) -> Path:
 
 @pytest.mark.parametrize("control", [True, False])
 @pytest.mark.parametrize("words", [True, False])
-def test_a_file_is_what_was_saved(tmp_path, control, words):
+def test_a_loaded_file_encodes_like_the_saved_tokenizer(tmp_path, control, words):
     loaded = tokenizer.load(saved(tmp_path, google(control, words).to_str()))
     assert (loaded.newline, loaded.control) == (PLAIN.newline, PLAIN.control)
     text = "<bos>a en\n<loc0001> é<eos>"
     assert tokenizer.encode(loaded, text) == tokenizer.encode(PLAIN, text)
 
 
-WHOLE = google().to_str()
+COMPLETE = google().to_str()
 BROKEN: dict[str, str | bytes] = {
     "empty": "",
     "text": "not\nJSON\n",
     "no model": "{}",
     "a list": "[]",
-    "quoted in the error": json.dumps(json.loads(WHOLE) | {"version": "1\n0"}),
-    "no token for what is unknown": Backend(models.BPE({"a": 0}, [], unk_token="<unk>")).to_str(),
+    "quoted in the error": json.dumps(json.loads(COMPLETE) | {"version": "1\n0"}),
+    "no token for unknown text": Backend(models.BPE({"a": 0}, [], unk_token="<unk>")).to_str(),
     "no token for a newline": Backend(models.BPE({"a": 0}, [])).to_str(),
     "not UTF-8": b"\xff\xfe\n",
-    "truncated": WHOLE[: len(WHOLE) // 2],
+    "truncated": COMPLETE[: len(COMPLETE) // 2],
     "a merge of unknown pieces": json.dumps(
-        json.loads(WHOLE) | {"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}
+        json.loads(COMPLETE) | {"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}
     ),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_refused_by_name(tmp_path, name):
+def test_a_broken_file_is_refused_and_named(tmp_path, name):
     path = saved(tmp_path, BROKEN[name])
     refused(path)
 
 
-def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused_and_named(tmp_path):
     refused(tmp_path / "missing.json")
     refused(tmp_path)
 
@@ -394,20 +398,20 @@ def refused(path: Path) -> None:
     assert str(path) in text
 
 
-def test_a_tokenizer_without_a_newline_of_its_own_is_refused(tmp_path):
+def test_a_tokenizer_without_a_newline_token_is_refused(tmp_path):
     backend = google()
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     refused(saved(tmp_path, backend.to_str()))
 
 
-def test_control_tokens_that_a_file_lacks_are_not_needed():
+def test_a_file_may_lack_control_tokens():
     vocab = {"a": 0, "\n": 1, "<eos>": 2}
     loaded: Tokenizer = tokenizer.wrap(Backend(models.BPE(vocab, [])), "three tokens")
     assert (loaded.newline, loaded.control) == (1, {2})
 
 
 def test_a_pattern_that_takes_exponential_time_is_an_error(tmp_path):
-    """The package's Rust panics, which is no Exception."""
+    """The Rust code of the package panics, which is not an Exception in Python."""
     slow, text = Regex("(a+)+$"), "a" * 40 + "b"
     backend = google()
     backend.normalizer = normalizers.Replace(slow, " ")
@@ -421,6 +425,6 @@ def test_a_pattern_that_takes_exponential_time_is_an_error(tmp_path):
     backend = google()
     backend.add_tokens([text])
     backend.decoder = decoders.Replace(slow, " ")
-    reads = tokenizer.wrap(backend, "a test's tokenizer")
+    tokens = tokenizer.wrap(backend, "a test's tokenizer")
     with pytest.raises(CheckpointError, match=r"cannot write token [0-9]+ .*retry-limit"):
-        tokenizer.decode(reads, tokenizer.encode(reads, text))
+        tokenizer.decode(tokens, tokenizer.encode(tokens, text))

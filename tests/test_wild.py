@@ -1,6 +1,6 @@
-"""What transformers loads and runs loads here and writes the same text, however it was saved; or one line refuses it.
+"""A checkpoint that transformers loads gives the same text here, however it was saved, or is refused in one line.
 
-The table of folders is in `wild.py`.
+The table of checkpoints is in `wild.py`.
 """
 
 import copy
@@ -21,7 +21,7 @@ import pgfunc as pg
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ATOL = 1e-4  # float32, sums over at most 48 terms in another order; logits are of order 1
-PICTURE = Path(__file__).parent.parent / "examples/images/scene.png"
+IMAGE = Path(__file__).parent.parent / "examples/images/scene.png"
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +31,24 @@ def base(tmp_path_factory) -> tuple[Path, nn.Module]:
 
 
 def run(model: nn.Module, folder: Path) -> tuple[Tensor, str]:
-    """Logits and greedy text, by transformers and its processor."""
+    """Logits and greedy text of transformers, with its processor."""
     cfg = pg.load(folder, "float32", "meta").cfg
     processor = AutoProcessor.from_pretrained(folder)
-    given = processor(images=Image.open(PICTURE), text="<image>caption en", return_tensors="np")
-    given = {name: torch.from_numpy(array) for name, array in given.items()}
-    forbidden = [[row] for row in range(reference.VOCAB, reference.VOCAB + 32)]
-    ids = model.generate(**given, max_new_tokens=6, do_sample=False, bad_words_ids=forbidden, pad_token_id=0)
-    text = processor.tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    given = sample(cfg)
-    return reference.logits(model, given, cfg)[given.valid], text
+    inputs = processor(images=Image.open(IMAGE), text="<image>caption en", return_tensors="np")
+    inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    padding_rows = [[row] for row in range(reference.VOCAB, reference.VOCAB + 32)]
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, bad_words_ids=padding_rows, pad_token_id=0)
+    text = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    batch = sample(cfg)
+    return reference.logits(model, batch, cfg)[batch.valid], text
 
 
 def ours(model: pg.Model) -> tuple[Tensor, str]:
-    """The same by pgfunc, in float32; no text where there is no tokenizer."""
+    """Logits and greedy text of pgfunc, in float32; the text is "" without a tokenizer."""
     model = model._replace(params=pg.tree.map(lambda leaf: leaf.float(), model.params))
-    done = pg.generate(model, PICTURE, "caption en", max_new_tokens=6) if model.tokenizer else None
-    given = sample(model.cfg)
-    return pg.forward(model.params, given, model.cfg)[given.valid], done[0].text if done else ""
+    completions = pg.generate(model, IMAGE, "caption en", max_new_tokens=6) if model.tokenizer else None
+    batch = sample(model.cfg)
+    return pg.forward(model.params, batch, model.cfg)[batch.valid], completions[0].text if completions else ""
 
 
 def sample(cfg: pg.Config) -> pg.Prompt:
@@ -57,22 +57,22 @@ def sample(cfg: pg.Config) -> pg.Prompt:
 
 @pytest.fixture(scope="module")
 def saved(base) -> tuple[Tensor, str]:
-    """What the model in the folder says that the rows start from."""
+    """Logits and text of the base model, which every row of the table starts from."""
     folder, model = base
     return run(model, folder)
 
 
 @pytest.mark.parametrize("name", wild.ROWS)
-def test_a_checkpoint_as_people_make_it(name, base, saved, tmp_path):
+def test_a_checkpoint_from_the_wild_loads_or_is_refused_in_one_line(name, base, saved, tmp_path):
     row, folder = wild.ROWS[name], tmp_path / "model"
     shutil.copytree(base[0], folder)
-    row.make(folder, copy.deepcopy(base[1]))
+    row.change(folder, copy.deepcopy(base[1]))
     source = f"{folder}/{row.source}" if row.source else folder
     options = {key: folder / value if key == "config" else value for key, value in row.options.items()}
     if row.expected not in (wild.SAME, wild.OURS):
-        with pytest.raises(row.error, match=row.expected) as caught:
+        with pytest.raises(row.error, match=row.expected) as raised:
             pg.load(source, device="cpu", **options)
-        assert len(str(caught.value).splitlines()) == 1
+        assert len(str(raised.value).splitlines()) == 1
         return
     logits, text = ours(pg.load(source, device="cpu", **options))
     expected = run(reference.load(Path(source), "float32"), Path(source)) if row.expected == wild.SAME else saved
@@ -81,11 +81,11 @@ def test_a_checkpoint_as_people_make_it(name, base, saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", wild.ADAPTERS)
-def test_an_adapter_as_people_make_it(name, base, tmp_path):
+def test_an_adapter_from_the_wild_loads_or_is_refused(name, base, tmp_path):
     row, (folder, model) = wild.ADAPTERS[name], base
-    wrapped = wild.tuned(copy.deepcopy(model))
+    wrapped = wild.with_lora(copy.deepcopy(model))
     wrapped.save_pretrained(tmp_path)
-    row.make(tmp_path, copy.deepcopy(wrapped))
+    row.change(tmp_path, copy.deepcopy(wrapped))
     if row.expected not in (wild.SAME, wild.OURS):
         with pytest.raises(row.error, match=row.expected):
             pg.load(folder, device="cpu", adapter=tmp_path)

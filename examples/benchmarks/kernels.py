@@ -4,8 +4,8 @@
 
 Needs a CUDA device. A call is one of many in a CUDA graph, each on weights of its own, 400 MB in all or more, so that
 none lie in the L2 cache. Printed are microseconds a call, GB/s of weights (or live keys and values), and their share of
-the bandwidth of a copy (bytes read plus written) measured first. `=` marks the setting of `pgfunc.kernels`, `*` the
-fastest: edit `TILES`, `CHUNKS` and `SHARES` there. An error against float64 beyond that of bf16 ends the run.
+the bandwidth of a copy (bytes read plus written) measured first. `=` marks the setting in `pgfunc.kernels.tuning`,
+`*` the fastest one: edit `TILES`, `CHUNKS` and `SHARES` there. An error against float64 beyond bf16's ends the run.
 """
 
 import sys
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 import pgfunc as pg
-from pgfunc import kernels, ops
+from pgfunc import ops
 from pgfunc.jit import cuda_graphs
-from pgfunc.kernels import Chunk, Share, Tile
+from pgfunc.kernels import calls, reference, tuning
+from pgfunc.kernels.calls import KernelMatrix
 from pgfunc.kernels.launch import shared_memory
+from pgfunc.kernels.tuning import Chunk, Share, Tile
 from pgfunc.quant import lowbit
 
 # rows, block and warps; keys, columns, warps and parts; queries, keys, warps and stages
@@ -51,11 +53,11 @@ def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
     angles, end = torch.rand(1, 1, c.head_dim // 2, device="cuda"), torch.tensor([300], device="cuda")
     more = angles, *arguments([(384, c.kv_heads, c.head_dim)] * 2, (end, c.eps))
     products = {
-        "qkv": ("rotated_qkv", ((d,), (d,), (nh, d), (kh, d), (kh, d)), more),
+        "qkv": ("norm_qkv_rope", ((d,), (d,), (nh, d), (kh, d), (kh, d)), more),
         "out": ("matvec", ((nh,), (d, nh), (d,)), ()),
-        "geglu": ("geglu_matvec", ((d,), (d,), (f, d), (f, d)), (c.eps,)),
+        "geglu": ("norm_geglu", ((d,), (d,), (f, d), (f, d)), (c.eps,)),
         "down": ("matvec", ((f,), (d, f), (d,)), ()),
-        "head": ("normed_matvec", ((d,), (d,), (v, d)), (c.eps,)),
+        "head": ("norm_matvec", ((d,), (d,), (v, d)), (c.eps,)),
     }
     for kind, size in KINDS.items():
         for part, (fn, shapes, rest) in products.items():
@@ -65,13 +67,13 @@ def cases(name: str) -> Iterator[tuple[str, str, int, Callable[[], tuple]]]:
     for slots, length in ((384, 300), (1536, 1100), (6144, 4200), (6144, 300)):
         kv, seen = (slots, c.kv_heads, c.head_dim), torch.tensor([length - 1], device="cuda")
         make = partial(arguments, [(c.heads, c.head_dim), kv, kv], (seen, c.query_scale, c.attention_softcap))
-        yield f"{name} attend {length} of {slots}", "attend_one", 4 * length * c.kv_heads * c.head_dim, make
+        yield f"{name} attend {length} of {slots}", "decode_attention", 4 * length * c.kv_heads * c.head_dim, make
     for rows, tokens in ((1, 288), (64, 288), (1, 1088)):
         shapes = [(rows, tokens, heads, c.head_dim) for heads in (c.heads, c.kv_heads, c.kv_heads)]
         limits = [torch.full((rows, tokens), limit, device="cuda") for limit in (0, tokens - 5)]
         make = partial(arguments, shapes, (*limits, c.query_scale, c.attention_softcap))
         size = 2 * prod(shapes[0]) + 2 * sum(map(prod, shapes))
-        yield f"{name} spans {tokens}, {rows} rows", "attend_spans", size, make
+        yield f"{name} spans {tokens}, {rows} rows", "prefill_attention", size, make
 
 
 def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
@@ -89,44 +91,44 @@ def microseconds(fn: Callable[..., Any], copies: list[tuple]) -> float:
 
 def error(fn: str, given: tuple) -> float:
     """Relative to the norm of the result."""
-    found = getattr(kernels, fn)(*given)
+    found = getattr(calls, fn)(*given)
     plain = [lowbit.dequantize(x) if isinstance(x, lowbit.Quantized) else x for x in given]
     exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in plain]
-    expected = getattr(kernels, f"{fn}_eager")(*exact)
+    expected = getattr(reference, fn)(*exact)
     return float((found - expected).norm() / expected.norm())
 
 
 def standard_share(q: Tensor, k: Tensor) -> Share:
-    """The setting of `pgfunc.kernels` for the attention of a prompt."""
-    return kernels.share(q[..., 0].numel(), kernels.power(q.shape[-1]) * q.element_size(), shared_memory(k))
+    """The setting of `pgfunc.kernels.tuning` for the attention of a prompt."""
+    return tuning.share(q[..., 0].numel(), tuning.power(q.shape[-1]) * q.element_size(), shared_memory(k))
 
 
 def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth: float) -> None:
     copies = [make() for _ in range(max(2, ceil(400e6 / size)))]
-    line = f"\n{name}, {size / 1e6:.1f} MB: eager {microseconds(getattr(kernels, f'{fn}_eager'), copies):.1f} us"
+    line = f"\n{name}, {size / 1e6:.1f} MB: eager {microseconds(getattr(reference, fn), copies):.1f} us"
     first = next(x for x in copies[0][1:] if not isinstance(x, Tensor) or x.dim() > 1)
-    if fn == "attend_one":
-        part, kind, tried, standard = "chunk", Chunk, CHUNKS, kernels.chunk(len(first), 2)
-    elif fn == "attend_spans":
+    if fn == "decode_attention":
+        part, kind, tried, standard = "chunk", Chunk, CHUNKS, tuning.chunk(len(first), 2)
+    elif fn == "prefill_attention":
         part, kind, tried, standard = "share", Share, SHARES, standard_share(*copies[0][:2])
     else:
-        w = kernels.Kept.of(first)
-        part, kind, tried, standard = "tile", Tile, TILES, kernels.tile(fn, w.outputs, w.inputs, w.bits)
+        w = KernelMatrix.of(first)
+        part, kind, tried, standard = "tile", Tile, TILES, tuning.tile(fn, w.outputs, w.inputs, w.bits)
         if isinstance(first, Tensor):
             cublas = lambda x, *rest: [ops.linear(x, w) for w in rest if isinstance(w, Tensor) and w.dim() == 2]  # noqa: E731
             line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"
     print(line)
-    kept, times = getattr(kernels, part), {}
+    kept, times = getattr(tuning, part), {}
     numbers: list[Any] = [tuple(map(int, each.split())) for each in tried.split(", ")]
     settings = [kind(*each) for each in numbers]
     if part == "tile" and "int4" not in name:  # with their rows in one tensor, and apart
         settings += [Tile(rows, block, warps, True) for rows, block, warps in numbers if rows > 1]
     for setting in (standard, *settings):
-        setattr(kernels, part, lambda *_, setting=setting: setting)
+        setattr(tuning, part, lambda *_, setting=setting: setting)
         wrong = error(fn, copies[0])
         assert wrong < 2**-6, f"{name}: {setting} is wrong by {wrong}"  # bf16, rounded three times
-        times[setting] = microseconds(getattr(kernels, fn), copies)
-    setattr(kernels, part, kept)
+        times[setting] = microseconds(getattr(calls, fn), copies)
+    setattr(tuning, part, kept)
     for setting, time in times.items():
         mark, speed = " ="[setting == standard] + " *"[time == min(times.values())], size / time / 1e3
         share = f"{speed:6.0f} GB/s {speed / bandwidth:6.3f} of a copy"

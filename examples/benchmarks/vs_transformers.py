@@ -28,8 +28,8 @@ from transformers import CompileConfig, PaliGemmaConfig, PaliGemmaForConditional
 import pgfunc as pg
 from pgfunc import bench
 from pgfunc.checkpoint import as_device, as_dtype, hf
-from pgfunc.checkpoint.files import arrange
 from pgfunc.checkpoint.hf_config import render
+from pgfunc.checkpoint.tables import to_arrays
 from pgfunc.errors import PgfuncError, SettingError, first_line
 from pgfunc.generate import complete
 
@@ -77,7 +77,7 @@ def peer(model: pg.Model) -> PaliGemmaForConditionalGeneration:
         other = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(render(cfg, dtype)))
     prefixes = {part: key.removesuffix(anchor) for part, anchor in hf.ANCHORS.items()
                 for key in other.state_dict() if key.endswith(anchor)}  # fmt: skip
-    arrays = arrange(hf.table(cfg, prefixes), params) | {"lm_head.weight": params.language.embed}
+    arrays = to_arrays(hf.table(cfg, prefixes), params) | {"lm_head.weight": params.language.embed}
     other.load_state_dict(arrays, assign=True)
     # what it computes when it is made, such as frequencies: a small one has the same, and not on the meta device
     small = replace(cfg, text=replace(cfg.text, vocab=8, layers=1, hidden=8), vision=replace(cfg.vision, layers=1))

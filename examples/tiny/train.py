@@ -32,7 +32,6 @@ import pgfunc as pg
 from examples.tiny import batches, fit, masks, recipe, render, tokenizer, world
 from examples.tiny.recipe import Recipe
 from pgfunc import gemma, paligemma, siglip_dual, tree
-from pgfunc import masks as seen_by
 from pgfunc.config import Config, SiglipConfig
 from pgfunc.objects import vqvae
 from pgfunc.train import contrastive
@@ -171,11 +170,9 @@ def speak(cfg: Config, count: int, params: pg.Params, batch) -> tuple[Tensor, di
     pixels, tokens, valid, causal, learned = batch
     low = tree.map(lambda leaf: leaf.bfloat16(), params)
     image = repeat(paligemma.encode_images(low, scaled(pixels), cfg), "s p d -> (s n) p d", n=count)
-    x, valid, causal = paligemma.join(low, image, pg.Prompt(pixels, tokens, valid, causal), cfg)
-    x, _ = gemma.run(low.language, x, seen_by.positions(valid), seen_by.prompt(valid, causal, 0), cfg.text)
-    width = tokens.shape[1]
-    logits = gemma.unembed(low.language, x[:, -width:-1], cfg.text)
-    target = (causal & valid)[:, 1 - width :]
+    x = paligemma.hidden(low, image, pg.Prompt(pixels, tokens, valid, causal), cfg)
+    logits = gemma.unembed(low.language, x[:, -tokens.shape[1] : -1], cfg.text)
+    target = (causal & valid)[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none") * target.flatten()
     right = (logits.detach().argmax(-1) == tokens[:, 1:]) | ~target
     return losses.sum() / learned, {"right": right.all(-1).float().mean()}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pgfunc import paligemma, tree
+from pgfunc import packing, paligemma, tree
 from pgfunc.config import Config
 from pgfunc.paligemma import Params, Prompt
 
@@ -23,7 +23,7 @@ def random_params(cfg: Config, dtype: torch.dtype, device: torch.device, seed: i
 
     abstract = tree.map(lambda leaf: leaf.to(dtype), paligemma.abstract(cfg))
     if device.type == "cuda":
-        return tree.map_with_path(draw, paligemma.packed(abstract, device))
+        return tree.map_with_path(draw, packing.packed(abstract, device))
     return tree.map_with_path(draw, tree.map(lambda leaf: torch.empty_like(leaf, device=device), abstract))
 
 

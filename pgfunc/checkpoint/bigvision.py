@@ -1,9 +1,12 @@
 # a table is a tree of parameters whose leaves are Slots
 # pyright: reportArgumentType=false
-"""big_vision's `.npz` checkpoints: arrays `params/img/...` and `params/llm/...`, layers stacked on the first axis.
+"""big_vision's `.npz` checkpoints: arrays `params/img/...` and `params/llm/...`, with layers stacked on the first axis.
 
-bfloat16 is stored as numpy void of two bytes, and nothing is ever unpickled. Source of the names and shapes: big_vision
-`models/vit.py`, `models/ppp/gemma.py`, `models/proj/paligemma/paligemma.py`.
+bfloat16 is stored as numpy's void type of two bytes. Nothing is ever unpickled. Source of the names and shapes:
+big_vision `models/vit.py`, `models/ppp/gemma.py`, `models/proj/paligemma/paligemma.py`.
+
+Axes of the patterns: d width, n heads, k kv heads, h head dim, f hidden, p patches; y x c the pixels of a patch; e the
+width of the vision encoder where d is that of the language model.
 """
 
 import io
@@ -20,21 +23,22 @@ from torch import Tensor
 
 from pgfunc import gemma, paligemma, quant, siglip, tree
 from pgfunc.checkpoint import keys
-from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
-from pgfunc.checkpoint.writing import written
+from pgfunc.checkpoint.tables import Entry, Slot, from_arrays, to_arrays
+from pgfunc.checkpoint.writing import reporting_write_errors
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import changing
 from pgfunc.files.jsonfile import check_file
 
 DTYPES = {"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "V2": torch.bfloat16}
-MOST_HEADER = 2**16  # bytes of a member that are read for its header
-MOST_TIMES, MOST_BYTES = 100, 2**26  # the sizes to which a file may expand: weights hardly do, and zeros a thousandfold
+HEADER_BYTES = 2**16  # read from the start of a member; its header must lie within them
+# A file may expand to 64 MiB and 100 times its size: weights hardly compress, but zeros shrink to a thousandth.
+MAX_EXPANSION, FREE_BYTES = 100, 2**26
 EMBED = "llm/embedder/input_embedding"
 
 
 def table(cfg: Config) -> paligemma.Params:
-    """Where every parameter lies."""
+    """Where every parameter is stored."""
     return paligemma.Params(
         vision=_vision(cfg.vision),
         projector=Slot("img/head/kernel", (), "e d -> d e"),
@@ -46,20 +50,18 @@ def table(cfg: Config) -> paligemma.Params:
 def _vision(cfg: VisionConfig) -> siglip.Params:
     layers, heads = "img/Transformer/encoderblock/", {"n": cfg.heads}
     attention, mlp = layers + "MultiHeadDotProductAttention_0/", layers + "MlpBlock_0/"
+    weight, bias = "d n h -> (n h) d", "n h -> (n h)"
 
     def layer(i: int) -> siglip.Layer:
-        projections = {
-            field: Slot(f"{attention}{name}/{part}", (i,), pattern, heads)
-            for field, name in {"q": "query", "k": "key", "v": "value"}.items()
-            for field, part, pattern in (
-                (field, "kernel", "d n h -> (n h) d"),
-                (f"{field}_bias", "bias", "n h -> (n h)"),
-            )
-        }
         return siglip.Layer(
             norm1_scale=Slot(layers + "LayerNorm_0/scale", (i,)),
             norm1_bias=Slot(layers + "LayerNorm_0/bias", (i,)),
-            **projections,
+            q=Slot(attention + "query/kernel", (i,), weight, heads),
+            q_bias=Slot(attention + "query/bias", (i,), bias, heads),
+            k=Slot(attention + "key/kernel", (i,), weight, heads),
+            k_bias=Slot(attention + "key/bias", (i,), bias, heads),
+            v=Slot(attention + "value/kernel", (i,), weight, heads),
+            v_bias=Slot(attention + "value/bias", (i,), bias, heads),
             out=Slot(attention + "out/kernel", (i,), "n h d -> d (n h)", heads),
             out_bias=Slot(attention + "out/bias", (i,)),
             norm2_scale=Slot(layers + "LayerNorm_1/scale", (i,)),
@@ -84,7 +86,7 @@ def _vision(cfg: VisionConfig) -> siglip.Params:
 def _language(cfg: TextConfig) -> gemma.Params:
     def layer(i: int) -> gemma.Layer:
         heads = {"h": cfg.head_dim}
-        if cfg.heads == cfg.kv_heads:  # the reference then keeps all three in one array
+        if cfg.heads == cfg.kv_heads:  # big_vision then keeps all three in one array
             q, k, v = (Slot("llm/layers/attn/qkv_einsum/w", (i, part), "n d h -> (n h) d", heads) for part in range(3))
         else:
             q = Slot("llm/layers/attn/q_einsum/w", (i,), "n d h -> (n h) d", heads)
@@ -115,33 +117,33 @@ def _language(cfg: TextConfig) -> gemma.Params:
 def load(path: Path, cfg: Config, dtype: torch.dtype | None, device: torch.device) -> paligemma.Params:
     """The parameters in a `.npz`; on the meta device only its headers are read."""
     model = "the model that its config describes"
-    return gather(table(cfg), paligemma.abstract(cfg), open_file(path), str(path), dtype, device, model)
+    return from_arrays(table(cfg), paligemma.abstract(cfg), open_file(path), str(path), dtype, device, model)
 
 
-def padded(path: Path, cfg: Config) -> Config:
-    """The config with the padding rows that a file converted from Hugging Face's keeps behind the vocabulary."""
-    rows = open_file(path).get(EMBED)
-    more = rows.shape[0] - cfg.text.vocab if rows and rows.shape else 0
-    return replace(cfg, text=replace(cfg.text, padding=more if 0 < more < cfg.text.vocab else 0))
+def with_padding(path: Path, cfg: Config) -> Config:
+    """The config with the padding rows of the file's embedding, which a conversion from Hugging Face keeps."""
+    embed = open_file(path).get(EMBED)
+    extra = embed.shape[0] - cfg.text.vocab if embed and embed.shape else 0
+    return replace(cfg, text=replace(cfg.text, padding=extra if 0 < extra < cfg.text.vocab else 0))
 
 
 def open_file(path: Path) -> dict[str, Entry]:
-    """Every array of a `.npz`, by its name without the `params/` prefix; nothing is read but headers.
+    """Every array of a `.npz`, by its name without the `params/` prefix; only headers are read.
 
-    Where some have the prefix the others are no parameters, but the state of a training run.
+    If some names have the prefix, the others belong to the state of a training run and are ignored.
     """
     check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = [member for member in archive.infolist() if member.filename.endswith(".npy")]
             members = {member.filename.removesuffix(".npy"): member for member in arrays}
-            inside = {name for name in members if name.startswith("params/")} or set(members)
-            headers = {name: _header(archive, member) for name, member in members.items() if name in inside}
-    except Exception as error:  # zipfile and numpy raise whatever a damaged file makes them raise
+            parameters = {name for name in members if name.startswith("params/")} or set(members)
+            headers = {name: _header(archive, member) for name, member in members.items() if name in parameters}
+    except Exception as error:  # zipfile and numpy raise many types of error for a damaged file
         raise CheckpointError(f"{path}: not a complete npz file ({error}); download it again") from error
-    if sum(member.file_size for member in arrays) > MOST_BYTES + MOST_TIMES * path.stat().st_size:
-        raise CheckpointError(f"{path}: expands to more than {MOST_TIMES} times its size, as weights do not")
-    keys.leave_out(members.keys() - inside, str(path))
+    if sum(member.file_size for member in arrays) > FREE_BYTES + MAX_EXPANSION * path.stat().st_size:
+        raise CheckpointError(f"{path}: expands to more than {MAX_EXPANSION} times its size; weights never do")
+    keys.warn_unused(members.keys() - parameters, str(path))
     return {
         name.removeprefix("params/"): Entry(shape, _dtype(dtype, name, path), partial(_read, path, name, shape, dtype))
         for name, (shape, dtype) in headers.items()
@@ -149,8 +151,8 @@ def open_file(path: Path) -> dict[str, Entry]:
 
 
 def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
-    with archive.open(member) as whole:
-        file = io.BytesIO(whole.read(MOST_HEADER))
+    with archive.open(member) as content:
+        file = io.BytesIO(content.read(HEADER_BYTES))
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
@@ -160,16 +162,16 @@ def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[tuple[in
 
 
 def _dtype(dtype: np.dtype, name: str, path: Path) -> torch.dtype:
-    """PyTorch's name of a numpy dtype; the order of bytes is the reader's business."""
-    if dtype.str[1:] not in DTYPES and not keys.UNREAD.fullmatch(name):
-        raise CheckpointError(f"{path}: {name} has dtype {dtype.str}, expected that of weights: {', '.join(DTYPES)}")
-    return DTYPES.get(dtype.str[1:], torch.int64)  # which stands for those of what is left out
+    """PyTorch's dtype for numpy's, in either byte order."""
+    if dtype.str[1:] not in DTYPES and not keys.UNUSED.fullmatch(name):
+        raise CheckpointError(f"{path}: {name} has dtype {dtype.str}, expected one of {', '.join(DTYPES)}")
+    return DTYPES.get(dtype.str[1:], torch.int64)  # any dtype will do for an array that is ignored
 
 
 def _read(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            member = f"{name}.npy"  # without it, a member may be found that has no suffix
+            member = f"{name}.npy"  # with the suffix, because numpy would prefer a member named without it
             if archive.zip.getinfo(member).file_size < prod(shape) * dtype.itemsize:
                 raise ValueError("it is shorter than its header says")
             array = archive[member].astype(dtype.newbyteorder("="), order="C", copy=False)
@@ -179,22 +181,25 @@ def _read(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Ten
 
 
 def save(path: Path, cfg: Config, params: paligemma.Params) -> None:
-    """Write the parameters as big_vision does, which has no quantized ones; an older file is replaced at once."""
-    check(path, params)
-    with written(path), changing(path.parent) as change, change.new(path.name) as file:
+    """Write the parameters as big_vision does; an existing file is replaced at once.
+
+    Raises SettingError for quantized parameters, which the format does not have.
+    """
+    check_saveable(path, params)
+    with reporting_write_errors(path), changing(path.parent) as change, change.new(path.name) as file:
         write(file, cfg, params)
 
 
-def check(path: Path, params: paligemma.Params) -> None:
-    """Refuse what cannot be saved, before anything is written."""
+def check_saveable(path: Path, params: paligemma.Params) -> None:
+    """Raise if the parameters cannot be saved in this format, before anything is written."""
     quant.check_plain(params, f"{path}: big_vision's layout")
     tree.check_finite(params, str(path))
 
 
 def write(file: IO[bytes], cfg: Config, params: paligemma.Params) -> None:
-    """Write the parameters."""
+    """Write the parameters to an open file."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for key, array in arrange(table(cfg), params).items():
+        for key, array in to_arrays(table(cfg), params).items():
             with archive.open(f"params/{key}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, _numpy(array), allow_pickle=False)
 

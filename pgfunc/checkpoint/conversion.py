@@ -8,42 +8,51 @@ from typing import NamedTuple
 import torch
 
 from pgfunc import quant, tree
-from pgfunc.checkpoint import Source, bigvision, dtype_name, find, hf, load, siglip
-from pgfunc.checkpoint import check as check_model
-from pgfunc.checkpoint import put as put_model
+from pgfunc.checkpoint import (
+    Source,
+    bigvision,
+    check_saveable,
+    dtype_name,
+    find,
+    load,
+    shards,
+    siglip,
+    write_model,
+)
 from pgfunc.checkpoint.hf_config import CONFIG
-from pgfunc.checkpoint.writing import written
+from pgfunc.checkpoint.writing import check_params, reporting_write_errors
 from pgfunc.files import outputs
 from pgfunc.files.atomic import Change, changing
 from pgfunc.prompt import Model
 from pgfunc.siglip_dual.prompt import SiglipModel
 
 MASKS, SIGLIP = "masks.safetensors", "siglip"  # the mask decoder, and a dual encoder with the same vision encoder
-BESIDE = ("tokenizer.model", "generation_config.json")  # what other programs read in a folder
+FOLDER_ONLY = ("tokenizer.model", "generation_config.json")  # files that other programs read in a folder
 
-TOKENS = "tokenizer.json|tokenizer_config.json|special_tokens_map.json|added_tokens.json"
-OWN = (
-    (re.compile("|".join(map(re.escape, (MASKS, *BESIDE))) + f"|{TOKENS}"), ""),
-    (re.compile(f"{hf.WEIGHTS.pattern}|{CONFIG}|(pre)?processor_config.json|{TOKENS}"), SIGLIP),
+TOKENIZER_FILES = "tokenizer.json|tokenizer_config.json|special_tokens_map.json|added_tokens.json"
+# files of a previous model in the target that are removed, and the subfolder that each pattern applies to
+STALE = (
+    (re.compile("|".join(map(re.escape, (MASKS, *FOLDER_ONLY))) + f"|{TOKENIZER_FILES}"), ""),
+    (re.compile(f"{shards.WEIGHT_FILES.pattern}|{CONFIG}|(pre)?processor_config.json|{TOKENIZER_FILES}"), SIGLIP),
 )
 
-SHARD = 5 * 10**9
+SHARD_BYTES = 5 * 10**9
 
 
 class Converted(NamedTuple):
-    """What was written."""
+    """The result of a conversion."""
 
     path: Path
     format: str
-    dtype: str
+    dtype: str  # or the methods of the quantized weights
     bytes: int  # of the parameters
 
 
-class Dual(NamedTuple):
-    """A dual encoder, and whether its files have the vision encoder or leave it to those of the checkpoint."""
+class DualEncoder(NamedTuple):
+    """A dual encoder, and whether its files hold the vision encoder or use that of the checkpoint around them."""
 
     model: SiglipModel
-    vision: bool
+    with_vision: bool
 
 
 def convert(
@@ -55,75 +64,81 @@ def convert(
     quantize: str | None = None,
     force: bool = False,
 ) -> Converted:
-    """Write a checkpoint in the other format: big_vision when the target ends in `.npz`, else Hugging Face layout.
+    """Write a checkpoint in the other format: big_vision if the target ends in `.npz`, else Hugging Face layout.
 
-    A mask decoder (`masks.safetensors`) and a dual encoder (`siglip/`) in the source's folder come along, the latter
-    into a folder only. A `.npz` holds weights alone: for the way back keep the source's json files, and give their
-    folder as `config`. It cannot hold quantized ones; a folder can, so `quantize` (see `load`) is for those.
-    Everything changes at once. Raises SettingError for a target that exists, without `force`, or that is the source.
+    A mask decoder (`masks.safetensors`) in the source's folder is copied, and so is a dual encoder (`siglip/`) if the
+    target is a folder. A `.npz` holds only weights: to convert it back, keep the source's json files and pass their
+    folder as `config`. It cannot hold quantized weights, so `quantize` (see `load`) needs a folder as target.
+    All files change at once. Raises SettingError for a target that exists, unless `force` is True, and for a target
+    that is the source.
     """
-    target, found = Path(target), find(source)
-    archive = target.suffix == ".npz"
-    if not archive:
+    target, source_path = Path(target), find(source)
+    to_npz = target.suffix == ".npz"
+    if not to_npz:
         outputs.check_folder(target)
-    outputs.check_apart([target], [found, config, tokenizer])
+    outputs.check_apart([target], [source_path, config, tokenizer])
     outputs.check_new(target, force)
     model = load(source, dtype, "cpu", config, tokenizer, quantize)
-    if archive:
-        write_archive(target, model, companion(found, MASKS), force)
+    if to_npz:
+        write_npz(target, model, companion(source_path, MASKS), force)
     else:
-        write_folder(target, model, found, dual_encoder(found, dtype))
-    kind = "big_vision's npz" if archive else "Hugging Face layout"
+        write_folder(target, model, source_path, dual_encoder(source_path, dtype))
+    format = "big_vision's npz" if to_npz else "Hugging Face layout"
     numbers = sorted({*quant.methods(model.params).values()}) or [dtype_name(model.params.projector)]
-    return Converted(target, kind, ", ".join(numbers), tree.nbytes(model.params))
+    return Converted(target, format, ", ".join(numbers), tree.nbytes(model.params))
 
 
-def write_archive(target: Path, model: Model, masks: Path | None, force: bool) -> None:
-    """Write a `.npz`, and beside it the mask decoder, which replaces no other unless forced."""
-    bigvision.check(target, model.params)
-    beside = target.parent / MASKS
-    if masks and beside.exists() and beside.read_bytes() == masks.read_bytes():
-        masks = None  # it is there
+def write_npz(target: Path, model: Model, masks: Path | None, force: bool) -> None:
+    """Write a `.npz` and, beside it, a copy of the mask decoder; another mask decoder is replaced only by force."""
+    bigvision.check_saveable(target, model.params)
+    copy_of_masks = target.parent / MASKS
+    if masks and copy_of_masks.exists() and copy_of_masks.read_bytes() == masks.read_bytes():
+        masks = None  # the copy is there already
     if masks:
-        outputs.check_new(beside, force)
-    with written(target), changing(target.parent) as change:
+        outputs.check_new(copy_of_masks, force)
+    with reporting_write_errors(target), changing(target.parent) as change:
         copy(change, masks)
         with change.new(target.name) as file:
             bigvision.write(file, model.cfg, model.params)
 
 
-def write_folder(target: Path, model: Model, source: Path | None, dual: Dual | None = None) -> None:
+def write_folder(target: Path, model: Model, source: Path | None, dual: DualEncoder | None = None) -> None:
     """Write a folder in Hugging Face layout: a model, the files that belong to its source, and a dual encoder."""
-    check_model(model, target)
+    check_saveable(model, target)
     if dual:
-        siglip.check(dual.model, target / SIGLIP)
-    with written(target), changing(target) as change:
-        for path in [companion(source, name) for name in (MASKS, *BESIDE)] if source else []:
+        check_params(dual.model.params, target / SIGLIP)
+    with reporting_write_errors(target), changing(target) as change:
+        for path in [companion(source, name) for name in (MASKS, *FOLDER_ONLY)] if source else []:
             copy(change, path)
-        for pattern, inner in OWN:  # of the model that was here
-            change.supersede(pattern, inner)
+        for pattern, subfolder in STALE:
+            change.supersede(pattern, subfolder)
         if dual:
-            siglip.put(change, dual.model, dual.vision, SHARD, SIGLIP)
-        put_model(change, model, SHARD)
+            siglip.write_model(change, dual.model, dual.with_vision, SHARD_BYTES, SIGLIP)
+        write_model(change, model, SHARD_BYTES)
 
 
-def dual_encoder(source: Path, dtype: str | torch.dtype | None) -> Dual | None:
-    """The dual encoder of a checkpoint; one without a vision encoder needs a folder, which has it."""
+def dual_encoder(source: Path, dtype: str | torch.dtype | None) -> DualEncoder | None:
+    """The dual encoder of a checkpoint, if it has one.
+
+    None also for a `.npz` whose dual encoder has no vision encoder: only a checkpoint's folder can supply it.
+    """
     folder = companion(source, SIGLIP)
     if folder is None or not (folder / CONFIG).exists():
         return None
-    vision = any(siglip.is_tower(key) for key in hf.open_folder(folder))
-    return Dual(siglip.load_siglip(folder, dtype, "cpu"), vision) if vision or source.is_dir() else None
+    with_vision = any(siglip.in_encoder(key) for key in shards.open_folder(folder))
+    if not with_vision and not source.is_dir():
+        return None
+    return DualEncoder(siglip.load_siglip(folder, dtype, "cpu"), with_vision)
 
 
 def companion(source: Path, name: str) -> Path | None:
-    """A file or folder that belongs to a checkpoint, if it has it: in its folder, or beside its `.npz`."""
+    """A file or folder that belongs to a checkpoint, if it exists: in the checkpoint's folder, or beside its `.npz`."""
     path = (source if source.is_dir() else source.parent) / name
-    return path if path.exists() and (source.is_dir() or name not in BESIDE) else None
+    return path if path.exists() and (source.is_dir() or name not in FOLDER_ONLY) else None
 
 
 def copy(change: Change, path: Path | None) -> None:
-    """Copy a file, if there is one, into a folder that changes."""
+    """Copy a file, if there is one, as part of a change of a folder."""
     if path is not None:
         with path.open("rb") as old, change.new(path.name) as new:
             shutil.copyfileobj(old, new)

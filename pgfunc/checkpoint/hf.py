@@ -1,63 +1,42 @@
 # a table is a tree of parameters whose leaves are Slots
 # pyright: reportArgumentType=false
-"""Checkpoints in Hugging Face layout: a folder of config.json, safetensors (single or sharded) and processor files.
+"""PaliGemma in Hugging Face layout: which array of a folder's safetensors holds which parameter.
 
-Three key layouts are in use; they differ only in the prefixes of the three parts, which are found by one key of each.
-Weights are memory-mapped and, where dtype and device stay, never copied. Source of the names: transformers
-`models/paligemma`, `models/siglip`, `models/gemma`, `models/gemma2`.
+Three key layouts are in use. They differ only in the prefixes of the three parts of the model; `find_prefixes` reads
+each prefix off one key of the part, so a new layout with other prefixes needs no code. `save` writes the layout `HUB`.
+The files themselves are read and written by `shards`. Source of the names: transformers `models/paligemma`,
+`models/siglip`, `models/gemma`, `models/gemma2`.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pgfunc import gemma, paligemma, quant, siglip, tree
-from pgfunc.checkpoint import keys
-from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
-from pgfunc.checkpoint.hf_config import CONFIG
-from pgfunc.checkpoint.writing import (
-    CONFIGURED,
-    INDEX,
-    NAMES,
-    SINGLE,
-    as_json,
-    digest_of,
-    digest_of_arrays,
-    header,
-    write_safetensors,
-)
+from pgfunc.checkpoint import shards
+from pgfunc.checkpoint.tables import Entry, Slot, from_arrays, to_arrays
+from pgfunc.checkpoint.writing import INDEX as INDEX
+from pgfunc.checkpoint.writing import SINGLE as SINGLE
 from pgfunc.config import Config, VisionConfig
-from pgfunc.errors import CheckpointError, first_line
-from pgfunc.files.atomic import Change
-from pgfunc.files.jsonfile import check_file, read_json
+from pgfunc.errors import CheckpointError
 from pgfunc.quant import lowbit
 
-# what a save replaces
-WEIGHTS = re.compile(r"model(-[0-9a-f]{16})?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-
-DTYPES = {name: dtype for dtype, name in NAMES.items() if dtype != torch.int64}  # of parameters
-
-# each part of the model is found by this key of it: what stands before is the layout's prefix
+# a key that each part of the model has once; the text before it is the prefix of the part
 ANCHORS = {
     "vision": "embeddings.patch_embedding.weight",
     "projector": "multi_modal_projector.linear.weight",
     "language": "layers.0.input_layernorm.weight",
 }
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
-# the layout of the published checkpoints, which every version of transformers reads; `save` writes it
+# the prefixes in the published checkpoints, which every version of transformers reads
 HUB = {"vision": "vision_tower.vision_model.", "projector": "", "language": "language_model.model."}
 
-REMEDY = "merge it with PEFT (merge_and_unload), and load what that saves"  # for more than plain weights or pairs
+MERGE_FIRST = "merge it with PEFT (merge_and_unload) and load the result"  # for LoRA that `lora` cannot add
 
-# what the parts of a quantized weight add to its key
+# suffixes of the two arrays of a quantized weight
 VALUES, SCALE = ".values", ".scale"
 
 SIGLIP_LAYER = siglip.Layer(
@@ -76,7 +55,7 @@ GEMMA_LAYER = gemma.Layer(
     q="self_attn.q_proj.weight", k="self_attn.k_proj.weight", v="self_attn.v_proj.weight",
     out="self_attn.o_proj.weight",
     post_attention_norm=(),
-    mlp_norm="post_attention_layernorm.weight",  # Gemma 1 names the norm before the MLP so
+    mlp_norm="post_attention_layernorm.weight",  # Gemma 1's name for the norm before the MLP
     gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight",
     post_mlp_norm=(),
 )  # fmt: skip
@@ -89,7 +68,7 @@ GEMMA2_LAYER = GEMMA_LAYER._replace(
 
 
 def table(cfg: Config, prefixes: Mapping[str, str] = HUB) -> paligemma.Params:
-    """The key of every parameter."""
+    """Where every parameter is stored, for the prefixes of one key layout."""
     projector, language = prefixes["projector"] + "multi_modal_projector.linear.", prefixes["language"]
     names = GEMMA2_LAYER if cfg.text.post_norms else GEMMA_LAYER
     return paligemma.Params(
@@ -105,7 +84,7 @@ def table(cfg: Config, prefixes: Mapping[str, str] = HUB) -> paligemma.Params:
 
 
 def vision_table(cfg: VisionConfig, prefix: str) -> siglip.Params:
-    """The key of every parameter of the vision encoder."""
+    """Where every parameter of the vision encoder is stored."""
     return siglip.Params(
         patch=Slot(prefix + "embeddings.patch_embedding.weight"),
         patch_bias=Slot(prefix + "embeddings.patch_embedding.bias"),
@@ -117,12 +96,12 @@ def vision_table(cfg: VisionConfig, prefix: str) -> siglip.Params:
 
 
 def layer_table(names: Any, prefix: str) -> Any:
-    """The key of every parameter of one layer, from their names in it."""
+    """Where every parameter of a layer is stored: a layer of names, each behind the prefix."""
     return type(names)(*(Slot(prefix + name) if name else () for name in names))
 
 
-def with_parts(table: paligemma.Params, methods: Mapping[str, str]) -> paligemma.Params:
-    """The table of a tree with quantized weights: each has the keys of its parts."""
+def with_quantized(table: paligemma.Params, methods: Mapping[str, str]) -> paligemma.Params:
+    """The table of a tree in which the weights at these paths are quantized: each is stored as values and scale."""
 
     def parts(path: str, slot: Slot) -> Any:
         if path not in methods:
@@ -138,136 +117,60 @@ def load(
     dtype: torch.dtype | None,
     device: torch.device,
     methods: Mapping[str, str],
-    tie: bool = True,
+    tied: bool = True,
     mmap: bool = True,
 ) -> paligemma.Params:
-    """The parameters in a folder, quantized where `methods` say so; on the meta device only their headers are read.
+    """The parameters in a folder; on the meta device only headers are read.
 
-    tie: whether the folder's config says that the embedding is the head, so that a head need not be there.
+    methods: path -> method of each quantized weight. tied: whether the folder's config says that the head is the
+    embedding, so that the head may be missing. Weights are memory-mapped, and not copied unless dtype or device change
+    or `mmap` is False.
     """
-    entries = open_folder(folder)
-    if pair := next((key for key in entries if ".lora_" in key), None):
-        raise CheckpointError(f"{folder}: {pair} is LoRA's, beside the weights; {REMEDY}")
-    prefixes = layout(entries, folder)
-    entries = tied(entries, prefixes["language"] + EMBED, tie, folder, compare=device.type != "meta")
+    entries = shards.open_folder(folder)
+    if lora_key := next((key for key in entries if ".lora_" in key), None):
+        raise CheckpointError(f"{folder}: {lora_key} is a LoRA array beside the weights; {MERGE_FIRST}")
+    prefixes = find_prefixes(entries, folder)
+    entries = without_head(entries, prefixes["language"] + EMBED, tied, folder, compare=device.type != "meta")
     if not mmap:
-        entries = copied(entries)
+        entries = shards.copied(entries)
     abstract = quant.apply(paligemma.abstract(cfg), methods)
-    return gather(with_parts(table(cfg, prefixes), methods), abstract, entries, str(folder), dtype, device)
+    return from_arrays(with_quantized(table(cfg, prefixes), methods), abstract, entries, str(folder), dtype, device)
 
 
-def tied(entries: Mapping[str, Entry], embed: str, tie: bool, folder: Path, compare: bool) -> dict[str, Entry]:
-    """The arrays without a head: it must equal the embedding, or stands for it where a writer kept one of the two."""
+def without_head(entries: Mapping[str, Entry], embed: str, tied: bool, folder: Path, compare: bool) -> dict[str, Entry]:
+    """The entries without a head, which must equal the embedding.
+
+    If a writer saved only one of the two tied matrices and that is the head, it becomes the embedding. `embed` is the
+    embedding's key.
+    """
     heads = {key: entry for key, entry in entries.items() if key == HEAD or key.endswith("." + HEAD)}
-    rest = {key: entry for key, entry in entries.items() if key not in heads}
-    if not tie and not heads:
+    others = {key: entry for key, entry in entries.items() if key not in heads}
+    if not tied and not heads:
         raise CheckpointError(f"{folder}: {HEAD} is missing, though tie_word_embeddings is False")
     for key, head in heads.items():
-        other = rest.get(embed + VALUES) or rest.setdefault(embed, head)  # a quantized one is no head's equal
-        if compare and (head.shape != other.shape or not torch.equal(head.read().to(other.dtype), other.read())):
-            raise CheckpointError(f"{folder}: {key} differs from {EMBED}; PaliGemma ties the two")
-    return rest
+        embedding = others.get(embed + VALUES) or others.setdefault(embed, head)  # a head never equals quantized values
+        if compare and not _equal(head, embedding):
+            raise CheckpointError(f"{folder}: {key} differs from {EMBED}; PaliGemma uses one matrix for both")
+    return others
 
 
-def copied(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The arrays, whose reading leaves nothing mapped from the files."""
-    return {key: replace(entry, read=lambda entry=entry: entry.read().clone()) for key, entry in entries.items()}
+def _equal(head: Entry, embedding: Entry) -> bool:
+    return head.shape == embedding.shape and torch.equal(head.read().to(embedding.dtype), embedding.read())
 
 
-def layout(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
-    """The prefix of each part of the model."""
-    found = {}
+def find_prefixes(entries: Mapping[str, Entry], folder: Path) -> dict[str, str]:
+    """The prefix of each part of the model in these keys."""
+    prefixes = {}
     for part, anchor in ANCHORS.items():
         matches = [key for key in (key.removesuffix(VALUES) for key in entries) if key.endswith(anchor)]
         if len(matches) != 1:
-            said = f"{len(matches)} keys end in" if matches else "no key ends in"
-            raise CheckpointError(f"{folder}: {said} {anchor}; expected one, as in a PaliGemma checkpoint")
-        found[part] = matches[0].removesuffix(anchor)
-    return found
-
-
-def open_folder(folder: Path) -> dict[str, Entry]:
-    """Every array in a folder's safetensors, by name; nothing is read but headers."""
-    return keys.unwrapped(_open_folder(folder), str(folder))
-
-
-def _open_folder(folder: Path) -> dict[str, Entry]:
-    if (folder / SINGLE).exists():  # before an index, as transformers does, which may leave an old one behind
-        return open_file(folder / SINGLE)
-    if not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX}: weight_map is not a table of file names")
-    entries, present = {}, {path.name for path in folder.iterdir()}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{folder / INDEX}: {name} lies outside the folder; shards are plain file names")
-        if name not in present:  # not asked of the file system, which takes no name of a thousand characters
-            raise CheckpointError(f"{folder / name}: missing, though {INDEX} names it; download it again")
-        shard = open_file(folder / name)
-        if absent := sorted({key for key, file in weight_map.items() if file == name} - shard.keys()):
-            raise CheckpointError(f"{folder / name}: {absent[0]} is missing, though {INDEX} places it there")
-        entries |= {key: entry for key, entry in shard.items() if weight_map.get(key, name) == name}
-    return entries
-
-
-def open_file(path: Path) -> dict[str, Entry]:
-    """The arrays of one safetensors file, memory-mapped when read."""
-    check_file(path)
-    try:
-        header(path)
-        file = safe_open(path, framework="pt")
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); download it again") from error
-    for key, piece in slices.items():
-        if piece.get_dtype() not in DTYPES and not keys.UNREAD.fullmatch(key):
-            raise CheckpointError(f"{path}: {key}: dtype {piece.get_dtype()} is not one of {', '.join(DTYPES)}")
-    other = torch.int64  # stands for the dtypes of what is left out
-    return {
-        key: Entry(tuple(piece.get_shape()), DTYPES.get(piece.get_dtype(), other), partial(_read, file, path, key))
-        for key, piece in slices.items()
-    }
-
-
-def _read(file: Any, path: Path, key: str) -> Tensor:
-    try:
-        return file.get_tensor(key)
-    except (SafetensorError, RuntimeError, TypeError) as error:  # an empty array may have a size that no tensor has
-        raise CheckpointError(f"{path}: {key} cannot be read ({first_line(error)}); download it again") from error
+            count = f"{len(matches)} keys end in" if matches else "no key ends in"
+            raise CheckpointError(f"{folder}: {count} {anchor}; expected one, as in a PaliGemma checkpoint")
+        prefixes[part] = matches[0].removesuffix(anchor)
+    return prefixes
 
 
 def arrays(cfg: Config, params: paligemma.Params) -> dict[str, Tensor]:
     """Key -> array, as files hold the parameters."""
-    params = quant.arranged(params, torch.device("cpu"))  # the order of files
-    return arrange(with_parts(table(cfg), quant.methods(params)), params)
-
-
-def write(
-    change: Change, arrays: Mapping[str, Tensor], config: Mapping[str, Any], shard_bytes: int, inner: str = ""
-) -> None:
-    """Write arrays as safetensors of at most `shard_bytes` each, with an index if there are several; old ones go.
-
-    `config.json` is written after them, and they say that they belong to it. The names of shards are those of no other
-    weights, so that none replaces a shard that an older index names. `inner` is a folder in the folder that changes.
-    """
-    said = {CONFIGURED: digest_of(as_json(config))}
-    many = len(arrays) > 1 and sum(map(_nbytes, arrays.values())) > shard_bytes
-    pattern = f"model-{digest_of_arrays(arrays)}{{suffix}}.safetensors" if many else SINGLE
-    shards = split_state_dict_into_shards_factory(
-        dict(arrays), get_storage_size=_nbytes, filename_pattern=pattern, max_shard_size=shard_bytes
-    )
-    for name, held in shards.filename_to_tensors.items():
-        with change.new(str(Path(inner, name))) as file:
-            write_safetensors(file, {key: arrays[key] for key in held}, {"format": "pt"} | said)
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata | said, "weight_map": shards.tensor_to_filename}
-        change.write(str(Path(inner, INDEX)), as_json(index))
-    change.supersede(WEIGHTS, inner)
-    change.write(str(Path(inner, CONFIG)), as_json({**config, **said}))
-    change.hide(str(Path(inner, CONFIG)))
-
-
-def _nbytes(array: Tensor) -> int:
-    return array.numel() * array.element_size()
+    params = quant.to_device_layout(params, torch.device("cpu"))  # files hold the memory order of a CPU
+    return to_arrays(with_quantized(table(cfg), quant.methods(params)), params)

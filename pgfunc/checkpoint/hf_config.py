@@ -1,8 +1,8 @@
-"""`config.json` of Hugging Face's PaliGemma folders, read into a `Config` and written; also its vision_config alone.
+"""`config.json` of Hugging Face's PaliGemma folders: parsed into a `Config`, and rendered from one.
 
-A text_config leaves out what equals its class's default, so those defaults stand here. What this project does not
-implement (biases in the language model, another activation, untied embeddings) is an error, never ignored. Source:
-transformers `configuration_{paligemma,gemma,gemma2,siglip}.py`.
+A text_config omits the fields that equal the defaults of its class, so those defaults are listed here. A field that
+asks for something this project does not implement (biases in the language model, another activation, untied
+embeddings) is an error; it is never ignored. Source: transformers `configuration_{paligemma,gemma,gemma2,siglip}.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pgfunc import paligemma, quant
 from pgfunc.checkpoint import processor
+from pgfunc.checkpoint.fields import integer, positive, require, section
 from pgfunc.config import Config, TextConfig, VisionConfig, with_vocabulary
 from pgfunc.errors import CheckpointError, SettingError
 from pgfunc.files.jsonfile import read_json
@@ -23,7 +24,7 @@ CONFIG = "config.json"
 SIGLIP = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 16, "num_channels": 3, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
-    "position": "learned", "rope_theta": 10_000.0,  # the last two are this project's own
+    "position": "learned", "rope_theta": 10_000.0,  # the last two are pgfunc's own
 }  # fmt: skip
 GEMMA = {
     "vocab_size": 256_000, "hidden_size": 3072, "intermediate_size": 24_576, "num_hidden_layers": 28,
@@ -37,16 +38,13 @@ GEMMA2 = GEMMA | {
     "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
 }  # fmt: skip
 
-# the most of a count, so that a file of a kilobyte cannot ask for gigabytes of layers, nor for a shape that no tensor
-# has; published checkpoints have 46 layers, 257,216 rows and pictures of 896 pixels
-MOST, MOST_OF = 2**20, {"num_hidden_layers": 1000, "image_size": 2**12}
-MOST_TOKENS = 2**14  # of a picture: attention is quadratic in them, and a patch may be of one pixel
+MAX_PATCHES = 2**14  # attention is quadratic in them, and a patch may be as small as one pixel
 
-NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null: without
+NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null means none
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a checkpoint folder, its processor's resize filter included."""
+    """The configuration of a checkpoint folder, with the resize filter of its processor."""
     return processor.read(folder, parse_file(folder / CONFIG))
 
 
@@ -55,54 +53,49 @@ def parse_file(path: Path) -> Config:
     return parse_as(path, parse, "a PaliGemma")
 
 
-def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], kind: str) -> T:
-    """The value of a `config.json`; what `parse` raises becomes a CheckpointError that names the file."""
+def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], model: str) -> T:
+    """The config that `parse` makes of a `config.json`. Raises CheckpointError, naming the file, if `parse` raises."""
     raw = read_json(path)
     try:
         return parse(raw)
     except (KeyError, ValueError) as error:
-        said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path}: {said}; expected the configuration of {kind}") from error
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path}: {reason}; expected the configuration of {model}") from error
 
 
 def read_storage(folder: Path, cfg: Config) -> tuple[dict[str, str], bool]:
-    """How a folder stores weights: path -> method of every quantized one, and whether the embedding is the head.
+    """How a folder stores its weights: path -> method of each quantized one, and whether the head is the embedding.
 
-    The methods are as `with_methods` writes them, and as the model can have them.
+    Raises CheckpointError for weights that another program quantized, and for methods that this model cannot have.
     """
     path, raw = folder / CONFIG, read_json(folder / CONFIG)
-    given, tie = raw.get("quantization_config"), raw.get("tie_word_embeddings") is not False
-    if given is None:
-        return {}, tie
-    given = given if isinstance(given, dict) else {}
-    methods = given.get("weights") if given.get("format") == "pgfunc" else None
+    quantization, tied = raw.get("quantization_config"), raw.get("tie_word_embeddings") is not False
+    if quantization is None:
+        return {}, tied
+    quantization = quantization if isinstance(quantization, dict) else {}
+    methods = quantization.get("weights") if quantization.get("format") == "pgfunc" else None
     if not isinstance(methods, dict) or not all(isinstance(method, str) for method in methods.values()):
-        by = given.get("quant_method", "something else")
+        program = quantization.get("quant_method", "another program")
         raise CheckpointError(
-            f"{path}: quantization_config is not of pgfunc; load the original weights, which {by} has quantized here, "
-            "and give quantize= if they should be smaller"
+            f"{path}: quantization_config was not written by pgfunc; load the original weights instead of those that "
+            f"{program} quantized, with quantize= to make them smaller"
         )
     try:
         quant.apply(paligemma.abstract(cfg), methods)
     except SettingError as error:
         raise CheckpointError(f"{path}: quantization_config: {error}") from error
-    return methods, tie
+    return methods, tied
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
-    """The value of a `config.json`; a ValueError says what does not fit."""
+    """The config that a `config.json` describes. Raises a KeyError or a ValueError for a field that does not fit."""
     if raw["model_type"] != "paligemma":
         raise ValueError(f"model_type is {raw['model_type']!r}, expected 'paligemma'")
-    given = {"model_type": "gemma"} | section(raw, "text_config")
-    text = {"gemma": GEMMA, "gemma2": GEMMA2}.get(str(given.get("model_type")))
-    if text is None:
-        raise ValueError(f"text_config.model_type is {given.get('model_type')}, expected gemma or gemma2")
-    text = text | {key: value for key, value in given.items() if value is not None or key in NULLABLE}
-    vision = SIGLIP | section(raw, "vision_config")
-    image = whole(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
+    text = _with_defaults(section(raw, "text_config"))
+    image = integer(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
     cfg = Config(
-        vision=parse_vision(vision),
-        text=_text(text),
+        vision=parse_vision(SIGLIP | section(raw, "vision_config")),
+        text=_parse_text(text),
         pad=_token(raw, text, "pad_token_id"),
         eos=_token(raw, text, "eos_token_id"),
         bos=_token(raw, text, "bos_token_id"),
@@ -110,7 +103,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     )
     rows, ids = cfg.text.vocab, (cfg.pad, cfg.eos, cfg.bos)
     if max(ids) >= rows or image in ids:
-        raise ValueError(f"pad, eos, bos are {ids}, expected ids below {rows}, and none that is <image>'s {image}")
+        raise ValueError(f"pad, eos, bos are {ids}, expected ids below {rows} that differ from <image>'s {image}")
     if raw.get("projection_dim", cfg.text.width) != cfg.text.width:
         raise ValueError(
             f"projection_dim is {raw['projection_dim']}, expected text_config.hidden_size {cfg.text.width}"
@@ -119,23 +112,23 @@ def parse(raw: Mapping[str, Any]) -> Config:
 
 
 def without_tokenizer(cfg: Config) -> Config:
-    """The config where no tokenizer names the tokens: the rows from `<image>` on are random in the published files."""
+    """The config without a tokenizer: rows from `<image>` on are padding, since published files hold noise there."""
     return with_vocabulary(cfg, range(cfg.image))
 
 
 def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
-    """The value of a vision_config that is whole; a ValueError says what does not fit."""
+    """The config that a complete vision_config describes. Raises as `parse` does."""
     require(raw, "hidden_act", "gelu_pytorch_tanh")
     require(raw, "num_channels", 3)
     if raw["position"] not in ("learned", "rope2d"):
         raise ValueError(f"vision_config.position is {raw['position']}, expected learned or rope2d")
     cfg = VisionConfig(
-        width=whole(raw, "hidden_size"),
-        layers=whole(raw, "num_hidden_layers"),
-        heads=whole(raw, "num_attention_heads"),
-        hidden=whole(raw, "intermediate_size"),
-        image_size=whole(raw, "image_size"),
-        patch=whole(raw, "patch_size"),
+        width=integer(raw, "hidden_size"),
+        layers=integer(raw, "num_hidden_layers"),
+        heads=integer(raw, "num_attention_heads"),
+        hidden=integer(raw, "intermediate_size"),
+        image_size=integer(raw, "image_size"),
+        patch=integer(raw, "patch_size"),
         position=raw["position"],
         theta=positive(raw, "rope_theta"),
         eps=positive(raw, "layer_norm_eps"),
@@ -143,96 +136,83 @@ def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
     if cfg.width % cfg.heads:
         raise ValueError(f"vision_config.hidden_size {cfg.width} is not a multiple of its {cfg.heads} heads")
     if cfg.position == "rope2d" and cfg.head_dim % 4:
-        raise ValueError(f"rope2d needs heads of a multiple of 4, found {cfg.head_dim}")
-    if not 1 <= cfg.tokens <= MOST_TOKENS:
+        raise ValueError(f"rope2d needs heads whose size is a multiple of 4, found {cfg.head_dim}")
+    if not 1 <= cfg.tokens <= MAX_PATCHES:
         raise ValueError(
             f"image_size {cfg.image_size} and patch_size {cfg.patch} make {cfg.tokens} patches, "
-            f"expected 1 to {MOST_TOKENS}"
+            f"expected 1 to {MAX_PATCHES}"
         )
     return cfg
 
 
-def _text(raw: Mapping[str, Any]) -> TextConfig:
+def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A complete text_config: the defaults of its model_type, and the fields that are present."""
+    raw = {"model_type": "gemma", **raw}
+    defaults = {"gemma": GEMMA, "gemma2": GEMMA2}.get(str(raw["model_type"]))
+    if defaults is None:
+        raise ValueError(f"text_config.model_type is {raw['model_type']}, expected gemma or gemma2")
+    return defaults | {key: value for key, value in raw.items() if value is not None or key in NULLABLE}
+
+
+def _parse_text(raw: Mapping[str, Any]) -> TextConfig:
     gemma2 = raw["model_type"] == "gemma2"
     require(raw, "attention_bias", False)
     require(raw, "hidden_activation", "gelu_pytorch_tanh")
-    scaling = section(raw, "rope_scaling") if raw.get("rope_scaling") else {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ValueError(f"rope_scaling is {scaling}, expected none")
-    if not str(raw.get("hidden_act") or "gelu").startswith("gelu"):  # old files say gelu, and meant the tanh form
+    if not str(raw.get("hidden_act") or "gelu").startswith("gelu"):  # old files say gelu and mean its tanh form
         raise ValueError(f"hidden_act is {raw['hidden_act']!r}, expected gelu_pytorch_tanh")
-    rope = section(raw, "rope_parameters") if raw.get("rope_parameters") else {"rope_theta": raw["rope_theta"]}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type is {rope['rope_type']}, expected default")
-    scale = positive(raw, "query_pre_attn_scalar") if gemma2 else whole(raw, "head_dim")
+    scale = positive(raw, "query_pre_attn_scalar") if gemma2 else integer(raw, "head_dim")
     cfg = TextConfig(
-        vocab=whole(raw, "vocab_size"),
-        width=whole(raw, "hidden_size"),
-        layers=whole(raw, "num_hidden_layers"),
-        heads=whole(raw, "num_attention_heads"),
-        kv_heads=whole(raw, "num_key_value_heads"),
-        head_dim=whole(raw, "head_dim"),
-        hidden=whole(raw, "intermediate_size"),
+        vocab=integer(raw, "vocab_size"),
+        width=integer(raw, "hidden_size"),
+        layers=integer(raw, "num_hidden_layers"),
+        heads=integer(raw, "num_attention_heads"),
+        kv_heads=integer(raw, "num_key_value_heads"),
+        head_dim=integer(raw, "head_dim"),
+        hidden=integer(raw, "intermediate_size"),
         query_scale=scale**-0.5,
         attention_softcap=positive(raw, "attn_logit_softcapping") if gemma2 and raw["attn_logit_softcapping"] else 0.0,
         final_softcap=positive(raw, "final_logit_softcapping") if gemma2 and raw["final_logit_softcapping"] else 0.0,
-        window=whole(raw, "sliding_window") if gemma2 and raw["sliding_window"] is not None else 0,
+        window=integer(raw, "sliding_window") if gemma2 and raw["sliding_window"] is not None else 0,
         post_norms=gemma2,
-        theta=positive(rope, "rope_theta"),
+        theta=_rope_theta(raw),
         eps=positive(raw, "rms_norm_eps"),
-        positions=whole(raw, "max_position_embeddings"),
+        positions=integer(raw, "max_position_embeddings"),
     )
-    kinds = ["sliding_attention" if cfg.windowed(i) else "full_attention" for i in range(cfg.layers)]
-    if gemma2 and raw.get("layer_types", kinds) != kinds:
-        raise ValueError(f"layer_types are not those of sliding_window {raw['sliding_window']}")
-    if cfg.heads % cfg.kv_heads or cfg.head_dim % 2:
-        raise ValueError(f"{cfg.heads} heads of {cfg.head_dim} do not fit {cfg.kv_heads} kv heads and rotary positions")
+    layer_types = ["sliding_attention" if cfg.windowed(i) else "full_attention" for i in range(cfg.layers)]
+    if gemma2 and raw.get("layer_types", layer_types) != layer_types:
+        raise ValueError(f"layer_types do not match sliding_window {raw['sliding_window']}")
+    if cfg.heads % cfg.kv_heads:
+        raise ValueError(f"num_attention_heads {cfg.heads} is not a multiple of num_key_value_heads {cfg.kv_heads}")
+    if cfg.head_dim % 2:
+        raise ValueError(f"head_dim is {cfg.head_dim}, expected an even number for rotary positions")
     return cfg
 
 
+def _rope_theta(raw: Mapping[str, Any]) -> float:
+    """The base of the rotary embedding, in either field that transformers has used; scaling is not implemented."""
+    scaling = section(raw, "rope_scaling") if raw.get("rope_scaling") else {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise ValueError(f"rope_scaling is {scaling}, expected none")
+    rope = section(raw, "rope_parameters") if raw.get("rope_parameters") else {"rope_theta": raw["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type is {rope['rope_type']}, expected default")
+    return positive(rope, "rope_theta")
+
+
 def _token(raw: Mapping[str, Any], text: Mapping[str, Any], key: str) -> int:
-    """A token id at the top level or in text_config; the first, where Gemma lists the ends of a turn too."""
-    found = raw[key] if raw.get(key) is not None else text[key]
-    return whole({key: found[0] if isinstance(found, list) and found else found}, key)
-
-
-def section(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """An object in an object; a ValueError for what is none."""
-    if not isinstance(raw[key], dict):
-        raise ValueError(f"{key} is {raw[key]!r}, expected an object")
-    return raw[key]
-
-
-def whole(raw: Mapping[str, Any], key: str) -> int:
-    """A count, or the id of a token; a ValueError for what is none."""
-    value, least, most = raw[key], 0 if key.endswith("token_id") else 1, MOST_OF.get(key, MOST)
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{key} is {value!r}, expected a whole number from {least} to {most}")
-    return value
-
-
-def positive(raw: Mapping[str, Any], key: str) -> float:
-    """A factor or a cap; a ValueError for what is none."""
-    value = raw[key]
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ValueError(f"{key} is {value!r}, expected a number above 0")
-    return float(value)
-
-
-def require(raw: Mapping[str, Any], key: str, value: Any) -> None:
-    """The only value that is implemented, which is also the default."""
-    if raw.get(key, value) != value:
-        raise ValueError(f"{key} is {raw[key]!r}, expected {value!r}")
+    """A token id at the top level or in text_config; the first of a list, as Gemma also lists the end of a turn."""
+    id = raw[key] if raw.get(key) is not None else text[key]
+    return integer({key: id[0] if isinstance(id, list) and id else id}, key)
 
 
 def with_methods(config: dict[str, Any], methods: Mapping[str, str]) -> dict[str, Any]:
-    """A `config.json` that says how weights are quantized, if any are."""
-    # an entry without quant_method stops transformers; one that it does not know, it skips, and makes up the weights
+    """The `config.json` with the method of each quantized weight, if there are any."""
+    # without quant_method, because transformers then stops; for an unknown one it would load random weights
     return config | {"quantization_config": {"format": "pgfunc", "weights": dict(methods)}} if methods else config
 
 
 def render_vision(vision: VisionConfig) -> dict[str, Any]:
-    """The vision_config of an encoder: `parse_vision` gives it back."""
+    """The vision_config of an encoder; `parse_vision` is its inverse."""
     rendered = {
         "model_type": "siglip_vision_model", "hidden_size": vision.width, "intermediate_size": vision.hidden,
         "num_hidden_layers": vision.layers, "num_attention_heads": vision.heads, "image_size": vision.image_size,
@@ -243,14 +223,14 @@ def render_vision(vision: VisionConfig) -> dict[str, Any]:
 
 
 def render(cfg: Config, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a config: `parse` gives the config back.
+    """The `config.json` of a config; `parse` is its inverse.
 
-    Raises CheckpointError for a config that the format cannot say, such as softcaps without Gemma 2's post-norms.
+    Raises CheckpointError for a config that the format cannot express, such as softcaps without Gemma 2's post-norms.
     """
     vision, text = cfg.vision, cfg.text
     ids = {"pad_token_id": cfg.pad, "eos_token_id": cfg.eos, "bos_token_id": cfg.bos}
-    paligemma = {"vision_use_head": False, "projection_dim": text.width, "num_image_tokens": vision.tokens}
-    vision_config = render_vision(vision) | paligemma
+    in_paligemma = {"vision_use_head": False, "projection_dim": text.width, "num_image_tokens": vision.tokens}
+    vision_config = render_vision(vision) | in_paligemma
     text_config = ids | {
         "model_type": "gemma", "vocab_size": text.vocab + text.padding, "hidden_size": text.width,
         "intermediate_size": text.hidden, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
@@ -271,9 +251,9 @@ def render(cfg: Config, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": True, "text_config": text_config, "vision_config": vision_config,
     }  # fmt: skip
     try:
-        read = parse(rendered)
+        parsed = parse(rendered)
     except ValueError as error:
         raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: {error}") from error
-    if read != without_tokenizer(replace(cfg, resample=read.resample)):
-        raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: read back it is {read}")
+    if parsed != without_tokenizer(replace(cfg, resample=parsed.resample)):
+        raise CheckpointError(f"Hugging Face's config.json cannot hold {cfg}: it reads back as {parsed}")
     return rendered

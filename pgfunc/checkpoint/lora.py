@@ -1,7 +1,7 @@
-"""LoRA adapters as PEFT writes them (adapter_config.json, adapter_model.safetensors), read and added to the weights.
+"""LoRA adapters as PEFT writes them (adapter_config.json, adapter_model.safetensors): read, and added to the weights.
 
-PEFT and transformers have named the arrays in several ways, which are all read. What an adapter holds beside plain
-LoRA's pairs is an error, for without it the pairs are not what was trained. Axes: r rank, i inputs, o outputs.
+All names that versions of PEFT and transformers gave the arrays are read. An adapter that holds more than the pairs of
+plain LoRA is an error, because the pairs alone are not what was trained. Axes: r rank, i inputs, o outputs.
 """
 
 import re
@@ -14,121 +14,124 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pgfunc import paligemma, quant, tree
-from pgfunc.checkpoint import hf, keys
-from pgfunc.checkpoint.files import Entry, check
-from pgfunc.checkpoint.hf_config import MOST
+from pgfunc.checkpoint import hf, keys, shards
+from pgfunc.checkpoint.fields import MAX_COUNT
 from pgfunc.checkpoint.source import ADAPTER, find
+from pgfunc.checkpoint.tables import Entry, check_arrays
 from pgfunc.config import Config
 from pgfunc.errors import CheckpointError
 from pgfunc.files.journal import reading
 from pgfunc.files.jsonfile import read_json
-from pgfunc.ops import widen
+from pgfunc.ops import upcast
 from pgfunc.paligemma import Params
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
-TABLES = {"vision.position", "language.embed"}
-PAIR = re.compile(r"(.+)\.lora_(A|B)(?:\.[\w-]+)?\.weight")  # where the adapter's name stands, it is mostly `default`
-SAVED = re.compile(r"\.modules_to_save(?:\.[\w-]+)?(?=\.)|\.base_layer(?=\.)")  # in the names of whole weights
-# versions of PEFT and transformers name the modules differently; the newest comes first, which `save` writes
+EMBEDDINGS = {"vision.position", "language.embed"}
+PAIR = re.compile(r"(.+)\.lora_(A|B)(?:\.[\w-]+)?\.weight")  # an adapter's name may follow, mostly `default`
+SAVED = re.compile(r"\.modules_to_save(?:\.[\w-]+)?(?=\.)|\.base_layer(?=\.)")  # in names of full weights
+# prefixes of older versions of PEFT and transformers -> those of the newest, which `train.lora.save` writes
 RENAMED = {"base_model.model.": "", "model.": "", "language_model.model.": "language_model.",
            "vision_tower.vision_model.": "vision_tower.", "language_model.lm_head.": "lm_head."}  # fmt: skip
-# what PEFT can do beside plain LoRA: where one of these is set, the pairs alone are not the adapter
+# settings of PEFT beyond plain LoRA: if one of them is set, the pairs alone are not the adapter
 BEYOND = ("bias", "use_dora", "use_rslora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "kasa_config",
           "rank_pattern", "alpha_pattern", "layer_replication", "trainable_token_indices",
           "target_parameters", "alora_invocation_tokens", "arrow_config", "monteclora_config",
           "velora_config")  # fmt: skip
-OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start that change the base weights too
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that also change the base weights
 
 
 class Pair(NamedTuple):
-    """What is added to one weight is scale · b @ a."""
+    """Two matrices; scale · b @ a is added to one weight."""
 
     a: Float[Tensor, "r i"]
     b: Float[Tensor, "o r"]
 
 
 class Lora(NamedTuple):
-    """The pairs by the path of their weight, and the factor alpha / rank."""
+    """Path of a weight -> its pair, and the factor alpha / rank."""
 
     pairs: dict[str, Pair]
     scale: float
 
 
 def merge(params: Params, lora: Lora) -> Params:
-    """The parameters with every pair added to its weight, in float32 or wider, cast last."""
+    """The parameters with every pair added to its weight; the sum is computed in float32 or wider, then cast back."""
     quant.check_plain(params, "merging LoRA")
     leaves = tree.flatten(params)
 
     def added(leaf: Tensor, pair: Pair) -> Tensor:
-        return (widen(leaf) + lora.scale * (pair.b @ pair.a).to(leaf.device)).to(leaf.dtype)
+        return (upcast(leaf) + lora.scale * (pair.b @ pair.a).to(leaf.device)).to(leaf.dtype)
 
     return tree.replace(params, {path: added(leaves[path], pair) for path, pair in lora.pairs.items()})
 
 
 def load(folder: str | Path, cfg: Config, params: Params | None = None) -> Lora:
-    """Read an adapter, a folder or a hub id, onto the CPU, in float32 or wider, as PEFT does.
+    """Read an adapter, a folder or a hub id, onto the CPU, in float32 or wider as PEFT does.
 
-    params: those of its base. Weights that stand beside the pairs must equal them; without `params` they are an error.
+    params: the base model's. Full weights that are saved beside the pairs must equal them; without `params` they are an
+    error.
     Raises CheckpointError for keys that are not this model's, half a pair, a wrong shape, or more than plain LoRA.
     """
     folder = find(folder)
     with reading(folder):
-        rank, scale, named = read_settings(folder / ADAPTER)
-        arrays = open_pairs(folder)
+        rank, scale, modules_to_save = read_settings(folder / ADAPTER)
+        arrays = open_adapter(folder)
     path_of = {name: path for path, name in modules(cfg).items()}
     shapes = tree.flatten(paligemma.abstract(cfg))
-    entries, expected, whole = {}, {}, {}
+    pairs, expected, full_weights = {}, {}, {}
     for key, entry in arrays.items():
-        if not (found := PAIR.fullmatch(key)) or found[1] not in path_of:
-            whole[key] = entry
+        if not (match := PAIR.fullmatch(key)) or match[1] not in path_of:
+            full_weights[key] = entry
             continue
-        path, (outputs, inputs) = path_of[found[1]], shapes[path_of[found[1]]].shape
-        entries[f"{path} {found[2]}"] = entry
+        path, (outputs, inputs) = path_of[match[1]], shapes[path_of[match[1]]].shape
+        pairs[f"{path} {match[2]}"] = entry
         expected |= {f"{path} A": torch.empty(rank, inputs, device="meta")}
         expected |= {f"{path} B": torch.empty(outputs, rank, device="meta")}
-    for name in named if isinstance(named, list) else []:
-        if not any(str(name) in key for key in whole):
-            raise CheckpointError(f"{folder / ADAPTER}: modules_to_save is {named}, and {WEIGHTS} has no {name}")
-    check_whole(whole, cfg, params, folder / WEIGHTS)
-    check(expected, entries, str(folder / WEIGHTS), "the adapter that adapter_config.json describes")
-    chosen = [path for path in shapes if f"{path} A" in entries]
-    return Lora({path: Pair(*(widen(entries[f"{path} {part}"].read()) for part in "AB")) for path in chosen}, scale)
+    for name in modules_to_save if isinstance(modules_to_save, list) else []:
+        if not any(str(name) in key for key in full_weights):
+            raise CheckpointError(
+                f"{folder / ADAPTER}: modules_to_save is {modules_to_save}, but {WEIGHTS} has no {name}"
+            )
+    check_full_weights(full_weights, cfg, params, folder / WEIGHTS)
+    check_arrays(expected, pairs, str(folder / WEIGHTS), "the adapter that adapter_config.json describes")
+    paths = [path for path in shapes if f"{path} A" in pairs]
+    return Lora({path: Pair(*(upcast(pairs[f"{path} {part}"].read()) for part in "AB")) for path in paths}, scale)
 
 
-def open_pairs(folder: Path) -> dict[str, Entry]:
-    """The arrays of an adapter, under the names that the newest version gives the modules, without `model.`."""
+def open_adapter(folder: Path) -> dict[str, Entry]:
+    """The arrays of an adapter, by the names of the newest version without `model.`."""
     path = folder / WEIGHTS
     if (folder / PICKLED).exists() and not path.exists():
         raise CheckpointError(
-            f"{folder / PICKLED}: is pickled, and not read, for loading it may run code; "
+            f"{folder / PICKLED}: is pickled, which is not read because loading it can run code; "
             "PEFT's from_pretrained(base, folder).save_pretrained(folder) writes safetensors"
         )
-    arrays = keys.unwrapped(hf.open_file(path), str(path))
-    found = {renamed(key): entry for key, entry in arrays.items()}
-    if len(found) < len(arrays):
-        raise CheckpointError(f"{path}: holds several adapters, or one twice; save one alone with PEFT")
-    return found
+    arrays = keys.unwrapped(shards.open_file(path), str(path))
+    by_name = {renamed(key): entry for key, entry in arrays.items()}
+    if len(by_name) < len(arrays):
+        raise CheckpointError(f"{path}: holds several adapters, or the same one twice; save a single one with PEFT")
+    return by_name
 
 
 def renamed(key: str) -> str:
-    """An array's name as the newest version writes it."""
+    """An array's name in the newest version."""
     key = SAVED.sub("", key)
     for old, new in RENAMED.items():
         key = new + key.removeprefix(old) if key.startswith(old) else key
-    return key if not (found := PAIR.fullmatch(key)) else f"{found[1]}.lora_{found[2]}.weight"
+    return key if not (match := PAIR.fullmatch(key)) else f"{match[1]}.lora_{match[2]}.weight"
 
 
-def check_whole(arrays: Mapping[str, Entry], cfg: Config, params: Params | None, path: Path) -> None:
-    """Raise CheckpointError for a weight beside the pairs that is not the base's: it was trained too, or resized."""
+def check_full_weights(arrays: Mapping[str, Entry], cfg: Config, params: Params | None, path: Path) -> None:
+    """Raise CheckpointError for a full weight that differs from the base model's: it was trained too, or resized."""
     leaves = {} if params is None else tree.flatten(params)
-    place = {slot.key: where for where, slot in tree.flatten(table(cfg)).items()}
-    place["lm_head.weight"] = "language.embed"
+    path_of = {slot.key: path for path, slot in tree.flatten(table(cfg)).items()}
+    path_of[hf.HEAD] = "language.embed"
     for key, entry in arrays.items():
-        if key not in place:
-            raise CheckpointError(f"{path}: {key} is no linear weight of this model; {hf.REMEDY}")
-        leaf = leaves.get(place[key])
+        if key not in path_of:
+            raise CheckpointError(f"{path}: {key} is not a linear weight of this model; {hf.MERGE_FIRST}")
+        leaf = leaves.get(path_of[key])
         if leaf is None or leaf.shape != entry.shape or not (leaf.is_meta or _equal(entry, leaf)):
-            raise CheckpointError(f"{path}: {key} stands beside the pairs and is not the base's; {hf.REMEDY}")
+            raise CheckpointError(f"{path}: {key} beside the pairs differs from the base model's; {hf.MERGE_FIRST}")
 
 
 def _equal(entry: Entry, leaf: Tensor) -> bool:
@@ -147,13 +150,13 @@ def read_settings(path: Path) -> tuple[int, float, Any]:
     ):
         raise CheckpointError(f"{path}: not a LoRA adapter; expected peft_type LORA, r and lora_alpha")
     beyond = [name for name in BEYOND if settings.get(name) not in (None, False, "none", {}, [])]
-    if str(settings.get("init_lora_weights")).startswith(OWN_BASE):
+    if str(settings.get("init_lora_weights")).startswith(BASE_CHANGING):
         beyond.append("init_lora_weights")
     if not -1e30 < alpha < 1e30:
         beyond.append("lora_alpha")
-    if beyond or not 1 <= rank <= MOST:
+    if beyond or not 1 <= rank <= MAX_COUNT:
         name = beyond[0] if beyond else "r"
-        raise CheckpointError(f"{path}: {name} is {settings[name]!r}; only plain LoRA is read; {hf.REMEDY}")
+        raise CheckpointError(f"{path}: {name} is {settings[name]!r}; only plain LoRA is read; {hf.MERGE_FIRST}")
     return rank, alpha / rank, settings.get("modules_to_save")
 
 
@@ -164,10 +167,10 @@ def modules(cfg: Config) -> dict[str, str]:
 
 
 def table(cfg: Config) -> Params:
-    """The key of every parameter as the newest transformers has it, without the leading `model.`."""
+    """Where the newest transformers stores every parameter, without the leading `model.`."""
     return hf.table(cfg, {"vision": "vision_tower.", "projector": "", "language": "language_model."})
 
 
 def linear_paths(params: Params) -> set[str]:
-    """The paths of the matrices that multiply activations; tables that are looked up are none."""
-    return {path for path, leaf in tree.flatten(params).items() if leaf.dim() == 2} - TABLES
+    """The paths of the matrices that multiply activations; embeddings are not among them."""
+    return {path for path, leaf in tree.flatten(params).items() if leaf.dim() == 2} - EMBEDDINGS

@@ -2,22 +2,21 @@
 # pyright: reportArgumentType=false
 """SigLIP checkpoints in Hugging Face layout: a folder of config.json, safetensors and a tokenizer.json.
 
-A folder may leave its vision encoder out, where it was trained as the other half of a locked one (LiT; Zhai et al.
-2022): then it takes that of the PaliGemma checkpoint in the folder above it, as `weights/tiny/siglip` does. Source of
-the names: transformers `models/siglip`.
+A folder may omit its vision encoder, if it was trained beside a locked one (LiT; Zhai et al. 2022): it then uses the
+vision encoder of the PaliGemma checkpoint in its parent folder, as `weights/tiny/siglip` does. Source of the names:
+transformers `models/siglip`.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgfunc import siglip, siglip_dual, tree
+from pgfunc import siglip, siglip_dual
 from pgfunc.checkpoint import (
-    DECLARED,
+    TOKEN_DECLARATIONS,
     TOKENIZER,
     TOKENIZER_CONFIG,
     as_device,
@@ -26,32 +25,18 @@ from pgfunc.checkpoint import (
     hf,
     hf_config,
     processor,
+    shards,
 )
-from pgfunc.checkpoint.files import Entry, Slot, arrange, gather
-from pgfunc.checkpoint.hf_config import (
-    CONFIG,
-    SIGLIP,
-    parse_as,
-    parse_vision,
-    positive,
-    render_vision,
-    require,
-    section,
-    whole,
-)
-from pgfunc.checkpoint.source import Source, check_folder, check_weights, find, shipped
-from pgfunc.checkpoint.writing import as_json, check_save, written
-from pgfunc.config import SiglipConfig, SiglipTextConfig
+from pgfunc.checkpoint.hf_config import CONFIG
+from pgfunc.checkpoint.siglip_config import read_config, render
+from pgfunc.checkpoint.source import Source, check_model_folder, check_weights, find, shipped
+from pgfunc.checkpoint.tables import Entry, Slot, from_arrays, to_arrays
+from pgfunc.checkpoint.writing import as_json, check_params, check_same_save, reporting_write_errors
+from pgfunc.config import SiglipConfig
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import Change, changing
 from pgfunc.files.journal import reading
 from pgfunc.siglip_dual.prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
-
-TEXT = {
-    "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "max_position_embeddings": 64, "layer_norm_eps": 1e-6,
-    "hidden_act": "gelu_pytorch_tanh",
-}  # fmt: skip
 
 VISION, POOL = "vision_model.", "vision_model.head."
 IN_WEIGHT, IN_BIAS = POOL + "attention.in_proj_weight", POOL + "attention.in_proj_bias"
@@ -75,24 +60,24 @@ def load_siglip(
     *,
     mmap: bool = True,
 ) -> SiglipModel:
-    """A dual encoder in memory.
+    """Load a dual encoder into memory.
 
     source: None for the shipped one; a folder in Hugging Face layout; or a hub id such as
-    "google/siglip-base-patch16-224". A folder without a vision encoder takes that of the PaliGemma above it.
+    "google/siglip-base-patch16-224". A folder without a vision encoder uses that of the PaliGemma in its parent folder.
     dtype, device, mmap: as for `pgfunc.load`.
-    Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError, SettingError.
+    Raises CheckpointError, naming file, key and shapes, for files that do not fit; DeviceError; SettingError.
     """
-    where, kind = as_device(device), as_dtype(dtype)
+    target, cast = as_device(device), as_dtype(dtype)
     folder = shipped() / "siglip" if source is None else find(source)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder in Hugging Face layout, as a SigLIP checkpoint is")
-    check_folder(folder)
+        raise CheckpointError(f"{folder}: not a folder; expected a SigLIP checkpoint in Hugging Face layout")
+    check_model_folder(folder)
     with reading(folder.resolve().parent), reading(folder):  # a save may write both
         cfg = read_config(folder)
         check_weights(folder)
-        check_save(folder, CONFIG)
-        entries = read_entries(folder, cfg) if mmap else hf.copied(read_entries(folder, cfg))
-        params = gather(table(cfg), siglip_dual.abstract(cfg), entries, str(folder), kind, where)
+        check_same_save(folder, CONFIG)
+        entries = read_entries(folder, cfg) if mmap else shards.copied(read_entries(folder, cfg))
+        params = from_arrays(table(cfg), siglip_dual.abstract(cfg), entries, str(folder), cast, target)
         tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
     return SiglipModel(cfg, params, tokenizer)
 
@@ -100,42 +85,35 @@ def load_siglip(
 def save_siglip(model: SiglipModel, folder: str | Path, vision: bool = True, shard_bytes: int = 5 * 10**9) -> None:
     """Write a dual encoder in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it.
 
-    vision: False leaves the vision encoder out, for a folder inside that of the PaliGemma which has the same one;
-    transformers then does not find it.
-    The folder's weights and configuration are replaced, its tokenizer too if the model has one; other files stay. All
-    change at once, as for `pgfunc.save`.
+    vision: False omits the vision encoder, for a folder inside that of a PaliGemma with the same one. transformers
+    cannot load such a folder.
+    The folder's weights and configuration are replaced, and its tokenizer if the model has one; other files stay. All
+    of them change at once, as for `pgfunc.save`.
     Raises CheckpointError for a folder that cannot be written, NumericalError for a parameter that is not finite.
     """
     folder = Path(folder)
-    check(model, folder)
-    with written(folder), changing(folder) as change:
-        put(change, model, vision, shard_bytes)
+    check_params(model.params, folder)
+    with reporting_write_errors(folder), changing(folder) as change:
+        write_model(change, model, vision, shard_bytes)
 
 
-def check(model: SiglipModel, where: Path) -> None:
-    """Refuse what cannot be saved, before anything is written."""
-    if model.params.scale.is_meta:
-        raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
-    tree.check_finite(model.params, str(where))
-
-
-def put(change: Change, model: SiglipModel, vision: bool, shard_bytes: int, inner: str = "") -> None:
-    """Write a model's files among those of a folder that change at once; `inner` is a folder in it."""
+def write_model(change: Change, model: SiglipModel, vision: bool, shard_bytes: int, subfolder: str = "") -> None:
+    """Write a model's files, as part of a change of a folder, into that folder or a subfolder of it."""
     settings = processor.render(model.cfg, processor_class="SiglipProcessor")
-    change.write(str(Path(inner, processor.NAME)), as_json(settings))
-    change.supersede(re.compile(re.escape(processor.IN_PROCESSOR)), inner)
+    change.write(str(Path(subfolder, processor.PREPROCESSOR_CONFIG)), as_json(settings))
+    change.supersede(re.compile(re.escape(processor.PROCESSOR_CONFIG)), subfolder)
     if model.tokenizer is not None:
-        put_tokenizer(change, model.tokenizer, model.cfg.text.positions, inner)
-    arrays = unfold(arrange(table(model.cfg), model.params))
-    kept = {key: array for key, array in arrays.items() if vision or not is_tower(key)}
-    hf.write(change, kept, render(model.cfg, dtype_name(model.params.scale)), shard_bytes, inner)
+        write_tokenizer(change, model.tokenizer, model.cfg.text.positions, subfolder)
+    arrays = join_qkv(to_arrays(table(model.cfg), model.params))
+    arrays = {key: array for key, array in arrays.items() if vision or not in_encoder(key)}
+    shards.write(change, arrays, render(model.cfg, dtype_name(model.params.scale)), shard_bytes, subfolder)
 
 
-def put_tokenizer(change: Change, tokenizer: TextTokenizer, length: int, inner: str) -> None:
-    """Write `tokenizer.json`, and the `tokenizer_config.json` with which transformers reads text as `text_ids` does.
+def write_tokenizer(change: Change, tokenizer: TextTokenizer, length: int, subfolder: str) -> None:
+    """Write `tokenizer.json`, and a `tokenizer_config.json` with which transformers encodes text as `text_ids` does.
 
-    Its caller still says that texts are padded: `padding="max_length"`. One letter differs: a capital sigma that ends
-    a word, of which the `tokenizers` package does not know the lower case there.
+    Callers of transformers still pass `padding="max_length"`. One letter differs: a capital sigma at the end of a word,
+    whose lower case there the `tokenizers` package does not know.
     """
     backend = self_contained(tokenizer)
     eos, pad = (backend.id_to_token(id) for id in (tokenizer.eos, tokenizer.pad))
@@ -144,13 +122,13 @@ def put_tokenizer(change: Change, tokenizer: TextTokenizer, length: int, inner: 
         "pad_token": pad, "unk_token": "<unk>", "model_max_length": length, "padding_side": "right",
         "model_input_names": ["input_ids"], "split_special_tokens": True, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
-    change.write(str(Path(inner, TOKENIZER)), backend.to_str(pretty=True))
-    change.write(str(Path(inner, TOKENIZER_CONFIG)), as_json(settings))
-    change.supersede(DECLARED, inner)
+    change.write(str(Path(subfolder, TOKENIZER)), backend.to_str(pretty=True))
+    change.write(str(Path(subfolder, TOKENIZER_CONFIG)), as_json(settings))
+    change.supersede(TOKEN_DECLARATIONS, subfolder)
 
 
 def table(cfg: SiglipConfig) -> siglip_dual.DualParams:
-    """The key of every parameter. Query, key and value of the pooling head are parts of one array: see `fold`."""
+    """Where every parameter is stored. The pooling head's q, k and v are stored in one array: see `split_qkv`."""
     layers = (hf.layer_table(hf.SIGLIP_LAYER, f"text_model.encoder.layers.{i}.") for i in range(cfg.text.layers))
     return siglip_dual.DualParams(
         vision=hf.vision_table(cfg.vision, VISION),
@@ -169,101 +147,44 @@ def table(cfg: SiglipConfig) -> siglip_dual.DualParams:
     )
 
 
-def is_tower(key: str) -> bool:
-    """True for a key of the vision encoder that PaliGemma has too."""
+def in_encoder(key: str) -> bool:
+    """Whether a key belongs to the vision encoder without the pooling head, which is what PaliGemma has too."""
     return key.startswith(VISION) and not key.startswith(POOL)
 
 
 def read_entries(folder: Path, cfg: SiglipConfig) -> dict[str, Entry]:
-    """Every array of a folder, and of the PaliGemma above it where the vision encoder is that one's."""
-    entries = hf.open_folder(folder)
-    if not any(is_tower(key) for key in entries):
-        entries |= tower_above(folder, cfg)
-    return fold(entries, cfg.vision.width)
+    """Every array of a folder, with the vision encoder of the parent folder's PaliGemma if the folder has none."""
+    entries = shards.open_folder(folder)
+    if not any(in_encoder(key) for key in entries):
+        entries |= encoder_of_parent(folder, cfg)
+    return split_qkv(entries, cfg.vision.width)
 
 
-def tower_above(folder: Path, cfg: SiglipConfig) -> dict[str, Entry]:
-    """The vision encoder of the PaliGemma in the folder above, under SigLIP's keys."""
-    above = folder.resolve().parent
-    if not (above / CONFIG).exists():
-        raise CheckpointError(f"{folder}: holds no vision encoder, nor is there a PaliGemma in {above} to take it from")
-    if hf_config.read_config(above).vision != cfg.vision:
-        raise CheckpointError(f"{folder}: its vision_config is not that of {above}, whose vision encoder it takes")
-    entries = hf.open_folder(above)
-    prefix = hf.layout(entries, above)["vision"]
-    named = {VISION + key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
-    return {key: entry for key, entry in named.items() if is_tower(key)}
+def encoder_of_parent(folder: Path, cfg: SiglipConfig) -> dict[str, Entry]:
+    """The vision encoder of the PaliGemma in the parent folder, under SigLIP's keys."""
+    parent = folder.resolve().parent
+    if not (parent / CONFIG).exists():
+        raise CheckpointError(f"{folder}: holds no vision encoder, and {parent} holds no PaliGemma to take it from")
+    if hf_config.read_config(parent).vision != cfg.vision:
+        raise CheckpointError(f"{folder}: its vision_config differs from that of {parent}, whose encoder it uses")
+    entries = shards.open_folder(parent)
+    prefix = hf.find_prefixes(entries, parent)["vision"]
+    renamed = {VISION + key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+    return {key: entry for key, entry in renamed.items() if in_encoder(key)}
 
 
-def fold(entries: Mapping[str, Entry], width: int) -> dict[str, Entry]:
-    """The arrays, with a leading axis of 3 for the query, key and value that the pooling head keeps in one."""
+def split_qkv(entries: Mapping[str, Entry], width: int) -> dict[str, Entry]:
+    """The entries, with a new leading axis (q, k, v) in the two arrays that hold these of the pooling head."""
 
-    def folded(key: str, entry: Entry) -> Entry:
+    def split(key: str, entry: Entry) -> Entry:
         if key not in (IN_WEIGHT, IN_BIAS) or entry.shape[:1] != (3 * width,):
             return entry
         shape = (3, width, *entry.shape[1:])
         return Entry(shape, entry.dtype, lambda: entry.read().reshape(shape))
 
-    return {key: folded(key, entry) for key, entry in entries.items()}
+    return {key: split(key, entry) for key, entry in entries.items()}
 
 
-def unfold(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `fold`."""
+def join_qkv(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `split_qkv`."""
     return {key: array.flatten(0, 1) if key in (IN_WEIGHT, IN_BIAS) else array for key, array in arrays.items()}
-
-
-def read_config(folder: Path) -> SiglipConfig:
-    """The configuration of a checkpoint folder, its processor's resize filter included."""
-    return processor.read(folder, parse_as(folder / CONFIG, parse, "a SigLIP"))
-
-
-def parse(raw: Mapping[str, Any]) -> SiglipConfig:
-    """The value of a `config.json`, which leaves out what equals a default; a ValueError says what does not fit."""
-    if raw["model_type"] == "siglip2":
-        raise ValueError("model_type is 'siglip2': pictures of any shape (NaFlex) are not implemented; take a SigLIP 2 "
-                         "of fixed resolution, such as google/siglip2-base-patch16-224")  # fmt: skip
-    if raw["model_type"] != "siglip":
-        raise ValueError(f"model_type is {raw['model_type']!r}, expected 'siglip'")
-    vision, text = (
-        {key: value for key, value in (section(raw, part) if raw.get(part) else {}).items() if value is not None}
-        for part in ("vision_config", "text_config")
-    )
-    if vision.pop("vision_use_head", True) is not True:
-        raise ValueError("vision_use_head is false: without a pooling head there is no vector of a picture")
-    cfg = SiglipConfig(parse_vision(SIGLIP | vision), parse_text(TEXT | text))
-    if cfg.text.out != cfg.vision.width:
-        raise ValueError(f"text vectors have length {cfg.text.out}, those of pictures {cfg.vision.width}")
-    return cfg
-
-
-def parse_text(raw: Mapping[str, Any]) -> SiglipTextConfig:
-    """The value of a text_config that is whole; a ValueError says what does not fit."""
-    require(raw, "hidden_act", "gelu_pytorch_tanh")
-    cfg = SiglipTextConfig(
-        vocab=whole(raw, "vocab_size"),
-        width=whole(raw, "hidden_size"),
-        layers=whole(raw, "num_hidden_layers"),
-        heads=whole(raw, "num_attention_heads"),
-        hidden=whole(raw, "intermediate_size"),
-        out=whole(raw, "projection_size" if "projection_size" in raw else "hidden_size"),
-        positions=whole(raw, "max_position_embeddings"),
-        eps=positive(raw, "layer_norm_eps"),
-    )
-    if cfg.width % cfg.heads:
-        raise ValueError(f"text_config.hidden_size {cfg.width} is not a multiple of its {cfg.heads} heads")
-    return cfg
-
-
-def render(cfg: SiglipConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a config, as transformers reads it."""
-    text = cfg.text
-    text_config = {
-        "model_type": "siglip_text_model", "vocab_size": text.vocab, "hidden_size": text.width,
-        "intermediate_size": text.hidden, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
-        "max_position_embeddings": text.positions, "projection_size": text.out, "layer_norm_eps": text.eps,
-        "hidden_act": "gelu_pytorch_tanh", "bos_token_id": None, "eos_token_id": None,  # the defaults are CLIP's
-    }  # fmt: skip
-    return {
-        "architectures": ["SiglipModel"], "model_type": "siglip", "dtype": dtype,
-        "vision_config": render_vision(cfg.vision), "text_config": text_config,
-    }  # fmt: skip

@@ -2,7 +2,7 @@
 # pyright: reportArgumentType=false
 """Files of the mask VQ-VAE: big_vision's `vae-oid.npz`, and safetensors with the same keys.
 
-The keys are those of a PyTorch module, whose Sequential counts the ReLUs too. Source of the names: big_vision
+The keys are those of a PyTorch module, whose Sequential counts the ReLUs as well. Source of the names: big_vision
 `evaluators/proj/paligemma/transfers/segmentation.py` (decoder), `pp/proj/paligemma/segmentation.py` (encoder).
 """
 
@@ -11,23 +11,23 @@ from pathlib import Path
 import torch
 
 from pgfunc import tree
-from pgfunc.checkpoint import bigvision, hf
-from pgfunc.checkpoint.files import Slot, arrange, gather
-from pgfunc.checkpoint.writing import write_safetensors, written
+from pgfunc.checkpoint import bigvision, shards
+from pgfunc.checkpoint.tables import Slot, from_arrays, to_arrays
+from pgfunc.checkpoint.writing import reporting_write_errors, write_safetensors
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import replacing
 from pgfunc.objects import vqvae
 from pgfunc.objects.vqvae import Block, Conv, Params, Transposed
 
 CODEBOOK = "_vq_vae._embedding"
-TRAINING = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # the codebook's running sums, of no use without training
+TRAINING = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # running sums of the codebook, used only in training
 
 
 def table() -> Params:
-    """The key of every parameter."""
+    """Where every parameter is stored."""
 
-    def layer(name: str, kind: type = Conv):
-        return kind(Slot(f"{name}.weight"), Slot(f"{name}.bias"))
+    def layer(name: str, layer_type: type = Conv):
+        return layer_type(Slot(f"{name}.weight"), Slot(f"{name}.bias"))
 
     def block(name: str) -> Block:
         return Block(*(layer(f"{name}.net.{i}") for i in (0, 2, 4)))
@@ -47,26 +47,26 @@ def table() -> Params:
 def load(path: str | Path, device: str | torch.device = "cpu") -> Params:
     """The parameters in a `.npz` or `.safetensors`, in float32.
 
-    Raises CheckpointError, naming key and shapes, for a file that is not there, not whole, or of another model.
+    Raises CheckpointError, naming key and shapes, for a file that is missing, incomplete or of another model.
     """
     path = Path(path)
-    open_file = {".npz": bigvision.open_file, ".safetensors": hf.open_file}.get(path.suffix)
+    open_file = {".npz": bigvision.open_file, ".safetensors": shards.open_file}.get(path.suffix)
     if open_file is None:
-        raise CheckpointError(f"{path}: neither a .npz nor a .safetensors")
+        raise CheckpointError(f"{path}: neither a .npz nor a .safetensors file")
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
     entries = {key: entry for key, entry in open_file(path).items() if key not in TRAINING}
     if CODEBOOK not in entries:
         raise CheckpointError(f"{path}: {CODEBOOK} is missing; expected a mask VQ-VAE such as big_vision's vae-oid.npz")
     device = torch.device(device)
-    return gather(table(), vqvae.abstract(), entries, str(path), torch.float32, device, "a mask VQ-VAE")
+    return from_arrays(table(), vqvae.abstract(), entries, str(path), torch.float32, device, "a mask VQ-VAE")
 
 
 def save(path: str | Path, params: Params) -> None:
-    """Write the parameters as `.safetensors`; an older file is replaced at once."""
+    """Write the parameters as `.safetensors`; an existing file is replaced at once."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: masks are saved as .safetensors")
+        raise CheckpointError(f"{path}: masks are saved as .safetensors; give a name that ends in it")
     tree.check_finite(params, str(path))
-    with written(path), replacing(path) as file:
-        write_safetensors(file, arrange(table(), params), {})
+    with reporting_write_errors(path), replacing(path) as file:
+        write_safetensors(file, to_arrays(table(), params), {})

@@ -1,7 +1,8 @@
-"""How checkpoints are written: safetensors, JSON, and a name by which weights and configuration know each other.
+"""How checkpoints are written: safetensors, JSON, and a digest that ties weights to their configuration.
 
-The name stands in config.json and in the metadata of the weights; `check_save` compares the two, so that weights with
-the configuration of others (a copy that was interrupted) are no model. What others wrote has no name and passes.
+The digest of `config.json` is stored in `config.json` and in the metadata of the weights. `check_same_save` compares
+them, so that weights beside another model's configuration (an interrupted copy) are refused. Files of other programs
+have no digest and pass.
 """
 
 import hashlib
@@ -14,20 +15,30 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from pgfunc import tree
 from pgfunc.errors import CheckpointError
 from pgfunc.files.jsonfile import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-CONFIGURED = "pgfunc_config"  # the key of the name of a configuration
+DIGEST = "pgfunc_config"  # the key under which the digest of a configuration is stored
 
-MOST_HEADER = 2**23  # bytes; that of the largest published checkpoint, in one file, has a fortieth of it
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-         torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
+MAX_HEADER = 2**23  # bytes; 40 times the header of the largest published checkpoint in one file
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+
+
+def check_params(params: Any, where: Path) -> None:
+    """Raise if parameters cannot be saved: CheckpointError on the meta device, NumericalError if one is not finite."""
+    if any(leaf.is_meta for leaf in tree.flatten(params).values()):
+        raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
+    tree.check_finite(params, str(where))
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
-    """A CheckpointError that names the file or folder, for an OSError of the block that writes it."""
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which writes this file or folder, into a CheckpointError that names it."""
     try:
         yield
     except OSError as error:
@@ -35,12 +46,12 @@ def written(path: Path) -> Iterator[None]:
 
 
 def as_json(value: Mapping[str, Any]) -> str:
-    """The text of a JSON file, indented; a ValueError for numbers that JSON has not."""
+    """The text of a JSON file, indented. Raises a ValueError for nan and infinity, which JSON does not have."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_safetensors(file: IO[bytes], arrays: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write arrays as a safetensors file, one in memory at a time; the widest first, so that all are aligned.
+    """Write arrays as a safetensors file, copying one at a time to memory; wide dtypes first, so that all are aligned.
 
     Source: huggingface/safetensors, README, "Format".
     """
@@ -49,7 +60,7 @@ def write_safetensors(file: IO[bytes], arrays: Mapping[str, Tensor], metadata: M
     for key in keys:
         array = arrays[key]
         end = begin + array.numel() * array.element_size()
-        header[key] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+        header[key] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -59,17 +70,20 @@ def write_safetensors(file: IO[bytes], arrays: Mapping[str, Tensor], metadata: M
 
 
 def as_bytes(array: Tensor) -> memoryview:
-    """The numbers of an array as they lie in memory, copied only from another device or another order."""
+    """The bytes of an array in memory, copied only if it is on another device or not contiguous."""
     return array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest_of(text: str) -> str:
-    """A name that only this text has: what stands in a file and in those that belong to it."""
+    """A short digest that is unique to this text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def digest_of_arrays(arrays: Mapping[str, Tensor]) -> str:
-    """A name that only these arrays have. 1.8 GB/s on a core of an AMD EPYC: 3 s for 3 billion bfloat16 numbers."""
+    """A short digest that is unique to these arrays.
+
+    1.8 GB/s on a core of an AMD EPYC: 3 s for 3 billion bfloat16 numbers.
+    """
     digest = hashlib.sha256()
     for key, array in arrays.items():
         digest.update(f"{key} {array.dtype} {tuple(array.shape)}".encode())
@@ -77,44 +91,45 @@ def digest_of_arrays(arrays: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_save(folder: Path, config: str) -> None:
-    """Raise CheckpointError where a folder's configuration and its weights are of different saves."""
-    said = {config: read_json(folder / config).get(CONFIGURED)}
-    files = [SINGLE]
+def check_same_save(folder: Path, config: str) -> None:
+    """Raise CheckpointError if a folder's configuration and its weights come from different saves."""
+    digests = {config: read_json(folder / config).get(DIGEST)}
+    weights = [SINGLE]
     if not (folder / SINGLE).exists() and (folder / INDEX).exists():
         index = read_json(folder / INDEX)
-        said[INDEX] = dict_of(index.get("metadata")).get(CONFIGURED)
-        files = [name for name in dict_of(index.get("weight_map")).values() if name == Path(str(name)).name]
-    for name in dict.fromkeys(files):
-        said[name] = metadata(folder / name).get(CONFIGURED)
-    names = {file: name for file, name in said.items() if isinstance(name, str)}
-    for file, name in names.items():
-        if name != names[first := next(iter(names))]:
-            raise CheckpointError(f"{folder}: an incomplete save or copy: {file} was not saved with this {first}; "
+        digests[INDEX] = as_dict(index.get("metadata")).get(DIGEST)
+        weights = [name for name in as_dict(index.get("weight_map")).values() if name == Path(str(name)).name]
+    for name in dict.fromkeys(weights):
+        digests[name] = metadata(folder / name).get(DIGEST)
+    known = {name: digest for name, digest in digests.items() if isinstance(digest, str)}
+    for name, digest in known.items():
+        if digest != known[first := next(iter(known))]:
+            raise CheckpointError(f"{folder}: an incomplete save or copy: {name} was not saved with this {first}; "
                                   "save or copy the whole folder again")  # fmt: skip
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a safetensors file; what cannot be read has none: who loads it says so."""
+    """The metadata of a safetensors file; empty if the file cannot be read, which loading it reports."""
     try:
         if path.is_file():
-            return dict_of(json.loads(header(path))).get("__metadata__") or {}
+            return as_dict(json.loads(header(path))).get("__metadata__") or {}
     except (OSError, ValueError, RecursionError):
         pass
     return {}
 
 
 def header(path: Path) -> bytes:
-    """The header of a safetensors file; a ValueError where it is larger than the file, or than any model's."""
+    """The header of a safetensors file. Raises a ValueError if it is larger than the file or than MAX_HEADER."""
     with path.open("rb") as file:
         start = file.read(8)
         if start == b"version ":
-            raise ValueError("it is a pointer of Git LFS: git lfs pull")
+            raise ValueError("it is a Git LFS pointer: run git lfs pull")
         size = int.from_bytes(start, "little")
-        if size > min(MOST_HEADER, path.stat().st_size):
+        if size > min(MAX_HEADER, path.stat().st_size):
             raise ValueError(f"its header has {size:,} bytes")
         return file.read(size)
 
 
-def dict_of(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
+    """The value if it is a dict, else an empty one."""
     return value if isinstance(value, dict) else {}

@@ -39,7 +39,7 @@ from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
 from pgfunc.jit import cuda_graphs
 from pgfunc.jit.arguments import Layout, layout
-from pgfunc.ops import on_host, transformed
+from pgfunc.lowering import on_host, transformed
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOCK = RLock()  # held briefly; no code waits for another lock while it holds this one

@@ -30,7 +30,7 @@ from pgfunc.errors import CacheFullError, SettingError
 from pgfunc.jit import compilation, cuda_graphs, reasons
 from pgfunc.jit.arguments import Argument, ArgumentReader, ArgumentSpec, Parameters, aliasing, as_input, layout
 from pgfunc.jit.donation import Arena, appends_in_place, buffers, continuation, copy_cache, find_lineage, lineage_of
-from pgfunc.ops import on_host, transformed
+from pgfunc.lowering import on_host, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,15 +1,15 @@
 """The code that runs on the GPU, in Triton: products with matrices, and norms (`device_attention` has the rest).
 
-A program owns WIDE · COUNT rows of a matrix and walks over their D columns, BLOCK at a time; the walk is unrolled, for
-D is known when it is compiled. Weights are asked for one block ahead, the first before `awaited`. Sums are float32.
-WIDE rows are an axis of one tensor, and each may have a warp of its own; COUNT such tensors lie on the same lanes, and
-what is made of x serves all. Rows beyond the last are the last again, and are not written. BITS tells how a row is
-kept: 8 and 4 as in `lowbit`, else as numbers. Knows nothing about PyTorch: `pgfunc.kernels` calls it.
+A program computes WIDE · COUNT rows of a matrix. It loops over their D columns, BLOCK at a time; the loop is unrolled,
+because D is a constant. Weights are loaded one block ahead, the first block before `awaited`. Sums are in float32. WIDE
+rows are one axis of a tensor, and each may have its own warp; COUNT such tensors use the same lanes, so that a value
+computed from x is used for all of them. Rows beyond the last repeat the last row, and are not written. BITS is the
+storage of a weight: 8 and 4 as in `lowbit`, otherwise a plain number. Nothing here knows PyTorch: `calls` launches it.
 
-With EARLY (Hopper's programmatic dependent launch) a kernel starts while the one before it still runs. Every program
-waits in `awaited` before it reads what a kernel made or writes anything, so that what a kernel after it finds is that
-all before are done. Above stands what was made long before: weights are asked for, lengths read, and keys and values
-that stood in a cache before the kernel that appends.
+With EARLY (programmatic dependent launch, from Hopper on) a kernel starts while the kernel before it still runs. Every
+program waits in `awaited` before it reads what an earlier kernel wrote, and before it writes; so each kernel finds that
+all kernels before it are done. Before `awaited` a program only reads what was written long ago: it loads weights and
+lengths, and the keys and values that were in the cache before the kernel that appends.
 """
 
 import os
@@ -25,9 +25,9 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 @triton.jit
 @no_type_check
 def awaited(EARLY: tl.constexpr, HOLD: tl.constexpr = False):
-    """Below this the kernel before is done. What was asked for above stays above: no load moves over a barrier.
+    """Wait until the kernel before is done. Loads that stand before this call stay before it: none crosses a barrier.
 
-    HOLD: the kernel after starts when the one before is done too, for above its own `awaited` it reads what was made.
+    HOLD: the next kernel starts only when the one before is done, because it reads results before its own `awaited`.
     """
     tl.debug_barrier()
     if EARLY:
@@ -42,7 +42,7 @@ def awaited(EARLY: tl.constexpr, HOLD: tl.constexpr = False):
 @triton.jit
 @no_type_check
 def tiles(rows, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of each row of weights, which are read once: they give way to what is read again."""
+    """BLOCK columns of each row of weights. They are read only once, so the cache may evict them first."""
     columns = start + tl.arange(0, BLOCK)[None, :]
     found = ()
     for r in tl.static_range(COUNT):
@@ -58,7 +58,7 @@ def tiles(rows, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, BLOCK
 @triton.jit
 @no_type_check
 def elements(places, columns, D: tl.constexpr, INSIDE: tl.constexpr):
-    """Of a vector, which all programs read, in float32; INSIDE: none of the columns is beyond the last."""
+    """These columns of a vector that all programs read, in float32; INSIDE: none of them is beyond the last."""
     if INSIDE:
         part = tl.load(places + columns, eviction_policy="evict_last")
     else:
@@ -76,9 +76,9 @@ def piece(places, start: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 @no_type_check
 def wide(part):
-    """Weights in float32. A GPU converts int8 at a quarter of the rate at which it multiplies."""
+    """Weights in float32. A GPU converts int8 at a quarter of its rate of multiplication, so bits are moved instead."""
     if part.dtype == tl.int8 and not INTERPRETED:
-        # its byte, with the sign bit turned, below the exponent of 2**23: the float is 2**23 + 128 + the number
+        # the byte, with its sign bit flipped, under the exponent of 2**23: the float is 2**23 + 128 + the number
         bits = tl.inline_asm_elementwise(
             """{ .reg .b32 t; xor.b32 t, $4, 0x80808080;
             prmt.b32 $0, t, 0x4B000000, 0x7440; prmt.b32 $1, t, 0x4B000000, 0x7441;
@@ -98,7 +98,7 @@ def products(
     NORMED: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, HOLD: tl.constexpr = False,
 ):  # fmt: skip
-    """The products of x, or of its norm, with the rows that begin at these places."""
+    """The products of x, or of rms_norm(x), with the rows at these pointers."""
     if BITS == 4:
         found = products_of_levels(x, norm, rows, scales, eps, NORMED, COUNT, D, GROUP, BLOCK, EARLY, HOLD)
     else:
@@ -113,7 +113,7 @@ def products(
             if start + BLOCK < D:
                 ahead = tiles(rows, start + BLOCK, COUNT, D, BLOCK)
             by = piece(x, start, D, BLOCK)
-            if NORMED:  # but for the one number that all are divided by
+            if NORMED:  # all but the division by the root mean square, which is one number
                 squares += by * by
                 by += by * piece(norm, start, D, BLOCK)
             more = ()
@@ -133,7 +133,7 @@ def products(
 def level_tiles(
     rows, scales, start: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of each row, one a tensor, the bytes of BLOCK weights, 16 to a lane, with the scale and the zero of its group."""
+    """The bytes of BLOCK weights of each row, 16 bytes a lane, and the scale and zero of their group."""
     lane = start // 32 + tl.arange(0, BLOCK // 32)[:, None]
     byte, group = lane * 16 + tl.arange(0, 16)[None, :], lane // (GROUP // 32)
     found = ()
@@ -153,7 +153,7 @@ def level_tiles(
 @triton.jit
 @no_type_check
 def levels(both):
-    """128 + each level: the low ones, then the high ones. Below the exponent of 2**7 one unit is bit 16."""
+    """128 + each level: the low ones, then the high ones. Under the exponent of 2**7, bit 16 is worth one."""
     if INTERPRETED:
         low, high = (both & 15).to(tl.float32) + 128, (both >> 4).to(tl.float32) + 128
     else:
@@ -172,7 +172,7 @@ def levels(both):
 @triton.jit
 @no_type_check
 def halves(places, start: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a vector what belongs to the low levels of these bytes, and to the high ones, half a group on."""
+    """The elements of a vector for the low levels of these bytes, and for the high ones, half a group further."""
     lane = start // 32 + tl.arange(0, BLOCK // 32)[:, None]
     column = lane // (GROUP // 32) * GROUP + lane % (GROUP // 32) * 16 + tl.arange(0, 16)[None, :]
     inside: tl.constexpr = start + BLOCK <= D
@@ -186,9 +186,9 @@ def products_of_levels(
     NORMED: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
-    """`products` with rows in 4 bits: a lane adds up what it has of a group, and then takes the scale and the zero.
+    """`products` with rows in 4 bits: a lane sums its part of a group, and then applies the scale and the zero.
 
-    What a level has too much is, with the zero, multiplied by the sum of x.
+    Levels are too large by 136: that excess and the zero are multiplied by the sum of x.
     """
     ahead = level_tiles(rows, scales, 0, COUNT, D, GROUP, BLOCK)
     awaited(EARLY, HOLD)
@@ -231,14 +231,14 @@ def gelu(x):
 @triton.jit
 @no_type_check
 def numbers(first, r: tl.constexpr, WIDE: tl.constexpr):
-    """Those of the rows in one tensor."""
+    """The numbers of the rows in tensor r."""
     return first + r * WIDE + tl.arange(0, WIDE)
 
 
 @triton.jit
 @no_type_check
 def owned(w, stride, first, OUT: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr):
-    """Where the rows of a matrix begin that a program owns, or their scales."""
+    """Pointers to the rows of a matrix (or to their scales) that a program computes."""
     rows = ()
     for r in tl.static_range(COUNT):
         rows = rows + (w + tl.minimum(numbers(first, r, WIDE), OUT - 1).to(tl.int64) * stride,)
@@ -264,7 +264,7 @@ def matvec(
 
 @triton.jit
 @no_type_check
-def normed_matvec(
+def norm_matvec(
     x, scale, w, w_scale, out, stride, scale_stride, eps,
     OUT: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     WIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -279,11 +279,11 @@ def normed_matvec(
 
 @triton.jit
 @no_type_check
-def add_normed(
+def add_norm(
     x, residual, scale, out, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: the residual and a vector that is normalised before it is added."""
+    """One program: the residual plus a normalised vector."""
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     by = 1 + tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
@@ -300,7 +300,7 @@ def angles(
     positions, out,
     LOG_THETA: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A position each, in float64 until it is cast: what is lost in a frequency is multiplied by the position."""
+    """One position a program, in float64 until it is cast: the position multiplies the error of a frequency."""
     place = tl.program_id(0)
     plane = tl.arange(0, BLOCK)
     frequency = tl.exp2(plane.to(tl.float64) * (-LOG_THETA / HALF))
@@ -310,16 +310,16 @@ def angles(
 
 @triton.jit
 @no_type_check
-def rotated_qkv(
+def norm_qkv_rope(
     x, scale, q, q_scale, k, k_scale, v, v_scale, angles, out, k_buffer, v_buffer, length, arrivals,
     q_stride, k_stride, v_stride, scale_stride, k_slot, k_head, v_slot, v_head, slots, eps,
     HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, COUNTERS: tl.constexpr, D: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr,
     WIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """WIDE · COUNT planes of one head of q, k or v: of each the rows i and i + HALF, turned by its angle if not of v.
+    """WIDE · COUNT planes of one head of q, k or v: the rows i and i + HALF of each, rotated by its angle (not v).
 
-    Those of k and v are written into the slot `length` of their buffers; where there is none, nowhere. The first
+    k and v are written into slot `length` of their buffers, or nowhere if the buffers have no such slot. The first
     program sets the counters of the attention to 0.
     """
     first = tl.program_id(0) * WIDE * COUNT
@@ -350,7 +350,7 @@ def rotated_qkv(
 
 @triton.jit
 @no_type_check
-def geglu_matvec(
+def norm_geglu(
     x, scale, gate, gate_scale, up, up_scale, out, gate_stride, up_stride, scale_stride, eps,
     OUT: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     WIDE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,

@@ -1,6 +1,6 @@
-"""The code that runs on the GPU, in Triton: attention, of one token to a cache and of a prompt.
+"""The code that runs on the GPU, in Triton: the attention of one token to a cache, and of a prompt.
 
-See `device` for EARLY, and for what stands above `awaited`.
+`device` explains EARLY, and what may stand before `awaited`.
 """
 
 from typing import no_type_check  # the shape checks of the tests must not wrap what Triton reads
@@ -16,16 +16,16 @@ LEAST = tl.constexpr(-3.0e38)  # below every score; finite, so that it can be su
 
 @triton.jit
 @no_type_check
-def attend_one(
+def decode_attention(
     q, k, v, length, arrivals, sizes, parts, out, k_slot, k_head, v_slot, v_head, slots, window, scale, cap,
     G: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr, CAP: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, HEAD: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one kv head over CHUNK keys, for COLUMNS columns of the values; who comes last joins the chunks.
+    """The heads of one kv head over CHUNK keys, for COLUMNS columns of the values; the last program combines all.
 
-    A chunk of which nothing is seen does nothing, but for the first. The kernel before, `rotated_qkv`, writes q and the
-    slot `length` of the buffers, nothing else, and holds this one until all before it are done: so what stands before
-    that slot is read while it runs.
+    A program whose chunk is not seen does nothing, except the first. The kernel before, `norm_qkv_rope`, writes only q
+    and slot `length` of the buffers, and starts this one when all kernels before it are done (HOLD). So the slots
+    before `length` may be read while it still runs.
     """
     chunk, kv, slices = tl.program_id(0), tl.program_id(1), tl.num_programs(2)
     end = tl.minimum(tl.load(length) + 1, slots).to(tl.int32)
@@ -95,13 +95,13 @@ def attend_one(
 
 @triton.jit
 @no_type_check
-def attend_spans(
+def prefill_attention(
     q, k, v, begin, end, out, q_row, q_token, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head, tokens, slots,
     scale, cap,
     HEADS: tl.constexpr, KV: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, CAP: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """QUERIES rows of queries, all heads of one kv head of a token beside one another, over the keys that any sees."""
+    """QUERIES rows of queries, over the keys that any of them sees. Heads of one kv head of a token are adjacent."""
     row, kv = tl.program_id(1) // KV, tl.program_id(1) % KV
     mine, column = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, HEAD)
     token, head, real = mine // G, kv * G + mine % G, column < H
@@ -146,13 +146,13 @@ def attend_spans(
 
 @triton.jit
 @no_type_check
-def rotated_prompt(
+def rope_to_cache(
     q, k, v, angles, q_out, k_out, v_out,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, tokens, slots,
     HEADS: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
     QS: tl.constexpr, KS: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """A token: its q and k, turned, and its v; k and v of a slot behind the last token are 0."""
+    """One slot: the rotated q and k of its token, and its v; k and v are 0 in slots behind the last token."""
     slot, row, here = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(0) < tokens
     plane = tl.arange(0, PLANES)
     real = plane < HALF

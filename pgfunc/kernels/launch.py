@@ -1,4 +1,4 @@
-"""What every launch of a kernel needs: its code, whether it may start early, and rows that it can read."""
+"""What every launch of a kernel needs: the kernel, whether it may start early, and a check of its tensors."""
 
 from importlib import import_module
 from types import ModuleType
@@ -10,26 +10,26 @@ from pgfunc.errors import DeviceError, SettingError
 
 
 def code(name: str) -> ModuleType:
-    """A module of this folder that is written in Triton."""
+    """A module of this folder that is written in Triton. Raises DeviceError if Triton is not installed."""
     try:
         return import_module(f"pgfunc.kernels.{name}")
     except ImportError:
         raise DeviceError("these kernels need Triton, which is not installed: pip install triton") from None
 
 
-def dense(*tensors: Tensor) -> None:
-    """Raise SettingError where the elements of a row do not lie side by side, as the kernels read them."""
+def check_dense(*tensors: Tensor) -> None:
+    """Raise SettingError if the elements of a row are not adjacent in memory, as the kernels read them."""
     for x in tensors:
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise SettingError(f"strides {x.stride()} of a tensor of shape {tuple(x.shape)}, expected dense rows")
 
 
 def early(x: Tensor) -> dict[str, bool]:
-    """Whether a kernel may start while the one before still runs, as Triton wants to hear it: from Hopper on it may."""
+    """Triton's arguments for a kernel that may start while the one before still runs, which Hopper and later allow."""
     able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
 
 
 def shared_memory(x: Tensor) -> float:
-    """The bytes that a program may have in the shared memory of the device."""
+    """The bytes of shared memory that one program may have on the device."""
     return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else float("inf")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgfunc import image, masks, ops, paligemma, quant, sample, tokenizer, tree
 from pgfunc.cache import Cache
-from pgfunc.checkpoint import bigvision, hf
+from pgfunc.checkpoint import bigvision, hf, shards
 from pgfunc.config import Config
 from pgfunc.files.atomic import changing
 from pgfunc.jit import jit
@@ -149,7 +149,7 @@ def reorder(params: Params, order: Tensor) -> Params:
 def reload(cfg: Config, params: Params) -> Params:
     with TemporaryDirectory() as folder:
         with changing(folder) as change:
-            hf.write(change, hf.arrays(cfg, params), {}, 5 * 10**9)
+            shards.write(change, hf.arrays(cfg, params), {}, 5 * 10**9)
         return read(hf.load(Path(folder), cfg, None, params.projector.device, quant.methods(params)))
 
 

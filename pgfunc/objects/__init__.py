@@ -1,1 +1,1 @@
-"""Boxes and masks: what a model writes about them, and what is drawn and exported."""
+"""Boxes and masks of objects: reading and writing them as text, drawing them, exporting them."""

@@ -1,6 +1,6 @@
-"""COCO's JSON for what was found: annotations of pictures, with boxes as x, y, width, height and masks run-length
-encoded, as pycocotools reads them (its `loadRes` too). Layout: cocodataset.org, "data format"; the string of a mask:
-cocoapi `common/maskApi.c`.
+"""Objects as COCO's JSON, which pycocotools reads: boxes are x, y, width, height, and masks are run-length encoded.
+
+Layout: cocodataset.org, "data format"; the string of a mask: cocoapi `common/maskApi.c`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,30 +11,30 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from pgfunc.errors import SettingError
-from pgfunc.objects.detect import Detection, checked_objects
+from pgfunc.objects.detect import Detection, check_objects
 from pgfunc.objects.segment import Segment, check_mask
 
 
 class Picture(NamedTuple):
-    """A picture and what was found on it."""
+    """The name and size of a picture, and the objects in it."""
 
     name: str
     width: int
     height: int
-    found: Sequence[Detection | Segment]
+    objects: Sequence[Detection | Segment]
 
 
 def dataset(pictures: Iterable[Picture]) -> dict[str, Any]:
-    """A whole file: pictures and categories numbered from 1, categories in the order of their names.
+    """The content of a COCO file: pictures and categories are numbered from 1, categories in alphabetical order.
 
-    The pictures are asked for one by one, and what is kept of a mask is its run lengths.
+    Takes the pictures one by one, and keeps only the run lengths of their masks.
     """
     images: list[dict[str, Any]] = []
     entries: list[tuple[str, dict[str, Any]]] = []
     for id, picture in enumerate(pictures, 1):
         images.append({"id": id, "file_name": picture.name, "width": picture.width, "height": picture.height})
-        names = [item.label for item in picture.found]
-        entries += zip(names, annotations(picture.found, id, dict.fromkeys(names, 0)), strict=True)
+        names = [item.label for item in picture.objects]
+        entries += zip(names, annotations(picture.objects, id, dict.fromkeys(names, 0)), strict=True)
     categories = {name: id for id, name in enumerate(sorted({name for name, _ in entries}), 1)}
     return {
         "images": images,
@@ -46,15 +46,15 @@ def dataset(pictures: Iterable[Picture]) -> dict[str, Any]:
 
 
 def annotations(
-    found: Sequence[Detection | Segment], image: int, categories: Mapping[str, int]
+    objects: Sequence[Detection | Segment], image: int, categories: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """The objects of a picture, with the picture's id and the ids of your own categories.
+    """The annotations of one picture, with the id of the picture and the ids of your own categories.
 
-    `score` is the confidence, and 1 where there is none. A list of these for all pictures is what `loadRes` takes.
-    Raises SettingError for a label that has no id.
+    `score` is the confidence, or 1 if there is none. pycocotools' `loadRes` takes a list of these for all pictures.
+    Raises SettingError if a label has no id.
     """
-    found = checked_objects(found)
-    if unknown := [item.label for item in found if item.label not in categories]:
+    objects = check_objects(objects)
+    if unknown := [item.label for item in objects if item.label not in categories]:
         raise SettingError(f"category {unknown[0]!r:.80} has no id; the categories are {', '.join(categories):.200}")
     return [
         {
@@ -66,43 +66,43 @@ def annotations(
             "score": 1.0 if item.confidence is None else item.confidence,
         }
         | ({"segmentation": rle(item.mask)} if isinstance(item, Segment) else {})
-        for item in found
+        for item in objects
     ]
 
 
 def area(item: Detection | Segment) -> float:
-    """The pixels of the mask, or of the box where there is no mask."""
+    """The number of pixels in the mask, or in the box if there is no mask."""
     if isinstance(item, Segment):
-        return float(item.mask.count_nonzero())  # a sum of bytes takes ten times as long
+        return float(item.mask.count_nonzero())  # sum() takes ten times as long
     return (item.box.xmax - item.box.xmin) * (item.box.ymax - item.box.ymin)
 
 
 def rle(mask: Bool[Tensor, "y x"]) -> dict[str, Any]:
-    """A mask as COCO's compressed run lengths: columns one after the other, zeros first."""
+    """A mask as COCO's compressed run lengths."""
     check_mask(mask)
-    return {"size": list(mask.shape), "counts": compressed(run_lengths(mask))}
+    return {"size": list(mask.shape), "counts": compress(run_lengths(mask))}
 
 
 def run_lengths(mask: Bool[Tensor, "y x"]) -> list[int]:
-    """How many zeros, then how many ones, then zeros, ..., down the columns from left to right."""
+    """The number of zeros, then of ones, then of zeros, and so on, down each column from left to right."""
     values = mask.cpu().T.flatten()
     changes = values.diff(prepend=torch.tensor([False], device="cpu")).nonzero().flatten()
     ends = torch.cat([changes, torch.tensor([len(values)], device="cpu")])
     return ends.diff(prepend=torch.tensor([0], device="cpu")).tolist()
 
 
-def compressed(counts: Sequence[int]) -> str:
-    """Run lengths as letters: each the difference to the one two before, in signed base 32, low digits first."""
+def compress(counts: Sequence[int]) -> str:
+    """Run lengths as text: each as its difference from the one two before, in signed base 32, low digits first."""
     differences = [count - counts[i - 2] if i > 2 else count for i, count in enumerate(counts)]
-    return "".join(letters(difference) for difference in differences)
+    return "".join(base32(difference) for difference in differences)
 
 
-def letters(value: int) -> str:
-    """A number in five bits a letter, from chr(48); the sixth bit says that more follow."""
+def base32(value: int) -> str:
+    """A signed number, five bits per character from chr(48); a sixth bit tells that another character follows."""
     text = ""
     while True:
         digit, value = value & 31, value >> 5
-        done = value == (-1 if digit & 16 else 0)  # what is left is the sign, which the digit's own top bit repeats
+        done = value == (-1 if digit & 16 else 0)  # only the sign is left, and the top bit of the digit holds it
         text += chr(48 + digit + (0 if done else 32))
         if done:
             return text

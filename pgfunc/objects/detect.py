@@ -1,10 +1,8 @@
-"""Boxes in text, the way PaliGemma writes them: read, write, and the prompts that ask for a box or begin with one.
+"""Boxes as text: read them, write them, and write the prompts that ask for a box or begin with one.
 
     <loc0102><loc0204><loc0511><loc0767> cat ; <loc0000><loc0512><loc1023><loc1023> bus
 
-The four places are ymin, xmin, ymax, xmax. A place is round(x · 1023) of a coordinate x in [0, 1] and is read back as
-place / 1023, as big_vision does: 0 and 1023 are the edges of the picture. (Some readers divide by 1024.) `written` has
-the grammar: how objects stand in a text, and what is read where models wrote it otherwise.
+`grammar` defines the text, and what `parse` accepts beyond this form. Here boxes are in pixels.
 """
 
 import codecs
@@ -16,21 +14,21 @@ from typing import Any, NamedTuple
 from pgfunc import tokenizer as tokenizers
 from pgfunc.errors import PromptError, SettingError
 from pgfunc.generate import Completion
-from pgfunc.objects.grammar import PLACE, STEPS, checked
+from pgfunc.objects.grammar import LOCATION, STEPS, check_label
 from pgfunc.objects.grammar import Malformed as Malformed
-from pgfunc.objects.grammar import Written as Written
+from pgfunc.objects.grammar import WellFormed as WellFormed
 from pgfunc.objects.grammar import malformed as malformed
 from pgfunc.objects.grammar import read as read
+from pgfunc.objects.grammar import token_text as token_text
 from pgfunc.objects.grammar import unique as unique
-from pgfunc.objects.grammar import words as words
+from pgfunc.objects.grammar import well_formed as well_formed
 from pgfunc.objects.grammar import write as write
-from pgfunc.objects.grammar import written as written
 from pgfunc.prompt import TASKS
 from pgfunc.tokenizer import Tokenizer
 
 
 class Box(NamedTuple):
-    """A rectangle in pixels of the picture, from its top left corner; in PaliGemma's order."""
+    """A rectangle in pixels, measured from the top left corner of the picture; in PaliGemma's order."""
 
     ymin: float
     xmin: float
@@ -39,7 +37,7 @@ class Box(NamedTuple):
 
 
 class Detection(NamedTuple):
-    """An object and where it is."""
+    """An object and its box."""
 
     label: str
     box: Box
@@ -47,56 +45,61 @@ class Detection(NamedTuple):
 
 
 def parse(text: str, width: int, height: int) -> list[Detection]:
-    """The boxes in a text, in pixels of a picture of that size; `malformed` has what was left out."""
+    """The boxes in a text, in pixels of a picture of this size; `malformed` lists the pieces that are left out."""
     check_size(width, height)
-    return [Detection(item.label, to_box(item.places, width, height)) for item in unique(written(text))]
+    return [Detection(item.label, to_box(item.locations, width, height)) for item in unique(well_formed(text))]
 
 
 def render(detections: Iterable[Detection], width: int, height: int) -> str:
-    """The text of some boxes: the inverse of `parse`, up to half a step at each edge.
+    """The text of these boxes: the inverse of `parse`, up to half a step of 1/1023 at each edge.
 
-    Edges outside the picture are moved onto its border, and a box thinner than a step is made a step thick. Raises
-    PromptError for a label that could not be read back.
+    Edges outside the picture are moved to its border, and a box thinner than one step is made one step thick. Raises
+    PromptError if a label could not be read back.
     """
-    return " ; ".join(write(to_places(item.box, width, height), item.label) for item in checked_objects(detections))
+    return " ; ".join(write(to_locations(item.box, width, height), item.label) for item in check_objects(detections))
 
 
 def with_confidence(completion: Completion, tokenizer: Tokenizer, width: int, height: int) -> list[Detection]:
-    """`parse`, with a confidence for each box: the geometric mean of the probabilities of its four place tokens.
+    """`parse`, with a confidence for each box: the geometric mean of the probabilities of its four location tokens.
 
-    It is how sure the model was, at temperature 1, of exactly these four places when it had to write them; so a large
-    fuzzy object scores lower than a small sharp one. It is neither the probability that the object is there, nor
-    calibrated, and knows nothing of the label. None where a place was spelled in other tokens.
+    It tells how sure the model was, at temperature 1, of exactly these four locations when it wrote them, so a large
+    blurred object scores lower than a small sharp one. It is not the probability that the object exists, is not
+    calibrated, and ignores the label. It is None if a location was spelled in several tokens.
     """
     check_size(width, height)
-    logprobs = place_logprobs(completion, tokenizer)
+    logprobs = location_logprobs(completion, tokenizer)
     return [
-        Detection(item.label, to_box(item.places, width, height), confidence(item, logprobs))
-        for item in unique(written(completion.text))
+        Detection(item.label, to_box(item.locations, width, height), confidence(item, logprobs))
+        for item in unique(well_formed(completion.text))
     ]
 
 
 def prefix(labels: Sequence[str]) -> str:
     """The prompt that asks for objects: `detect cat ; bus`."""
-    return TASKS["detect"].format(wanted(labels))
+    return TASKS["detect"].format(join_labels(labels))
 
 
-def wanted(labels: Sequence[str]) -> str:
-    """Labels as a prompt has them. Raises PromptError where they name nothing."""
+def join_labels(labels: Sequence[str]) -> str:
+    """Labels in the form that a prompt has: `cat ; bus`. Raises PromptError if a label is empty or there is none."""
     if not isinstance(labels, (list, tuple)) or not labels or "" in labels:
         raise PromptError(f"labels are {labels!r:.80}, expected a list of what to look for")
-    return " ; ".join(checked(label) for label in labels)
+    return " ; ".join(check_label(label) for label in labels)
+
+
+def region(box: Box, width: int, height: int, task: str = TASKS["caption"]) -> str:
+    """The prompt about a box in a picture of this size in pixels: its four location tokens, then the task."""
+    return f"{token_text(to_locations(box, width, height))} {task}"
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise SettingError for sides that no picture has."""
+    """Raise SettingError unless width and height are positive finite numbers."""
     if not all(isinstance(side, Real) and 0 < side < inf for side in (width, height)):
-        raise SettingError(f"a picture of {width!r:.40} x {height!r:.40} pixels; expected its width, then its height")
+        raise SettingError(f"a picture of {width!r:.40} x {height!r:.40} pixels; expected a positive width and height")
 
 
-def checked_objects(found: Iterable[Any]) -> list[Any]:
-    """What was found, if it is objects with a box each; a SettingError otherwise."""
-    items = list(found) if isinstance(found, Iterable) else [found]
+def check_objects(objects: Iterable[Any]) -> list[Any]:
+    """The objects as a list. Raises SettingError unless each has a label and a Box."""
+    items = list(objects) if isinstance(objects, Iterable) else [objects]
     for item in items:
         if not (isinstance(getattr(item, "label", None), str) and isinstance(getattr(item, "box", None), Box)):
             raise SettingError(f"found {item!r:.80}, expected Detection(label, Box(ymin, xmin, ymax, xmax))")
@@ -104,40 +107,36 @@ def checked_objects(found: Iterable[Any]) -> list[Any]:
 
 
 def edges(box: Box) -> tuple[float, ...]:
-    """The edges of a box. Raises SettingError where they are not four finite numbers."""
+    """ymin, xmin, ymax and xmax as floats. Raises SettingError unless they are four finite numbers."""
     try:
         ymin, xmin, ymax, xmax = map(float, box)
     except (TypeError, ValueError):
-        raise SettingError(f"{box!r:.80} is no box, expected Box(ymin, xmin, ymax, xmax)") from None
+        raise SettingError(f"{box!r:.80} is not a box; expected Box(ymin, xmin, ymax, xmax)") from None
     if not all(map(isfinite, (ymin, xmin, ymax, xmax))):
-        raise SettingError(f"{box} is no box, its edges are not finite")
+        raise SettingError(f"{box} is not a box; its edges are not finite")
     return ymin, xmin, ymax, xmax
 
 
-def region(box: Box, width: int, height: int, task: str = TASKS["caption"]) -> str:
-    """The prompt about a part of the picture, whose size is given in pixels: its four places, then the task."""
-    return f"{words(to_places(box, width, height))} {task}"
+def to_box(locations: Sequence[int], width: int, height: int) -> Box:
+    """Four locations -> pixels."""
+    return Box(*(location / STEPS * side for location, side in zip(locations, (height, width) * 2, strict=True)))
 
 
-def to_box(places: Sequence[int], width: int, height: int) -> Box:
-    """Four places -> pixels."""
-    return Box(*(place / STEPS * side for place, side in zip(places, (height, width) * 2, strict=True)))
+def to_locations(box: Box, width: int, height: int) -> tuple[int, ...]:
+    """Pixels -> the nearest locations, with ymin < ymax and xmin < xmax even for a thin box.
 
-
-def to_places(box: Box, width: int, height: int) -> tuple[int, ...]:
-    """Pixels -> the nearest places, of which those of a side are never equal.
-
-    Raises PromptError for a box whose edges are swapped.
+    Raises PromptError if edges are swapped.
     """
     check_size(width, height)
     ymin, xmin, ymax, xmax = edges(box)
     if ymin > ymax or xmin > xmax:
         raise PromptError(f"{box} cannot be written: expected ymin <= ymax and xmin <= xmax")
-    (top, bottom), (left, right) = _span(ymin, ymax, height), _span(xmin, xmax, width)
+    (top, bottom), (left, right) = _two_locations(ymin, ymax, height), _two_locations(xmin, xmax, width)
     return top, left, bottom, right
 
 
-def _span(low: float, high: float, side: int) -> tuple[int, int]:
+def _two_locations(low: float, high: float, side: int) -> tuple[int, int]:
+    """The locations of two opposite edges, at least one step apart."""
     first, last = (min(max(round(edge / side * STEPS), 0), STEPS) for edge in (low, high))
     if first < last:
         return first, last
@@ -145,22 +144,27 @@ def _span(low: float, high: float, side: int) -> tuple[int, int]:
     return first, first + 1
 
 
-def place_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[int, float]:
-    """Where in the text a place token begins -> its log-probability."""
+def location_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[int, float]:
+    """The log-probability of each location token, by the index in the text at which it begins."""
     if not isinstance(completion, Completion) or not isinstance(tokenizer, Tokenizer):
-        kinds = f"{type(completion).__name__} and {type(tokenizer).__name__}"
-        raise SettingError(f"a confidence is read from a Completion and the model's tokenizer; found {kinds}")
-    found: dict[int, float] = {}
-    decoder, written = codecs.getincrementaldecoder("utf-8")("replace"), 0
-    for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
-        written += len(decoder.decode(tokenizers.token_bytes(tokenizer, token)))
-        place = tokenizer.backend.id_to_token(token) or ""
-        if PLACE.fullmatch(place):
-            found[written - len(place)] = logprob
-    return found
+        types = f"{type(completion).__name__} and {type(tokenizer).__name__}"
+        raise SettingError(f"a confidence is read from a Completion and the model's tokenizer; found {types}")
+    logprobs: dict[int, float] = {}
+    decoder, length = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    for token_id, logprob in zip(completion.tokens, completion.logprobs, strict=True):
+        length += len(decoder.decode(tokenizers.token_bytes(tokenizer, token_id)))
+        token = tokenizer.backend.id_to_token(token_id) or ""
+        if LOCATION.fullmatch(token):
+            logprobs[length - len(token)] = logprob
+    return logprobs
 
 
-def confidence(item: Written, logprobs: dict[int, float]) -> float | None:
-    """The geometric mean of the probabilities of an object's places; None unless each is one token."""
-    found = [logprobs[start] for start in item.starts if start in logprobs]
-    return exp(sum(found) / len(found)) if len(found) == len(item.starts) else None
+def confidence(item: WellFormed, logprobs: dict[int, float]) -> float | None:
+    """The geometric mean of the probabilities of an object's locations; None unless each is one token."""
+    values = [logprobs[start] for start in item.starts if start in logprobs]
+    return exp(sum(values) / len(values)) if len(values) == len(item.starts) else None
+
+
+# former names
+Written, written, words, wanted = WellFormed, well_formed, token_text, join_labels
+to_places, place_logprobs = to_locations, location_logprobs

@@ -1,25 +1,34 @@
-"""Objects as they stand in a text: the grammar of places, mask codes and labels. Nothing here knows about pixels.
+"""The text that a model writes about objects: location tokens, segmentation tokens and labels. Knows nothing of pixels.
 
-    <loc0102><loc0204><loc0511><loc0767> cat ; <loc0000><loc0512><loc1023><loc1023> bus
+Two objects, the first with a mask:
 
-`write` writes just that. `read` takes what models write and other readers take, too:
+    <loc0102><loc0204><loc0511><loc0767><seg011>...<seg097> cat ; <loc0000><loc0512><loc1023><loc1023> bus
+      ymin     xmin     ymax     xmax   16 mask codes      label
+
+A location token `<loc0000>` ... `<loc1023>` holds one edge of the box. A coordinate x in [0, 1] is written as
+round(1023 x) and read as location / 1023, as big_vision does, so 0 and 1023 are the edges of the picture. (Some readers
+divide by 1024.) A segmentation token `<seg000>` ... `<seg127>` holds one of the 16 codes that `vqvae` makes of the part
+of the mask inside the box, scaled to 64 x 64.
+
+`write` writes exactly this form. `read` also accepts variations that models write and that other readers accept:
 
     text    =  piece (";" piece)*
-    piece   =  (object [spaces, newlines or commas])*          nothing need stand between two objects
-    object  =  place place place place code* label             spaces may stand between places
-    label   =  text up to the next place or code or ";"; "" where there is none
+    piece   =  (object [spaces, newlines or commas])*      no separator is needed between two objects
+    object  =  location location location location code* label      spaces may stand between tokens
+    label   =  the text up to the next token or ";"; it may be empty
 
-A piece that begins with text and ends with places or codes has each label in front of its places: `cat <loc0102>...`.
+If a piece begins with text and ends with tokens, each label stands before its tokens: `cat <loc0102>...`.
 
-Every box that is whole is kept, whatever stands beside it, and all the rest is named by `malformed`:
+Every complete box is kept, whatever stands beside it. `malformed` lists the rest, with the reason:
 
-    fewer or more than four places, or above 1023       `<loc0001><loc0002> cat`
+    fewer or more than four locations, or one above 1023          `<loc0001><loc0002> cat`
     ymin >= ymax or xmin >= xmax
-    text or mask codes with no places of their own      `a cat in the grass`
+    text or segmentation tokens without locations of their own    `a cat in the grass`
 
-Eight places that touch are two boxes, and the label is the second's. Five are none, unless the text ends there: it was
-then cut off at the token limit, within the second box. A label may have lost its end there. The same label in the same
-place again is left out: models loop.
+Eight adjacent locations are two boxes, and the label belongs to the second. Five adjacent locations are malformed,
+except at the end of the text: there the token limit has cut off the second box, and the first is kept. A text may also
+be cut off within its last label. `unique` drops an object that repeats the label and the box of an earlier one, because
+models can loop.
 """
 
 import re
@@ -29,121 +38,134 @@ from typing import NamedTuple
 
 from pgfunc.errors import PromptError
 
-STEPS = 1023  # places along each side, less one
-PLACE, WORD = re.compile("<loc([0-9]{4})>"), re.compile("<(?:loc[0-9]{4}|seg[0-9]{3})>")
-CODE, TOUCHING = re.compile("<seg([0-9]{3})>"), re.compile("(?:<loc[0-9]{4}>)+")
-WORDS = re.compile(r"(?:<loc[0-9]{4}>\s*)+(?:<seg[0-9]{3}>\s*)*|(?:<seg[0-9]{3}>\s*)+")  # places, and codes behind them
-SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # what `str.strip` takes away
+STEPS = 1023  # the largest location
+LOCATION, CODE = re.compile("<loc([0-9]{4})>"), re.compile("<seg([0-9]{3})>")
+TOKEN = re.compile("<(?:loc[0-9]{4}|seg[0-9]{3})>")
+ADJACENT_LOCATIONS = re.compile("(?:<loc[0-9]{4}>)+")
+TOKEN_RUN = re.compile(r"(?:<loc[0-9]{4}>\s*)+(?:<seg[0-9]{3}>\s*)*|(?:<seg[0-9]{3}>\s*)+")  # locations, then codes
+SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # the characters that `str.strip` removes
 
 
-class Written(NamedTuple):
-    """An object as it stands in a text."""
+class WellFormed(NamedTuple):
+    """The text of one object, and its parts."""
 
     piece: str
     label: str
-    places: tuple[int, ...]  # four, each 0 to 1023
-    codes: tuple[int, ...]  # of its mask, however many there are
-    starts: tuple[int, ...]  # where in the text each place begins
+    locations: tuple[int, ...]  # ymin, xmin, ymax, xmax, each 0 to 1023
+    codes: tuple[int, ...]  # of the mask; any number of them
+    starts: tuple[int, ...]  # the index in the text at which each location token begins
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The former name of `locations`."""
+        return self.locations
 
 
 class Malformed(NamedTuple):
-    """A piece of text that is no object."""
+    """A piece of text that is not an object."""
 
     piece: str
     reason: str
 
 
 def malformed(text: str) -> list[Malformed]:
-    """The pieces of a text that give no box, with the reason; empty for a text that is well formed."""
+    """The pieces of a text that give no box, with the reason; empty if the whole text is well formed."""
     return [item for item in read(text) if isinstance(item, Malformed)]
 
 
-def write(places: Iterable[int], label: str, codes: Iterable[int] = ()) -> str:
-    """One object as text."""
-    return f"{words(places, codes)} {checked(label)}".rstrip()
+def well_formed(text: str) -> list[WellFormed]:
+    """The objects in a text."""
+    return [item for item in read(text) if isinstance(item, WellFormed)]
 
 
-def words(places: Iterable[int], codes: Iterable[int] = ()) -> str:
-    """Places and mask codes as text."""
-    return "".join([f"<loc{place:04d}>" for place in places] + [f"<seg{code:03d}>" for code in codes])
+def write(locations: Iterable[int], label: str, codes: Iterable[int] = ()) -> str:
+    """The text of one object. Raises PromptError if the label could not be read back."""
+    return f"{token_text(locations, codes)} {check_label(label)}".rstrip()
 
 
-def checked(label: str) -> str:
-    """The label, if it can be read back from a text."""
+def token_text(locations: Iterable[int], codes: Iterable[int] = ()) -> str:
+    """Location tokens, then segmentation tokens."""
+    return "".join([f"<loc{location:04d}>" for location in locations] + [f"<seg{code:03d}>" for code in codes])
+
+
+def check_label(label: str) -> str:
+    """Return the label. Raises PromptError if it could not be read back from a text."""
     if not isinstance(label, str):
         raise PromptError(f"a label is {label!r:.80}, expected text")
-    if ";" in label or label != label.strip() or WORD.search(label):
-        raise PromptError(f"label {label!r} cannot be written: no ';', no places, no space at its ends")
+    if ";" in label or label != label.strip() or TOKEN.search(label):
+        raise PromptError(
+            f"label {label!r} cannot be written; remove ';', <loc> and <seg> tokens, and spaces at the ends"
+        )
     return label
 
 
-def written(text: str) -> list[Written]:
-    """The objects in a text."""
-    return [item for item in read(text) if isinstance(item, Written)]
-
-
-def unique(objects: Iterable[Written]) -> list[Written]:
-    """The objects without repetitions of a label in its place; the first stays."""
-    first: dict[tuple[str, tuple[int, ...]], Written] = {}
+def unique(objects: Iterable[WellFormed]) -> list[WellFormed]:
+    """The objects, without those that repeat the label and the locations of an earlier one."""
+    first: dict[tuple[str, tuple[int, ...]], WellFormed] = {}
     for item in objects:
-        first.setdefault((item.label, item.places), item)
+        first.setdefault((item.label, item.locations), item)
     return list(first.values())
 
 
-def read(text: str) -> list[Written | Malformed]:
-    """The pieces of a text, in order: what each is, or why it is nothing. Only spaces, commas and ";" are in none."""
+def read(text: str) -> list[WellFormed | Malformed]:
+    """All pieces of a text, in order. Only spaces, commas and ";" between pieces belong to none.
+
+    Raises PromptError if `text` is not a string.
+    """
     if not isinstance(text, str):
         raise PromptError(f"boxes are read from text, such as the .text of a completion; found {text!r:.80}")
     return [_piece(text, *span) for part in re.finditer("[^;]+", text) for span in _spans(text, *part.span())]
 
 
 def _spans(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Where the objects between two semicolons begin and end."""
-    words = list(WORDS.finditer(text, start, end))
-    firsts = [_firsts(text, *each.span()) for each in words]
-    around = SPACE + "," if sum(map(len, firsts)) > 1 else SPACE
-    if words and text[start : words[0].start()].strip(around) and not text[words[-1].end() : end].strip(around):
-        # labels stand in front: an object ends behind its words
-        cuts = [cut for each, first in zip(words, firsts, strict=True) for cut in (*first[1:], each.end())]
+    """The start and end of each object in text[start:end], which has no semicolon."""
+    runs = list(TOKEN_RUN.finditer(text, start, end))
+    starts = [_object_starts(text, *run.span()) for run in runs]
+    separators = SPACE + "," if sum(map(len, starts)) > 1 else SPACE
+    if runs and text[start : runs[0].start()].strip(separators) and not text[runs[-1].end() : end].strip(separators):
+        # each label stands before its tokens, so an object ends where its tokens end
+        cuts = [cut for run, first in zip(runs, starts, strict=True) for cut in (*first[1:], run.end())]
     else:
-        cuts = [cut for first in firsts for cut in first]
-    spans = [_stripped(text, *span, around) for span in pairwise([start, *cuts, end])]
+        cuts = [cut for first in starts for cut in first]
+    spans = [_strip(text, *span, separators) for span in pairwise([start, *cuts, end])]
     return [(start, end) for start, end in spans if start < end]
 
 
-def _firsts(text: str, start: int, end: int) -> list[int]:
-    """Where in a run of places and codes each object begins."""
+def _object_starts(text: str, start: int, end: int) -> list[int]:
+    """The index at which each object begins in text[start:end], one run of tokens."""
     rows = [
-        [place.start() for place in PLACE.finditer(text, *touching.span())]
-        for touching in TOUCHING.finditer(text, start, end)
+        [location.start() for location in LOCATION.finditer(text, *adjacent.span())]
+        for adjacent in ADJACENT_LOCATIONS.finditer(text, start, end)
     ]
-    firsts: list[int] = []
+    starts: list[int] = []
     for short, group in groupby(rows, key=lambda row: len(row) < 4):
         for row in [list(chain(*group))] if short else group:
             cut_off = row[-1] + len("<loc0000>") == len(text.rstrip())
-            firsts += row[::4] if len(row) % 4 == 0 or cut_off else row[:1]
-    return firsts or [start]
+            starts += row[::4] if len(row) % 4 == 0 or cut_off else row[:1]
+    return starts or [start]
 
 
-def _stripped(text: str, start: int, end: int, around: str) -> tuple[int, int]:
-    piece = text[start:end].lstrip(around)
-    return end - len(piece), end - len(piece) + len(piece.rstrip(around))
+def _strip(text: str, start: int, end: int, characters: str) -> tuple[int, int]:
+    """The span of text[start:end] without these characters at its ends."""
+    piece = text[start:end].lstrip(characters)
+    return end - len(piece), end - len(piece) + len(piece.rstrip(characters))
 
 
-def _piece(text: str, start: int, end: int) -> Written | Malformed:
-    piece, found = text[start:end], list(PLACE.finditer(text, start, end))
-    places = tuple(int(place[1]) for place in found)
-    if reason := _fault(places):
+def _piece(text: str, start: int, end: int) -> WellFormed | Malformed:
+    piece, tokens = text[start:end], list(LOCATION.finditer(text, start, end))
+    locations = tuple(int(token[1]) for token in tokens)
+    if reason := _fault(locations):
         return Malformed(piece, reason)
     codes = tuple(int(code) for code in CODE.findall(piece))
-    return Written(piece, WORD.sub("", piece).strip(), places, codes, tuple(place.start() for place in found))
+    return WellFormed(piece, TOKEN.sub("", piece).strip(), locations, codes, tuple(token.start() for token in tokens))
 
 
-def _fault(places: tuple[int, ...]) -> str:
-    if len(places) != 4:
-        return f"{len(places)} places, expected 4"
-    if max(places) > STEPS:
-        return f"place {max(places)} is above {STEPS}"
-    if places[0] >= places[2] or places[1] >= places[3]:
-        return f"corners {places[:2]} and {places[2:]} are not top left and bottom right"
+def _fault(locations: tuple[int, ...]) -> str:
+    """Why these locations are not a box; empty if they are."""
+    if len(locations) != 4:
+        return f"{len(locations)} location tokens, expected 4"
+    if max(locations) > STEPS:
+        return f"location {max(locations)} is above {STEPS}"
+    if locations[0] >= locations[2] or locations[1] >= locations[3]:
+        return f"corners {locations[:2]} and {locations[2:]} are not top left and bottom right"
     return ""

@@ -1,11 +1,12 @@
 """The mask VQ-VAE: a mask of 64 x 64 <-> 16 codes, which PaliGemma writes as `<seg000>`..`<seg127>`.
 
-The architecture is that of AiT (Ning et al. 2023, arXiv:2301.02229), which big_vision's `vae-oid.npz` holds:
+The architecture is that of AiT (Ning et al. 2023, arXiv:2301.02229); big_vision's `vae-oid.npz` holds its weights:
 
     mask ──encode──▶ features ──quantize──▶ codes ──lookup──▶ features ──decode──▶ map, above 0 inside the mask
 
-Pure functions, for use and for training alike. Axes: n masks, y x rows and columns, s the 4 x 4 places of the code row
-by row, d width of a feature, c codes; i o channels of a convolution. Nothing here knows about text or boxes.
+Pure functions, for inference and for training. Axes: n masks, y x rows and columns, s the 4 x 4 grid of codes row by
+row, d width of a feature, c codebook entries; i o input and output channels of a convolution. Nothing here knows about
+text or boxes.
 """
 
 from itertools import pairwise
@@ -20,8 +21,9 @@ from torch import Tensor
 from pgfunc import tree
 
 SIDE, GRID, CODES, WIDTH = 64, 4, 128, 512
-DOWN, UP = (1, 16, 32, 64, 128), (128, 128, 64, 32, 16)  # channels before and after each halving, each doubling
-BLOCKS = 2  # residual blocks on either side of the code
+# channels before and after each layer that halves or doubles the side
+DOWN, UP = (1, 16, 32, 64, 128), (128, 128, 64, 32, 16)
+BLOCKS = 2  # residual blocks in the encoder, and in the decoder
 
 
 class Conv(NamedTuple):
@@ -47,7 +49,7 @@ class Block(NamedTuple):
 
 
 class Params(NamedTuple):
-    """The encoder, the codebook and the decoder, in the order in which a mask meets them."""
+    """The encoder, the codebook and the decoder, in the order in which a mask passes through them."""
 
     down: tuple[Conv, ...]
     encoder: tuple[Block, ...]
@@ -82,16 +84,16 @@ def abstract() -> Params:
 
 
 def init(seed: int = 0) -> Params:
-    """Random parameters to train from: weights normal with variance 2 / fan-in (He et al. 2015), biases 0.
+    """Random parameters to start training from: weights normal with variance 2 / fan-in (He et al. 2015), biases 0.
 
-    The codebook is standard normal; training does better to replace it by features of the encoder.
+    The codebook is standard normal. Training works better if it is replaced by features of the encoder.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(path: str, leaf: Tensor) -> Tensor:
         if leaf.dim() == 1:
             return torch.zeros(leaf.shape, dtype=torch.float32, device="cpu")
-        # of a transposed convolution's 4 x 4 inputs, stride 2 lets 2 x 2 meet at a pixel
+        # in a transposed convolution of 4 x 4 with stride 2, only 2 x 2 inputs reach an output pixel
         fan_in = leaf[:, 0].numel() / 4 if path.startswith("up.") else leaf[0].numel()
         variance = 1 if path == "codebook" else 2 / fan_in
         return torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu") * variance**0.5
@@ -100,7 +102,7 @@ def init(seed: int = 0) -> Params:
 
 
 def encode(p: Params, masks: Float[Tensor, "n y x"]) -> Float[Tensor, "n s d"]:
-    """Masks of 64 x 64 with values in [0, 1] -> features, before quantisation."""
+    """Masks of 64 x 64 with values in [0, 1] -> features, not yet quantised."""
     x = rearrange(masks.to(p.codebook.dtype) * 2 - 1, "n y x -> n 1 y x")
     for layer in p.down:
         x = F.conv2d(x, *layer, stride=2, padding=1).relu()
@@ -110,19 +112,19 @@ def encode(p: Params, masks: Float[Tensor, "n y x"]) -> Float[Tensor, "n s d"]:
 
 
 def quantize(codebook: Float[Tensor, "c d"], features: Float[Tensor, "n s d"]) -> Int[Tensor, "n s"]:
-    """The nearest code of each feature."""
-    # |f - e|² without |f|², which all codes share
+    """The code of the codebook entry that is nearest to each feature."""
+    # |f - e|² without |f|², which is the same for all codes
     distance = codebook.square().sum(-1) - 2 * einsum(features, codebook, "n s d, c d -> n s c")
     return distance.argmin(-1)
 
 
 def lookup(codebook: Float[Tensor, "c d"], codes: Int[Tensor, "n s"]) -> Float[Tensor, "n s d"]:
-    """The features that codes stand for."""
+    """The codebook entry of each code."""
     return codebook[codes]
 
 
 def decode(p: Params, features: Float[Tensor, "n s d"]) -> Float[Tensor, "n y x"]:
-    """Features, quantised or not -> maps of 64 x 64: 1 inside the mask, -1 outside, and about so after training."""
+    """Features, quantised or not -> maps of 64 x 64, which training brings near 1 inside the mask and -1 outside."""
     x = rearrange(features, "n (y x) d -> n d y x", y=GRID)
     x = F.conv2d(x, *p.from_feature).relu()
     for layer in p.decoder:
@@ -133,7 +135,7 @@ def decode(p: Params, features: Float[Tensor, "n s d"]) -> Float[Tensor, "n y x"
 
 
 def block(p: Block, x: Float[Tensor, "n d y x"]) -> Float[Tensor, "n d y x"]:
-    """x + the three convolutions of x, with a ReLU between."""
+    """x plus three convolutions of x, with a ReLU between them."""
     hidden = F.conv2d(x, *p.first, padding=1).relu()
     hidden = F.conv2d(hidden, *p.second, padding=1).relu()
     return x + F.conv2d(hidden, *p.third)

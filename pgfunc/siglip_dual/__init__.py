@@ -4,9 +4,9 @@
                                                    ├─> logit = exp(scale) · cos + bias, the log-odds of a pair
     ids ----> encode_text ----------> unit vector ─┘
 
-The vision encoder is PaliGemma's, the same `siglip.Params`. The text encoder is bidirectional and has no mask: padding
-is read like any token, which is why every text is padded to one length, and the last place gives the text's vector.
-Axes: n pictures, b texts, t tokens, d width, e length of the vectors.
+The vision encoder is PaliGemma's, with the same `siglip.Params`. The text encoder is bidirectional and has no mask: it
+reads padding like any other token, so every text is padded to the same length. The last position gives the vector of
+the text. Axes: n pictures, b texts, t tokens, d width, e length of the vectors.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pgfunc import siglip, tree
 from pgfunc.config import SiglipConfig, SiglipTextConfig
-from pgfunc.ops import identity, layer_norm, linear, widen
+from pgfunc.ops import identity, layer_norm, linear, upcast
 
 
 class TextParams(NamedTuple):
@@ -33,15 +33,21 @@ class TextParams(NamedTuple):
     head: Float[Tensor, "e d"]
     head_bias: Float[Tensor, "e"]
 
+    def __repr__(self) -> str:
+        return tree.summary(self)
+
 
 class DualParams(NamedTuple):
-    """Both encoders, and the two numbers that make a cosine a logit."""
+    """Both encoders, and the two numbers that turn a cosine into a logit."""
 
     vision: siglip.Params
     pool: siglip.Head
     text: TextParams
     scale: Float[Tensor, ""]  # the logarithm of the factor
     bias: Float[Tensor, ""]
+
+    def __repr__(self) -> str:
+        return tree.summary(self)
 
 
 def abstract(cfg: SiglipConfig) -> DualParams:
@@ -59,15 +65,15 @@ def abstract(cfg: SiglipConfig) -> DualParams:
 
 
 def init(cfg: SiglipConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> DualParams:
-    """Random parameters to train from, see `tree.init`; factor 10 and bias -10, where SigLIP's training starts."""
-    start = {
+    """Random parameters to train from scratch, see `tree.init`. SigLIP's training starts at factor 10 and bias -10."""
+    scalars = {
         name: torch.tensor(x, dtype=dtype, device="cpu") for name, x in {"scale": math.log(10), "bias": -10.0}.items()
     }
-    return tree.init(abstract(cfg), seed, dtype)._replace(**start)
+    return tree.init(abstract(cfg), seed, dtype)._replace(**scalars)
 
 
 def encode_text(p: TextParams, ids: Int[Tensor, "b t"], cfg: SiglipTextConfig, tap=identity) -> Float[Tensor, "b e"]:
-    """Texts of `cfg.positions` tokens, padding included -> one vector each, not yet of length 1."""
+    """Texts of `cfg.positions` tokens, including padding -> one vector per text, not yet normalized."""
     x = tap("text.embed", F.embedding(ids, p.embed) + p.position[: ids.shape[1]])
     for i, layer in enumerate(p.layers):
         x = siglip.block(layer, x, cfg, lambda name, value, i=i: tap(f"text.{i}.{name}", value))
@@ -81,14 +87,14 @@ def embed_images(
     """Pictures with values in [-1, 1] -> unit vectors, in float32."""
     x = siglip.encode_image(params.vision, pixels, cfg.vision, tap)
     x = siglip.pool(params.pool, x, cfg.vision, lambda name, value: tap(f"vision.pool.{name}", value))
-    return tap("vision.vector", F.normalize(widen(x), dim=-1))
+    return tap("vision.vector", F.normalize(upcast(x), dim=-1))
 
 
 def embed_texts(params: DualParams, ids: Int[Tensor, "b t"], cfg: SiglipConfig, tap=identity) -> Float[Tensor, "b e"]:
     """Texts of `cfg.text.positions` tokens -> unit vectors, in float32."""
-    return tap("text.vector", F.normalize(widen(encode_text(params.text, ids, cfg.text, tap)), dim=-1))
+    return tap("text.vector", F.normalize(upcast(encode_text(params.text, ids, cfg.text, tap)), dim=-1))
 
 
 def logits(params: DualParams, images: Float[Tensor, "n e"], texts: Float[Tensor, "b e"]) -> Float[Tensor, "n b"]:
-    """The log-odds, as SigLIP was trained, that a picture and a text belong together; from unit vectors, in float32."""
-    return widen(params.scale).exp() * linear(images, texts) + widen(params.bias)
+    """The log-odds that a picture and a text belong together, from their unit vectors; in float32."""
+    return upcast(params.scale).exp() * linear(images, texts) + upcast(params.bias)

@@ -1,6 +1,7 @@
-"""How many times longer the rules of a `tokenizer.json` can make a text: thirty that double a letter fill any memory.
+"""An upper bound on how many times longer the rules of a `tokenizer.json` make a text.
 
-The `tokenizers` package applies them to added tokens while it reads the file, so this is asked before.
+Thirty rules that each double a letter would fill any memory. The `tokenizers` package applies the rules to added tokens
+while it reads a file, so the bound is computed before that.
 """
 
 import base64
@@ -9,49 +10,55 @@ import re
 from math import prod
 from typing import Any
 
-MOST = 1000  # times: a text of some kilobytes then becomes some megabytes
-# Gemma's file of 30 MB has two rules that replace something; only one with more is read twice, to ask it
+MAX_FACTOR = 1000  # a text of some kilobytes then becomes some megabytes
+# Gemma's file of 30 MB has two rules that replace text; only a file with more is parsed here, and so read twice
 RULE, TABLE = re.compile(r'"type"\s*:\s*"(?:Replace|ByteLevel|NFK?[CD])"'), "precompiled_charsmap"
 LONG = re.compile(r'"content"\s*:\s*"(?:[^"\\]|\\.){33}')
-ESCAPED = re.compile(r"\\u00[2-7]")  # a letter that needs no escape: a name in disguise
+ESCAPED = re.compile(r"\\u00[2-7]")  # an escape for a letter that needs none: it can hide the name of a rule
 
-LARGEST = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 11, "NFKD": 11}  # bytes for a byte
+BYTES_PER_BYTE = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 11, "NFKD": 11}
 
 
-def of_file(text: str) -> int:
-    """The factor by which the text of a `tokenizer.json` makes texts longer, at most; 1 where it is plainly small."""
+def factor(text: str) -> int:
+    """The factor, at most, by which the rules in the text of a `tokenizer.json` make a text longer.
+
+    Returns 1 without parsing if the file has too few rules for a large factor.
+    """
     few = len(RULE.findall(text)) <= 2 and TABLE not in text
     if few and not LONG.search(text) and not ESCAPED.search(text):
         return 1
     raw = json.loads(text)
-    return prod(of_rule(raw.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
+    return prod(rule_factor(raw.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
 
 
-def of_rule(rule: Any) -> int:
-    """The factor of a rule, or of several after one another."""
+def rule_factor(rule: Any) -> int:
+    """The factor of one rule, or of a sequence of rules."""
     if not isinstance(rule, dict):
         return 1
     kind, inner = rule.get("type"), [part for value in rule.values() if isinstance(value, list) for part in value]
     if kind == "Sequence":
-        return prod(map(of_rule, inner))
+        return prod(map(rule_factor, inner))
     if kind == "Replace":
-        return of_replacement(rule.get("pattern"), _bytes(rule.get("content")))
+        return replacement_factor(rule.get("pattern"), _bytes(rule.get("content")))
     if kind == "Precompiled":
-        return of_table(str(rule.get(TABLE)))
-    return LARGEST.get(str(kind), 1)
+        return table_factor(str(rule.get(TABLE)))
+    return BYTES_PER_BYTE.get(str(kind), 1)
 
 
-def of_replacement(pattern: Any, content: int) -> int:
-    """The factor of a text in place of another; a regular expression, or nothing, is found between letters too."""
+def replacement_factor(pattern: Any, content: int) -> int:
+    """The factor of replacing a pattern by `content` bytes. Regular expressions, and "", may match between letters."""
     literal = _bytes(pattern.get("String")) if isinstance(pattern, dict) else 0
     return max(1, -(-content // literal)) if literal else 1 + content
 
 
-def of_table(charsmap: str) -> int:
-    """The factor of SentencePiece's table: the size of a trie, the trie, and all replacements, a zero after each."""
+def table_factor(charsmap: str) -> int:
+    """The factor of SentencePiece's table: the length of its longest replacement.
+
+    The table is the size of a trie, the trie, and all replacements, each followed by a zero byte.
+    """
     try:
         table = base64.b64decode(charsmap)
-    except ValueError:  # which the package will name
+    except ValueError:  # the package reports it when it reads the file
         return 1
     return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=1)
 

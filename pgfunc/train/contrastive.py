@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pgfunc.errors import SettingError
-from pgfunc.ops import widen
+from pgfunc.ops import upcast
 
 Kind = Literal["softmax", "sigmoid"]
 
@@ -80,7 +80,7 @@ def rows_loss(
         raise SettingError(f"chunk is {chunk}, expected the number of rows at once, or 0 for all")
     if len(x) != len(y):
         raise SettingError(f"{len(x)} and {len(y)} vectors: a batch is pairs, one text a picture")
-    x, y, scale, bias = widen(x), widen(y), widen(scale), widen(bias)
+    x, y, scale, bias = upcast(x), upcast(y), upcast(scale), upcast(bias)
     first = dist.get_rank(group) * len(x) if group else 0
     y = Gather.apply(y, group) if group else y
     return Blocks.apply(kind, chunk, first, x, y, scale, bias) if chunk else block_loss(kind, first, x, y, scale, bias)
@@ -197,7 +197,7 @@ def recall(images: Float[Tensor, "b d"], texts: Float[Tensor, "b d"], k: int = 1
     """Retrieval recall@k, both ways. Whatever ties with the partner counts as nearer: equal vectors find nothing."""
     if not 1 <= k <= len(images):
         raise SettingError(f"k is {k}, expected 1 to {len(images)}, the number of pairs")
-    similar = widen(images) @ widen(texts).T
+    similar = upcast(images) @ upcast(texts).T
     own = similar.diagonal()
     rank_of_text = (similar >= rearrange(own, "b -> b 1")).sum(1)
     rank_of_image = (similar >= rearrange(own, "b -> 1 b")).sum(0)
@@ -209,4 +209,4 @@ def class_vectors(prompts: Float[Tensor, "c k d"]) -> Float[Tensor, "c d"]:
 
     `dual.logits(params, images, class_vectors(prompts))` are the scores.
     """
-    return F.normalize(widen(prompts).mean(1), dim=-1)
+    return F.normalize(upcast(prompts).mean(1), dim=-1)

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from pgfunc import gemma, masks, quant, tree
+from pgfunc import gemma, quant, tree
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.ops import plain
-from pgfunc.paligemma import Params, Prompt, encode_images, join
+from pgfunc.paligemma import Params, Prompt, encode_images, hidden
 
 T = TypeVar("T")
 
@@ -47,12 +47,9 @@ def loss_terms(
     torch.func's transforms do not allow it.
     """
     wrap = recomputed if recompute else plain
-    image = encode_images(params, prompt.pixels, cfg, wrap=wrap)
-    x, valid, causal = join(params, image, prompt, cfg)
-    seen, positions = masks.prompt(valid, causal, cfg.text.window), masks.positions(valid)
-    x, _ = gemma.run(params.language, x, positions, seen, cfg.text, wrap=wrap)
-    target = (causal & valid)[:, 1:]
-    tokens = F.pad(prompt.tokens, (x.shape[1] - prompt.tokens.shape[1], 0))[:, 1:]
+    x = hidden(params, encode_images(params, prompt.pixels, cfg, wrap=wrap), prompt, cfg, wrap=wrap)
+    image_tokens = x.shape[1] - prompt.tokens.shape[1]
+    target, tokens = (F.pad(part, (image_tokens, 0))[:, 1:] for part in (prompt.causal & prompt.valid, prompt.tokens))
     logits = gemma.unembed(params.language, x[:, :-1][target], cfg.text)
     return F.cross_entropy(logits, tokens[target], reduction="sum"), target.sum()
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from pgfunc.checkpoint import ADAPTER, conversion
 from pgfunc.checkpoint.hf_config import CONFIG
-from pgfunc.checkpoint.writing import written
+from pgfunc.checkpoint.writing import reporting_write_errors
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
 from pgfunc.files.atomic import replacing, write_text
 from pgfunc.train import lora, run
@@ -36,7 +36,7 @@ def begin(job: Job, out: Path) -> State:
             raise SettingError(f"{out} holds a model already ({name}); give another folder")
     state = run.resume(out / STATE, job) if (out / STATE).exists() else run.start(job)
     done = int(state.optimizer.step)
-    with written(out):
+    with reporting_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_log(out) if entry["step"] <= done] if done else []
         write_text(out / LOG, "".join(map(line, kept)))
@@ -62,7 +62,7 @@ def fit(
             entry: dict[str, Any] = report._asdict()
             if valid and (step % epoch == 0 or step == given.steps):
                 entry["valid"] = run.evaluate(job, new, frozen, valid)
-            with written(out / LOG), (out / LOG).open("a") as log:
+            with reporting_write_errors(out / LOG), (out / LOG).open("a") as log:
                 log.write(line(entry))
             watch(entry)
             state = new  # last: an interrupt before it is one before the step, and the log is cut to that
@@ -139,5 +139,5 @@ def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    with written(path), replacing(path) as file:
+    with reporting_write_errors(path), replacing(path) as file:
         figure.savefig(file, format="png")

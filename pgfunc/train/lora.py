@@ -15,7 +15,7 @@ from pgfunc.checkpoint import ADAPTER, HUB_ID
 from pgfunc.checkpoint.lora import WEIGHTS, Lora, Pair, linear_paths, modules
 from pgfunc.checkpoint.lora import load as load
 from pgfunc.checkpoint.lora import merge as merge
-from pgfunc.checkpoint.writing import as_json, write_safetensors, written
+from pgfunc.checkpoint.writing import as_json, reporting_write_errors, write_safetensors
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.files.atomic import changing
@@ -73,7 +73,7 @@ def save(folder: str | Path, lora: Lora, cfg: Config, base: str) -> None:
                 "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
                 "target_modules": sorted(names[path] for path in lora.pairs)}  # fmt: skip
     tree.check_finite(lora.pairs, str(folder))
-    with written(folder), changing(folder) as change:
+    with reporting_write_errors(folder), changing(folder) as change:
         with change.new(WEIGHTS) as file:
             write_safetensors(file, arrays, {"format": "pt"})
         change.write(ADAPTER, as_json(settings))

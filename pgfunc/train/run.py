@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pgfunc import tree
-from pgfunc.checkpoint.writing import write_safetensors, written
+from pgfunc.checkpoint.writing import reporting_write_errors, write_safetensors
 from pgfunc.errors import CheckpointError, NumericalError, SettingError, first_line
 from pgfunc.files.atomic import replacing
 from pgfunc.paligemma import Params
@@ -186,7 +186,7 @@ def save(path: Path, job: Job, state: State) -> None:
     Raises CheckpointError where it cannot be written, NumericalError for a state that could not go on.
     """
     tree.check_finite(state, str(path))
-    with written(path), replacing(path) as file:
+    with reporting_write_errors(path), replacing(path) as file:
         write_safetensors(file, tree.flatten(state), {"job": json.dumps(identity(job))})
 
 

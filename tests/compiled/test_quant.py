@@ -8,6 +8,7 @@ from cases import CONFIGS, params, prompt
 
 import pgfunc as pg
 from pgfunc import ops
+from pgfunc.kernels import rules
 
 TEXT = replace(CONFIGS["gemma2"].text, width=64, heads=2, kv_heads=1, head_dim=64, hidden=128, layers=1)
 CFG = replace(CONFIGS["gemma2"], text=TEXT)
@@ -35,8 +36,8 @@ def test_a_compiled_decode_of_a_quantized_tree_equals_the_pure_one(method, dtype
 
 
 @pytest.mark.parametrize("method", ["int8", "fp8", "int4-64"])
-def test_without_a_kernel_a_compiled_product_equals_the_eager_one(method, monkeypatch):
-    monkeypatch.setattr(pg.quant.lowbit, "kernel_serves", lambda x, w: False)
+def test_without_a_cpu_kernel_a_compiled_product_equals_the_eager_one(method, monkeypatch):
+    monkeypatch.setattr(pg.quant.lowbit, "cpu_kernel_applies", lambda x, w: False)
     w = pg.quant.lowbit.quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), method)
     product = pg.jit(lambda x, w: pg.quant.lowbit.multiply(x, w))
     for rows in (1, 130):
@@ -48,11 +49,11 @@ def test_without_a_kernel_a_compiled_product_equals_the_eager_one(method, monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("inputs", "amx"), [(7, False), (300, False), (6144, False), (300, True)])
 def test_a_compiled_product_of_one_row_is_exact_with_and_without_amx(inputs, dtype, amx, monkeypatch):
-    monkeypatch.setattr(ops, "AMX", amx)
+    monkeypatch.setattr(rules, "AMX", amx)
     generator = torch.Generator().manual_seed(inputs)
     w = (torch.randn(40, inputs, generator=generator) * inputs**-0.5).to(dtype)
     x, bias = torch.randn(1, 1, inputs, generator=generator).to(dtype), torch.randn(40, generator=generator).to(dtype)
-    assert ops.written_out(x, w) is not amx
+    assert rules.one_row_on_cpu(x, w, bias) is not amx
     product = pg.jit(ops.linear)(x, w, bias)
     assert product.dtype == dtype
     exact = x.double() @ w.double().T + bias.double()

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
 
-from pgfunc import kernels
 from pgfunc.errors import SettingError
-from pgfunc.kernels import Chunk, Share, Tile
+from pgfunc.kernels import calls, reference, tuning
+from pgfunc.kernels.tuning import Chunk, Share, Tile
 from pgfunc.quant import lowbit
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,7 +90,7 @@ def wide(x: torch.Tensor) -> np.ndarray:
 def cut(name: str, share) -> Iterator[None]:
     """Let the work be shared out so."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, name, lambda *sizes: share)
+        patch.setattr(tuning, name, lambda *sizes: share)
         yield
 
 
@@ -113,7 +113,7 @@ def normed(x: torch.Tensor, scale: torch.Tensor) -> tuple[np.ndarray, np.ndarray
     return x * (1 + scale), np.abs(x) * (1 + np.abs(scale)) * (len(x) + 16) * FLOAT32
 
 
-def matrix(seed: int, dtype: torch.dtype, o: int, i: int, kind: str) -> kernels.Matrix:
+def matrix(seed: int, dtype: torch.dtype, o: int, i: int, kind: str) -> calls.Matrix:
     """A matrix that keeps lengths, more or less."""
     if not (group := lowbit.GROUPS.get(kind)):
         w = normal(seed, dtype, o, i) * i**-0.5
@@ -130,12 +130,12 @@ def width(i: int, kind: str) -> int:
     return -(-i // group) * group
 
 
-def exact(w: kernels.Matrix) -> np.ndarray:
+def exact(w: calls.Matrix) -> np.ndarray:
     """The matrix in float64; in the dtype of the scales it would be rounded."""
     return wide(w if isinstance(w, torch.Tensor) else lowbit.dequantize(w._replace(scale=w.scale.double())))
 
 
-def product(w: kernels.Matrix, x: np.ndarray, wrong: float | np.ndarray = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def product(w: calls.Matrix, x: np.ndarray, wrong: float | np.ndarray = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """w · x, and how wrong a float32 sum of it may be in any order, where the elements of x may be so wrong."""
     terms, rounded = np.abs(exact(w)), len(x) + 1
     if isinstance(w, lowbit.Int4):  # 128 and a level stand for a weight, and what is too much is subtracted, with a sum
@@ -150,9 +150,9 @@ def test_matvec_and_its_sum_with_a_residual(seed, dtype, i, o, tile, kind):
     x, w, residual = normal(seed, dtype, i), matrix(seed + 1, dtype, o, i, kind), normal(seed + 2, dtype, o)
     expected, error = product(w, wide(x))
     with cut("tile", tile):
-        within(kernels.matvec(x, w), expected, error)
+        within(calls.matvec(x, w), expected, error)
         error = error + FLOAT32 * np.abs(expected + wide(residual))
-        within(kernels.matvec(x, w, residual), expected + wide(residual), error)
+        within(calls.matvec(x, w, residual), expected + wide(residual), error)
 
 
 @cases
@@ -161,7 +161,7 @@ def test_normed_matvec(seed, dtype, d, o, tile, kind):
     d = width(d, kind)
     x, scale, w = normal(seed, dtype, d), normal(seed + 1, dtype, d), matrix(seed + 2, dtype, o, d, kind)
     with cut("tile", tile):
-        within(kernels.normed_matvec(x, scale, w, EPS), *product(w, *normed(x, scale)))
+        within(calls.norm_matvec(x, scale, w, EPS), *product(w, *normed(x, scale)))
 
 
 @cases
@@ -170,7 +170,7 @@ def test_add_normed(seed, dtype, d):
     x, residual, scale = (normal(seed + i, dtype, d) for i in range(3))
     expected, wrong = normed(x, scale)
     error = wrong + FLOAT32 * np.abs(wide(residual) + expected)
-    within(kernels.add_normed(x, residual, scale, EPS), wide(residual) + expected, error)
+    within(calls.add_norm(x, residual, scale, EPS), wide(residual) + expected, error)
 
 
 @cases
@@ -193,7 +193,7 @@ def test_rotated_qkv_and_its_append(seed, dtype, d, heads, half, tile, kind, len
     buffers = [normal(seed + i, dtype, slots, kv, 2 * half) for i in (6, 7)]
     before = [buffer.clone() for buffer in buffers]
     with cut("tile", tile):
-        found = kernels.rotated_qkv(x, scale, q, k, v, angles, *buffers, where, EPS)
+        found = calls.norm_qkv_rope(x, scale, q, k, v, angles, *buffers, where, EPS)
     new = [buffer[length] if length < slots else None for buffer in buffers]
     for part, rows in zip((found, *new), np.split(np.arange(n + 2 * kv), [n, n + kv]), strict=True):
         if part is not None:
@@ -214,12 +214,12 @@ def test_geglu_matvec(seed, dtype, d, f, tile, kind):
     # the slope of GELU is at most 1.13; exp and a division in float32 are good to 2**-20
     error = 1.13 * g_error * (np.abs(u) + u_error) + np.abs(gelu) * u_error + 2.0**-20 * np.abs(g * u)
     with cut("tile", tile):
-        within(kernels.geglu_matvec(x, scale, gate, up, EPS), gelu * u, error)
+        within(calls.norm_geglu(x, scale, gate, up, EPS), gelu * u, error)
 
 
 def test_the_gate_has_the_tanh_form_of_gelu():
     x, gate = torch.ones(1, device=DEVICE), torch.linspace(-5, 5, 41, device=DEVICE)[:, None]
-    found = kernels.geglu_matvec(x, x * 0, gate, torch.ones_like(gate), 0.0)
+    found = calls.norm_geglu(x, x * 0, gate, torch.ones_like(gate), 0.0)
     expected = torch.nn.functional.gelu(gate[:, 0].double(), approximate="tanh")
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)  # float32
 
@@ -260,7 +260,7 @@ def test_attention_sees_the_first_length_slots_or_a_window_of_them(seed, dtype, 
         buffer[length:] = torch.nan
         buffer[: max(0, length - window) if window else 0] = torch.nan
     with cut("chunk", chunk):
-        found = kernels.attend_one(q, k, v, torch.tensor([length - 1], device=DEVICE), h**-0.5, cap, window)
+        found = calls.decode_attention(q, k, v, torch.tensor([length - 1], device=DEVICE), h**-0.5, cap, window)
     within(found, *attention(q, k, v, length, h**-0.5, cap, window))
 
 
@@ -270,14 +270,14 @@ def test_attention_sees_the_first_length_slots_or_a_window_of_them(seed, dtype, 
     st.sampled_from([100.0, 10_000.0, 1e6]),
 )  # fmt: skip
 def test_angles_are_rounded_once(positions, half, theta):
-    found = kernels.angles(torch.tensor(positions, device=DEVICE), 2 * half, theta)
+    found = calls.angles(torch.tensor(positions, device=DEVICE), 2 * half, theta)
     exact = np.array(positions)[:, None] * theta ** (-np.arange(half) / half)
     assert (np.abs(wide(found) - exact) <= exact * 2.0**-24 * (1 + 1e-6)).all()
 
 
 def test_attention_to_nothing_gives_zeros():
     q, k = normal(0, torch.float32, 2, 8), normal(1, torch.float32, 20, 1, 8)
-    assert not kernels.attend_one(q, k, k, torch.tensor([-1], device=DEVICE), 1.0).any()
+    assert not calls.decode_attention(q, k, k, torch.tensor([-1], device=DEVICE), 1.0).any()
 
 
 @cases
@@ -293,8 +293,8 @@ def test_attention_of_many_tokens_sees_what_their_spans_hold(seed, dtype, sizes,
         for buffer in (k, v):
             buffer[row, int(end[row].max()) :] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "SHARES", [(0, Share(16, data.draw(st.sampled_from([16, 32])), 4, 2))])
-        found = kernels.attend_spans(q, k, v, begin, end, h**-0.5, cap)
+        patch.setattr(tuning, "SHARES", [(0, Share(16, data.draw(st.sampled_from([16, 32])), 4, 2))])
+        found = calls.prefill_attention(q, k, v, begin, end, h**-0.5, cap)
     for row in range(rows):
         for token in range(tokens):
             first, last = int(begin[row, token]), int(end[row, token])
@@ -312,7 +312,7 @@ def test_a_prompt_is_turned_and_begins_a_cache(seed, dtype, heads, half, room):
     joint = normal(seed, dtype, rows, tokens, n + 2 * kv, 2 * half)  # one product made them, as in the model
     q, k, v = joint.split([n, kv, kv], 2)
     angles = normal(seed + 3, torch.float32, rows, tokens, half) * 1000
-    turn, found = wide(angles)[:, :, None], kernels.rotated_prompt(q, k, v, angles, room)
+    turn, found = wide(angles)[:, :, None], calls.rope_to_cache(q, k, v, angles, room)
     for before, after in ((q, found[0]), (k, found[1][:, :tokens])):
         one, two = wide(before)[..., :half], wide(before)[..., half:]
         turned = [one * np.cos(turn) - two * np.sin(turn), two * np.cos(turn) + one * np.sin(turn)]
@@ -324,13 +324,13 @@ def test_a_prompt_is_turned_and_begins_a_cache(seed, dtype, heads, half, room):
 
 
 def test_counters_are_0_for_the_attention_that_follows():
-    given = calls()["rotated_qkv"]
-    counters = kernels.counters(given[6]).fill_(7)
-    kernels.rotated_qkv(*given, counters)
+    given = arguments_of()["norm_qkv_rope"]
+    counters = calls.counters(given[6]).fill_(7)
+    calls.norm_qkv_rope(*given, counters)
     assert not counters.any()
 
 
-def calls(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
+def arguments_of(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
     """Arguments of every function."""
     d = width(40, kind)
     x, scale, residual = (normal(i, dtype, size) for i, size in enumerate((d, d, 9)))
@@ -339,13 +339,13 @@ def calls(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple
     small, length = [buffer[:, :1, :4].contiguous() for buffer in buffers], torch.tensor([22], device=DEVICE)
     return {
         "matvec": (x, w, residual),
-        "normed_matvec": (x, scale, w, EPS),
-        "add_normed": (x, scale + 1, scale, EPS),
-        "geglu_matvec": (x, scale, w, up, EPS),
+        "norm_matvec": (x, scale, w, EPS),
+        "add_norm": (x, scale + 1, scale, EPS),
+        "norm_geglu": (x, scale, w, up, EPS),
         "angles": (torch.tensor([22, 7, 300], device=DEVICE), 20, 10_000.0),
-        "rotated_qkv": (x, scale, q, k, v, normal(11, torch.float32, 1, 1, 2), *small, length, EPS),
-        "attend_one": (query, *buffers, length, 0.3, 5.0, 12),
-        "attend_spans": (
+        "norm_qkv_rope": (x, scale, q, k, v, normal(11, torch.float32, 1, 1, 2), *small, length, EPS),
+        "decode_attention": (query, *buffers, length, 0.3, 5.0, 12),
+        "prefill_attention": (
             query.view(1, 2, 2, 8),
             *(buffer[None] for buffer in buffers),
             torch.tensor([[0, 5]], device=DEVICE),
@@ -353,7 +353,7 @@ def calls(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple
             0.3,
             5.0,
         ),
-        "rotated_prompt": (
+        "rope_to_cache": (
             *(normal(12 + i, dtype, 2, 3, count, 12) for i, count in enumerate((3, 1, 1))),
             normal(15, torch.float32, 2, 3, 6) * 1000,
             2,
@@ -362,12 +362,12 @@ def calls(kind: str = "", dtype: torch.dtype = torch.float32) -> dict[str, tuple
 
 
 @pytest.mark.parametrize("kind", ["", "int8", "fp8", "int4-32"])
-@pytest.mark.parametrize("name", calls())
-def test_the_eager_twin_is_the_same_function_also_of_rows_that_are_cut_from_wider_ones(name, kind):
-    given = calls(kind)[name]
+@pytest.mark.parametrize("name", arguments_of())
+def test_the_formula_equals_the_kernel_also_for_rows_cut_from_wider_matrices(name, kind):
+    given = arguments_of(kind)[name]
     for mine in (given, tuple(map(cut_out, given))):
         other = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, mine)
-        found, expected = getattr(kernels, name)(*mine), getattr(kernels, f"{name}_eager")(*other)
+        found, expected = getattr(calls, name)(*mine), getattr(reference, name)(*other)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)  # float32, products of sums of 40
         # what is written in place; weights in 8 bits are compared as bytes
         mine, other = (
@@ -384,13 +384,13 @@ def cut_out(x):
     return torch.cat([x, x], -1)[..., : x.shape[-1]] if isinstance(x, torch.Tensor) and x.dim() == 2 else x
 
 
-def test_4_bits_in_blocks_are_refused():
+def test_4_bit_matrices_in_blocks_are_refused():
     x, w = normal(0, torch.float32, 128), lowbit.quantize(normal(1, torch.float32, 64, 128), "int4")
-    with pytest.raises(SettingError, match=r"read 4 bits in rows: see lowbit\.arranged"):
-        kernels.matvec(x, lowbit.ordered(w, rows=False))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SettingError, match=r"read 4 bits in rows: see lowbit\.to_device_layout"):
+        calls.matvec(x, lowbit.ordered(w, rows=False))  # pyright: ignore[reportArgumentType]
 
 
 def test_rows_that_are_not_dense_are_an_error_of_one_line():
-    x, w, _ = calls()["matvec"]
+    x, w, _ = arguments_of()["matvec"]
     with pytest.raises(SettingError, match=r"strides \(1, 40\) of a tensor of shape \(40, 9\), expected dense"):
-        kernels.matvec(x[:9], w.T)
+        calls.matvec(x[:9], w.T)

@@ -10,9 +10,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils import _pytree as pytree
 
 import pgfunc as pg
-from pgfunc import bench, kernels, ops
+from pgfunc import bench, ops
 from pgfunc.config import TextConfig, VisionConfig
-from pgfunc.kernels import block
+from pgfunc.kernels import operators, rules, tuning
 from pgfunc.quant import lowbit
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,7 +28,7 @@ cases = settings(
 def _wide(monkeypatch):
     """In the interpreter a program takes as long as any other: few of them, with many rows."""
     if INTERPRETED:
-        monkeypatch.setattr(kernels, "tile", lambda *sizes: kernels.Tile(8, 256, 1))
+        monkeypatch.setattr(tuning, "tile", lambda *sizes: tuning.Tile(8, 256, 1))
 
 
 @st.composite
@@ -72,21 +72,19 @@ def decode_both_ways(cfg: pg.Config, params: pg.Params, tokens: int, seed: int) 
     prompt = bench.random_prompt(cfg, 1, tokens, torch.device(DEVICE), seed)
     logits, cache = pg.prefill(params, prompt, cfg, 5)
     token = pg.sample.greedy(logits)
-    called, by_kernels = [], block.block
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block, "block", lambda *given: called.append(given) or by_kernels(*given))
-        mine, other = cache, cache
-        for step in range(3):
-            for name in ("serves", "serves_layers"):
-                patch.setattr(block, name, lambda *given: True)
-            fast, mine = pg.decode(params, token, mine, cfg)
-            assert len(called) == cfg.text.layers * (step + 1)
-            for name in ("serves", "serves_layers"):
-                patch.setattr(block, name, lambda *given: False)
-            slow, other = pg.decode(params, token, other, cfg)
-            torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
-            token = pg.sample.greedy(slow)
+    blocks, by_kernels = [], operators.block
+    fast_cache = slow_cache = cache
+    for step in range(3):
+        slow, slow_cache = pg.decode(params, token, slow_cache, cfg)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(operators, "block", lambda *given: blocks.append(given) or by_kernels(*given))
+            patch.setattr(rules, "on_gpu", lambda x: True)
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            fast, fast_cache = pg.decode(params, token, fast_cache, cfg)
+        assert len(blocks) == cfg.text.layers * (step + 1)
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast_cache, slow_cache, rtol=1e-4, atol=1e-4)
+        token = pg.sample.greedy(slow)
 
 
 @torch.no_grad()
@@ -100,8 +98,7 @@ def test_compiled_each_layer_is_one_operator_that_writes_the_buffers_where_they_
     logits, cache = pg.prefill(params, prompt, cfg, 5)
     token = pg.sample.greedy(logits)
     expected, _ = pg.decode(params, token, cache, cfg)
-    for name in ("serves", "serves_layers"):
-        monkeypatch.setattr(block, name, lambda *given: torch.compiler.is_compiling())
+    monkeypatch.setattr(rules, "on_gpu", lambda x: True)
     step = pg.jit(pg.decode, donate="cache")
     (found, _), code = run_and_get_code(step, params, token, cache, cfg)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -120,14 +117,14 @@ def test_the_operators_say_what_they_do(quantized):
 
     x, (k, v) = torch.randn(1, 1, 16, device=DEVICE), torch.randn(2, 1, 6, 2, 8, device=DEVICE)
     positions = torch.tensor([[4]], device=DEVICE)
-    angles = block.rotation(positions, 8, 1e4)
+    angles = operators.angles(positions, 8, 1e4)
     layer = weights((16,), (32, 16), (16, 16), (16, 16), (16, 32), (16,), (24, 16), (24, 16), (16, 24))
-    check, ours = torch.library.opcheck, torch.ops.pgfunc
-    check(ours.block.default, (x, layer, angles, k.clone(), v.clone(), positions[0], 1e-6, 0.3, 0.0, 0))
-    check(ours.head.default, (x, *weights((16,)), weights((96, 16)), 1e-6, False))
+    check = torch.library.opcheck
+    check(operators.block, (x, layer, angles, k.clone(), v.clone(), positions[0], 1e-6, 0.3, 0.0, 0))
+    check(operators.head, (x, *weights((16,)), weights((96, 16)), 1e-6, False))
     q, begin, end = torch.randn(1, 3, 4, 8, device=DEVICE), torch.zeros_like(positions), positions + 1
-    check(ours.attend_spans.default, (q, k, v, begin.expand(1, 3), end.expand(1, 3), 0.3, 0.0))
-    check(ours.rotated_prompt.default, (q, q[:, :, :2], q[:, :, 2:], torch.randn(1, 3, 4, device=DEVICE), 2))
+    check(operators.prefill_attention, (q, k, v, begin.expand(1, 3), end.expand(1, 3), 0.3, 0.0))
+    check(operators.rope_to_cache, (q, q[:, :, :2], q[:, :, 2:], torch.randn(1, 3, 4, device=DEVICE), 2))
     for where in (positions, torch.tensor([[4, 5, 6], [0, 1, 2]], device=DEVICE)):
-        check(ours.angles.default, (where, 8, 1e4))
-        torch.testing.assert_close(block.rotation(where, 8, 1e4), ops.angles(where, 8, 1e4))
+        check(operators.angles, (where, 8, 1e4))
+        torch.testing.assert_close(operators.angles(where, 8, 1e4), ops.angles(where, 8, 1e4))

@@ -1,0 +1,161 @@
+"""What compiled code computes in place of the model's formulas, and when: the whole list, at the end of this file.
+
+On an NVIDIA GPU, if no gradient is needed: one token of one row by the kernels (`operators`), the attention of a prompt
+without a mask in memory, and one product for matrices that are packed (`packing`). On a CPU: the product of one row as
+a loop that inductor writes. None of these has a derivative.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pgfunc import gemma, masks, ops, tree
+from pgfunc.cache import Empty, Past
+from pgfunc.config import TextConfig
+from pgfunc.kernels import operators
+from pgfunc.kernels.operators import QUANTIZED
+from pgfunc.lowering import RULES, Rule, transformed
+from pgfunc.masks import Appended, Mask, Masks, Span
+from pgfunc.quant import lowbit
+from pgfunc.quant.lowbit import Int4, Quantized
+
+TRITON = find_spec("triton") is not None
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+AMX = torch.cpu._is_amx_tile_supported()
+
+
+# --- when they apply --------------------------------------------------------------------------------------------------
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can compute with this tensor: it is on an NVIDIA GPU, and no gradient is needed."""
+    nvidia = TRITON and x.is_cuda and torch.version.hip is None
+    return nvidia and not torch.is_grad_enabled() and not transformed()
+
+
+def kernels_read(x: Tensor) -> bool:
+    """Whether kernels read activations of this dtype and device."""
+    return x.dtype in DTYPES and on_gpu(x)
+
+
+def one_token(x: Tensor, tap: Any, weights: Any) -> bool:
+    """Whether this is one token of one row, without a tap, and the kernels read these weights."""
+    fits = x.shape[:-1] == (1, 1) and tap is ops.identity and kernels_read(x)
+    return fits and all(w.dtype in (x.dtype, *QUANTIZED) for w in pytree.tree_leaves(weights))
+
+
+def block_applies(
+    p: gemma.Layer, x: Tensor, angles: Tensor, mask: Mask, cfg: TextConfig, past: Any, tap: Any, queries: Any
+) -> bool:
+    """Whether the kernels compute this layer: matrices that they read together are of one method, 4 bits in rows."""
+    if not (isinstance(past, Past) and isinstance(mask, Appended) and one_token(x, tap, p)):
+        return False
+    alike = all(len({lowbit.kind(w) for w in group}) == 1 for group in ((p.q, p.k, p.v), (p.gate, p.up)))
+    return alike and not any(isinstance(w, Int4) and w.blocked for w in p)
+
+
+def head_applies(p: gemma.Params, x: Tensor, rows: Any, cfg: TextConfig, tap: Any) -> bool:
+    return one_token(x, tap, p.embed)
+
+
+def rotate_applies(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, past: Any, queries: Any) -> bool:
+    return isinstance(past, Empty) and isinstance(queries, tuple) and kernels_read(q)
+
+
+def span_applies(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, cap: float) -> bool:
+    return isinstance(mask, Span) and kernels_read(q)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, cap: float) -> bool:
+    return q.is_cuda and q.shape[1] == 1
+
+
+def plain_on_gpu(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> bool:
+    return isinstance(w, Tensor) and x.is_cuda
+
+
+def one_row_on_cpu(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> bool:
+    """Whether inductor's loop is the faster product: it is on an EPYC, and on a Xeon with AMX it is not."""
+    if not isinstance(w, Tensor) or AMX:
+        return False
+    return x.device.type == "cpu" and x.shape[:-1].numel() == 1 and x.dtype == w.dtype != torch.float64
+
+
+def linear_many_applies(x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor]) -> bool:
+    plain = all(isinstance(w, Tensor) for w in weights)
+    return plain and x.is_cuda and not torch.is_grad_enabled() and not transformed()
+
+
+# --- what they compute ------------------------------------------------------------------------------------------------
+
+
+def block(
+    p: gemma.Layer, x: Tensor, angles: Tensor, mask: Appended, cfg: TextConfig, past: Past, tap: Any, queries: Any
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    k, v = past.k.clone(), past.v.clone()  # inductor leaves out the copies if the buffers may be written
+    numbers = cfg.eps, cfg.query_scale, cfg.attention_softcap, mask.window
+    return operators.block(x, pytree.tree_leaves(p), angles, k, v, past.length, *numbers), (k, v)
+
+
+def head(p: gemma.Params, x: Tensor, rows: Any, cfg: TextConfig, tap: Any) -> Tensor:
+    w = tree.map(lambda part: part[rows], p.embed)
+    return operators.head(x, p.norm, pytree.tree_leaves(w), cfg.eps, isinstance(rows, Tensor))
+
+
+def rotate_and_append(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, past: Empty, queries: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return operators.rope_to_cache(q, k, v, angles, past.slots - k.shape[1])
+
+
+def attend_span(q: Tensor, k: Tensor, v: Tensor, mask: Span, scale: float, cap: float) -> Tensor:
+    return operators.prefill_attention(q, k, v, mask.begin, mask.end, scale, cap)
+
+
+def attend_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, cap: float) -> Tensor:
+    """With explicit weights, which inductor fuses with the operations around them."""
+    mask = None if mask is None else masks.dense(mask, k.shape[1])
+    return ops.attend_explicit(q, k, v, mask, scale, cap)
+
+
+def spans(valid: Tensor, causal: Tensor, size: int) -> Masks:
+    return masks.spans(masks.left_aligned(valid, causal, size))
+
+
+def linear_without_bias(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias is added to the product, fused with what follows: cuBLAS may copy it to every row first."""
+    return add_bias(F.linear(x, w), bias)
+
+
+def linear_of_one_row(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """A loop that inductor writes, at up to twice the speed of the library."""
+    return add_bias(lowbit.one_row(x, w), bias)
+
+
+def add_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias
+
+
+def linear_many(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return operators.linear_many(x, weights, biases).split([len(w) for w in weights], -1)
+
+
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+RULES.update({
+    gemma.block: (Rule(block_applies, block),),
+    gemma.head: (Rule(head_applies, head),),
+    gemma.rotate_and_append: (Rule(rotate_applies, rotate_and_append),),
+    masks.left_aligned: (Rule(lambda valid, causal, size: on_gpu(valid), spans),),
+    masks.cached: (Rule(lambda length, tokens, slots, size: tokens == len(length) == 1 and on_gpu(length),
+                        masks.appended),),
+    ops.angles: (Rule(lambda positions, dim, theta: on_gpu(positions), operators.angles),),
+    ops.attend_formula: (Rule(span_applies, attend_span), Rule(one_query, attend_one_query)),
+    ops.linear_formula: (Rule(plain_on_gpu, linear_without_bias), Rule(one_row_on_cpu, linear_of_one_row)),
+    ops.linear_many_formula: (Rule(linear_many_applies, linear_many),),
+})  # fmt: skip

@@ -1,0 +1,51 @@
+"""Choose how a function of the model is computed: by its formula, or by something faster in compiled code.
+
+    out = lowered(attention)(q, k, v, mask, scale, cap)
+
+Eager code always computes the formula. In compiled code the first rule in `RULES` that applies to the arguments takes
+its place; `kernels/rules.py` is the whole list. A rule has the formula's arguments and meaning. Knows nothing about
+models, kernels or compilers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Rule(NamedTuple):
+    """A faster implementation of a formula, and the arguments that it can take."""
+
+    applies: Callable[..., bool]
+    run: Callable[..., Any]
+
+
+RULES: dict[Callable[..., Any], tuple[Rule, ...]] = {}
+
+
+def lowered(formula: F) -> F:
+    """The formula; in compiled code the first of its rules that applies. Arguments are given by position."""
+    if not torch.compiler.is_compiling():
+        return formula
+
+    def chosen(*args: Any) -> Any:
+        for rule in RULES.get(formula, ()):
+            if rule.applies(*args):
+                return rule.run(*args)
+        return formula(*args)
+
+    return chosen  # pyright: ignore[reportReturnType]
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms or forward-mode AD are active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read without waiting: it is on a CPU, eager, and not transformed."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()

@@ -1,7 +1,7 @@
 """Configurations as frozen dataclasses; `PUBLISHED` has one for every published checkpoint.
 
 A config holds the facts about a model that are not tensors: sizes, scales, token ids, the variant of a block. This
-module knows nothing about tensors or files (`checkpoint.hf` reads and writes `config.json`).
+module knows nothing about tensors or files (`checkpoint.hf_config` reads and writes `config.json`).
 """
 
 from collections.abc import Iterable

@@ -9,12 +9,12 @@ import re
 
 LONGEST = 1000  # characters of a message; it may quote a file, and the quotation may be a megabyte
 # control characters of terminals, line breaks, characters that change the text direction, and surrogates
-COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def harmless(text: str, keep: str = "") -> str:
+def escape_controls(text: str, keep: str = "") -> str:
     """The text with all characters escaped that control a terminal or fake a line, except the characters in `keep`."""
-    return COMMANDS.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
+    return CONTROL_CHARACTERS.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 class PgfuncError(Exception):

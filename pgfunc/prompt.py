@@ -67,7 +67,7 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
         raise PromptError("this model is on the meta device and has no weights; load it on another device")
     tokens = [(_prefix(model, row.prefix, len(row.images)), _suffix(model, row.suffix)) for row in rows]
     width = max(len(prefix) + len(suffix) for prefix, suffix in tokens)
-    fits(cfg, len(rows[0].images), width)
+    check_fits(cfg, len(rows[0].images), width)
     side = cfg.vision.image_size
     sources = [source for row in rows for source in row.images]
     distinct = {id(source): source for source in sources}  # a picture in several rows is decoded once
@@ -99,8 +99,8 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     """
     columns = {
         "pictures": images if isinstance(images, (list, tuple)) else None,
-        "prefixes": texts("prefixes", prefixes),
-        "suffixes": texts("suffixes", suffixes, optional=True),
+        "prefixes": texts_per_row("prefixes", prefixes),
+        "suffixes": texts_per_row("suffixes", suffixes, optional=True),
     }
     lengths = {name: len(rows) for name, rows in columns.items() if rows is not None}
     if len(set(lengths.values())) > 1:
@@ -117,7 +117,7 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     ]
 
 
-def texts(name: str, value: Any, optional: bool = False) -> Sequence[Text | None] | None:
+def texts_per_row(name: str, value: Any, optional: bool = False) -> Sequence[Text | None] | None:
     """The texts of the rows, or None if the value is one text for all rows. With `optional`, a row's text may be None.
 
     Raises PromptError, which names the argument, if the value is neither texts nor token ids.
@@ -192,7 +192,7 @@ def tokenizer_of(model: Model) -> Tokenizer:
     return model.tokenizer
 
 
-def fits(cfg: Config, pictures: int, tokens: int) -> None:
+def check_fits(cfg: Config, pictures: int, tokens: int) -> None:
     """Raise PromptError if a row with this many pictures and text tokens is longer than the model's positions."""
     if pictures * cfg.vision.tokens + tokens > cfg.text.positions:
         raise PromptError(

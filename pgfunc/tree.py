@@ -188,6 +188,11 @@ def _repeated(tree: Any) -> str:
     return f"{len(tree)} x {lines.pop()}" if len(lines) == 1 else ""
 
 
+def dtype_name(x: Tensor) -> str:
+    """The name of a tensor's dtype in files and options, such as `bfloat16`."""
+    return str(x.dtype).removeprefix("torch.")
+
+
 def _totals(tensors: list[Tensor]) -> str:
     """The number of elements and bytes of all tensors, then their dtypes and devices."""
     if not tensors:
@@ -196,7 +201,7 @@ def _totals(tensors: list[Tensor]) -> str:
     # while PyTorch traces, sizes may be symbolic: formatting one would specialize the trace to it
     known = all(isinstance(size, int) for size in sizes)
     size = f"{_si(sum(elements))} elements, {_si(sum(sizes))}B" if known else f"{len(tensors)} tensors"
-    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in tensors})
+    dtypes = sorted({dtype_name(x) for x in tensors})
     devices = sorted({str(x.device) for x in tensors})
     return f"{size}, {' and '.join(dtypes)} on {' and '.join(devices)}"
 

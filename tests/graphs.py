@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: a replay that runs the captured function again, where the capture found its inputs."""
+"""CUDA graphs without a GPU: a replay calls the captured function again, on the inputs of the capture."""
 
 from collections import Counter
 
@@ -9,28 +9,28 @@ from torch.utils import _pytree as pytree
 from pgfunc.jit import cuda_graphs
 
 
-def played(patch: pytest.MonkeyPatch) -> Counter:
-    """Let everything be captured in such graphs; how often that and a replay happen is counted."""
-    counted = Counter()
+def simulate_graphs(patch: pytest.MonkeyPatch) -> Counter:
+    """Replace CUDA graphs by simulated ones, on any device. Returns counts of captures and replays."""
+    counts = Counter()
 
     def tensors(results):
         return [x for x in pytree.tree_leaves(results) if isinstance(x, torch.Tensor)]
 
     def capture(fn, inputs):
-        places = [x.detach() for x in inputs]
-        with torch._dynamo.config.patch(error_on_recompile=True):  # nothing may be compiled during a capture
-            made = fn(inputs)
-        with torch.inference_mode(False), torch.no_grad():  # a graph's memory knows no modes
-            results = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, made)
-        counted["captured"] += 1
+        static_inputs = [x.detach() for x in inputs]
+        with torch._dynamo.config.patch(error_on_recompile=True):  # a capture must not compile anything
+            first = fn(inputs)
+        with torch.inference_mode(False), torch.no_grad():  # the memory of a graph has no inference mode
+            results = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, first)
+        counts["captured"] += 1
 
-        def again():
-            counted["replayed"] += 1
-            for old, new in zip(tensors(results), tensors(fn(places)), strict=True):
+        def replay():
+            counts["replayed"] += 1
+            for old, new in zip(tensors(results), tensors(fn(static_inputs)), strict=True):
                 old.copy_(new)
 
-        return again, results
+        return replay, results
 
     patch.setattr(cuda_graphs, "capture", capture)
-    patch.setattr(cuda_graphs, "possible", lambda leaves: True)
-    return counted
+    patch.setattr(cuda_graphs, "can_capture", lambda leaves: True)
+    return counts

@@ -195,7 +195,7 @@ def read_log(path: Path) -> None:
 
 
 def check_compiled_code(path: Path) -> None:
-    compiled.check_made_for(path.parent, MADE_FOR)
+    compiled.check_platform(path.parent, MADE_FOR)
 
 
 TEXT_MODEL = text_model()

@@ -1,4 +1,4 @@
-"""An argument is read as what it is, whether or not it, or something that looks like it, was read before."""
+"""Reading an argument gives the same result whether or not it, or a similar value, was read before."""
 
 import gc
 import weakref
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from pgfunc.jit.arguments import Arguments
+from pgfunc.jit.arguments import ArgumentReader
 
 
 class Pair(NamedTuple):
@@ -19,9 +19,9 @@ class Pair(NamedTuple):
     right: object
 
 
-KEPT = [torch.arange(float(n)) for n in (2, 2, 3)]
-fleeting = st.integers(2, 3).map(lambda n: torch.arange(float(n)))
-leaves = st.one_of(st.sampled_from([*KEPT, "word", 2, 2.0, True, (), None]), fleeting)
+TENSORS = [torch.arange(float(n)) for n in (2, 2, 3)]
+new_tensors = st.integers(2, 3).map(lambda n: torch.arange(float(n)))
+leaves = st.one_of(st.sampled_from([*TENSORS, "word", 2, 2.0, True, (), None]), new_tensors)
 trees = st.recursive(
     leaves,
     lambda inner: st.one_of(
@@ -32,64 +32,64 @@ trees = st.recursive(
 )  # fmt: skip
 
 
-def described(tree):
-    """What must differ where code must: structure, fixed leaves with their types, shapes."""
-    found, structure = pytree.tree_flatten(tree)
-    return structure, [(x.shape if isinstance(x, torch.Tensor) else x, type(x)) for x in found]
+def description(tree):
+    """What must differ if the code must differ: structure, constants with their types, shapes."""
+    leaves, structure = pytree.tree_flatten(tree)
+    return structure, [(x.shape if isinstance(x, torch.Tensor) else x, type(x)) for x in leaves]
 
 
 @given(st.lists(trees, min_size=2, max_size=6))
-def test_kinds_are_equal_where_structures_constants_and_shapes_are_and_tensors_are_the_trees_own(values):
-    arguments = Arguments()
-    read = [arguments.read("x", value) for value in values]
-    for value, argument in zip(values, read, strict=True):
-        mine = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
-        assert [id(x) for x in argument.tensors] == [id(x) for x in mine]
-        assert described(arguments.kinds[argument.kind].rebuilt(argument.tensors)) == described(value)
-    for one, first in zip(values, read, strict=True):
-        for other, second in zip(values, read, strict=True):
-            assert (first.kind == second.kind) == (described(one) == described(other))
+def test_specs_are_equal_exactly_if_structures_constants_and_shapes_are(values):
+    reader = ArgumentReader()
+    arguments = [reader.read("x", value) for value in values]
+    for value, argument in zip(values, arguments, strict=True):
+        tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+        assert [id(x) for x in argument.tensors] == [id(x) for x in tensors]
+        assert description(reader.specs[argument.spec].rebuild(argument.tensors)) == description(value)
+    for one, first in zip(values, arguments, strict=True):
+        for other, second in zip(values, arguments, strict=True):
+            assert (first.spec == second.spec) == (description(one) == description(other))
 
 
-def test_a_tree_that_comes_back_is_not_flattened_again(monkeypatch):
-    tree, arguments = params(CONFIGS["gemma"]), Arguments()
-    first = arguments.read("params", tree)
+def test_an_unchanged_tree_is_not_flattened_again(monkeypatch):
+    tree, reader = params(CONFIGS["gemma"]), ArgumentReader()
+    first = reader.read("params", tree)
     monkeypatch.setattr(pytree, "tree_flatten", None)
-    again = arguments.read("params", tree)
-    assert again.kind == first.kind
+    again = reader.read("params", tree)
+    assert again.spec == first.spec
     assert [id(x) for x in again.tensors] == [id(x) for x in first.tensors]
 
 
-def test_nothing_is_kept_alive_and_what_died_is_not_taken_for_nothing():
-    arguments, tree = Arguments(), (torch.zeros(5), (torch.zeros(6),))
-    seen = [weakref.ref(x) for x in (tree[0], tree[1][0])]
-    first = arguments.read("x", tree).kind
+def test_the_reader_keeps_no_tensor_alive_and_does_not_take_none_for_a_dead_one():
+    reader, tree = ArgumentReader(), (torch.zeros(5), (torch.zeros(6),))
+    references = [weakref.ref(x) for x in (tree[0], tree[1][0])]
+    first = reader.read("x", tree).spec
     del tree
     gc.collect()
-    assert [each() for each in seen] == [None, None]
-    assert arguments.read("x", (None, (None,))).kind != first
+    assert [reference() for reference in references] == [None, None]
+    assert reader.read("x", (None, (None,))).spec != first
 
 
-def test_what_changes_while_it_stays_is_read_anew():
-    arguments, changing = Arguments(), [torch.zeros(2)]
-    first = arguments.read("x", (changing, 1))
+def test_a_container_that_was_changed_is_read_again():
+    reader, changing = ArgumentReader(), [torch.zeros(2)]
+    first = reader.read("x", (changing, 1))
     changing.append(torch.zeros(3))
-    second = arguments.read("x", (changing, 1))
+    second = reader.read("x", (changing, 1))
     assert (len(first.tensors), len(second.tensors)) == (1, 2)
-    assert first.kind != second.kind
+    assert first.spec != second.spec
 
 
-def test_a_parameter_that_asks_for_a_gradient_is_read_without():
-    arguments, tree = Arguments(), (torch.zeros(2, requires_grad=True),)
+def test_a_parameter_that_requires_a_gradient_is_read_without_it():
+    reader, tree = ArgumentReader(), (torch.zeros(2, requires_grad=True),)
     for _ in range(2):
-        (x,) = arguments.read("x", tree).tensors
+        (x,) = reader.read("x", tree).tensors
         assert not x.requires_grad
         assert x.data_ptr() == tree[0].data_ptr()
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_slice_of_one_axis_is_read_dense(step):
+def test_a_strided_slice_is_read_as_a_dense_tensor(step):
     tree = (torch.arange(12.0)[::step],)
-    (x,) = Arguments().read("x", tree).tensors
+    (x,) = ArgumentReader().read("x", tree).tensors
     assert x.stride() == (1,)
     assert torch.equal(x, tree[0])

@@ -18,7 +18,7 @@ from PIL import Image
 import pgfunc as pg
 from pgfunc import cli
 from pgfunc.cli.compiled import MADE_FOR, MAKER, makers, platform_of
-from pgfunc.errors import harmless
+from pgfunc.errors import escape_controls
 from pgfunc.train import lora
 
 MODEL = text_model()
@@ -296,7 +296,8 @@ def test_an_adapter_runs_without_being_merged_into_a_saved_model(run, workdir):
     plain, expected = (pg.generate(each, str(workdir / "red.png"), "caption en", 6)[0].text for each in (MODEL, merged))
     assert plain != expected
     size = ("--max-new-tokens", "6")
-    assert run("caption", "red.png", *size, "--adapter", "adapter")[:2] == (0, harmless(expected, keep="\n\t") + "\n")
+    shown = escape_controls(expected, keep="\n\t") + "\n"
+    assert run("caption", "red.png", *size, "--adapter", "adapter")[:2] == (0, shown)
     (score,) = pg.score(merged, str(workdir / "red.png"), "ocr", ["ab"]).tolist()
     assert run("score", "red.png", "--prompt", "ocr", "--candidate", "ab", "--adapter", "adapter")[1] == (
         f"red.png: ab\t{score[0]:.4f}\n"

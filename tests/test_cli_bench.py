@@ -159,7 +159,7 @@ def test_missing_memory_or_a_missing_compiler_is_one_line(run, folder, message, 
     def fail(*args):
         raise FAILURES[message]
 
-    monkeypatch.setattr(bench, "decode_stage", fail)
+    monkeypatch.setattr(bench.pipeline, "decode_stage", fail)
     status, out, err = run("--model", str(folder), *FEW)
     assert (status, out) == (2, "")
     assert err.startswith(f"pgfunc: {message}")

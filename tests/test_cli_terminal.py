@@ -16,7 +16,7 @@ from PIL import Image
 
 import pgfunc as pg
 from pgfunc import cli
-from pgfunc.errors import harmless
+from pgfunc.errors import escape_controls
 
 SHIPPED = "pgfunc: the shipped checkpoint knows drawn scenes of 201 things and coloured shapes, but no photographs; "
 
@@ -117,15 +117,15 @@ def test_an_answer_cannot_control_the_terminal(run, monkeypatch):
 
 @given(st.text(st.characters(codec=None)))
 def test_escaped_text_is_one_line_and_printable_text_is_unchanged(text):
-    assert len(harmless(text).splitlines()) <= 1
-    assert harmless(harmless(text)) == harmless(text)
+    assert len(escape_controls(text).splitlines()) <= 1
+    assert escape_controls(escape_controls(text)) == escape_controls(text)
     if text.isprintable():
-        assert harmless(text) == text
+        assert escape_controls(text) == text
 
 
 @pytest.mark.parametrize("text", ["naïve café", "日本\u3000語", "👩\u200d👩\u200d👧", "می\u200cخواهم", "a\xa0b"])
 def test_letters_of_all_scripts_are_printed_unchanged(text):
-    assert harmless(text) == text
+    assert escape_controls(text) == text
 
 
 # --- standard output

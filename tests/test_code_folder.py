@@ -1,4 +1,4 @@
-"""A folder of compiled code is whole, private and the only one of its process, or it is refused."""
+"""A folder of compiled code is undamaged, private and the only one of its process; others are repaired or refused."""
 
 import os
 from contextlib import ExitStack, suppress
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import pgfunc as pg
 from pgfunc.errors import SettingError
-from pgfunc.jit.code_folder import FILES, VARIABLES, contents
+from pgfunc.jit.code_folder import REGISTER, VARIABLES, present_digests
 
 CODE = {"torchinductor/ab/one.so": b"machine code", "torchinductor/fx/two": b"a pickle", "triton/three.cubin": b"more"}
 
@@ -23,18 +23,18 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in contents(folder)}
+    return {name: (folder / name).read_bytes() for name in present_digests(folder)}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with code in it."""
+    """A folder that contains code."""
     with pg.compiled_in(tmp_path / "code"):
         write(tmp_path / "code", CODE)
     return tmp_path / "code"
 
 
-def test_what_was_made_inside_is_there_again(folder, tmp_path):
+def test_code_written_inside_is_found_again_also_if_the_folder_moves(folder, tmp_path):
     with pg.compiled_in(folder):
         assert read(folder) == CODE
     folder.rename(tmp_path / "moved")
@@ -44,7 +44,7 @@ def test_what_was_made_inside_is_there_again(folder, tmp_path):
 
 @pytest.mark.parametrize("name", CODE)
 @pytest.mark.parametrize("damage", ["truncated", "changed", "removed"])
-def test_code_that_is_not_as_it_was_written_is_thrown_away(folder, name, damage):
+def test_if_a_file_is_damaged_all_code_is_deleted(folder, name, damage):
     path = folder / name
     content = {"truncated": CODE[name][:3], "changed": CODE[name][::-1]}.get(damage)
     path.unlink() if content is None else path.write_bytes(content)
@@ -56,48 +56,48 @@ def test_code_that_is_not_as_it_was_written_is_thrown_away(folder, name, damage)
 
 
 @given(st.integers(0, 300), st.binary(max_size=20))
-def test_a_register_that_is_damaged_keeps_no_code_that_it_does_not_know(tmp_path_factory, cut, more):
+def test_with_a_damaged_register_only_registered_code_is_kept(tmp_path_factory, cut, extra):
     folder = tmp_path_factory.mktemp("code") / "code"
     with pg.compiled_in(folder):
         write(folder, CODE)
-    (folder / FILES).write_bytes((folder / FILES).read_bytes()[:cut] + more)
+    (folder / REGISTER).write_bytes((folder / REGISTER).read_bytes()[:cut] + extra)
     with pg.compiled_in(folder):
         assert read(folder).items() <= CODE.items()
 
 
-def test_what_a_killed_process_left_is_thrown_away_unless_another_is_inside(folder):
-    write(folder, left := {"torchinductor/ab/half.so": b"mach"})
+def test_files_of_a_killed_process_are_deleted_unless_another_process_uses_the_folder(folder):
+    write(folder, unfinished := {"torchinductor/ab/half.so": b"mach"})
     with pg.compiled_in(folder):
         assert read(folder) == CODE
-        write(folder, left)
+        write(folder, unfinished)
         with pg.compiled_in(folder):
-            assert read(folder) == CODE | left
+            assert read(folder) == CODE | unfinished
     with suppress(KeyError), pg.compiled_in(folder):
         write(folder, {"torchinductor/ab/other.so": b""})
         raise KeyError
     with pg.compiled_in(folder):
-        assert read(folder) == CODE | left
+        assert read(folder) == CODE | unfinished
 
 
-# --- who may write
+# --- other users
 
 
-def test_a_folder_is_made_for_its_user_alone(folder):
+def test_a_new_folder_is_accessible_only_to_its_user(folder):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("mode", [0o702, 0o720, 0o777])
 def test_a_folder_in_which_others_can_write_is_refused(folder, mode):
     folder.chmod(mode)
-    said = "others can write it, and what lies there is run; chmod -R go-w"
+    message = "others can write it, and its content is run; chmod -R go-w"
     with (
-        pytest.raises(SettingError, match=said),
+        pytest.raises(SettingError, match=message),
         pg.compiled_in(folder),
     ):
         pass
 
 
-def test_a_file_that_others_can_write_is_refused_where_they_can_enter(folder):
+def test_a_file_that_others_can_write_is_refused_if_they_can_enter_the_folder(folder):
     next(iter(folder.rglob("*.so"))).chmod(0o666)
     with pg.compiled_in(folder):
         pass
@@ -108,23 +108,23 @@ def test_a_file_that_others_can_write_is_refused_where_they_can_enter(folder):
 
 def test_a_folder_of_another_user_is_refused(folder, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
-    if folder.stat().st_uid == 0:  # what belongs to root is anybody's to use
+    if folder.stat().st_uid == 0:  # a folder of root would be accepted
         os.chown(folder, 7, 7)
     with pytest.raises(SettingError, match="belongs to another user"), pg.compiled_in(folder):
         pass
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    for place in ("file", "file/deeper", "x" * 300):
+    for name in ("file", "file/deeper", "x" * 300):
         with (
             pytest.raises(SettingError, match="cannot be a folder for compiled code"),
-            pg.compiled_in(tmp_path / place),
+            pg.compiled_in(tmp_path / name),
         ):
             pass
 
 
-# --- one for a process
+# --- one folder for a process
 
 
 def variables() -> dict[str, str | None]:
@@ -133,43 +133,43 @@ def variables() -> dict[str, str | None]:
 
 @example(["a", "b", "a", None])
 @given(st.lists(st.sampled_from(["a", "b", None]), max_size=8))
-def test_the_environment_is_as_it_was_when_all_have_left(tmp_path_factory, steps):
-    """In one thread folders nest; the innermost counts."""
+def test_the_environment_is_restored_when_all_users_have_left(tmp_path_factory, steps):
+    """In one thread folders can be nested; the innermost is used."""
     root, before = tmp_path_factory.mktemp("code"), variables()
-    places: list[Path | None] = []
+    folders: list[Path | None] = []
     with ExitStack() as outside:
         stacks = [outside]
         for step in steps:
             if step:
                 stacks.append(ExitStack())
                 stacks[-1].enter_context(pg.compiled_in(root / step))
-                places.append(root / step)
-            elif places:
+                folders.append(root / step)
+            elif folders:
                 stacks.pop().close()
-                places.pop()
-            expected = before if not places else {name: f"{places[-1]}/{sub}" for name, sub in VARIABLES.items()}
+                folders.pop()
+            expected = before if not folders else {name: f"{folders[-1]}/{sub}" for name, sub in VARIABLES.items()}
             assert variables() == expected
         while len(stacks) > 1:
             stacks.pop().close()
     assert variables() == before
 
 
-def test_a_thread_with_another_folder_is_refused_and_one_with_the_same_may_stay_longer(tmp_path):
-    before, said = variables(), []
+def test_a_thread_with_another_folder_is_refused_and_one_with_the_same_folder_is_not(tmp_path):
+    before, results = variables(), []
 
-    def enter(place: str) -> None:
+    def enter(name: str) -> None:
         try:
-            with pg.compiled_in(tmp_path / place):
-                said.append(os.environ["TRITON_CACHE_DIR"])
+            with pg.compiled_in(tmp_path / name):
+                results.append(os.environ["TRITON_CACHE_DIR"])
         except SettingError as error:
-            said.append(str(error))
+            results.append(str(error))
 
     with ExitStack() as stack:
         stack.enter_context(pg.compiled_in(tmp_path / "a"))
-        for place in ("b", "a"):
-            thread = Thread(target=enter, args=(place,))
+        for name in ("b", "a"):
+            thread = Thread(target=enter, args=(name,))
             thread.start()
             thread.join()
-        assert said[0].startswith(f"{tmp_path}/b: another thread has its compiled code in {tmp_path}/a")
-        assert said[1] == os.environ["TRITON_CACHE_DIR"] == f"{tmp_path}/a/triton"
+        assert results[0].startswith(f"{tmp_path}/b: another thread has its compiled code in {tmp_path}/a")
+        assert results[1] == os.environ["TRITON_CACHE_DIR"] == f"{tmp_path}/a/triton"
     assert variables() == before

@@ -1,4 +1,4 @@
-"""What stands in `tests/compiled` runs in a process of its own: the hook that checks shapes cannot be compiled."""
+"""Runs `tests/compiled` in a separate process without `conftest.py`, as its shape-checking hook cannot be compiled."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def test_compiled_code():
+def test_the_tests_of_compiled_code_pass():
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-W", "default", str(HERE / "compiled")]
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The loops equal the plain way: forward over the whole text, one row at a time."""
+"""The loops give the same as the simple way: a forward pass over the whole text, one row at a time."""
 
 from dataclasses import replace
 
@@ -19,14 +19,14 @@ ATOL = 1e-4  # float32, few layers
 
 
 def extended(prompt: pg.Prompt, tokens: torch.Tensor) -> pg.Prompt:
-    """The prompt with suffix tokens more."""
+    """The prompt with more suffix tokens."""
     more = torch.ones_like(tokens, dtype=torch.bool)
     ends = zip(prompt[1:], (tokens, more, more), strict=True)
     return pg.Prompt(prompt.pixels, *(torch.cat(pair, 1) for pair in ends))
 
 
 def greedy_without_cache(model: pg.Model, images, prefix: str, tokens: int) -> list[int]:
-    """Each token by a forward pass over all that came before."""
+    """Each token by a forward pass over all earlier ones."""
     prompt = pg.prepare(model, [images], [prefix])
     for _ in range(tokens):
         prompt = extended(prompt, pg.forward(model.params, prompt, model.cfg)[:, -1].argmax(-1, keepdim=True))
@@ -35,8 +35,8 @@ def greedy_without_cache(model: pg.Model, images, prefix: str, tokens: int) -> l
 
 def test_greedy_equals_forward_without_a_cache_for_rows_with_different_numbers_of_pictures():
     images, prefixes = [RED, [], [BLUE, RED], BLUE], ["a", "bcd", "e", "what is it?"]
-    done = pg.generate(MODEL, images, prefixes, max_new_tokens=9)
-    for completion, picture, prefix in zip(done, images, prefixes, strict=True):
+    completions = pg.generate(MODEL, images, prefixes, max_new_tokens=9)
+    for completion, picture, prefix in zip(completions, images, prefixes, strict=True):
         expected = greedy_without_cache(MODEL, picture, prefix, 9)
         end = expected.index(MODEL.cfg.eos) if MODEL.cfg.eos in expected else 9
         assert completion.tokens == expected[:end]
@@ -47,38 +47,38 @@ def test_greedy_equals_forward_without_a_cache_for_rows_with_different_numbers_o
 def test_each_row_ends_at_its_own_end_of_sequence():
     options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 1}
     rows = pg.generate(MODEL, [RED, BLUE], ["a", "bcd"], **options)
-    end = next(token for token in rows[0].tokens if token not in rows[1].tokens)
-    model = MODEL._replace(cfg=replace(MODEL.cfg, eos=end))
-    ended, whole = pg.generate(model, [RED, BLUE], ["a", "bcd"], **options)
-    place = rows[0].tokens.index(end)
-    assert (ended.tokens, ended.finish) == (rows[0].tokens[:place], "eos")
-    assert (whole.tokens, whole.finish) == (rows[1].tokens, "length")
-    assert len(ended.logprobs) == place
+    eos = next(token for token in rows[0].tokens if token not in rows[1].tokens)
+    model = MODEL._replace(cfg=replace(MODEL.cfg, eos=eos))
+    ended, unended = pg.generate(model, [RED, BLUE], ["a", "bcd"], **options)
+    end = rows[0].tokens.index(eos)
+    assert (ended.tokens, ended.finish) == (rows[0].tokens[:end], "eos")
+    assert (unended.tokens, unended.finish) == (rows[1].tokens, "length")
+    assert len(ended.logprobs) == end
 
 
 def test_decoding_stops_when_every_row_has_ended(monkeypatch):
     options = {"max_new_tokens": 30, "temperature": 1.0, "seed": 1}
     rows = pg.generate(MODEL, [RED, BLUE], ["a", "bcd"], **options)
     shared = set(rows[0].tokens) & set(rows[1].tokens)
-    end = min(shared, key=lambda token: max(row.tokens.index(token) for row in rows))
-    ends = [row.tokens.index(end) for row in rows]
+    eos = min(shared, key=lambda token: max(row.tokens.index(token) for row in rows))
+    ends = [row.tokens.index(eos) for row in rows]
     assert ends[0] != ends[1], "the rows end at different steps"
     calls = []
     decode = pg.paligemma.decode
-    monkeypatch.setattr(pg.paligemma, "decode", lambda *given: calls.append(0) or decode(*given))
-    model = MODEL._replace(cfg=replace(MODEL.cfg, eos=end))
-    assert [done.finish for done in pg.generate(model, [RED, BLUE], ["a", "bcd"], **options)] == ["eos", "eos"]
+    monkeypatch.setattr(pg.paligemma, "decode", lambda *args: calls.append(0) or decode(*args))
+    model = MODEL._replace(cfg=replace(MODEL.cfg, eos=eos))
+    assert [row.finish for row in pg.generate(model, [RED, BLUE], ["a", "bcd"], **options)] == ["eos", "eos"]
     assert len(calls) == max(ends)
 
 
-def test_logprobs_are_those_of_the_forward_pass():
-    (done,) = pg.generate(MODEL, RED, "ab", max_new_tokens=6, temperature=1.5, top_k=20, seed=3)
+def test_logprobs_equal_those_of_the_forward_pass():
+    (completion,) = pg.generate(MODEL, RED, "ab", max_new_tokens=6, temperature=1.5, top_k=20, seed=3)
     prompt = pg.prepare(MODEL, RED, "ab")
-    given = prompt.tokens.shape[1]
-    tokens = torch.tensor([done.tokens])
-    logits = pg.forward(MODEL.params, extended(prompt, tokens), MODEL.cfg)[0, given - 1 : -1]
+    length = prompt.tokens.shape[1]
+    tokens = torch.tensor([completion.tokens])
+    logits = pg.forward(MODEL.params, extended(prompt, tokens), MODEL.cfg)[0, length - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, tokens[0, :, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=ATOL, rtol=0)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=ATOL, rtol=0)
 
 
 @given(st.integers(0, 1000))
@@ -90,23 +90,23 @@ def test_a_row_draws_the_same_whatever_the_other_rows_are(seed):
     assert pg.generate(MODEL, [RED, BLUE], ["a", "b"], **options) == [first, second]
 
 
-def test_more_tokens_begin_with_the_same_ones():
+def test_a_longer_completion_begins_with_the_shorter_one():
     options = {"temperature": 1.0, "seed": 2}
-    few, many = (pg.generate(MODEL, [RED, BLUE], ["a", "b"], tokens, **options) for tokens in (5, 9))
-    assert [done.tokens for done in few] == [done.tokens[:5] for done in many]
+    short, long = (pg.generate(MODEL, [RED, BLUE], ["a", "b"], tokens, **options) for tokens in (5, 9))
+    assert [row.tokens for row in short] == [row.tokens[:5] for row in long]
 
 
-def test_logits_that_are_no_numbers_are_an_error():
+def test_nan_logits_raise_an_error():
     params = MODEL.params._replace(projector_bias=MODEL.params.projector_bias * float("nan"))
     with pytest.raises(NumericalError, match="not numbers"):
         pg.score(MODEL._replace(params=params), RED, "a", ["yes"])
-    for call in (pg.generate, lambda *given: list(pg.stream(*given))):
+    for call in (pg.generate, lambda *args: list(pg.stream(*args))):
         for temperature in (0.0, 1.0):
             with pytest.raises(NumericalError, match="not numbers"):
                 call(MODEL._replace(params=params), RED, "a", 3, temperature)
 
 
-def test_scores_can_be_computed_with():
+def test_scores_can_be_used_in_a_gradient():
     scores = pg.score(MODEL, RED, "a", ["yes", "no"])
     weight = torch.ones(2, requires_grad=True)
     (scores * weight).sum().backward()
@@ -121,7 +121,7 @@ def test_seeds_and_temperature_change_what_is_drawn():
 
 
 @given(st.integers(0, 1000))
-def test_the_pieces_of_a_stream_joined_are_the_text_of_generate(seed):
+def test_the_joined_pieces_of_a_stream_are_the_text_of_generate(seed):
     options = {"max_new_tokens": 12, "temperature": 1.3, "seed": seed}
     pieces = list(pg.stream(MODEL, RED, "a", **options))
     assert "".join(pieces) == pg.generate(MODEL, RED, "a", **options)[0].text
@@ -131,19 +131,19 @@ def test_the_pieces_of_a_stream_joined_are_the_text_of_generate(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_returns_how_the_text_ended(seed):
     options = {"temperature": 1.3, "seed": seed}
-    whole = MODEL._replace(cfg=replace(MODEL.cfg, eos=pg.generate(MODEL, RED, "a", 12, **options)[0].tokens[5]))
+    model = MODEL._replace(cfg=replace(MODEL.cfg, eos=pg.generate(MODEL, RED, "a", 12, **options)[0].tokens[5]))
     for limit in (3, 12):
-        stream, ended = pg.stream(whole, RED, "a", limit, **options), None
+        stream, finish = pg.stream(model, RED, "a", limit, **options), None
         try:
             while True:
                 next(stream)
         except StopIteration as end:
-            ended = end.value
-        assert ended == pg.generate(whole, RED, "a", limit, **options)[0].finish
-    assert ended == "eos"
+            finish = end.value
+        assert finish == pg.generate(model, RED, "a", limit, **options)[0].finish
+    assert finish == "eos"
 
 
-def test_a_stream_holds_back_half_a_character():
+def test_a_stream_holds_back_an_incomplete_character():
     ids = pg.prompt.text_ids(MODEL, "né漢")
     assert list(tokenizer.pieces(MODEL.tokenizer, ids)) == ["n", "é", "漢"]
     assert list(tokenizer.pieces(MODEL.tokenizer, ids[:-1])) == ["n", "é", "\N{REPLACEMENT CHARACTER}"]
@@ -151,14 +151,14 @@ def test_a_stream_holds_back_half_a_character():
 
 def test_score_is_the_log_probability_of_the_answer_and_its_end():
     images, prefixes, candidates = [RED, [BLUE, RED], BLUE], ["a", "bc", "longer"], ["yes", "", "no!"]
-    found = pg.score(MODEL, images, prefixes, candidates)
+    scores = pg.score(MODEL, images, prefixes, candidates)
     for i, (image, prefix) in enumerate(zip(images, prefixes, strict=True)):
         for j, candidate in enumerate(candidates):
             prompt = pg.prepare(MODEL, [image], [prefix], [candidate])
             logprobs = pg.forward(MODEL.params, prompt, MODEL.cfg).log_softmax(-1)[0, :-1]
             chosen = logprobs.gather(-1, prompt.tokens[0, 1:, None])[:, 0]
             expected = chosen[prompt.causal[0, 1:]].sum()
-            torch.testing.assert_close(found[i, j], expected, atol=ATOL, rtol=1e-5)
+            torch.testing.assert_close(scores[i, j], expected, atol=ATOL, rtol=1e-5)
 
 
 def test_settings_and_lengths_outside_their_range_are_errors():

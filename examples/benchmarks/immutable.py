@@ -21,17 +21,17 @@ from pgfunc import bench, paligemma
 from pgfunc.cache import Cache, pad
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.errors import PgfuncError, first_line
-from pgfunc.generate import advance, compiled_advance
+from pgfunc.generate import compiled_decode_step, decode_step
 from pgfunc.jit import cuda_graphs
 from pgfunc.jit.donation import bucket
 from pgfunc.sample import greedy
 
 
 def values(model: pg.Model, token: torch.Tensor, cache: Cache, u: torch.Tensor, count: int) -> torch.Tensor:
-    """The tokens of a loop over `compiled_advance`, the loop of `generate`."""
+    """The tokens of a loop over `compiled_decode_step`, the loop of `generate`."""
     tokens = []
     for _ in range(count):
-        token, _, cache = compiled_advance(model.params, token, cache, model.cfg, bench.GREEDY, u)
+        token, _, cache = compiled_decode_step(model.params, token, cache, model.cfg, bench.GREEDY, u)
         tokens.append(token)
     return torch.stack(tokens)
 
@@ -45,7 +45,7 @@ def overwriting(model: pg.Model, token: torch.Tensor, cache: Cache, u: torch.Ten
     def step(params: Any, state: list[torch.Tensor]) -> None:
         layers = (len(state) - 2) // 2
         old_cache = Cache(tuple(state[1 : 1 + layers]), tuple(state[1 + layers : -1]), state[-1])
-        token, _, new = advance(params, state[0], old_cache, model.cfg, bench.GREEDY, u)
+        token, _, new = decode_step(params, state[0], old_cache, model.cfg, bench.GREEDY, u)
         for old, after in zip(state, (token, *new.k, *new.v, new.length), strict=True):
             old.copy_(after)
 

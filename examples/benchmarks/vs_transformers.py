@@ -72,7 +72,7 @@ def bare(model: pg.Model) -> pg.Model:
 def peer(model: pg.Model) -> PaliGemmaForConditionalGeneration:
     """The model in transformers, on the same tensors."""
     cfg, params = replace(model.cfg, eos=1), model.params
-    dtype = str(params.projector.dtype).removeprefix("torch.")
+    dtype = pg.tree.dtype_name(params.projector)
     with torch.device("meta"):
         other = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(render(cfg, dtype)))
     prefixes = {part: key.removesuffix(anchor) for part, anchor in hf.ANCHORS.items()
@@ -236,7 +236,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
     return {
         "model": options.model or options.config, "layers": [model.cfg.vision.layers, model.cfg.text.layers],
-        "dtype": str(model.params.projector.dtype).removeprefix("torch."), "hardware": bench.hardware(device),
+        "dtype": pg.tree.dtype_name(model.params.projector), "hardware": bench.hardware(device),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
         "tokens": options.tokens, "repeat": options.repeat, "rows": measured,
     }  # fmt: skip

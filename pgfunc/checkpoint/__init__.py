@@ -4,21 +4,21 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from pgfunc import packing, quant
+from pgfunc import packing, quant, tree
 from pgfunc import tokenizer as tokenizers
 from pgfunc.checkpoint import bigvision, hf, keys, lora, processor, shards
 from pgfunc.checkpoint.hf_config import CONFIG, read_config, read_storage, render, with_methods
 from pgfunc.checkpoint.source import ADAPTER, Source, check_model_folder, check_weights, find, named_config, npz_in
 from pgfunc.checkpoint.source import HUB_ID as HUB_ID
 from pgfunc.checkpoint.source import shipped as shipped
-from pgfunc.checkpoint.writing import as_json, check_params, check_same_save, reporting_write_errors
+from pgfunc.checkpoint.writing import as_json, check_params, check_same_save
 from pgfunc.config import Config, with_vocabulary
 from pgfunc.errors import CheckpointError, DeviceError, SettingError, first_line
 from pgfunc.files.atomic import Change, changing
 from pgfunc.files.journal import reading
 from pgfunc.files.jsonfile import read_json
+from pgfunc.files.outputs import write_errors
 from pgfunc.prompt import Model
 from pgfunc.tokenizer import Tokenizer
 
@@ -132,7 +132,7 @@ def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None
     """
     folder = Path(folder)
     check_saveable(model, folder)
-    with reporting_write_errors(folder), changing(folder) as change:
+    with write_errors(folder, CheckpointError), changing(folder) as change:
         write_model(change, model, shard_bytes)
 
 
@@ -150,7 +150,7 @@ def write_model(change: Change, model: Model, shard_bytes: int) -> None:
     change.supersede(re.compile(re.escape(processor.PROCESSOR_CONFIG)))  # which would take precedence
     if model.tokenizer is not None:
         write_tokenizer(change, model.tokenizer, model.cfg)
-    config = with_methods(render(model.cfg, dtype_name(model.params.projector)), quant.methods(model.params))
+    config = with_methods(render(model.cfg, tree.dtype_name(model.params.projector)), quant.methods(model.params))
     shards.write(change, hf.arrays(model.cfg, model.params), config, shard_bytes)
 
 
@@ -166,11 +166,6 @@ def write_tokenizer(change: Change, tokenizer: Tokenizer, cfg: Config) -> None:
     change.write(TOKENIZER, tokenizer.backend.to_str(pretty=True))
     change.write(TOKENIZER_CONFIG, as_json(names | settings))
     change.supersede(TOKEN_DECLARATIONS)
-
-
-def dtype_name(array: Tensor) -> str:
-    """The name of an array's dtype in files and options, such as `bfloat16`."""
-    return str(array.dtype).removeprefix("torch.")
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

@@ -24,11 +24,11 @@ from torch import Tensor
 from pgfunc import gemma, paligemma, quant, siglip, tree
 from pgfunc.checkpoint import keys
 from pgfunc.checkpoint.tables import Entry, Slot, from_arrays, to_arrays
-from pgfunc.checkpoint.writing import reporting_write_errors
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import changing
-from pgfunc.files.jsonfile import check_file
+from pgfunc.files.jsonfile import check_regular_file
+from pgfunc.files.outputs import write_errors
 
 DTYPES = {"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "V2": torch.bfloat16}
 HEADER_BYTES = 2**16  # read from the start of a member; its header must lie within them
@@ -132,7 +132,7 @@ def open_file(path: Path) -> dict[str, Entry]:
 
     If some names have the prefix, the others belong to the state of a training run and are ignored.
     """
-    check_file(path)
+    check_regular_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = [member for member in archive.infolist() if member.filename.endswith(".npy")]
@@ -186,7 +186,7 @@ def save(path: Path, cfg: Config, params: paligemma.Params) -> None:
     Raises SettingError for quantized parameters, which the format does not have.
     """
     check_saveable(path, params)
-    with reporting_write_errors(path), changing(path.parent) as change, change.new(path.name) as file:
+    with write_errors(path, CheckpointError), changing(path.parent) as change, change.new(path.name) as file:
         write(file, cfg, params)
 
 

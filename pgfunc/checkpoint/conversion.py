@@ -12,7 +12,6 @@ from pgfunc.checkpoint import (
     Source,
     bigvision,
     check_saveable,
-    dtype_name,
     find,
     load,
     shards,
@@ -20,9 +19,10 @@ from pgfunc.checkpoint import (
     write_model,
 )
 from pgfunc.checkpoint.hf_config import CONFIG
-from pgfunc.checkpoint.writing import check_params, reporting_write_errors
-from pgfunc.files import outputs
+from pgfunc.checkpoint.writing import check_params
+from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import Change, changing
+from pgfunc.files.outputs import check_new, check_output, write_errors
 from pgfunc.prompt import Model
 from pgfunc.siglip_dual.prompt import SiglipModel
 
@@ -74,17 +74,14 @@ def convert(
     """
     target, source_path = Path(target), find(source)
     to_npz = target.suffix == ".npz"
-    if not to_npz:
-        outputs.check_folder(target)
-    outputs.check_apart([target], [source_path, config, tokenizer])
-    outputs.check_new(target, force)
+    check_output(target, [source_path, config, tokenizer], folder=not to_npz, force=force)
     model = load(source, dtype, "cpu", config, tokenizer, quantize)
     if to_npz:
         write_npz(target, model, companion(source_path, MASKS), force)
     else:
         write_folder(target, model, source_path, dual_encoder(source_path, dtype))
     format = "big_vision's npz" if to_npz else "Hugging Face layout"
-    numbers = sorted({*quant.methods(model.params).values()}) or [dtype_name(model.params.projector)]
+    numbers = sorted({*quant.methods(model.params).values()}) or [tree.dtype_name(model.params.projector)]
     return Converted(target, format, ", ".join(numbers), tree.nbytes(model.params))
 
 
@@ -95,8 +92,8 @@ def write_npz(target: Path, model: Model, masks: Path | None, force: bool) -> No
     if masks and copy_of_masks.exists() and copy_of_masks.read_bytes() == masks.read_bytes():
         masks = None  # the copy is there already
     if masks:
-        outputs.check_new(copy_of_masks, force)
-    with reporting_write_errors(target), changing(target.parent) as change:
+        check_new(copy_of_masks, force)
+    with write_errors(target, CheckpointError), changing(target.parent) as change:
         copy(change, masks)
         with change.new(target.name) as file:
             bigvision.write(file, model.cfg, model.params)
@@ -107,7 +104,7 @@ def write_folder(target: Path, model: Model, source: Path | None, dual: DualEnco
     check_saveable(model, target)
     if dual:
         check_params(dual.model.params, target / SIGLIP)
-    with reporting_write_errors(target), changing(target) as change:
+    with write_errors(target, CheckpointError), changing(target) as change:
         for path in [companion(source, name) for name in (MASKS, *FOLDER_ONLY)] if source else []:
             copy(change, path)
         for pattern, subfolder in STALE:

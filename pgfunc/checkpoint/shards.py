@@ -31,7 +31,7 @@ from pgfunc.checkpoint.writing import (
 )
 from pgfunc.errors import CheckpointError, first_line
 from pgfunc.files.atomic import Change
-from pgfunc.files.jsonfile import check_file, read_json
+from pgfunc.files.jsonfile import check_regular_file, read_json
 
 WEIGHT_FILES = re.compile(r"model(-[0-9a-f]{16})?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
@@ -66,7 +66,7 @@ def _open_shards(folder: Path) -> dict[str, Entry]:
 
 def open_file(path: Path) -> dict[str, Entry]:
     """Every array of one safetensors file; only its header is read, and reading an array maps it from the file."""
-    check_file(path)
+    check_regular_file(path)
     try:
         header(path)
         file = safe_open(path, framework="pt")

@@ -21,7 +21,6 @@ from pgfunc.checkpoint import (
     TOKENIZER_CONFIG,
     as_device,
     as_dtype,
-    dtype_name,
     hf,
     hf_config,
     processor,
@@ -31,11 +30,12 @@ from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.checkpoint.siglip_config import read_config, render
 from pgfunc.checkpoint.source import Source, check_model_folder, check_weights, find, shipped
 from pgfunc.checkpoint.tables import Entry, Slot, from_arrays, to_arrays
-from pgfunc.checkpoint.writing import as_json, check_params, check_same_save, reporting_write_errors
+from pgfunc.checkpoint.writing import as_json, check_params, check_same_save
 from pgfunc.config import SiglipConfig
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import Change, changing
 from pgfunc.files.journal import reading
+from pgfunc.files.outputs import write_errors
 from pgfunc.siglip_dual.prompt import SiglipModel, TextTokenizer, load_tokenizer, self_contained
 
 VISION, POOL = "vision_model.", "vision_model.head."
@@ -93,7 +93,7 @@ def save_siglip(model: SiglipModel, folder: str | Path, vision: bool = True, sha
     """
     folder = Path(folder)
     check_params(model.params, folder)
-    with reporting_write_errors(folder), changing(folder) as change:
+    with write_errors(folder, CheckpointError), changing(folder) as change:
         write_model(change, model, vision, shard_bytes)
 
 
@@ -106,7 +106,7 @@ def write_model(change: Change, model: SiglipModel, vision: bool, shard_bytes: i
         write_tokenizer(change, model.tokenizer, model.cfg.text.positions, subfolder)
     arrays = join_qkv(to_arrays(table(model.cfg), model.params))
     arrays = {key: array for key, array in arrays.items() if vision or not in_encoder(key)}
-    shards.write(change, arrays, render(model.cfg, dtype_name(model.params.scale)), shard_bytes, subfolder)
+    shards.write(change, arrays, render(model.cfg, tree.dtype_name(model.params.scale)), shard_bytes, subfolder)
 
 
 def write_tokenizer(change: Change, tokenizer: TextTokenizer, length: int, subfolder: str) -> None:

@@ -13,9 +13,10 @@ import torch
 from pgfunc import tree
 from pgfunc.checkpoint import bigvision, shards
 from pgfunc.checkpoint.tables import Slot, from_arrays, to_arrays
-from pgfunc.checkpoint.writing import reporting_write_errors, write_safetensors
+from pgfunc.checkpoint.writing import write_safetensors
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import replacing
+from pgfunc.files.outputs import write_errors
 from pgfunc.objects import vqvae
 from pgfunc.objects.vqvae import Block, Conv, Params, Transposed
 
@@ -68,5 +69,5 @@ def save(path: str | Path, params: Params) -> None:
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: masks are saved as .safetensors; give a name that ends in it")
     tree.check_finite(params, str(path))
-    with reporting_write_errors(path), replacing(path) as file:
+    with write_errors(path, CheckpointError), replacing(path) as file:
         write_safetensors(file, to_arrays(table(), params), {})

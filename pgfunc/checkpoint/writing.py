@@ -7,8 +7,7 @@ have no digest and pass.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,15 +33,6 @@ def check_params(params: Any, where: Path) -> None:
     if any(leaf.is_meta for leaf in tree.flatten(params).values()):
         raise CheckpointError(f"{where}: a model on the meta device has no weights to save")
     tree.check_finite(params, str(where))
-
-
-@contextmanager
-def reporting_write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block, which writes this file or folder, into a CheckpointError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
 
 
 def as_json(value: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ from pgfunc import paligemma
 from pgfunc.bench import STAGES, Case, Stage
 from pgfunc.checkpoint import as_device, as_dtype
 from pgfunc.cli import options
-from pgfunc.cli.compiled import compiles
-from pgfunc.cli.options import app, enough_memory, of_model, unset
+from pgfunc.cli.compiled import compiler_errors
+from pgfunc.cli.options import app, enough_memory, of_model, optional
 from pgfunc.errors import DeviceError, SettingError
 from pgfunc.sample import whole
 
@@ -57,7 +57,7 @@ class Subject(NamedTuple):
 
 @app.command()
 def bench(
-    model: options.Named = None,
+    model: options.CheckpointName = None,
     config: Name = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows in a batch.")] = 1,
     prompt_tokens: Annotated[
@@ -65,12 +65,12 @@ def bench(
     ] = 16,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to generate.")] = 128,
     slots: Annotated[
-        int | None, unset("--slots", help="Cache slots for decode. Default: as many as the tokens need.")
+        int | None, optional("--slots", help="Cache slots for decode. Default: as many as the tokens need.")
     ] = None,
     repeat: Annotated[int, typer.Option("--repeat", help="Measured runs of each stage, after one warm-up run.")] = 5,
     stage: Annotated[
         list[str] | None,
-        unset("--stage", help=f"Stage to measure: {', '.join(STAGES)}. Repeat it for several. Default: all."),
+        optional("--stage", help=f"Stage to measure: {', '.join(STAGES)}. Repeat it for several. Default: all."),
     ] = None,
     compile: Annotated[
         bool,
@@ -78,7 +78,7 @@ def bench(
             "--compile/--no-compile", help="Also measure decode and generate compiled, and on a GPU prefill too."
         ),
     ] = True,
-    threads: Annotated[int | None, unset("--threads", help="CPU threads. Default: PyTorch's choice.")] = None,
+    threads: Annotated[int | None, optional("--threads", help="CPU threads. Default: PyTorch's choice.")] = None,
     device: options.Device = None,
     dtype: Dtype = None,
     quantize: options.Quantize = None,
@@ -101,7 +101,7 @@ def bench(
         torch.set_num_threads(threads)
     with (
         enough_memory("lower --batch or --slots, or give --dtype bfloat16"),
-        compiles("give --no-compile"),
+        compiler_errors("give --no-compile"),
         measuring.cold(),
     ):
         conditions, stages = measure(subject, case, where)
@@ -153,7 +153,8 @@ def measure(subject: Subject, case: Case, device: torch.device) -> tuple[dict[st
         "model": name, "dtype": str(subject.precision).removeprefix("torch."), "quantize": subject.quantize,
         "hardware": measuring.hardware(device), "device": str(device),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "image_tokens": subject.cfg.vision.tokens,
-    } | asdict(case) | {"slots": case.length(subject.cfg) + case.room(subject.cfg)} | machine._asdict()  # fmt: skip
+    } | asdict(case) | machine._asdict()  # fmt: skip
+    conditions["slots"] = case.length(subject.cfg) + case.free_slots(subject.cfg)
     del conditions["stages"]  # the stages themselves follow
     repeat, label = (1, "draw") if subject.random else (case.repeat, "load")
     loaded, first = measuring.load_stage(lambda: load(subject, device), device, machine, repeat, label)

@@ -8,11 +8,11 @@ import typer
 
 import pgfunc as pg
 from pgfunc import paligemma
-from pgfunc.checkpoint import dtype_name, find
+from pgfunc.checkpoint import find
 from pgfunc.checkpoint.conversion import write_folder
 from pgfunc.cli import options
 from pgfunc.cli.options import app
-from pgfunc.errors import SettingError, harmless
+from pgfunc.errors import SettingError, escape_controls
 from pgfunc.files.outputs import check_output
 
 
@@ -21,7 +21,7 @@ def inspect(
     source: Annotated[
         str | None, typer.Argument(help="Checkpoint: a folder, a .npz file or a hub id.", show_default=False)
     ] = None,
-    model: options.Named = None,
+    model: options.CheckpointName = None,
     config: options.Config = None,
     as_json: options.Json = False,
 ) -> None:
@@ -29,7 +29,7 @@ def inspect(
     if source and model:
         raise SettingError(f"inspect takes one checkpoint, found {source} and --model {model}")
     cfg, params, _ = pg.load(source or model, device="meta", config=config)
-    rows = [(path, tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."), leaf.numel() * leaf.element_size())
+    rows = [(path, tuple(leaf.shape), pg.tree.dtype_name(leaf), leaf.numel() * leaf.element_size())
             for path, leaf in pg.tree.flatten(params).items()]  # fmt: skip
     if as_json:
         keys = ("path", "shape", "dtype", "bytes")
@@ -80,10 +80,10 @@ def merge(
     check_output(target, [base, adapter, config, tokenizer], folder=True, force=force)
     merged = pg.load(model, None, "cpu", config, tokenizer, adapter=adapter)
     write_folder(target, merged, base)
-    dtype = dtype_name(merged.params.projector)
+    dtype = pg.tree.dtype_name(merged.params.projector)
     print_checkpoint(target, "Hugging Face layout", dtype, pg.tree.nbytes(merged.params))
 
 
 def print_checkpoint(path: Path, format: str, dtype: str, nbytes: int) -> None:
     """Print what was written where."""
-    print(f"{harmless(str(path))}: {format}, {dtype}, {nbytes:,} bytes")
+    print(f"{escape_controls(str(path))}: {format}, {dtype}, {nbytes:,} bytes")

@@ -15,7 +15,7 @@ from pgfunc.checkpoint import as_device
 from pgfunc.cli import options
 from pgfunc.cli.compiled import MADE_FOR, MAKER, compiled_files, compiling, makers, platform_of, read_made_for
 from pgfunc.cli.options import app, enough_memory
-from pgfunc.errors import SettingError, harmless
+from pgfunc.errors import SettingError, escape_controls
 from pgfunc.files.atomic import write_text
 from pgfunc.generate import complete
 from pgfunc.sample import Settings
@@ -63,7 +63,8 @@ def compile(
         complete(endless, prompt, settings, uniforms, compile=True)
     files = compiled_files(folder)
     size = sum(path.stat().st_size for path in files) / 1e6
-    print(harmless(f"{folder} has the code after {perf_counter() - start:.1f} s: {len(files)} files, {size:.1f} MB"))
+    seconds = perf_counter() - start
+    print(escape_controls(f"{folder} has the code after {seconds:.1f} s: {len(files)} files, {size:.1f} MB"))
 
 
 def make_folder(folder: Path, device: torch.device) -> None:

@@ -22,7 +22,7 @@ MAKER = "maker"  # the key of the maker: a random number that stands for a user 
 
 
 @contextmanager
-def compiles(remedy: str) -> Iterator[None]:
+def compiler_errors(remedy: str) -> Iterator[None]:
     """Raise SettingError if torch.compile fails in the block, for example because there is no C++ compiler."""
     from torch._dynamo.exc import TorchDynamoException  # takes half a second, which other commands need not wait
 
@@ -49,10 +49,10 @@ def compiling(compile: bool, folder: Path | None, device: torch.device) -> Itera
         yield
         return
     if folder is not None:
-        check_made_for(folder, platform_of(device))
+        check_platform(folder, platform_of(device))
     before = set(compiled_files(folder)) if folder else set()
     code_folder = pg.compiled_in(folder) if folder else nullcontext()
-    with compiles("is there a C++ compiler? It runs without --compile"), code_folder:
+    with compiler_errors("is there a C++ compiler? It runs without --compile"), code_folder:
         if folder is not None and is_foreign(folder):
             print_note(f"{folder} was made elsewhere, and its code is run: trust its author, or compile it here")
         yield
@@ -66,7 +66,7 @@ def platform_of(device: torch.device) -> dict[str, Any]:
     return {"torch": torch.__version__, "hardware": hardware(device)} | (cpu if device.type == "cpu" else {})
 
 
-def check_made_for(folder: Path, platform: dict[str, Any]) -> None:
+def check_platform(folder: Path, platform: dict[str, Any]) -> None:
     """Raise SettingError if a folder has no code, or code for another platform."""
     record = read_made_for(folder)
     if record is None:

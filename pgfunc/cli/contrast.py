@@ -26,10 +26,10 @@ Pictures = Annotated[list[str] | None, typer.Argument(help="Picture files.", met
 @app.command()
 def embed(
     images: Pictures = None,
-    text: Annotated[list[str] | None, options.unset("--text", help="A text. Repeat it for several.")] = None,
+    text: Annotated[list[str] | None, options.optional("--text", help="A text. Repeat it for several.")] = None,
     out: Annotated[
         Path | None,
-        options.unset("--out", help="Write the vectors to this .npy file, one per row, in place of text."),
+        options.optional("--out", help="Write the vectors to this .npy file, one per row, in place of text."),
     ] = None,
     model: ModelName = None,
     device: options.Device = None,
@@ -69,7 +69,7 @@ def classify(
     ],
     template: Annotated[
         str | None,
-        options.unset(
+        options.optional(
             "--template",
             help="Sentence around a label, with {} for the label. Default: 'this is a photo of {}', "
             "or only the label for the shipped checkpoint.",

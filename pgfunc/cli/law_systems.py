@@ -13,8 +13,8 @@ from hypothesis.strategies import SearchStrategy
 import pgfunc as pg
 from pgfunc import laws
 from pgfunc.checkpoint import as_device
-from pgfunc.cli.compiled import compiles
-from pgfunc.cli.locate import beside
+from pgfunc.cli.compiled import compiler_errors
+from pgfunc.cli.locate import mask_decoder_beside
 from pgfunc.errors import DeviceError, SettingError
 from pgfunc.laws import LAWS, Law, System
 from pgfunc.objects import segment
@@ -34,7 +34,7 @@ def from_checkpoint(
     model: str | None, device: str | None, dtype: str | None, quantize: str | None, compile: bool, config: str | None
 ) -> System:
     """The checkpoint run as the options say, with its tokenizer, and with its mask decoder if it has one."""
-    torch_device, mask_decoder = as_device(device), beside(model)
+    torch_device, mask_decoder = as_device(device), mask_decoder_beside(model)
     if torch_device.type == "meta":
         raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to check; name another")
     loaded = pg.load(model, dtype or "float32", torch_device, config, quantize=quantize)
@@ -48,7 +48,7 @@ def from_checkpoint(
 
 def check_compiler(system: System) -> None:
     """Take one step first, so that a missing compiler is reported as such and not as a broken law."""
-    with compiles("is there a C++ compiler? It runs without --compile"):
+    with compiler_errors("is there a C++ compiler? It runs without --compile"):
         prompt = laws.prompt(laws.Rows((1,), (0,), images=0), system.vocab, system.image_size)
         system.decode(prompt.tokens[:, 0], system.prefill(prompt, 1)[1])
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from pgfunc.cli import options
-from pgfunc.cli.options import app, enough_memory, unset
+from pgfunc.cli.options import app, enough_memory, optional
 from pgfunc.errors import SettingError
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ EXAMPLES, DEEP = 20, 2000
 
 @app.command()
 def laws(
-    model: options.Named = None,
+    model: options.CheckpointName = None,
     adapter: Annotated[
         str | None,
-        unset("--adapter", help="module:object, your own pgfunc.laws.System, to check instead.", metavar="NAME"),
+        optional("--adapter", help="module:object, your own pgfunc.laws.System, to check instead.", metavar="NAME"),
     ] = None,
-    law: Annotated[list[str] | None, unset("--law", help="Check only this law; repeatable.", metavar="LAW")] = None,
+    law: Annotated[list[str] | None, optional("--law", help="Check only this law; repeatable.", metavar="LAW")] = None,
     examples: Annotated[int, typer.Option("--examples", help="Examples of each law.")] = EXAMPLES,
     deep: Annotated[bool, typer.Option("--deep", help=f"Try {DEEP:,} examples of each law.")] = False,
     device: options.Device = None,
-    dtype: Annotated[str | None, unset("--dtype", help="float32 (the default), bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, optional("--dtype", help="float32 (the default), bfloat16 or float16.")] = None,
     quantize: options.Quantize = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the decode step, for each batch size and cache size: minutes.")

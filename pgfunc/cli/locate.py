@@ -20,12 +20,12 @@ from pgfunc.cli.options import (
     check_pictures,
     exit_if_skipped,
     note_if_cut_off,
+    optional,
     path_exists,
     print_note,
     print_result,
     read_each,
     to_json,
-    unset,
     without_option,
 )
 from pgfunc.errors import CheckpointError, PromptError
@@ -39,26 +39,26 @@ from pgfunc.sample import Settings
 Targets = Annotated[list[str], typer.Argument(help="Picture files, then what to look for, such as 'cat ; bus'.",
                                               metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
 Labels = Annotated[
-    list[str] | None, unset("--label", help="Something to look for, in place of WHAT. Repeat it for several.")
+    list[str] | None, optional("--label", help="Something to look for, in place of WHAT. Repeat it for several.")
 ]
 PromptText = Annotated[
-    str | None, unset("--prompt", help="What to look for as one text, in place of WHAT: 'cat ; bus'.")
+    str | None, optional("--prompt", help="What to look for as one text, in place of WHAT: 'cat ; bus'.")
 ]
 Out = Annotated[
     Path | None,
-    unset(
+    optional(
         "--out",
         help="Write the picture with the objects drawn on it. For several pictures: a folder, where each drawing has "
         "the format of its picture, or PNG if that format is unusual.",
     ),
 ]
 Font = Annotated[
-    Path | None, unset("--font", help="Font file for the labels in the drawing. Default: fonts of the system.")
+    Path | None, optional("--font", help="Font file for the labels in the drawing. Default: fonts of the system.")
 ]
 Confidence = Annotated[bool, typer.Option("--confidence", help="Draw the confidence beside each label.")]
-Coco = Annotated[Path | None, unset("--coco", help="Write the objects of all pictures to this file, as COCO JSON.")]
+Coco = Annotated[Path | None, optional("--coco", help="Write the objects of all pictures to this file, as COCO JSON.")]
 Masks = Annotated[
-    Path | None, unset("--masks", help=f"File of the mask decoder. Default: {MASKS} in the model's folder.")
+    Path | None, optional("--masks", help=f"File of the mask decoder. Default: {MASKS} in the model's folder.")
 ]
 
 
@@ -136,7 +136,7 @@ def split_targets(
     if labels and prompt:
         raise PromptError("--label and --prompt both say what to look for; give one of them")
     if labels or prompt:
-        option, names = ("--label", pg.detect.wanted(labels)) if labels else ("--prompt", prompt or "")
+        option, names = ("--label", pg.detect.join_labels(labels)) if labels else ("--prompt", prompt or "")
         if not path_exists(targets[-1]):
             raise PromptError(f"{targets[-1]}: no such file; {option} already says what to look for: {names!r:.80}")
         check_pictures(targets)
@@ -154,13 +154,13 @@ def split_targets(
 
 def mask_decoder_path(masks: Path | None, model: str | None) -> Path:
     """The file of the mask decoder. Raises CheckpointError if neither --masks nor the model's folder has one."""
-    path = masks or beside(model)
+    path = masks or mask_decoder_beside(model)
     if not masks and not path.exists():
         raise CheckpointError(f"{path}: missing; give a mask decoder with --masks, such as Google's vae-oid.npz")
     return path
 
 
-def beside(model: str | None) -> Path:
+def mask_decoder_beside(model: str | None) -> Path:
     """The path of the mask decoder in a model's folder; the file need not exist."""
     folder = find(model)
     return (folder if folder.is_dir() else folder.parent) / MASKS

@@ -18,7 +18,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.errors import COMMANDS, ImageError, NumericalError, SettingError, harmless
+from pgfunc.errors import CONTROL_CHARACTERS, ImageError, NumericalError, SettingError, escape_controls
 from pgfunc.files.outputs import check_name
 from pgfunc.quant.lowbit import GROUPS
 
@@ -79,15 +79,15 @@ app = App(
 
 MODEL, DECODING, OUTPUT = "Model", "Decoding", "Output"  # groups of options in --help
 
-unset = partial(typer.Option, show_default=False)  # an option without a default value
-of_model = partial(unset, rich_help_panel=MODEL)
+optional = partial(typer.Option, show_default=False)  # an option without a default value
+of_model = partial(optional, rich_help_panel=MODEL)
 of_decoding = partial(typer.Option, rich_help_panel=DECODING)
 of_output = partial(typer.Option, rich_help_panel=OUTPUT)
 
 Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
 NAMED = "Checkpoint: a folder, a .npz file or a Hugging Face hub id. Default: the shipped checkpoint."
 ModelName = Annotated[str | None, of_model("--model", envvar="PGFUNC_MODEL", help=NAMED)]
-Named = Annotated[str | None, of_model("--model", help=NAMED)]  # for commands that may name a checkpoint otherwise
+CheckpointName = Annotated[str | None, of_model("--model", help=NAMED)]
 Adapter = Annotated[str | None, of_model("--adapter", help="LoRA adapter for the model: a folder or a hub id.")]
 Device = Annotated[
     str | None, of_model("--device", help="cpu, cuda or cuda:1. Default: cuda if there is a GPU, otherwise cpu.")
@@ -223,15 +223,15 @@ def print_result(value: dict[str, Any], as_json: bool, *lines: str) -> None:
     if as_json:
         text = to_json(value, ensure_ascii=False)
         # JSON itself does not escape all of these characters
-        tqdm.write(COMMANDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+        tqdm.write(CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
     else:
-        tqdm.write("\n".join(harmless(line, keep="\t") for line in lines))
+        tqdm.write("\n".join(escape_controls(line, keep="\t") for line in lines))
 
 
 def print_note(note: str) -> None:
     """Print a line on standard error, if that is open."""
     with suppress(OSError):
-        tqdm.write(harmless(f"pgfunc: {note}"), file=sys.stderr)
+        tqdm.write(escape_controls(f"pgfunc: {note}"), file=sys.stderr)
 
 
 def note_if_cut_off(image: str, finish: str | None, max_new_tokens: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from tqdm import tqdm
 
-from pgfunc.errors import harmless
+from pgfunc.errors import escape_controls
 from pgfunc.train import fit, run
 
 
@@ -59,7 +59,7 @@ def watching(
     """A progress bar with the losses, and TensorBoard's logs. An interrupt prints how to continue, and exits."""
     done = int(state.optimizer.step)
     if done:
-        tqdm.write(f"{harmless(str(out))}: continuing after step {done}")
+        tqdm.write(f"{escape_controls(str(out))}: continuing after step {done}")
     writer = None
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -80,7 +80,7 @@ def watching(
         yield watch
     except KeyboardInterrupt as stop:
         bar.close()
-        tqdm.write(f"{harmless(str(out))}: {stop_message(run.step_in(out / fit.STATE), done)}")
+        tqdm.write(f"{escape_controls(str(out))}: {stop_message(run.step_in(out / fit.STATE), done)}")
         raise typer.Exit(128 + (stop.args[0] if isinstance(stop, Terminated) else signal.SIGINT)) from None
     finally:
         bar.close()

@@ -17,12 +17,12 @@ from pgfunc.cli.options import (
     check_pictures,
     exit_if_skipped,
     note_if_cut_off,
+    optional,
     print_result,
     read_each,
-    unset,
     without_option,
 )
-from pgfunc.errors import ImageError, PromptError, SettingError, harmless
+from pgfunc.errors import ImageError, PromptError, SettingError, escape_controls
 from pgfunc.image import open_image
 from pgfunc.prompt import TASKS, unmarked
 from pgfunc.sample import Settings
@@ -36,10 +36,10 @@ def add_text_command(name: str, template: str | None, help: str, prompt_help: st
 
     def command(
         images: options.Images,
-        prompt: Annotated[str | None, unset("--prompt", help=prompt_help)] = None,
+        prompt: Annotated[str | None, optional("--prompt", help=prompt_help)] = None,
         box: Annotated[
             str | None,
-            unset("--box", metavar="XMIN,YMIN,XMAX,YMAX", help="Caption only this part of each picture, in pixels."),
+            optional("--box", metavar="XMIN,YMIN,XMAX,YMAX", help="Caption only this part of each picture, in pixels."),
         ] = None,
         model: options.ModelName = None,
         adapter: options.Adapter = None,
@@ -98,7 +98,7 @@ def print_stream(pieces: Iterable[str]) -> Any:
     iterator = iter(pieces)
     while True:
         try:
-            print(harmless(next(iterator), keep="\n\t"), end="", flush=True)
+            print(escape_controls(next(iterator), keep="\n\t"), end="", flush=True)
         except StopIteration as stop:
             print()
             return stop.value

@@ -13,9 +13,9 @@ import pgfunc as pg
 from pgfunc import tree
 from pgfunc.checkpoint import find, shipped
 from pgfunc.cli import options
-from pgfunc.cli.options import app, enough_memory, of_model, print_note, unset
+from pgfunc.cli.options import app, enough_memory, of_model, optional, print_note
 from pgfunc.cli.progress import signals_interrupt, watching
-from pgfunc.errors import SettingError, harmless
+from pgfunc.errors import SettingError, escape_controls
 from pgfunc.files import outputs
 from pgfunc.train import data, fit, run
 from pgfunc.train.data import Example
@@ -33,30 +33,30 @@ def train(
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the model. An unfinished run in it is continued.")],
     images: Annotated[
-        Path | None, unset("--images", help="Folder of the pictures. Default: the folder of DATA.")
+        Path | None, optional("--images", help="Folder of the pictures. Default: the folder of DATA.")
     ] = None,
-    valid: Annotated[Path | None, unset("--valid", help="JSON Lines file for validation, after each epoch.")] = None,
-    epochs: Annotated[int | None, unset("--epochs", help=f"Passes over the data. Default: {EPOCHS}.")] = None,
-    steps: Annotated[int | None, unset("--steps", help="Number of updates, in place of --epochs.")] = None,
+    valid: Annotated[Path | None, optional("--valid", help="JSON Lines file for validation, after each epoch.")] = None,
+    epochs: Annotated[int | None, optional("--epochs", help=f"Passes over the data. Default: {EPOCHS}.")] = None,
+    steps: Annotated[int | None, optional("--steps", help="Number of updates, in place of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per update.")] = 8,
     accumulate: Annotated[
         int, typer.Option("--accumulate", help="Parts of a batch, of which one is in memory at a time.")
     ] = 1,
     learning_rate: Annotated[
         float | None,
-        unset(
+        optional(
             "--learning-rate",
             help="Highest learning rate; it falls as a cosine. Default: 1e-5, or 3e-4 for models below 100 million "
             "parameters; ten times that for LoRA.",
         ),
     ] = None,
     warmup: Annotated[
-        int | None, unset("--warmup", help="Updates over which the learning rate rises. Default: 5% of them.")
+        int | None, optional("--warmup", help="Updates over which the learning rate rises. Default: 5% of them.")
     ] = None,
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="Weight decay of matrices.")] = 0.0,
     freeze: Annotated[
         list[str] | None,
-        unset("--freeze", help="Pattern of parameters to leave unchanged, such as 'vision.*'. Repeat it for several."),
+        optional("--freeze", help="Pattern of parameters to leave unchanged, such as 'vision.*'. May be repeated."),
     ] = None,
     lora_rank: Annotated[
         int,
@@ -114,7 +114,7 @@ def train(
         weight_decay=weight_decay, freeze=tuple(freeze or ()), lora_rank=lora_rank,
         lora_alpha=float(lora_rank) if lora_alpha is None else lora_alpha,
         lora_targets=tuple(lora_target or TARGETS) if lora_rank else (),
-        dtype=dtype or str(loaded.params.projector.dtype).removeprefix("torch."), seed=seed, recompute=recompute,
+        dtype=dtype or pg.tree.dtype_name(loaded.params.projector), seed=seed, recompute=recompute,
     )  # fmt: skip
     job = run.Job(loaded, train_rows, settings)
     data.check(loaded, tqdm([*train_rows, *valid_rows], desc="checking", unit="line", leave=False, disable=None))
@@ -148,7 +148,7 @@ def print_losses(out: Path, steps: int, validated: bool) -> None:
     """Print the first and the last loss of a finished run, and the last validation loss if there is one."""
     first, *_, last = fit.read_log(out) * 2
     validation = f", validation {last['valid']:.4f}" if validated else ""
-    print(f"{harmless(str(out))}: {steps} steps, loss {first['loss']:.4f} -> {last['loss']:.4f}{validation}")
+    print(f"{escape_controls(str(out))}: {steps} steps, loss {first['loss']:.4f} -> {last['loss']:.4f}{validation}")
 
 
 def default_rate(params: pg.Params, lora_rank: int) -> float:

@@ -12,7 +12,7 @@ MAX_BYTES = 2**22  # the largest index file of a published checkpoint has a thir
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError if the file is missing, too large, or not a JSON object."""
     try:
-        check_file(path, MAX_BYTES)
+        check_regular_file(path, MAX_BYTES)
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_file(path: Path, max_bytes: int | None = None) -> None:
+def check_regular_file(path: Path, max_bytes: int | None = None) -> None:
     """Raise CheckpointError if a path is not a file, or the file is larger than `max_bytes`. Reads nothing."""
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file" if path.exists() else f"{path}: missing")

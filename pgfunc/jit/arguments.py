@@ -1,11 +1,12 @@
-"""The arguments of a call as tensors, and what is fixed about them: what code is compiled for. Quick to find again.
+"""The arguments of a call, read as a list of tensors and a spec: everything that compiled code depends on.
 
-A tree of parameters comes back call after call, and to flatten and describe it anew would take longer than a GPU takes
-for a token. What was learned of a nested tuple holds as long as it has the same tensors, object by object. Knows
-nothing about compilers or caches.
+Reading must be fast. A tree of parameters is passed at every call, and flattening and describing it each time would
+take longer than a GPU takes for a token. So the result of reading a nested tuple is remembered, and is valid while the
+tuple holds the same tensor objects. Knows nothing about compilers or caches.
 """
 
-from collections.abc import Sequence, Set
+import inspect
+from collections.abc import Callable, Sequence, Set
 from dataclasses import is_dataclass
 from itertools import combinations, compress
 from typing import Any, NamedTuple
@@ -16,138 +17,186 @@ from torch.utils import _pytree as pytree
 
 from pgfunc.errors import SettingError
 
-LITTLE = 2**20  # bytes
+SMALL = 2**20  # bytes; a smaller tensor with gaps is made dense
 LEAF = pytree.tree_structure(0)
 
+Layout = tuple[Any, ...]  # shape, strides, dtype and device of a tensor
 
-class Kind(NamedTuple):
-    """All about an argument but the numbers in its tensors."""
+
+class Parameters:
+    """The parameters of a function, all of which have names; binds the arguments of a call to them.
+
+    Raises SettingError if the function takes `*args`, `**kwargs` or positional-only arguments.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self._signature = inspect.signature(fn)
+        parameters = self._signature.parameters.values()
+        self.names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if len(self.names) < len(parameters):
+            raise SettingError("the function has arguments without a name of their own (*args, **kwargs or before a /)")
+        positional = all(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters)
+        self._positional = self.names if positional else []
+        self._defaults = [p.default for p in parameters] if positional and parameters else []
+        required = sum(p.default is inspect.Parameter.empty for p in parameters)
+        self._fast_counts = range(max(1, required), len(self._positional) + 1)  # of positional arguments
+
+    def default(self, name: str) -> Any:
+        return self._signature.parameters[name].default
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name, with defaults for those that are left out."""
+        if not kwargs and len(args) in self._fast_counts:  # faster than inspect
+            return dict(zip(self._positional, (*args, *self._defaults[len(args) :]), strict=True))
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+class ArgumentSpec(NamedTuple):
+    """Everything about an argument except the numbers in its tensors."""
 
     structure: pytree.TreeSpec
-    moving: tuple[bool, ...]  # which leaves are tensors
-    fixed: tuple[Any, ...]  # the other leaves
-    types: tuple[Any, ...]  # what tells them apart where they are equal
-    shapes: tuple[Any, ...]  # of the tensors, with strides, dtypes and devices
+    is_tensor: tuple[bool, ...]  # for each leaf
+    constants: tuple[Any, ...]  # the leaves that are not tensors
+    constant_keys: tuple[Any, ...]  # distinguish constants that compare equal
+    layouts: tuple[Layout, ...]  # of the tensors
 
-    def rebuilt(self, tensors: list[Tensor]) -> Any:
-        """The argument, from tensors of these shapes."""
-        moving, fixed = iter(tensors), iter(self.fixed)
-        return pytree.tree_unflatten([next(moving if moves else fixed) for moves in self.moving], self.structure)
+    def rebuild(self, tensors: list[Tensor]) -> Any:
+        """The argument, made of tensors with these layouts."""
+        tensor, constant = iter(tensors), iter(self.constants)
+        return pytree.tree_unflatten([next(tensor if each else constant) for each in self.is_tensor], self.structure)
 
 
 class Argument(NamedTuple):
+    """An argument as it was read."""
+
     tensors: list[Tensor]
-    places: list[int]  # where they lie
+    addresses: list[int]  # of the tensors
     ids: Set[int]  # of the tensors
-    kind: int  # the number of its kind
-    known: bool  # whether it came before, and is made of the same tensors
+    spec: int  # the index of its spec
+    unchanged: bool  # whether it holds the same tensor objects as the last argument of that name
 
     @classmethod
-    def of(cls, tensors: list[Tensor], ids: Set[int], kind: int, known: bool) -> "Argument":
-        return cls(tensors, [*map(Tensor.data_ptr, tensors)], ids, kind, known)
+    def of(cls, tensors: list[Tensor], ids: Set[int], spec: int, unchanged: bool) -> "Argument":
+        return cls(tensors, [*map(Tensor.data_ptr, tensors)], ids, spec, unchanged)
 
 
-class Known(NamedTuple):
-    """What was learned of an argument's last value: it holds until one of its tensors is gone."""
+class LastValue(NamedTuple):
+    """What is remembered of the last value of an argument. It is forgotten when one of its tensors dies."""
 
-    parts: list[int]  # their ids
-    moving: list[bool]  # which of them are tensors
-    held: list[Any]  # the other parts; of tensors, what tells that one is gone
-    ids: Set[int]  # of the tensors
-    kind: int
+    part_ids: list[int]
+    is_tensor: list[bool]  # for each part
+    references: list[Any]  # to the parts, weak ones to tensors
+    tensor_ids: Set[int]
+    spec: int
 
 
-class Arguments:
-    """The arguments of one function, and the kinds that it has met."""
+class ArgumentReader:
+    """Reads the arguments of one function, and numbers their specs."""
 
     def __init__(self):
-        self.kinds: list[Kind] = []
-        self._numbers: dict[Kind, int] = {}
-        self._last: dict[str, Known] = {}
+        self.specs: list[ArgumentSpec] = []
+        self._indices: dict[ArgumentSpec, int] = {}
+        self._last: dict[str, LastValue] = {}
 
     def read(self, name: str, value: Any) -> Argument:
-        """A value of the argument of that name: a tree of tensors and of what can be hashed, else a SettingError."""
+        """Read a value of the argument `name`.
+
+        Raises SettingError if a leaf of the tree is neither a tensor nor hashable.
+        """
         parts: list[Any] = []
-        constant = spread(value, parts)
-        ids_of_parts, last = [*map(id, parts)], self._last.get(name)
-        if constant and last and last.parts == ids_of_parts:
-            return Argument.of([*compress(parts, last.moving)], last.ids, last.kind, known=True)
+        immutable = collect_parts(value, parts)
+        part_ids, last = [*map(id, parts)], self._last.get(name)
+        if immutable and last and last.part_ids == part_ids:
+            return Argument.of([*compress(parts, last.is_tensor)], last.tensor_ids, last.spec, unchanged=True)
         leaves, structure = ([value], LEAF) if isinstance(value, Tensor) else pytree.tree_flatten(value)
-        moving = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        fixed = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        tensors = [as_input(x) for x in given]
-        kind = self.number(Kind(structure, moving, fixed, tuple(map(exact, fixed)), tuple(map(shape, tensors))))
+        is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+        originals = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        constants = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        tensors = [as_input(x) for x in originals]
+        constant_keys, layouts = tuple(map(exact_key, constants)), tuple(map(layout, tensors))
+        spec = self.index(ArgumentSpec(structure, is_tensor, constants, constant_keys, layouts))
         ids = frozenset(map(id, tensors))
-        if constant and all(one is other for one, other in zip(given, tensors, strict=True)):
+        if immutable and all(one is other for one, other in zip(originals, tensors, strict=True)):
             forget = lambda _: self._last.pop(name, None)  # noqa: E731
-            held = [ref(part, forget) if isinstance(part, Tensor) else part for part in parts]
-            self._last[name] = Known(ids_of_parts, [isinstance(part, Tensor) for part in parts], held, ids, kind)
-        return Argument.of(tensors, ids, kind, known=False)
+            references = [ref(part, forget) if isinstance(part, Tensor) else part for part in parts]
+            self._last[name] = LastValue(part_ids, [isinstance(part, Tensor) for part in parts], references, ids, spec)
+        return Argument.of(tensors, ids, spec, unchanged=False)
 
-    def number(self, kind: Kind) -> int:
+    def index(self, spec: ArgumentSpec) -> int:
+        """The index of a spec, which is added if it is new."""
         try:
-            number = self._numbers.setdefault(kind, len(self.kinds))
+            index = self._indices.setdefault(spec, len(self.specs))
         except TypeError:
-            kinds = ", ".join(sorted({type(leaf).__name__ for leaf in kind.fixed}))
-            raise SettingError(f"an argument is neither a tensor nor a value that can be hashed: {kinds}") from None
-        if number == len(self.kinds):
-            self.kinds.append(kind)
-        return number
+            types = ", ".join(sorted({type(leaf).__name__ for leaf in spec.constants}))
+            raise SettingError(f"an argument is neither a tensor nor a value that can be hashed: {types}") from None
+        if index == len(self.specs):
+            self.specs.append(spec)
+        return index
 
 
-def exact(value: Any) -> Any:
-    """What tells equal values apart: 2 == 2.0 == True, 0.0 == -0.0, and what a dataclass does not compare."""
+def exact_key(value: Any) -> Any:
+    """A key that distinguishes values which compare equal.
+
+    2 == 2.0 == True, 0.0 == -0.0, and a dataclass may leave fields out of its comparison.
+    """
     return (type(value), repr(value)) if isinstance(value, float) or is_dataclass(value) else type(value)
 
 
-def spread(value: Any, parts: list[Any]) -> bool:
-    """Add to the parts what tells nested tuples apart; False for other containers, which change while they stay."""
+def collect_parts(value: Any, parts: list[Any]) -> bool:
+    """Append to `parts` the objects whose ids identify a nested tuple: its leaves, and each tuple's type and length.
+
+    Returns False if the value contains another container, whose content may change while its id stays.
+    """
     if not isinstance(value, tuple):
         parts.append(value)
         return type(value) not in pytree.SUPPORTED_NODES
     parts += (type(value), len(value))
-    constant = True
+    immutable = True
     for each in value:
-        if type(each) is Tensor:  # as nearly all are
+        if type(each) is Tensor:  # the usual case
             parts.append(each)
         else:
-            constant &= spread(each, parts)
-    return constant
+            immutable &= collect_parts(each, parts)
+    return immutable
 
 
-def repeated(groups: Sequence[tuple[list[Tensor], Set[int]]]) -> tuple[int, ...]:
-    """Which of the tensors of all groups are which, where some are the same: code for two that are one is not that for
-    two. A group has its tensors and their ids."""
-    alone = all(len(ids) == len(tensors) for tensors, ids in groups)
-    if alone and all(one.isdisjoint(other) for (_, one), (_, other) in combinations(groups, 2)):
+def aliasing(groups: Sequence[tuple[list[Tensor], Set[int]]]) -> tuple[int, ...]:
+    """For each tensor the index of its first occurrence, or () if all tensors are different objects.
+
+    Code that was compiled for one tensor passed twice is wrong for two tensors. A group is a list of tensors and the
+    set of their ids.
+    """
+    distinct = all(len(ids) == len(tensors) for tensors, ids in groups)
+    if distinct and all(one.isdisjoint(other) for (_, one), (_, other) in combinations(groups, 2)):
         return ()
-    every = [id(x) for tensors, _ in groups for x in tensors]
-    return tuple(map(every.index, every))
+    ids = [id(x) for tensors, _ in groups for x in tensors]
+    return tuple(map(ids.index, ids))
 
 
 def as_input(x: Tensor) -> Tensor:
-    """A tensor without a gradient, whose strides follow from its shape: where it was cut from must not matter.
+    """The tensor without a gradient, with strides that follow from its shape, so that slices share compiled code.
 
-    A little one with gaps is made dense: a slice of what grows would be another kind at each call. A large one keeps
-    its strides, as one does that has a single copy of many rows.
+    A small tensor with gaps is made dense: a slice of a growing tensor would have new strides at each call. A large
+    one keeps its strides, and so does one that is expanded.
     """
     x = x.detach() if x.requires_grad or type(x) is not Tensor else x
-    if x.is_contiguous():  # but axes of size 1 may have any stride
-        dense = strides(x.shape)
+    if x.is_contiguous():  # but an axis of size 1 may have any stride
+        dense = dense_strides(x.shape)
         return x if x.stride() == dense else x.as_strided(x.shape, dense)
     without_gaps = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
-    return x if x.nbytes > LITTLE or 0 in x.stride() or without_gaps else x.contiguous()
+    return x if x.nbytes > SMALL or 0 in x.stride() or without_gaps else x.contiguous()
 
 
-def strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Those of a dense tensor, the last axis first."""
-    found, step = [], 1
+def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
+    reversed_strides, step = [], 1
     for size in reversed(sizes):
-        found.append(step)
+        reversed_strides.append(step)
         step *= max(size, 1)
-    return tuple(reversed(found))
+    return tuple(reversed(reversed_strides))
 
 
-def shape(x: Tensor) -> tuple[Any, ...]:
+def layout(x: Tensor) -> Layout:
     return x.shape, x.stride(), x.dtype, x.device

@@ -1,8 +1,9 @@
-"""What a function closes over, its globals included: compiled code reads it at each call, as it reads its arguments.
+"""The free variables of a function, globals included. Compiled code reads them at each call, as it reads arguments.
 
-PyTorch finds out which tensors and numbers a function reads while it compiles it, and names each by an expression such
-as `fn.__closure__[0].cell_contents`. Those expressions are kept. Tensors may be exchanged for others of their shape;
-for anything else that is not what it was, the code is not the right one. Knows nothing about models.
+While PyTorch compiles a function it finds out which tensors and numbers the function reads, and names each by an
+expression such as `fn.__closure__[0].cell_contents`. We keep those expressions and evaluate them before each call. A
+tensor may be replaced by another one of the same layout; if anything else changed, the code is not valid for this call.
+Knows nothing about models.
 """
 
 import re
@@ -14,127 +15,127 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pgfunc.errors import SettingError
-from pgfunc.jit.arguments import shape
+from pgfunc.jit.arguments import layout
 
 MODULE = re.compile(r"G\['__import_(\w+?)(?:_dot_\w+)?'\]")
 LIBRARIES = frozenset({"pgfunc", "torch", "einops", "numpy", "builtins", "math", "typing"})
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
-class Same(NamedTuple):
-    """An object, which is equal to itself alone."""
+class Identity(NamedTuple):
+    """Wraps an object, and equals only a wrapper of the same object."""
 
     value: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
+        return isinstance(other, Identity) and self.value is other.value
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
-class Closed(NamedTuple):
-    """What compiled code reads beside its arguments."""
+class FreeVariables(NamedTuple):
+    """What compiled code reads besides its arguments."""
 
-    names: tuple[str, ...]
-    code: CodeType  # gives the values, as a tuple
+    expressions: tuple[str, ...]
+    code: CodeType  # evaluates all expressions to a tuple
     scope: dict[str, Any]
-    kinds: list[Any]  # what of the values the code is for
+    expected: list[Any]  # the fingerprints that the code was compiled for
 
     def tensors(self) -> list[Tensor] | None:
-        """The tensors as they are now; None where the code is not for what is closed over now."""
-        if not self.names:
+        """The tensors among the current values; None if the code is not valid for these values."""
+        if not self.expressions:
             return []
         try:
-            values = eval(self.code, self.scope)  # an expression of PyTorch's own
-        except Exception:  # what held it is another
+            values = eval(self.code, self.scope)  # the expressions are PyTorch's
+        except Exception:  # the object that held the value was replaced
             return None
-        return [x for x in values if isinstance(x, Tensor)] if kinds_of(values) == self.kinds else None
+        return [x for x in values if isinstance(x, Tensor)] if fingerprints(values) == self.expected else None
 
 
-def closed(guards: Iterable[Any], scope: dict[str, Any]) -> Closed:
-    """What is closed over, by the checks that PyTorch would make before each call of compiled code.
+def free_variables(guards: Iterable[Any], scope: dict[str, Any]) -> FreeVariables:
+    """The free variables, found in the guards that PyTorch would check before each call of compiled code.
 
-    `scope` has the names in the expressions. Raises SettingError for a tensor that cannot be read by its expression.
+    `scope` defines the names in the expressions. Raises SettingError if a tensor cannot be read by its expression.
     """
-    guarded = {guard.name: guard.value for guard in guards if foreign(guard.name)}
-    values = {name: found_by(name, scope) for name in guarded}
+    guarded = {guard.name: guard.value for guard in guards if is_user_value(guard.name)}
+    values = {name: evaluate(name, scope) for name in guarded}
     for name, value in guarded.items():
         if isinstance(value, Tensor) and values[name] is not value:
-            raise SettingError(f"the function closes over a tensor ({name}) that may change: give it as an argument")
-    # what is another object at each look, as a slot of a class may be, says nothing
-    names = tuple(
+            raise SettingError(f"the function closes over a tensor ({name}) that may change: pass it as an argument")
+    # an expression that gives a new object at each evaluation, such as a property, cannot be checked
+    expressions = tuple(
         name
         for name, value in values.items()
-        if not isinstance(value, Exception) and kind(value) == kind(found_by(name, scope))
+        if not isinstance(value, Exception) and fingerprint(value) == fingerprint(evaluate(name, scope))
     )
-    code = compile(f"({''.join(f'{name}, ' for name in names)})", "<closed over>", "eval")
-    return Closed(names, code, scope, kinds_of([values[name] for name in names]))
+    code = compile(f"({''.join(f'{name}, ' for name in expressions)})", "<free variables>", "eval")
+    return FreeVariables(expressions, code, scope, fingerprints([values[name] for name in expressions]))
 
 
-def found_by(name: str, scope: dict[str, Any]) -> Any:
-    """What an expression gives, or the error that it is."""
+def evaluate(expression: str, scope: dict[str, Any]) -> Any:
+    """The value of an expression, or the exception that it raises."""
     try:
-        return eval(name, scope)
-    except Exception as error:  # it is PyTorch's, which may use what is not in the scope
+        return eval(expression, scope)
+    except Exception as error:  # PyTorch's expression may use names that the scope does not have
         return error
 
 
-def foreign(name: str) -> bool:
-    """Whether an expression begins at the user's function, at what is fixed among its arguments, or at a global of the
-    user's module."""
-    if name.startswith(("fn", "G['___unnamed_scope")):
+def is_user_value(expression: str) -> bool:
+    """Whether an expression reads the user's function, a constant argument, or a global of a user's module."""
+    if expression.startswith(("fn", "G['___unnamed_scope")):
         return True
-    if name.startswith("kinds["):
-        return ".fixed[" in name
-    module = MODULE.match(name)
+    if expression.startswith("specs["):
+        return ".constants[" in expression
+    module = MODULE.match(expression)
     return bool(module) and module[1] not in LIBRARIES
 
 
-def kinds_of(values: Iterable[Any]) -> list[Any]:
-    """What code is compiled for: the kind of each value, and which tensors are one."""
+def fingerprints(values: Iterable[Any]) -> list[Any]:
+    """What code is compiled for: the fingerprint of each value, and which tensors are the same object."""
     values = [*values]
     tensors = [id(x) for x in values if isinstance(x, Tensor)]
-    return [*map(kind, values), [*map(tensors.index, tensors)]]
+    return [*map(fingerprint, values), [*map(tensors.index, tensors)]]
 
 
-def kind(value: Any) -> Any:
-    """What code is compiled for: a tensor's shape, a number, what a container holds, or the object itself."""
+def fingerprint(value: Any) -> Any:
+    """A tensor's layout, a number itself, a container's type and size, or the identity of any other object."""
     if isinstance(value, Tensor):
-        return shape(value)
+        return layout(value)
     if isinstance(value, PLAIN):
         return type(value), repr(value)  # -0.0 == 0.0, and nan is not nan
     if isinstance(value, MethodType):
-        return Same(value.__func__), Same(value.__self__)
+        return Identity(value.__func__), Identity(value.__self__)
     if isinstance(value, (set, frozenset, dict)):
         return type(value), [*value]
     if isinstance(value, Sized) and isinstance(value, Iterable):
         return type(value), len(value)
-    return Same(value), type(value), [*getattr(value, "__dict__", ())]
+    return Identity(value), type(value), [*getattr(value, "__dict__", ())]
 
 
 def reachable(functions: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
-    """The tensors that functions which run as they are may read beside their arguments, and the kinds of all else.
+    """All tensors that functions may read besides their arguments, and the fingerprints of everything they may read.
 
-    They lie in the cells, defaults, globals and attributes of the functions, and of the functions and objects in those.
+    For functions that are not compiled, of which PyTorch reports nothing. The search follows cells, defaults, globals
+    and attributes, of the functions and of the functions and objects found there.
     """
     tensors: list[Tensor] = []
-    kinds: list[Any] = []
-    seen: set[int] = set()
-    waiting = [*functions]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen or (not isinstance(value, Tensor) and of_library(value)):
+    prints: list[Any] = []
+    visited: set[int] = set()
+    pending = [*functions]
+    while pending:
+        value = pending.pop()
+        if id(value) in visited or (not isinstance(value, Tensor) and is_library_value(value)):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, Tensor):
             tensors.append(value)
-        kinds.append(kind(value))
-        waiting += held(value)
-    return tensors, kinds
+        prints.append(fingerprint(value))
+        pending += members(value)
+    return tensors, prints
 
 
-def of_library(value: Any) -> bool:
-    """Whether a value is a module, a class, or a function of a library, which nobody changes."""
+def is_library_value(value: Any) -> bool:
+    """Whether a value is a module, a class or a library's function, which we assume nobody changes."""
     module = value.__module__ if isinstance(value, (FunctionType, BuiltinFunctionType)) else type(value).__module__
     return isinstance(value, (ModuleType, type)) or (
         callable(value)
@@ -143,10 +144,10 @@ def of_library(value: Any) -> bool:
     )
 
 
-def held(value: Any) -> list[Any]:
-    """What a function or an object has."""
+def members(value: Any) -> list[Any]:
+    """The values that a function or an object refers to."""
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # an empty cell has none
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # skip empty cells
         globals_ = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
         return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *globals_]
     if isinstance(value, partial):

@@ -1,12 +1,12 @@
-"""A folder of compiled code: PyTorch's own caches, in a place of one's own choice.
+"""A folder for compiled code: PyTorch's own caches, in a folder that the user chooses.
 
-What lies in such a folder is run: machine code, Python, and pickles, which may hold any code. So others must not be
-able to write there, and a folder from elsewhere is as trustworthy as whoever made it. PyTorch reads the place from the
-environment, which belongs to the whole process: it has one folder at a time.
+PyTorch runs the content of such a folder: machine code, Python, and pickles, which may execute any code. So other users
+must not be able to write there, and a folder from elsewhere is as trustworthy as its author. PyTorch reads the location
+from environment variables, which belong to the whole process, so a process uses one folder at a time.
 
-    files.sha256    a line a file: what is not as it was written is thrown away, and made again
+    files.sha256    one line per file; if a file differs from its line, all code is deleted and compiled again
     torchinductor   PyTorch's files
-    triton          Triton's
+    triton          Triton's files
 
 A truncated library would end the process when it is mapped (SIGBUS), so files are compared before they are used.
 """
@@ -23,22 +23,32 @@ from typing import IO
 
 from pgfunc.errors import SettingError
 
-VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}  # read whenever code is compiled
-FILES = "files.sha256"
+VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}  # read at each compilation
+REGISTER = "files.sha256"
 
 _lock = Lock()
-_users: dict[object, tuple[int, Path]] = {}  # by each entry its thread and folder, the innermost last
-_outside: dict[str, str | None] = {}  # the variables, before the first came in
+_users: dict[object, tuple[int, Path]] = {}  # entry -> (thread, folder), the innermost last
+_original: dict[str, str | None] = {}  # the variables before the first user entered
 
 
 @contextmanager
-def code_in(folder: Path) -> Iterator[None]:
-    """In here compiled code is looked for in a folder, and left there. Raises SettingError where that cannot be."""
+def compiled_in(folder: str | Path) -> Iterator[None]:
+    """A context in which PyTorch looks for compiled code in a folder, and stores new code there.
+
+        with pg.compiled_in("code"):
+            pg.generate(model, images, prefixes, compile=True)
+
+    The folder holds PyTorch's own caches. Another process, or another machine with the same PyTorch and the same kind
+    of device, starts with a copy of it in seconds. The content is executed: use a folder only if you trust its author.
+    Damaged files are deleted and compiled again. Raises SettingError if other users can write in the folder, or if
+    another thread uses a different folder: PyTorch has one for the whole process, set in `os.environ`.
+    """
+    folder = Path(folder).absolute()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_private(folder)
-        with (folder / FILES).open("a+") as register:
-            mend(folder, register)
+        with (folder / REGISTER).open("a+") as register:
+            repair(folder, register)
             with environment(folder):
                 yield
             try:
@@ -53,29 +63,32 @@ def code_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def environment(folder: Path) -> Iterator[None]:
-    """PyTorch's variables name places in the folder, until the last user of it leaves."""
-    entry, me = object(), get_ident()
+    """Set PyTorch's variables to subfolders of the folder until its last user leaves."""
+    entry, thread = object(), get_ident()
     with _lock:
-        for thread, other in _users.values():
-            if other != folder and thread != me:
-                raise SettingError(f"{folder}: another thread has its compiled code in {other}, and a process has one")
+        for other_thread, other_folder in _users.values():
+            if other_folder != folder and other_thread != thread:
+                raise SettingError(
+                    f"{folder}: another thread has its compiled code in {other_folder}, and a process has one folder; "
+                    "use the same folder in all threads"
+                )
         if not _users:
-            _outside.update({name: os.environ.get(name) for name in VARIABLES})
-        _users[entry] = me, folder
-        _point()
+            _original.update({name: os.environ.get(name) for name in VARIABLES})
+        _users[entry] = thread, folder
+        _set_variables()
     try:
         yield
     finally:
         with _lock:
             del _users[entry]
-            _point()
+            _set_variables()
 
 
-def _point() -> None:
-    """Set the variables for the innermost user, or as they were."""
-    folder = [folder for _, folder in _users.values()][-1:]
-    for name, place in VARIABLES.items():
-        value = str(folder[0] / place) if folder else _outside[name]
+def _set_variables() -> None:
+    """Set the variables for the innermost user, or restore them if there is none."""
+    innermost = [folder for _, folder in _users.values()][-1:]
+    for name, subfolder in VARIABLES.items():
+        value = str(innermost[0] / subfolder) if innermost else _original[name]
         if value is None:
             os.environ.pop(name, None)
         else:
@@ -83,26 +96,26 @@ def _point() -> None:
 
 
 def check_private(folder: Path) -> None:
-    """Raise SettingError for a folder in which others can write: what lies there is run."""
+    """Raise SettingError if other users can write in the folder, because its content is executed."""
     if not hasattr(os, "getuid"):
         return
     closed = not folder.stat().st_mode & 0o011  # others cannot even enter
     for path in [folder] if closed else [folder, *folder.rglob("*")]:
         try:
-            found = path.stat() if path == folder else path.lstat()
+            status = path.stat() if path == folder else path.lstat()
         except FileNotFoundError:  # another process may be compiling
             continue
-        if found.st_uid not in (os.getuid(), 0):
-            raise SettingError(f"{path}: belongs to another user, and what lies in a folder of code is run; copy it")
-        if found.st_mode & 0o022 or stat.S_ISLNK(found.st_mode):
-            raise SettingError(f"{path}: others can write it, and what lies there is run; chmod -R go-w {folder}")
+        if status.st_uid not in (os.getuid(), 0):
+            raise SettingError(f"{path}: belongs to another user, and the content of a code folder is run; copy it")
+        if status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
+            raise SettingError(f"{path}: others can write it, and its content is run; chmod -R go-w {folder}")
 
 
-def mend(folder: Path, register: IO[str]) -> None:
-    """Throw away what a killed process left behind, and all code where some is not as it was written.
+def repair(folder: Path, register: IO[str]) -> None:
+    """Delete the unfinished files of a killed process, and all code if a file is damaged.
 
-    A process that is in the folder shares a lock on its register. Nothing is done while there is another one, which has
-    done so when it came; who comes meanwhile waits.
+    Each process holds a shared lock on the register while it uses the folder. A process that arrives while others use
+    the folder repairs nothing: the first of them did. One that arrives during the repair waits.
     """
     if os.name != "posix":
         clean(folder)
@@ -112,45 +125,45 @@ def mend(folder: Path, register: IO[str]) -> None:
     try:
         fcntl.flock(register, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fcntl.flock(register, fcntl.LOCK_SH)  # waits while another one is at it
+        fcntl.flock(register, fcntl.LOCK_SH)  # waits while another process repairs
         return
     clean(folder)
     fcntl.flock(register, fcntl.LOCK_SH)
 
 
 def clean(folder: Path) -> None:
-    """Remove code that is damaged, or was not finished."""
-    known, there = registered(folder), contents(folder)
-    if any(there.get(name) != digest for name, digest in known.items()):
-        for place in VARIABLES.values():
-            shutil.rmtree(folder / place, ignore_errors=True)
-        (folder / FILES).write_text("")
-    for name in there.keys() - known.keys():
+    """Delete unregistered files, and all code if a registered file is missing or different."""
+    registered, present = registered_digests(folder), present_digests(folder)
+    if any(present.get(name) != digest for name, digest in registered.items()):
+        for subfolder in VARIABLES.values():
+            shutil.rmtree(folder / subfolder, ignore_errors=True)
+        (folder / REGISTER).write_text("")
+    for name in present.keys() - registered.keys():
         (folder / name).unlink(missing_ok=True)
 
 
 def record(folder: Path) -> None:
-    """Add to the register what is new."""
-    known = registered(folder)
-    new = {name: digest for name, digest in contents(folder).items() if known.get(name) != digest}
-    with (folder / FILES).open("a") as file:
+    """Append new and changed files to the register."""
+    registered = registered_digests(folder)
+    new = {name: digest for name, digest in present_digests(folder).items() if registered.get(name) != digest}
+    with (folder / REGISTER).open("a") as file:
         file.write("".join(f"{digest}  {name}\n" for name, digest in new.items()))
 
 
-def registered(folder: Path) -> dict[str, str]:
-    """The digests of the files that were written, by their paths; the last line of a file counts."""
-    lines = (folder / FILES).read_text(errors="replace").splitlines()
+def registered_digests(folder: Path) -> dict[str, str]:
+    """path -> digest, from the register; the last line of a path counts."""
+    lines = (folder / REGISTER).read_text(errors="replace").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """The digests of the files of code that are there. Locks, and what is being written, are none."""
-    found = {}
-    for path in (path for place in VARIABLES.values() for path in (folder / place).rglob("*")):
+def present_digests(folder: Path) -> dict[str, str]:
+    """path -> digest of the code files in the folder. Skips locks and files that are being written."""
+    digests = {}
+    for path in (path for subfolder in VARIABLES.values() for path in (folder / subfolder).rglob("*")):
         name = path.relative_to(folder)
         unfinished = any(part.startswith("tmp.") for part in name.parts) or path.suffix in (".lock", ".tmp")
         with suppress(FileNotFoundError):  # another process may be compiling
             if not unfinished and path.is_file():
                 with path.open("rb") as file:
-                    found[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                    digests[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

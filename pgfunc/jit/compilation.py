@@ -1,7 +1,7 @@
-"""Functions -> compiled code, by torch.compile: whole, or a block at a time. What cannot be compiled is one line.
+"""Functions -> compiled code, by torch.compile: the whole function, or one block at a time. Errors become one line.
 
-A function that is given a cache to append to must do nothing else with it. That is read off the graph of its
-operations: the buffers that come back must be those that went in, but for elements that were written over.
+A function with a donated cache may only append to it. This is checked in the graph of its operations: each returned
+buffer must be the one that was passed in, with some elements overwritten.
 """
 
 import re
@@ -18,156 +18,167 @@ from torch.utils import _pytree as pytree
 
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError, first_line
-from pgfunc.jit.arguments import Kind
-from pgfunc.jit.closures import Closed, closed, reachable
+from pgfunc.jit.arguments import ArgumentSpec
+from pgfunc.jit.closures import FreeVariables, free_variables, reachable
 from pgfunc.jit.donation import buffers
 
 for fn in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
-    torch.compiler.allow_in_graph(fn)  # whole: to trace how a pattern is parsed took most of a compilation
-CACHE = "\0the continuation"  # stands for it among the results of compiled code
-# operations whose result is their first argument, with some elements written over
-OVER = {"index_put", "index_copy", "index_fill", "scatter", "slice_scatter", "select_scatter", "masked_fill",
-        "masked_scatter", "clone", "contiguous", "detach"}  # fmt: skip
-IN_PLACE = {"setitem", "index_put_", "index_copy_", "index_fill_", "scatter_", "masked_fill_", "masked_scatter_"}
-REORDER = "it may append to it alone; reorder rows outside of the function, by pg.reorder"
+    torch.compiler.allow_in_graph(fn)  # tracing how a pattern is parsed took most of a compilation
+CONTINUATION = "\0the continuation"  # its placeholder among the results of compiled code
+# operations whose result is their first argument with some elements overwritten
+OVERWRITING = {"index_put", "index_copy", "index_fill", "scatter", "slice_scatter", "select_scatter", "masked_fill",
+               "masked_scatter", "clone", "contiguous", "detach"}  # fmt: skip
+OVERWRITING_IN_PLACE = {"setitem", "index_put_", "index_copy_", "index_fill_", "scatter_", "masked_fill_",
+                        "masked_scatter_"}  # fmt: skip
+REORDER = "it may only append to it; reorder rows outside of the function, by pg.reorder"
 
 
 class Code:
-    """Compiled code: a function of tensors, of which it reads the first `count`."""
+    """Compiled code: a function of a list of tensors, which uses the first `count` of them."""
 
-    def __init__(self, run: Callable[[list[Tensor]], Any], count: int, extra: Callable[[], list[Tensor] | None]):
+    def __init__(self, run: Callable[[list[Tensor]], Any], count: int, free_tensors: Callable[[], list[Tensor] | None]):
         self.run, self.count = run, count
-        self.extra = extra  # the tensors that it closes over; None where it is not for what is closed over now
+        self.free_tensors = free_tensors  # those it closes over; None if it is not valid for what is closed over now
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         return self.run(tensors[: self.count])
 
 
-def compiled(fn: Callable[..., Any], donate: str | None, kinds: dict[str, Kind], count: int) -> Code:
-    """A function of `count` tensors alone, those of each argument and then of the donated cache: the results of `fn`,
-    and the length of the continuation, whose buffers are those that went in."""
+def compile_whole(fn: Callable[..., Any], donate: str | None, specs: dict[str, ArgumentSpec], count: int) -> Code:
+    """Compile `fn` to a function of `count` tensors: those of each argument, then those of the donated cache.
+
+    It returns the results of `fn` and the length of the continuation. The continuation's buffers are the donated ones.
+    """
 
     def body(tensors: list[Tensor]):
-        given, at = {}, 0
-        for name, kind in kinds.items():
-            given[name] = kind.rebuilt(tensors[at : at + len(kind.shapes)])
-            at += len(kind.shapes)
+        arguments, start = {}, 0
+        for name, spec in specs.items():
+            arguments[name] = spec.rebuild(tensors[start : start + len(spec.layouts)])
+            start += len(spec.layouts)
         if donate is None:
-            return fn(**given), ()
-        layers = (len(tensors) - at) // 2
-        cache = Cache(tuple(tensors[at : at + layers]), tuple(tensors[at + layers : -1]), tensors[-1])
-        results = fn(**given, **{donate: cache})
-        new = continuation(results)
+            return fn(**arguments), ()
+        layers = (len(tensors) - start) // 2
+        cache = Cache(tuple(tensors[start : start + layers]), tuple(tensors[start + layers : -1]), tensors[-1])
+        results = fn(**arguments, **{donate: cache})
+        new = returned_cache(results)
         for old, after in zip(buffers(cache), buffers(new), strict=True):
-            old.copy_(after)  # inductor leaves nothing of it but the writing of the new slots
-        return pytree.tree_map(lambda x: CACHE if x is new else x, results, is_leaf=lambda x: x is new), new.length
+            old.copy_(after)  # inductor reduces this copy to writing the new slots
+        return pytree.tree_map(
+            lambda x: CONTINUATION if x is new else x, results, is_leaf=lambda x: x is new
+        ), new.length
 
-    noted: list[Closed] = []
+    variables: list[FreeVariables] = []
 
-    def note(guards: list[Any]) -> list[bool]:
-        noted[:] = [closed(guards, {"fn": fn, "kinds": kinds, "G": body.__globals__})]
+    def drop_guards(guards: list[Any]) -> list[bool]:
+        variables[:] = [free_variables(guards, {"fn": fn, "specs": specs, "G": body.__globals__})]
         return [False] * len(guards)
 
-    # torch.compile would compare all inputs before each call, which takes longer than a layer: they are in the key
-    return Code(whole(body, {"guard_filter_fn": note}), count, lambda: noted[0].tensors())
+    # checking all guards before each call would take longer than a layer; the caller's key has what they would check
+    return Code(torch_compiled(body, {"guard_filter_fn": drop_guards}), count, lambda: variables[0].tensors())
 
 
-def regional(fn: Callable[..., Any], kinds: dict[str, Kind], count: int) -> Code:
-    """`compiled`, of a function that takes `wrap`: what it wraps is compiled, once for each of its shapes."""
-    made: dict[Callable, Callable] = {}
+def compile_blocks(fn: Callable[..., Any], specs: dict[str, ArgumentSpec], count: int) -> Code:
+    """Like `compile_whole`, for a function that takes `wrap`: compiles only what it wraps, once for each shape."""
+    wrapped: dict[Callable, Callable] = {}
 
-    def wrap(part: Callable) -> Callable:
-        if part not in made:
-            made[part] = whole(part)
-        return made[part]
+    def wrap(block: Callable) -> Callable:
+        if block not in wrapped:
+            wrapped[block] = torch_compiled(block)
+        return wrapped[block]
 
     def body(tensors: list[Tensor]):
         rest = iter(tensors)
-        given = {name: kind.rebuilt([next(rest) for _ in kind.shapes]) for name, kind in kinds.items()}
-        with torch._dynamo.config.patch(recompile_limit=1000):  # a tap has code of its own in each layer
-            return fn(**given, wrap=wrap), ()
+        arguments = {name: spec.rebuild([next(rest) for _ in spec.layouts]) for name, spec in specs.items()}
+        with torch._dynamo.config.patch(recompile_limit=1000):  # with a tap each layer has its own code
+            return fn(**arguments, wrap=wrap), ()
 
-    functions = [fn, *(leaf for kind in kinds.values() for leaf in kind.fixed if callable(leaf))]
-    _, then = reachable(functions)
+    functions = [fn, *(constant for spec in specs.values() for constant in spec.constants if callable(constant))]
+    _, expected = reachable(functions)
 
-    def extra() -> list[Tensor] | None:  # code that is not compiled reads them itself; a CUDA graph, at their addresses
-        tensors, now = reachable(functions)
-        return tensors if now == then else None
+    def free_tensors() -> list[Tensor] | None:  # eager code reads them itself, but a CUDA graph reads their addresses
+        tensors, fingerprints = reachable(functions)
+        return tensors if fingerprints == expected else None
 
-    return Code(body, count, extra)
+    return Code(body, count, free_tensors)
 
 
-def whole(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
-    """The function, compiled without a break. Torch keeps a few versions of a code object, so it has one of its own."""
-    if not isinstance(fn, FunctionType):  # a method, a partial, an object that is called
-        return whole(lambda *args, **kwargs: fn(*args, **kwargs), options)
+def torch_compiled(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
+    """The function, compiled as one graph. It gets its own code object, as torch limits the versions of each."""
+    if not isinstance(fn, FunctionType):  # a method, a partial, a callable object
+        return torch_compiled(lambda *args, **kwargs: fn(*args, **kwargs), options)
     copy = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     copy.__kwdefaults__ = fn.__kwdefaults__
-    return torch.compile(copy, dynamic=False, fullgraph=True, options=options, backend=checked)
+    return torch.compile(copy, dynamic=False, fullgraph=True, options=options, backend=checked_inductor)
 
 
-def checked(graph: fx.GraphModule, inputs: list[Any]) -> Callable:
-    """Inductor, for a graph that does no more than append to the buffers which it writes."""
+def checked_inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable:
+    """The inductor backend. Raises SettingError if the graph does more than append to the buffers that it writes."""
     from torch._dynamo.backends.registry import lookup_backend
 
     for node in graph.graph.nodes:
-        written = node.target == "copy_" and node.args[0].op == "placeholder"
-        if written and (name := offence(node.args[0], node.args[1], node)):
-            raise SettingError(f"the function changes a donated cache by {name}: {REORDER}")
+        writes_back = node.target == "copy_" and node.args[0].op == "placeholder"
+        if writes_back and (operation := forbidden_operation(node.args[0], node.args[1], node)):
+            raise SettingError(f"the function changes a donated cache by {operation}: {REORDER}")
     return lookup_backend("inductor")(graph, inputs)
 
 
-def offence(old: fx.Node, new: Any, last: fx.Node) -> str:
-    """The operation by which a buffer is more than an older one with some elements written over; "" for none.
+def forbidden_operation(old: fx.Node, new: Any, write_back: fx.Node) -> str:
+    """The operation that makes `new` more than `old` with some elements overwritten; "" if there is none.
 
-    `last` is the node that writes the buffer back, which is ours.
+    `write_back` is the node that copies `new` to `old`, which `compile_whole` adds.
     """
     if not isinstance(new, fx.Node):
         return str(new)
     for user in new.users:
-        if user is not last and in_place(user, new) and (new is old or operation(user) not in IN_PLACE):
-            return operation(user)
+        in_place = user is not write_back and writes_into(user, new)
+        if in_place and (new is old or operation_name(user) not in OVERWRITING_IN_PLACE):
+            return operation_name(user)
     if new is old:
         return ""
-    if operation(new) == "where":  # rows that have ended may stay what they were
-        found = [offence(old, x, last) for x in new.args[1:]]
-        return "" if "" in found else found[0]
-    return offence(old, new.args[0], last) if operation(new) in OVER else operation(new)
+    if operation_name(new) == "where":  # finished rows may keep their old content
+        operations = [forbidden_operation(old, x, write_back) for x in new.args[1:]]
+        return "" if "" in operations else operations[0]
+    if operation_name(new) in OVERWRITING:
+        return forbidden_operation(old, new.args[0], write_back)
+    return operation_name(new)
 
 
-def operation(node: fx.Node) -> str:
-    """The name of an operation: `index_put`, however it is called."""
+def operation_name(node: fx.Node) -> str:
+    """The name of an operation, such as `index_put`, whether it is called as a function or as a method."""
     if node.op in ("placeholder", "get_attr"):
         return "another tensor"
     return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target)).split(".")[0]
 
 
-def in_place(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user of a tensor writes into it."""
-    name = operation(user)
+def writes_into(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user of a tensor modifies it in place."""
+    name = operation_name(user)
     return user.args[:1] == (node,) and (name == "setitem" or (name.endswith("_") and not name.endswith("__")))
 
 
-def continuation(results: Any) -> Cache:
-    """The one cache among the results."""
-    found = [x for x in pytree.tree_leaves(results, is_leaf=lambda x: isinstance(x, Cache)) if isinstance(x, Cache)]
-    if len(found) != 1:
-        raise SettingError(f"the function returns {len(found)} caches, expected one: the donated one, continued")
-    return found[0]
+def returned_cache(results: Any) -> Cache:
+    """The only cache among the results. Raises SettingError if there is none or more than one."""
+    leaves = pytree.tree_leaves(results, is_leaf=lambda x: isinstance(x, Cache))
+    caches = [x for x in leaves if isinstance(x, Cache)]
+    if len(caches) != 1:
+        raise SettingError(
+            f"the function returns {len(caches)} caches, expected one: the continuation of the donated one"
+        )
+    return caches[0]
 
 
 def check_appends(cache: Cache, new: Cache) -> None:
-    """Raise SettingError where a continuation differs from the cache in what a handle on it sees."""
-    seen = torch.arange(cache.slots, device=cache.length.device) < rearrange(cache.length, "b -> b 1")
+    """Raise SettingError if `new` differs from the cache in slots before the cache's length."""
+    visible = torch.arange(cache.slots, device=cache.length.device) < rearrange(cache.length, "b -> b 1")
     for old, after in zip(buffers(cache), buffers(new), strict=True):
-        if old.shape != after.shape or not torch.allclose(old[seen], after[seen], rtol=0, atol=0, equal_nan=True):
+        if old.shape != after.shape or not torch.allclose(old[visible], after[visible], rtol=0, atol=0, equal_nan=True):
             raise SettingError(f"the function changes a donated cache before its length: {REORDER}")
     if (new.length < cache.length).any():
-        raise SettingError("the function makes a donated cache shorter: it may append to it alone; see pg.rewind")
+        raise SettingError("the function makes a donated cache shorter: it may only append to it; see pg.rewind")
 
 
-def explained(error: Exception, name: str) -> SettingError | None:
-    """A line for what torch.compile says of a function that it cannot compile; None for other trouble of a compiler."""
+def explain_error(error: Exception, name: str) -> SettingError | None:
+    """A one-line error if torch.compile cannot compile the function `name`; None for any other error."""
     from torch._dynamo import exc
 
     inner = getattr(error, "inner_exception", None)
@@ -176,10 +187,10 @@ def explained(error: Exception, name: str) -> SettingError | None:
     known = exc.Unsupported, exc.UserError, exc.TorchRuntimeError, exc.ObservedException, exc.InternalTorchDynamoError
     if not isinstance(error, known):
         return None
-    said, stack = str(error), getattr(error, "real_stack", None)
-    if "ata-dependent" in said:
-        what = "it branches on a number in a tensor; take torch.where, or branch outside of the function"
+    text, stack = str(error), getattr(error, "real_stack", None)
+    if "ata-dependent" in text:
+        reason = "it branches on a number in a tensor; use torch.where, or branch outside of the function"
     else:
-        what = match[1] if (match := re.search(r"Explanation: (.+)", said)) else first_line(error)
+        reason = match[1] if (match := re.search(r"Explanation: (.+)", text)) else first_line(error)
     where = f" ({Path(stack[-1].filename).name}, line {stack[-1].lineno})" if stack else ""
-    return SettingError(f"{name} cannot be compiled{where}: {what}")
+    return SettingError(f"{name} cannot be compiled{where}: {reason}")

@@ -1,9 +1,9 @@
-"""CUDA graphs of a function: all of its kernels launched at once, where a launch each would take longer than they do.
+"""CUDA graphs of a function: one launch for all of its kernels, where launching each would take longer than running it.
 
-A graph reads and writes fixed places in memory. Inputs lie where the caller has them. Of those that change places from
-call to call few are copied, into places of the graph's own; when most of the bytes lie elsewhere, other weights, say,
-another graph is captured. Results are copied out of it. So what goes in and comes out are values, as without a graph.
-Owns where things lie. Knows nothing about caches or models.
+A graph reads and writes fixed addresses. Large inputs are read where the caller keeps them; if most of the bytes are at
+new addresses, for example other weights, another graph is captured. Small inputs whose addresses change from call to
+call are copied into memory of the graph before each replay. Results are copied out of it. So callers pass and receive
+values, as without a graph. Owns the addresses of inputs. Knows nothing about caches or models.
 """
 
 from collections import OrderedDict
@@ -15,170 +15,186 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pgfunc.jit.arguments import shape
+from pgfunc.jit.arguments import layout
 
-FEW = 0.25  # of all bytes that go in: so many may be copied
-KEPT = 4  # graphs
+MAX_COPIED = 0.25  # of the bytes of all inputs may be copied before a replay
+MAX_GRAPHS = 4  # that one function keeps
 
 Fn = Callable[[list[Tensor]], Any]
-Groups = Iterable[Iterable[int]]  # the inputs of an argument each, by their numbers
+Groups = Iterable[Iterable[int]]  # for each argument, the indices of its tensors among the inputs
 Flat = tuple[list[Any], pytree.TreeSpec]  # results, as leaves and their structure
 
 
-class Captured(NamedTuple):
+class CapturedGraph(NamedTuple):
     replay: Callable[[], None]
-    own: dict[int, Tensor]  # the inputs that are copied, by their numbers
-    results: list[Any]
+    static_inputs: dict[int, Tensor]  # index -> memory that an input is copied to before a replay
+    results: list[Any]  # leaves, in the graph's memory
     structure: pytree.TreeSpec  # of the results
 
 
 def capture(fn: Fn, inputs: list[Tensor]) -> tuple[Callable[[], None], Any]:
-    """`fn` on these inputs as a CUDA graph, and where its results will lie."""
+    """Capture `fn` on these inputs: a function that replays the graph, and the results that each replay overwrites."""
     graph, device = torch.cuda.CUDAGraph(), inputs[0].device
-    stream = torch.cuda.Stream(device)  # torch's own is on the device of the first graph of all
+    stream = torch.cuda.Stream(device)  # torch's default capture stream is on the device of the process's first graph
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         results = fn(inputs)
     return graph.replay, results
 
 
-def possible(leaves: Iterable[Any]) -> bool:
-    """Whether all of these are tensors on one device, which has graphs."""
+def can_capture(leaves: Iterable[Any]) -> bool:
+    """Whether all leaves are tensors on the same CUDA device."""
     leaves = list(leaves)
     alike = all(isinstance(leaf, Tensor) and leaf.is_cuda and leaf.device == leaves[0].device for leaf in leaves)
     return bool(leaves) and alike
 
 
-class Direct:
-    """`fn` as it is, where there are no graphs."""
+class DirectFunction:
+    """`fn` without graphs, with the interface of `GraphedFunction`."""
 
     def __init__(self, fn: Fn):
         self.fn = fn
         self.written: frozenset[int] = frozenset()
 
-    def flat(self, tensors: list[Tensor], *unused: Any) -> Flat:
+    def call_flat(self, tensors: list[Tensor], *unused: Any) -> Flat:
         return pytree.tree_flatten(self.fn(tensors))
 
 
-class Replayed:
-    """`fn` by graphs: a call with inputs that lie elsewhere and are not copied runs it as it is, the next captures it.
+class GraphedFunction:
+    """`fn`, replayed from graphs.
 
-    `fn` is a pure function of tensors of fixed shapes on one device, but that it may write into the inputs numbered in
-    `written`, where doing so again changes nothing; these are not copied, nor are others that together are more than
-    the share `few` of all bytes. What it closes over must be on the device too, and stay alive. A function that gives
-    results elsewhere always runs as it is. The last `KEPT` graphs are kept, with the memory that they compute in; of
-    the inputs they hold nothing. For one thread and one stream at a time.
+    The first call with inputs at new addresses runs `fn` directly; the second call with the same addresses captures a
+    graph. Inputs that are copied may have any address.
+
+    `fn` is a pure function of tensors with fixed shapes on one device. It may write into the inputs with the indices
+    `written`, if repeating the write changes nothing. Those are never copied, and copied inputs together have at most
+    the share `max_copied` of all bytes. Tensors that `fn` closes over must be on the device and stay alive. If `fn`
+    returns results on another device, it always runs directly. The last `MAX_GRAPHS` graphs are kept, with the memory
+    that they compute in but without references to the inputs. To be used by one thread and one stream at a time.
     """
 
-    def __init__(self, fn: Fn, written: Iterable[int] = (), few: float = FEW):
-        self.fn, self.written, self.few = fn, frozenset(written), few
-        self.last: list[int] = []  # where the inputs of the last call lay, 0 for those that are copied
-        self.moving: set[int] = set()  # the inputs that are copied
-        self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
-        self.graph: Captured | None = None  # that of the last call, if its inputs lay where a graph reads them
-        self.stays = True  # whether results are where graphs are
+    def __init__(self, fn: Fn, written: Iterable[int] = (), max_copied: float = MAX_COPIED):
+        self.fn, self.written, self.max_copied = fn, frozenset(written), max_copied
+        self.last_addresses: list[int] = []  # of the inputs of the last call, 0 for those that are copied
+        self.copied: set[int] = set()  # the indices of the inputs that are copied
+        self.graphs: OrderedDict[tuple[int, ...], CapturedGraph] = OrderedDict()
+        self.graph: CapturedGraph | None = None  # of the last call, if there is one for its addresses
+        self.results_on_device = True  # whether the results are on the device of the inputs
 
-    def __call__(self, tensors: list[Tensor], new: Groups = ()) -> Any:
-        """What `fn` gives. `new` are groups that are others than those of the last call, even if they lie in the same
-        places: such a group is copied as a whole, or not at all."""
-        results, structure = self.flat(tensors, [*map(Tensor.data_ptr, tensors)], new)
+    def __call__(self, tensors: list[Tensor], new_groups: Groups = ()) -> Any:
+        """The results of `fn`.
+
+        The tensors of `new_groups` differ from those of the last call even if they have the same addresses. A new group
+        is copied as a whole or not at all.
+        """
+        results, structure = self.call_flat(tensors, [*map(Tensor.data_ptr, tensors)], new_groups)
         return pytree.tree_unflatten(results, structure)
 
-    def flat(self, tensors: list[Tensor], places: list[int], new: Groups, other: Groups = ()) -> Flat:
-        """What `fn` gives, as leaves and their structure. The inputs lie in these places, a list that is kept.
+    def call_flat(
+        self, tensors: list[Tensor], addresses: list[int], new_groups: Groups, other_groups: Groups = ()
+    ) -> Flat:
+        """The results of `fn`, as leaves and their structure. Keeps and modifies the list `addresses`.
 
-        `other` are groups like those of `new` that may be those of the last call.
+        `other_groups` are also copied as a whole or not at all, but may hold the tensors of the last call.
         """
-        seen = self.look(tensors, places, new, other)
+        repeated = self.track(tensors, addresses, new_groups, other_groups)
         if self.graph is None:
-            key = tuple(self.last)
+            key = tuple(self.last_addresses)
             if key not in self.graphs:
-                if not (seen and self.stays):
+                if not (repeated and self.results_on_device):
                     results, structure = pytree.tree_flatten(self.fn(tensors))
-                    self.stays = possible([tensors[0], *(x for x in results if isinstance(x, Tensor))])
+                    self.results_on_device = can_capture([tensors[0], *(x for x in results if isinstance(x, Tensor))])
                     return results, structure
-                self.graphs[key] = self.captured(tensors)
-                if len(self.graphs) > KEPT:
+                self.graphs[key] = self.capture_graph(tensors)
+                if len(self.graphs) > MAX_GRAPHS:
                     self.graphs.popitem(last=False)
             self.graphs.move_to_end(key)
             self.graph = self.graphs[key]
-        if self.graph.own:
-            copy(list(self.graph.own.values()), [narrow(tensors[i]) for i in self.graph.own])
+        if self.graph.static_inputs:
+            static = self.graph.static_inputs
+            copy_all([*static.values()], [unexpanded(tensors[i]) for i in static])
         self.graph.replay()
-        return copied(self.graph.results), self.graph.structure
+        return copy_results(self.graph.results), self.graph.structure
 
-    def captured(self, tensors: list[Tensor]) -> Captured:
-        with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
-            own = {i: twin(narrow(tensors[i])) for i in self.moving}
-        inputs = [own[i].expand(x.shape) if i in own else x for i, x in enumerate(tensors)]
-        self.fn(inputs)  # whatever must be compiled or tuned for these must not be so during the capture
+    def capture_graph(self, tensors: list[Tensor]) -> CapturedGraph:
+        with torch.inference_mode(False), torch.no_grad():  # otherwise only inference mode could write to them
+            static = {i: clone_strided(unexpanded(tensors[i])) for i in self.copied}
+        inputs = [static[i].expand(x.shape) if i in static else x for i, x in enumerate(tensors)]
+        self.fn(inputs)  # compiling and tuning must not happen during the capture
         replay, results = capture(self.fn, inputs)
         leaves, structure = pytree.tree_flatten(results)
-        return Captured(replay, own, [x.detach() if isinstance(x, Tensor) else x for x in leaves], structure)
+        return CapturedGraph(replay, static, [x.detach() if isinstance(x, Tensor) else x for x in leaves], structure)
 
-    def look(self, tensors: list[Tensor], places: list[int], new: Groups, other: Groups = ()) -> bool:
-        """Notes where the inputs lie; whether those that are not copied lay there at the last call."""
-        last = self.last  # all in few passes: of hundreds of inputs, before each token
-        for i in self.moving:
-            places[i] = 0
-        changed = {i for i, before in enumerate(last) if places[i] != before} if places != last else set()
-        together = [{*each} for each in new]
-        together += [{*each} for each in other if not changed.isdisjoint(each)] if changed else []
-        alone = [{i} for i in changed.difference(*together)]
-        groups = [group for each in together + alone if (group := each - self.written - self.moving)]
+    def track(self, tensors: list[Tensor], addresses: list[int], new_groups: Groups, other_groups: Groups = ()) -> bool:
+        """Record the addresses, and choose which inputs are copied.
+
+        Returns whether all inputs that are not copied had the same addresses at the last call.
+        """
+        last = self.last_addresses  # few passes, as this runs on hundreds of inputs before each token
+        for i in self.copied:
+            addresses[i] = 0
+        moved = {i for i, before in enumerate(last) if addresses[i] != before} if addresses != last else set()
+        together = [{*each} for each in new_groups]
+        together += [{*each} for each in other_groups if not moved.isdisjoint(each)] if moved else []
+        alone = [{i} for i in moved.difference(*together)]
+        groups = [group for each in together + alone if (group := each - self.written - self.copied)]
         if last and groups:
             size = {i: x.nbytes for i, x in enumerate(tensors)}
-            room = self.few * sum(size.values())
+            limit = self.max_copied * sum(size.values())
             for group in sorted(groups, key=lambda group: sum(size[i] for i in group)):
-                if sum(size[i] for i in self.moving | group) <= room:
-                    self.moving |= group
-                    self.graphs.clear()  # each of them takes one of these where it lay
+                if sum(size[i] for i in self.copied | group) <= limit:
+                    self.copied |= group
+                    self.graphs.clear()  # each of them reads one of these at a fixed address
                     self.graph = None
-            for i in self.moving:
-                places[i] = 0
-        if places != last:
-            self.last, self.graph = places, None
-        return bool(last) and changed <= self.moving
+            for i in self.copied:
+                addresses[i] = 0
+        if addresses != last:
+            self.last_addresses, self.graph = addresses, None
+        return bool(last) and moved <= self.copied
 
 
-def narrow(x: Tensor) -> Tensor:
+def unexpanded(x: Tensor) -> Tensor:
     """The part of an expanded tensor that is in memory."""
     return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
 
 
-def twin(x: Tensor) -> Tensor:
-    """A copy with the same strides, also where a clone would be dense."""
+def clone_strided(x: Tensor) -> Tensor:
+    """A copy with the same strides, also where `clone` would make it dense."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
-def copy(places: list[Tensor], tensors: list[Tensor]) -> None:
-    """The tensors into the places, all of a dtype at once: of several PyTorch copies one after another."""
-    for dtype in {x.dtype for x in tensors}:
-        chosen = [i for i, x in enumerate(tensors) if x.dtype == dtype]
-        torch._foreach_copy_([places[i] for i in chosen], [tensors[i] for i in chosen])  # pyright: ignore[reportPrivateImportUsage]
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source to its target, in one call for each dtype: PyTorch copies mixed dtypes one by one."""
+    for dtype in {x.dtype for x in sources}:
+        chosen = [i for i, x in enumerate(sources) if x.dtype == dtype]
+        torch._foreach_copy_([targets[i] for i in chosen], [sources[i] for i in chosen])  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
-def copied(results: list[Any]) -> list[Any]:
-    """The results with copies of the tensors among them, made at once."""
-    old = [x for x in results if isinstance(x, Tensor)]
-    new = [*map(torch.empty_like, old)]
-    copy(new, old)
-    rest = iter(new)
+def copy_results(results: list[Any]) -> list[Any]:
+    """The results, with all tensors among them copied at once."""
+    tensors = [x for x in results if isinstance(x, Tensor)]
+    copies = [*map(torch.empty_like, tensors)]
+    copy_all(copies, tensors)
+    rest = iter(copies)
     return [next(rest) if isinstance(x, Tensor) else x for x in results]
 
 
 def graphed(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, a pure function of trees of tensors: where all are on one GPU by a graph for each of their shapes, inputs
-    copied."""
-    made: dict[Any, Replayed] = {}
+    """`fn`, a pure function of trees of tensors, with a CUDA graph for each combination of shapes.
+
+    All inputs are copied. Runs `fn` directly unless all tensors are on one GPU.
+    """
+    functions: dict[Any, GraphedFunction] = {}
 
     def call(*trees: Any) -> Any:
         leaves, structure = pytree.tree_flatten(trees)
-        if not possible(leaves):
+        if not can_capture(leaves):
             return fn(*trees)
-        key = structure, tuple(map(shape, leaves))
-        if key not in made:
-            made[key] = Replayed(lambda given: fn(*pytree.tree_unflatten(given, structure)), few=inf)
-        return made[key](leaves)
+        key = structure, tuple(map(layout, leaves))
+        if key not in functions:
+            functions[key] = GraphedFunction(
+                lambda tensors: fn(*pytree.tree_unflatten(tensors, structure)), max_copied=inf
+            )
+        return functions[key](leaves)
 
     return call

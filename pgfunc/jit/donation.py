@@ -1,11 +1,27 @@
-"""Handles on the buffers of caches, and who of them may write: `jit` appends in place where nobody can see it.
+"""Which cache may be written in place: handles, continuations and forks. `jit` uses it, and rows are reordered here.
 
-A handle does not see what is written behind its length. So the newest handle on some buffers may write there; an older
-one forks, and its buffers are copied first. A handle is alive while any of its tensors is, or a view of one; what was
-detached from it, or cut in inference mode, is not seen to be a part of it.
+A *handle* is a `Cache` made by compiled code or `reorder`: buffers, and a length for each row. It sees only the slots
+before its length. A step takes a handle whose buffers are *donated*: it appends the new token in place, and returns the
+*continuation*, a longer handle on the same buffers. Several handles may thus share buffers, here one row of 8 slots:
 
-Threads may continue one handle: `LOCK` guards the choice of buffers, and the lock of a lineage is held from the choice
-until the new handle is known.
+    buffers   a b c d e . . .
+    one       a b c|               length 3
+    two       a b c d e|           length 5, continued from one
+
+    step(two)                 two is the newest: the step appends behind e, in place
+    step(one)                 a *fork*: two sees d, so the step copies a b c to other buffers and appends there
+    step(one), two is dead    no living handle sees d, so the step writes over it, in place
+    rewind(two, 3)            a handle like one; while two is alive, its continuation is a fork
+
+This *copy on fork* makes a step with donation return what the pure function returns. A *lineage* is the list of handles
+on the same buffers, ordered so that none sees more than the next. A handle is alive while one of its buffers is, or a
+view of one; views that are detached or made in inference mode do not count.
+
+CUDA graphs read and write fixed addresses, so buffers are used again when all handles on them are dead. An *arena*
+holds the last few sets of buffers of one function.
+
+Threads may continue the same handle. `LOCK` protects the choice of buffers. A lineage has its own lock, which is held
+from that choice until the new handle is recorded.
 """
 
 from collections import deque
@@ -22,51 +38,52 @@ from pgfunc import tree
 from pgfunc.cache import Cache
 from pgfunc.errors import SettingError
 from pgfunc.jit import cuda_graphs
-from pgfunc.jit.arguments import shape
+from pgfunc.jit.arguments import Layout, layout
 from pgfunc.lowering import on_host, transformed
 
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-LOCK = RLock()  # held for moments, and nothing is waited for with it
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LOCK = RLock()  # held briefly; no code waits for another lock while it holds this one
 
 
 class Handle(NamedTuple):
-    """A cache that was made here, while it lives: its tensors, which are objects of its own on shared memory."""
+    """What is known of a handle: weak references to its tensors, which are its own objects on shared memory."""
 
     buffers: tuple[ref[Tensor], ...]
     length: ref[Tensor]
-    rewound: bool  # then those before it may see more than it does
+    rewound: bool  # made by `rewind`, so handles before it in the lineage may see more than it does
 
     def alive(self) -> bool:
         return any(buffer() is not None for buffer in self.buffers)
 
-    def of(self, cache: Cache) -> bool:
+    def belongs_to(self, cache: Cache) -> bool:
+        """Whether the cache consists of exactly these tensor objects."""
         return self.length() is cache.length and all(
-            mine() is given for mine, given in zip(self.buffers, buffers(cache), strict=True)
+            own() is x for own, x in zip(self.buffers, buffers(cache), strict=True)
         )
 
 
 class Arena:
-    """Buffers that may be used again when no handle on them is alive: the graphs of a step read them where they are."""
+    """Sets of buffers that are used again when no handle on them is alive, as CUDA graphs read fixed addresses."""
 
     def __init__(self):
-        self.caches: deque[Cache] = deque(maxlen=cuda_graphs.KEPT)
+        self.caches: deque[Cache] = deque(maxlen=cuda_graphs.MAX_GRAPHS)
 
 
 class Lineage(NamedTuple):
-    """All handles on the same memory, of which none sees more than the next; what never changes is noted once."""
+    """All handles on the same buffers, of which none sees more than the next, and constants of the buffers."""
 
     handles: list[Handle]
-    shapes: tuple[Any, ...]  # of the buffers
-    places: list[int]  # where they lie, each at the beginning of its storage
+    layouts: tuple[Layout, ...]  # of the buffers
+    addresses: list[int]  # of the buffers, each of which begins its storage
     arena: Arena
     lock: Any  # an RLock, held while a handle is continued
 
     @classmethod
-    def on(cls, memory: tuple[Tensor, ...], arena: Arena) -> "Lineage":
-        return cls([], tuple(map(shape, memory)), [x.data_ptr() for x in memory], arena, RLock())
+    def of(cls, memory: tuple[Tensor, ...], arena: Arena) -> "Lineage":
+        return cls([], tuple(map(layout, memory)), [x.data_ptr() for x in memory], arena, RLock())
 
 
-_lineages: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # by the first buffer of each handle
+_lineages: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # first buffer of each handle -> Lineage
 
 
 def buffers(cache: Cache) -> tuple[Tensor, ...]:
@@ -74,32 +91,32 @@ def buffers(cache: Cache) -> tuple[Tensor, ...]:
 
 
 def bucket(slots: int, least: int = 64) -> int:
-    """The smallest of 64, 96, 128, 192, 256, 384, ... that holds so many slots; `least` is a power of two."""
+    """The smallest of 64, 96, 128, 192, 256, 384, ... that is at least `slots`; `least` is a power of two."""
     size = least
     while size < slots:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
 
 
-def known(cache: Cache) -> Lineage | None:
-    """All handles on the memory of a cache; None where it was not made here."""
+def find_lineage(cache: Cache) -> Lineage | None:
+    """The lineage of a cache; None if the cache is not a handle."""
     return _lineages.get(cache.k[0])
 
 
-def lineage_of(cache: Cache) -> Lineage:
-    """All handles on the memory of a cache that is `writable`."""
-    return _lineages[cache.k[0]]
+def lineage_of(handle: Cache) -> Lineage:
+    """The lineage of a handle."""
+    return _lineages[handle.k[0]]
 
 
-def is_newest(cache: Cache) -> bool:
-    """Whether a handle may write behind its length: it was made here, and none that is alive sees what stands there."""
-    handles = living(cache)
-    return bool(handles) and handles[-1].of(cache) and (len(handles) == 1 or not handles[-1].rewound)
+def appends_in_place(cache: Cache) -> bool:
+    """Whether a step may append to the cache in place: it is a handle, and no living handle sees the slots behind."""
+    handles = living_handles(cache)
+    return bool(handles) and handles[-1].belongs_to(cache) and (len(handles) == 1 or not handles[-1].rewound)
 
 
-def living(cache: Cache) -> list[Handle]:
-    """The handles on the cache's buffers; those that are dead are forgotten."""
-    lineage = known(cache)
+def living_handles(cache: Cache) -> list[Handle]:
+    """The living handles on the cache's buffers. Removes dead ones from the lineage."""
+    lineage = find_lineage(cache)
     if lineage is None:
         return []
     with LOCK:
@@ -107,47 +124,52 @@ def living(cache: Cache) -> list[Handle]:
     return lineage.handles
 
 
-def copied(cache: Cache, arena: Arena, rows: Int[Tensor, "n"] | None = None) -> Cache:
-    """A handle on a copy of a cache, or of these of its rows: in buffers of the arena that no handle uses, or new ones.
+def copy_cache(cache: Cache, arena: Arena, rows: Int[Tensor, "n"] | None = None) -> Cache:
+    """A handle on a copy of the cache, or of some of its rows, with `bucket(slots)` slots.
 
-    New ones join the arena where graphs will read them. A copy has `bucket` slots.
+    The copy takes free buffers of the arena, or else new ones.
     """
     old = buffers(cache)
     count, slots = old[0].shape[0] if rows is None else len(rows), bucket(cache.slots)
-    kinds = [((count, slots, *x.shape[2:]), x.dtype, x.device) for x in old]
-    with torch.inference_mode(False), torch.no_grad():  # else they could be written in inference mode alone
+    sizes = [((count, slots, *x.shape[2:]), x.dtype, x.device) for x in old]
+    with torch.inference_mode(False), torch.no_grad():  # otherwise only inference mode could write to them
         length = cache.length if rows is None else cache.length[rows]
-        if slots > cache.slots:  # a row that overflowed stays one
+        if slots > cache.slots:  # a row that overflowed must still overflow
             length = torch.where(length > cache.slots, length + (slots - cache.slots), length)
-        made = claimed(kinds, arena, length)
-        for x, new in zip(old, buffers(made), strict=True):
-            kept = new[:, : cache.slots]
-            kept.copy_(x) if rows is None else torch.index_select(x, 0, rows, out=kept)
+        copy = claim_buffers(sizes, arena, length)
+        for x, new in zip(old, buffers(copy), strict=True):
+            target = new[:, : cache.slots]
+            target.copy_(x) if rows is None else torch.index_select(x, 0, rows, out=target)
             new[:, cache.slots :].zero_()
-    return made
+    return copy
 
 
-def claimed(kinds: list[tuple[Any, torch.dtype, torch.device]], arena: Arena, length: Int[Tensor, "b"]) -> Cache:
-    """A handle on buffers of these shapes, dtypes and devices that nobody else uses from now on."""
+def claim_buffers(
+    sizes: list[tuple[tuple[int, ...], torch.dtype, torch.device]], arena: Arena, length: Int[Tensor, "b"]
+) -> Cache:
+    """A handle on buffers with these shapes, dtypes and devices that no other handle uses.
+
+    New buffers join the arena if graphs will read them.
+    """
     with LOCK:
         for base in arena.caches:
-            if kinds == [(tuple(x.shape), x.dtype, x.device) for x in buffers(base)] and not living(base):
-                return registered(base, length, lineage_of(base), 0, rewound=False)
-        made = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in kinds]
-        base = Cache(tuple(made[: len(made) // 2]), tuple(made[len(made) // 2 :]), length)
-        _lineages[base.k[0]] = lineage = Lineage.on(buffers(base), arena)
-        if cuda_graphs.possible(made):
+            if sizes == [(tuple(x.shape), x.dtype, x.device) for x in buffers(base)] and not living_handles(base):
+                return add_handle(base, length, lineage_of(base), 0, rewound=False)
+        memory = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in sizes]
+        base = Cache(tuple(memory[: len(memory) // 2]), tuple(memory[len(memory) // 2 :]), length)
+        _lineages[base.k[0]] = lineage = Lineage.of(buffers(base), arena)
+        if cuda_graphs.can_capture(memory):
             arena.caches.append(base)
-        return registered(base, length, lineage, 0, rewound=False)
+        return add_handle(base, length, lineage, 0, rewound=False)
 
 
-def continued(cache: Cache, length: Tensor, lineage: Lineage) -> Cache:
-    """A new handle on the buffers of a cache that has just been appended to."""
-    return registered(cache, length, lineage, len(lineage.handles), rewound=False)
+def continuation(cache: Cache, length: Tensor, lineage: Lineage) -> Cache:
+    """The newest handle on the buffers of a cache, to which a step has just appended."""
+    return add_handle(cache, length, lineage, len(lineage.handles), rewound=False)
 
 
-def registered(cache: Cache, length: Tensor, lineage: Lineage, position: int, rewound: bool) -> Cache:
-    """A handle of its own on the buffers of a cache, at a position among the others."""
+def add_handle(cache: Cache, length: Tensor, lineage: Lineage, position: int, rewound: bool) -> Cache:
+    """A new handle on the buffers of a cache, at a position in the lineage."""
     k, v = (tuple(x.detach() for x in side) for side in (cache.k, cache.v))  # new objects on the same memory
     _lineages[k[0]] = lineage
     with LOCK:
@@ -156,16 +178,16 @@ def registered(cache: Cache, length: Tensor, lineage: Lineage, position: int, re
 
 
 def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
-    """The cache as it was when its rows were so long: what a rejected draft wrote is forgotten.
+    """The cache as it was when its rows had these lengths; for example to forget a rejected draft.
 
-    `length` is a whole number for each row, from 0 to what it is; a longer one is an error where the numbers are known
-    on the host, and the row stays as long as it is elsewhere. Compiled code goes on from it without a copy if no other
-    handle on its buffers is alive: a loop keeps one. Raises SettingError.
+    `length` is an integer for each row, from 0 to the current length. A greater one raises SettingError if the numbers
+    are known on the host; otherwise the row keeps its length. Compiled code continues the result without a copy if no
+    other handle on its buffers is alive, as in a loop that keeps one handle.
     """
-    if not isinstance(length, Tensor) or length.shape != cache.length.shape or length.dtype not in WHOLE:
-        given = f"{length.dtype} of shape {(*length.shape,)}" if isinstance(length, Tensor) else repr(length)
+    if not isinstance(length, Tensor) or length.shape != cache.length.shape or length.dtype not in INTEGERS:
+        text = f"{length.dtype} of shape {(*length.shape,)}" if isinstance(length, Tensor) else repr(length)
         raise SettingError(
-            f"length is {' '.join(given.split()):.60}, expected a whole number for each of {len(cache.length)} rows"
+            f"length is {' '.join(text.split()):.60}, expected a whole number for each of {len(cache.length)} rows"
         )
     if on_host(length) and on_host(cache.length):
         if ((length < 0) | (length > cache.length)).any():
@@ -173,39 +195,39 @@ def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
         length = length.to(cache.length.dtype)
     else:
         length = torch.minimum(length.to(cache.length), cache.length).clamp(min=0)
-    lineage = None if torch.compiler.is_compiling() else known(cache)
+    lineage = None if torch.compiler.is_compiling() else find_lineage(cache)
     if lineage is None:
         return cache._replace(length=length)
     with lineage.lock, LOCK:
         for position, handle in enumerate(lineage.handles):
-            if handle.of(cache):
-                return registered(cache, length, lineage, position, rewound=True)
+            if handle.belongs_to(cache):
+                return add_handle(cache, length, lineage, position, rewound=True)
     return cache._replace(length=length)
 
 
 def reorder(cache: Cache, rows: Int[Tensor, "n"]) -> Cache:
-    """These rows of a cache, in this order; a row may stand there several times, or not at all.
+    """The given rows of a cache, in the given order; a row may be repeated or left out.
 
-    Beams are reordered so, and one prompt becomes n samples. It is one copy, to which compiled code appends in place,
-    and has `bucket(slots)` slots; within a gradient or a transform it has as many as the cache, and is differentiable.
-    Raises SettingError for what names no row, if that is known on the host; elsewhere the nearest row is taken.
+    Reorders beams, and makes n samples of one prompt. Makes one copy with `bucket(slots)` slots, to which compiled code
+    appends in place. Within a gradient or a transform the copy has as many slots as the cache, and is differentiable.
+    Raises SettingError if an index is not a row, if that is known on the host; otherwise it is clamped to the rows.
     """
     count = len(cache.length)
-    if not isinstance(rows, Tensor) or rows.dim() != 1 or not len(rows) or rows.dtype not in WHOLE:
+    if not isinstance(rows, Tensor) or rows.dim() != 1 or not len(rows) or rows.dtype not in INTEGERS:
         raise SettingError(
             f"rows are {' '.join(repr(rows).split()):.60}, expected a list of one or more whole numbers as a tensor"
         )
     if on_host(rows) and not ((rows >= 0) & (rows < count)).all():
         raise SettingError(f"rows are {rows.tolist()}, expected 0 to {count - 1}, as the cache has {count} rows")
     rows = rows.to(cache.length.device, torch.int64).clamp(0, count - 1)
-    if torch.compiler.is_compiling() or transformed() or differentiated(cache):
+    if torch.compiler.is_compiling() or transformed() or requires_gradient(cache):
         return tree.map(lambda x: x.index_select(0, rows), cache)
-    lineage = known(cache)
+    lineage = find_lineage(cache)
     if lineage is None:
-        return copied(cache, Arena(), rows)
+        return copy_cache(cache, Arena(), rows)
     with lineage.lock:
-        return copied(cache, lineage.arena, rows)
+        return copy_cache(cache, lineage.arena, rows)
 
 
-def differentiated(cache: Cache) -> bool:
+def requires_gradient(cache: Cache) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in buffers(cache))

@@ -1,4 +1,4 @@
-"""Why a function was compiled again: what differs from the nearest of the calls that it has code for.
+"""Why a function was compiled again: how the call differs from the most similar one that already has code.
 
 A call is described by lines, label -> value, such as `token -> int64[2] on cpu`. Knows nothing about models.
 """
@@ -7,65 +7,77 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
-from pgfunc.jit.arguments import Kind, strides
+from pgfunc.jit.arguments import ArgumentSpec, Layout, dense_strides
 from pgfunc.tree import join
 
-MOST = 3  # differences that a reason names
-SETTINGS = ("autocast on CPUs", "autocast on CUDA", "deterministic algorithms", "the precision of float32 products",
-            "the default dtype", "the default device", "the number of threads")  # fmt: skip
+MOST = 3  # differences that a reason lists
+CONTEXT = ("autocast on CPUs", "autocast on CUDA", "deterministic algorithms", "the precision of float32 products",
+           "the default dtype", "the default device", "the number of threads")  # fmt: skip
 
 Description = dict[str, str]
 
 
-def described(
-    kinds: Mapping[str, Kind], donated: str | None, buffers: Sequence[Any], settings: Sequence[Any]
+def compile_context() -> tuple[Any, ...]:
+    """The settings of PyTorch that change what operations do, in the order of `CONTEXT`."""
+    autocast = (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+    precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return *autocast, *precision, torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+
+
+def describe(
+    specs: Mapping[str, ArgumentSpec], donated: str | None, layouts: Sequence[Layout], context: Sequence[Any]
 ) -> Description:
-    """The lines of a call: its arguments, the donated cache by its first buffer and its lengths, PyTorch's settings."""
-    lines: Description = dict(zip(SETTINGS, map(str, settings), strict=True))
-    for name, kind in kinds.items():
-        moving, fixed = iter(kind.shapes), iter(kind.fixed)
-        leaves = [Shown(tensor(next(moving))) if moves else next(fixed) for moves in kind.moving]
-        for path, leaf in pytree.tree_leaves_with_path(pytree.tree_unflatten(leaves, kind.structure)):
-            lines |= dict(spelled(".".join(filter(None, (name, join(path)))), leaf))
-    named = zip(("buffers", "lengths"), buffers, strict=False)  # where nothing is donated there are none
-    return lines | {f"{donated}'s {name}": tensor(shape) for name, shape in named}
+    """Describe a call by its arguments, the donated cache and the settings of PyTorch.
+
+    `layouts` are those of the cache's buffers and, last, of its length. They are empty if nothing is donated.
+    """
+    lines: Description = dict(zip(CONTEXT, map(str, context), strict=True))
+    for name, spec in specs.items():
+        tensors, constants = iter(spec.layouts), iter(spec.constants)
+        leaves = [Verbatim(show_layout(next(tensors))) if each else next(constants) for each in spec.is_tensor]
+        for path, leaf in pytree.tree_leaves_with_path(pytree.tree_unflatten(leaves, spec.structure)):
+            lines |= dict(lines_of(".".join(filter(None, (name, join(path)))), leaf))
+    if layouts:  # all buffers have the same layout
+        lines[f"{donated}'s buffers"], lines[f"{donated}'s lengths"] = map(show_layout, (layouts[0], layouts[-1]))
+    return lines
 
 
-class Shown(str):
-    """Text that is shown as it is."""
+class Verbatim(str):
+    """Text whose `repr` is the text itself."""
 
     __repr__ = str.__str__
 
 
-def tensor(shape: tuple[Any, ...]) -> str:
-    """A tensor as `arguments.shape` gives it: `int64[2, 5] on cpu`."""
-    size, stride, dtype, device = shape
-    gaps = "" if stride == strides(size) else f" with strides {list(stride)}"
+def show_layout(layout: Layout) -> str:
+    """A tensor's layout as text: `int64[2, 5] on cpu`."""
+    size, stride, dtype, device = layout
+    gaps = "" if stride == dense_strides(size) else f" with strides {list(stride)}"
     return f"{str(dtype).removeprefix('torch.')}{list(size)}{gaps} on {device}"
 
 
-def spelled(label: str, value: Any) -> Iterator[tuple[str, str]]:
-    """A line for a value, or for each field of a dataclass."""
+def lines_of(label: str, value: Any) -> Iterator[tuple[str, str]]:
+    """One line for a value, or one for each field of a dataclass."""
     if not is_dataclass(value) or isinstance(value, type):
         yield label, repr(value)
         return
     for field in fields(value):
-        yield from spelled(f"{label}.{field.name}", getattr(value, field.name))
+        yield from lines_of(f"{label}.{field.name}", getattr(value, field.name))
 
 
 def difference(new: Description, earlier: Sequence[Description]) -> str:
-    """What is otherwise than in the nearest of the earlier calls; "" where there is none."""
+    """How a call differs from the most similar earlier one; "" if there is no earlier one."""
     if not earlier:
         return ""
-    nearest = min(earlier, key=lambda old: len(differing(new, old)))
-    labels = differing(new, nearest)
-    said = [f"{label} is {new.get(label, 'absent'):.60}, was {nearest.get(label, 'absent'):.60}" for label in labels]
+    nearest = min(earlier, key=lambda old: len(differing_labels(new, old)))
+    labels = differing_labels(new, nearest)
+    reasons = [f"{label} is {new.get(label, 'absent'):.60}, was {nearest.get(label, 'absent'):.60}" for label in labels]
     if len(labels) > MOST:
-        said[MOST:] = [f"and {len(labels) - MOST} more differences"]
-    return "; ".join(said) or "an argument is of another structure, or shares a tensor with another one"
+        reasons[MOST:] = [f"and {len(labels) - MOST} more differences"]
+    return "; ".join(reasons) or "an argument has another structure, or shares a tensor with another argument"
 
 
-def differing(new: Description, old: Description) -> list[str]:
+def differing_labels(new: Description, old: Description) -> list[str]:
     return [label for label in {**new, **old} if new.get(label) != old.get(label)]

@@ -1,4 +1,4 @@
-"""What compiling costs is seen: once for the step, which serves the loop and the whole of `generate`."""
+"""The benchmark reports the cost of compiling: the decode step is compiled once, for both `decode` and `generate`."""
 
 from dataclasses import replace
 
@@ -19,19 +19,19 @@ def test_one_compilation_serves_decode_and_generate():
         ("generate", False, 0), ("generate", True, 0),
     ]  # fmt: skip
     eager, compiled = stages[2:4]
-    assert compiled.first > 10 * max(compiled.seconds), "the first step compiles, and no other does"
+    assert compiled.first > 10 * max(compiled.seconds), "only the first step compiles"
     assert eager.first == 0
 
 
-def test_a_prompt_is_measured_as_generate_begins_with_it():
+def test_the_compiled_prefill_stage_runs_the_prefill_of_generate():
     cfg = CONFIGS["gemma"]
     model, case, machine = (
         pg.Model(cfg, params(cfg), None),
         bench.Case(tokens=4, repeat=2),
         roofline.Machine(1e10, 1e11),
     )
-    given = bench.random_prompt(cfg, 1, case.prompt_tokens, model.params.projector.device)
-    done = bench.compiled_prefill_stage(model, given, case, machine)
+    rows = bench.random_prompt(cfg, 1, case.prompt_tokens, model.params.projector.device)
+    done = bench.compiled_prefill_stage(model, rows, case, machine)
     assert (done.name, done.compiled, done.compilations, len(done.seconds)) == ("prefill", True, 1, 2)
     assert done.first > max(done.seconds)
     assert done.floor == roofline.floor([roofline.prefill_work(model.params, cfg, 1, case.prompt_tokens)], machine)

@@ -1,11 +1,11 @@
-"""What a compiled function closes over is read at each call, and the result is that of the function as it is now."""
+"""A compiled function reads the values that it closes over at each call, and uses their current values."""
 
 from functools import partial
 
 import pytest
 import torch
 from cases import CONFIGS, params, prompt
-from graphs import played
+from graphs import simulate_graphs
 
 import pgfunc as pg
 
@@ -15,7 +15,7 @@ FACTOR = 2.0
 
 
 class Holder:
-    """An object with a tensor of its own."""
+    """An object that has a tensor."""
 
     def __init__(self, amount: torch.Tensor):
         self.amount = amount
@@ -24,21 +24,21 @@ class Holder:
         return x * self.amount
 
 
-@pytest.fixture(params=[False, True], ids=["as it is", "by graphs"])
+@pytest.fixture(params=[False, True], ids=["without graphs", "with graphs"])
 def graphs(request, monkeypatch):
     if request.param:
-        played(monkeypatch)
+        simulate_graphs(monkeypatch)
 
 
 def same(compiled, pure, *args) -> None:
-    """Three calls, for a graph is captured at the second."""
+    """Compare the results of three calls; the second one captures a graph."""
     for _ in range(3):
         torch.testing.assert_close(compiled(*args), pure(*args))
 
 
 @pytest.mark.parametrize("value", [torch.full((3,), 5.0), torch.full((3,), 5.0, dtype=torch.float64),
                                    torch.arange(3), torch.full((1,), 7.0), torch.ones(6)[::2]])  # fmt: skip
-def test_a_tensor_may_be_exchanged_for_any_other(graphs, value):
+def test_a_tensor_may_be_replaced_by_any_other(graphs, value):
     amount = torch.ones(3)
 
     def scaled(x):
@@ -50,21 +50,21 @@ def test_a_tensor_may_be_exchanged_for_any_other(graphs, value):
     same(step, scaled, x)
     amount = torch.zeros(3)
     same(step, scaled, x)
-    assert step.compilations <= 2, "for tensors of one shape there is one code"
+    assert step.compilations <= 2, "tensors of the same shape share the code"
 
 
-def test_globals_defaults_partials_objects_and_lists_are_read_too(graphs, monkeypatch):
-    def of_globals(x):
+def test_globals_defaults_objects_and_lists_are_read_at_each_call(graphs, monkeypatch):
+    def with_globals(x):
         return x * TABLE * FACTOR
 
-    held, parts = Holder(torch.ones(3)), [torch.ones(3), torch.ones(3)]
-    fns = [of_globals, held.scaled, lambda x, by=parts[0]: x * by, lambda x: x * sum(parts)]
+    holder, parts = Holder(torch.ones(3)), [torch.ones(3), torch.ones(3)]
+    fns = [with_globals, holder.scaled, lambda x, by=parts[0]: x * by, lambda x: x * sum(parts)]
     steps, x = [pg.jit(fn) for fn in fns], torch.tensor([1.0, 2.0, 3.0])
     for step, fn in zip(steps, fns, strict=True):
         same(step, fn, x)
     monkeypatch.setitem(globals(), "TABLE", torch.tensor([4.0, 5.0, 6.0]))
     monkeypatch.setitem(globals(), "FACTOR", 3.0)
-    held.amount = torch.full((3,), 9.0)
+    holder.amount = torch.full((3,), 9.0)
     parts.append(torch.full((3,), 10.0))
     for step, fn in zip(steps, fns, strict=True):
         same(step, fn, x)
@@ -101,7 +101,7 @@ def test_a_step_may_close_over_its_weights_and_an_edit_over_its_vector(graphs):
     assert fast.compilations == 2
 
 
-def test_tensors_that_were_one_may_become_two():
+def test_two_variables_that_held_the_same_tensor_may_hold_different_ones():
     amount = torch.tensor([10.0, 20.0, 30.0])
     step = pg.jit(lambda x: x + 2 * amount)
     same(step, step.fn, amount)
@@ -114,7 +114,7 @@ def test_tensors_that_were_one_may_become_two():
 
 
 class Steer:
-    """A tap that is an object."""
+    """A tap that is a callable object."""
 
     def __init__(self, vector: torch.Tensor, amount: float):
         self.vector, self.amount = vector, amount
@@ -123,7 +123,7 @@ class Steer:
         return x * self.vector * self.amount
 
 
-def test_objects_partials_and_modules_among_the_arguments_are_read_as_they_are_now():
+def test_objects_and_partials_among_the_arguments_are_read_at_each_call():
     x = torch.tensor([1.0, 2.0, 3.0])
     step, tap = pg.jit(lambda x, tap: tap("a", x)), Steer(torch.ones(3), 2.0)
     same(step, step.fn, x, tap)
@@ -131,43 +131,43 @@ def test_objects_partials_and_modules_among_the_arguments_are_read_as_they_are_n
     same(step, step.fn, x, tap)
     tap.vector = torch.arange(3)
     same(step, step.fn, x, tap)
-    given = partial(lambda x, by, n: x * by * n, by=torch.ones(3), n=2.0)
+    scaled = partial(lambda x, by, n: x * by * n, by=torch.ones(3), n=2.0)
     called = pg.jit(lambda x, fn: fn(x))
-    same(called, called.fn, x, given)
-    given.keywords.update(n=5.0, by=torch.arange(3))
-    same(called, called.fn, x, given)
+    same(called, called.fn, x, scaled)
+    scaled.keywords.update(n=5.0, by=torch.arange(3))
+    same(called, called.fn, x, scaled)
 
 
-def test_what_a_set_an_object_or_a_class_holds_is_read_too():
+def test_the_content_of_sets_objects_and_classes_is_read_at_each_call():
     class Base:
         factor = 2.0
 
     class Derived(Base):
         pass
 
-    places, held, x = {"a"}, Derived(), torch.tensor([1.0, 2.0, 3.0])
+    names, holder, x = {"a"}, Derived(), torch.tensor([1.0, 2.0, 3.0])
     fns = [
-        lambda x: x * (2.0 if "b" in places else 3.0),
-        lambda x: x * (7.0 if hasattr(held, "extra") else 1.0),
-        lambda x: x * held.factor,
+        lambda x: x * (2.0 if "b" in names else 3.0),
+        lambda x: x * (7.0 if hasattr(holder, "extra") else 1.0),
+        lambda x: x * holder.factor,
     ]
     steps = [pg.jit(fn) for fn in fns]
     for step in steps:
         same(step, step.fn, x)
-    places.add("b")
-    held.extra, Base.factor = 1, 4.0
+    names.add("b")
+    holder.extra, Base.factor = 1, 4.0
     for step in steps:
         same(step, step.fn, x)
-    held.factor = 9.0
+    holder.factor = 9.0
     same(steps[2], steps[2].fn, x)
 
 
-def test_numbers_that_are_equal_are_not_taken_for_one_another():
+def test_zero_and_minus_zero_are_distinguished():
     divided, x = pg.jit(lambda x, by: x / by), torch.tensor([1.0, 2.0])
     assert [divided(x, by)[0].item() for by in (0.0, -0.0)] == [float("inf"), float("-inf")]
 
 
-def test_code_that_has_no_module_is_watched_as_well():
+def test_globals_of_a_function_without_a_module_are_read_at_each_call():
     scope = {"TABLE": torch.ones(3), "FACTOR": 2.0}
     exec("def scaled(x): return x * TABLE * FACTOR", scope)
     step, x = pg.jit(scope["scaled"]), torch.tensor([1.0, 2.0, 3.0])
@@ -176,10 +176,10 @@ def test_code_that_has_no_module_is_watched_as_well():
     same(step, scope["scaled"], x)
 
 
-def test_blocks_by_graphs_are_captured_again_where_what_they_close_over_changed(monkeypatch):
-    counted, amount = played(monkeypatch), 1.0
+def test_code_with_graphs_is_compiled_again_if_a_number_that_it_closes_over_changed(monkeypatch):
+    counts, amount = simulate_graphs(monkeypatch), 1.0
 
-    def start(x, wrap=lambda part: part):
+    def start(x, wrap=lambda block: block):
         return wrap(torch.neg)(x) * amount
 
     step, x = pg.jit(start), torch.tensor([1.0, 2.0])
@@ -187,19 +187,19 @@ def test_blocks_by_graphs_are_captured_again_where_what_they_close_over_changed(
         step(x)
     amount = 5.0
     assert step(x).tolist() == [-5.0, -10.0]
-    assert step.why == "a value that it closes over is another"
-    assert counted["captured"] == 1, "the new code has none yet"
+    assert step.why == "a value that the function closes over has changed"
+    assert counts["captured"] == 1, "the new code has no graph yet"
 
 
-def test_what_is_another_object_at_each_look_compiles_nothing_anew(graphs):
+def test_a_property_that_makes_a_new_object_at_each_access_does_not_compile_again(graphs):
     class Fresh(Holder):
         @property
         def parts(self):
             return [self.amount]
 
-    held, x = Fresh(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0])
-    step = pg.jit(lambda x: held.scaled(x) + held.parts[0])
+    holder, x = Fresh(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0])
+    step = pg.jit(lambda x: holder.scaled(x) + holder.parts[0])
     same(step, step.fn, x)
-    held.amount = torch.full((3,), 4.0)
+    holder.amount = torch.full((3,), 4.0)
     same(step, step.fn, x)
     assert step.compilations == 1

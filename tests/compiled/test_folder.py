@@ -1,4 +1,4 @@
-"""A folder whose files were cut in the middle is mended, and gives the same."""
+"""A folder with truncated files is repaired, and the results are the same."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ with pg.compiled_in(sys.argv[1]):
 """
 
 
-def test_a_folder_of_code_that_was_truncated_is_made_again(tmp_path):
-    quick = os.environ | {"TORCHINDUCTOR_VEC_ISA_OK": "1"}  # else a library is compiled for each kind of vectors
+def test_truncated_code_is_compiled_again(tmp_path):
+    environment = os.environ | {"TORCHINDUCTOR_VEC_ISA_OK": "1"}  # else PyTorch compiles a test for each vector width
 
     def run() -> str:
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / "code")]
-        done = subprocess.run(command, env=quick, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 

@@ -1,4 +1,4 @@
-"""Graphs on a CUDA device give what the pure function gives there: loops, forks, rewinds, other prompts and weights."""
+"""With CUDA graphs a step returns what the pure function returns: loops, forks, rewinds, other prompts and weights."""
 
 import pytest
 import torch
@@ -17,39 +17,39 @@ def on_gpu(tree):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loops_forks_rewinds_and_other_weights(name):
+def test_loops_forks_rewinds_and_other_weights_give_the_same_as_the_pure_function(name):
     cfg = CONFIGS[name]
     step = pg.jit(pg.decode, donate="cache")
     for seed in (0, 0, 1):  # the third loop has other weights
-        weights, given = on_gpu(params(cfg, seed)), on_gpu(prompt(cfg, [3, 2], [0, 0], seed=seed))
+        weights, rows = on_gpu(params(cfg, seed)), on_gpu(prompt(cfg, [3, 2], [0, 0], seed=seed))
         with torch.no_grad():
-            _, cache = pg.prefill(weights, given, cfg, 20)
-        pure, kept = cache, []
+            _, cache = pg.prefill(weights, rows, cfg, 20)
+        pure, saved = cache, []
         for token in range(8):
             tokens = torch.tensor([token, 63 - token], device="cuda")
             logits, cache = step(weights, tokens, cache, cfg)
             expected, pure = pg.decode(weights, tokens, pure, cfg)
             torch.testing.assert_close(logits, expected, **LIMIT)
             if token == 3:
-                kept = [(cache, pure), (pg.rewind(cache, cache.length - 2), pg.rewind(pure, pure.length - 2))]
-        for mine, other in kept:
+                saved = [(cache, pure), (pg.rewind(cache, cache.length - 2), pg.rewind(pure, pure.length - 2))]
+        for mine, other in saved:
             tokens = torch.tensor([7, 9], device="cuda")
             logits, _ = step(weights, tokens, mine, cfg)
             torch.testing.assert_close(logits, pg.decode(weights, tokens, other, cfg)[0], **LIMIT)
-        del cache, kept, mine
+        del cache, saved, mine
     assert step.compilations == 1
     (((_, run),),) = step._compiled.values()
-    assert isinstance(run, cuda_graphs.Replayed)
+    assert isinstance(run, cuda_graphs.GraphedFunction)
     assert len(run.graphs) > 1  # one for each tree of weights
 
 
-@pytest.mark.parametrize("count", [1, 2])  # one row is decoded by kernels of our own
+@pytest.mark.parametrize("count", [1, 2])  # one row is decoded by our own kernels
 @pytest.mark.parametrize("name", ["gemma", "gemma2"])
-def test_a_full_row_and_a_foreign_token_give_nan_and_harm_nobody(name, count):
+def test_a_full_row_and_an_unknown_token_give_nan_and_change_no_other_row_or_handle(name, count):
     cfg, step = CONFIGS[name], pg.jit(pg.decode, donate="cache")
-    weights, given = on_gpu(params(cfg)), on_gpu(prompt(cfg, [56, 50][:count], [0] * count))
+    weights, rows = on_gpu(params(cfg)), on_gpu(prompt(cfg, [56, 50][:count], [0] * count))
     with torch.no_grad():
-        _, cache = pg.prefill(weights, given, cfg, 4)
+        _, cache = pg.prefill(weights, rows, cfg, 4)
     token, handles = torch.tensor([1, 2][:count], device="cuda"), []
     for _ in range(cache.slots - 60 + 6):
         logits, cache = step(weights, token, cache, cfg)
@@ -58,10 +58,10 @@ def test_a_full_row_and_a_foreign_token_give_nan_and_harm_nobody(name, count):
     assert cache.overflowed.tolist() == [True, False][:count]
     assert logits[0].isnan().all()
     assert logits[1:].isfinite().all()
-    for handle, then in handles[:4]:  # those that are not full
-        seen = torch.arange(64, device="cuda") < handle.length[:, None]
-        for one, other in zip((*handle.k, *handle.v), then, strict=True):
-            assert torch.equal(one[seen], other[seen])
+    for handle, copies in handles[:4]:  # those that are not full
+        visible = torch.arange(64, device="cuda") < handle.length[:, None]
+        for one, other in zip((*handle.k, *handle.v), copies, strict=True):
+            assert torch.equal(one[visible], other[visible])
     eager, _ = pg.decode(weights, token, handles[-1][0], cfg)
     assert eager[0].isnan().all()
     logits, _ = step(weights, token + 10**6, handles[0][0], cfg)
@@ -71,96 +71,96 @@ def test_a_full_row_and_a_foreign_token_give_nan_and_harm_nobody(name, count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_closed_over_tensors_are_read_where_they_are_now(count):
+def test_tensors_that_are_closed_over_are_read_at_their_current_addresses(count):
     cfg = CONFIGS["gemma"]
-    given = on_gpu(prompt(cfg, [3, 2][:count], [0] * count))
+    rows = on_gpu(prompt(cfg, [3, 2][:count], [0] * count))
     weights, vector = on_gpu(params(cfg)), torch.zeros(cfg.text.width, device="cuda")
 
     def tap(name, x):
         return x + vector if name == "language.1.resid_post" else x
 
-    def start(params, prompt, cfg, wrap=lambda part: part):
+    def prefill(params, prompt, cfg, wrap=lambda block: block):
         return pg.prefill(params, prompt, cfg, 20, tap=tap, wrap=wrap)
 
-    def advance(token, cache):
+    def decode(token, cache):
         return pg.decode(weights, token, cache, cfg)
 
-    begin, step = pg.jit(start), pg.jit(advance, donate="cache")
+    start, step = pg.jit(prefill), pg.jit(decode, donate="cache")
     for seed in range(3):
         for _ in range(3):
-            (logits, cache), (expected, pure) = begin(weights, given, cfg), start(weights, given, cfg)
+            (logits, cache), (expected, pure) = start(weights, rows, cfg), prefill(weights, rows, cfg)
             torch.testing.assert_close(logits, expected, **LIMIT)
             for i in range(4):
                 token = torch.tensor([i, 9][:count], device="cuda")
-                (logits, cache), (expected, pure) = step(token, cache), advance(token, pure)
+                (logits, cache), (expected, pure) = step(token, cache), decode(token, pure)
                 torch.testing.assert_close(logits, expected, **LIMIT)
         weights, vector = on_gpu(params(cfg, seed + 1)), torch.randn(cfg.text.width, device="cuda")
-    assert step.compilations == begin.compilations == 1
+    assert step.compilations == start.compilations == 1
 
 
-def test_reordered_rows_use_the_buffers_that_graphs_read():
+def test_reordered_rows_reuse_the_buffers_that_graphs_read():
     cfg, step = CONFIGS["gemma"], pg.jit(pg.decode, donate="cache")
-    weights, given = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3], [0]))
+    weights, start = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3], [0]))
     with torch.no_grad():
-        _, cache = pg.prefill(weights, given, cfg, 30)
+        _, cache = pg.prefill(weights, start, cfg, 30)
     cache = pure = pg.reorder(cache, torch.zeros(3, dtype=torch.int64))
-    places = set()
+    addresses = set()
     for i in range(12):
         tokens, rows = torch.tensor([i, i + 1, i + 2], device="cuda"), torch.tensor([2, 0, i % 3], device="cuda")
         logits, cache = step(weights, tokens, cache, cfg)
         expected, pure = pg.decode(weights, tokens, pure, cfg)
         torch.testing.assert_close(logits, expected, **LIMIT)
         cache, pure = pg.reorder(cache, rows), pg.tree.map(lambda x, rows=rows: x[rows], pure)
-        places.add(cache.k[0].data_ptr())
+        addresses.add(cache.k[0].data_ptr())
     assert step.copies == 0
-    assert len(places) <= 2, "two sets of buffers in turn"
+    assert len(addresses) <= 2, "two sets of buffers, alternately"
     (((_, run),),) = step._compiled.values()
     assert len(run.graphs) <= 2
 
 
-def test_an_argument_on_the_cpu_is_said_to_be_slow():
+def test_an_argument_on_the_cpu_warns_that_it_is_slow():
     step = pg.jit(lambda x, u: x + u)
-    with pytest.warns(RuntimeWarning, match="runs without CUDA graphs, and slowly: on the CPU is u"):
+    with pytest.warns(RuntimeWarning, match="runs slowly, without CUDA graphs; move to the GPU: u"):
         step(torch.ones(3, device="cuda"), torch.ones(()))
 
 
-@pytest.mark.parametrize("rows", [[3], [3, 4, 2]])  # one row is decoded by kernels of our own
+@pytest.mark.parametrize("rows", [[3], [3, 4, 2]])  # one row is decoded by our own kernels
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tokens_fed_back_on_the_device_are_those_of_the_eager_loop(name, rows):
+def test_a_loop_that_feeds_tokens_back_on_the_device_equals_the_eager_loop(name, rows):
     cfg = CONFIGS[name]
-    weights, given = on_gpu(params(cfg)), on_gpu(prompt(cfg, rows, [0] * len(rows)))
+    weights, start = on_gpu(params(cfg)), on_gpu(prompt(cfg, rows, [0] * len(rows)))
 
     def advance(params, token, cache):
         logits, cache = pg.decode(params, token, cache, cfg)
         return pg.sample.greedy(logits), cache
 
-    said = []
+    results = []
     for step in (advance, pg.jit(advance, donate="cache")):
         with torch.no_grad():
-            logits, cache = pg.prefill(weights, given, cfg, 30)
+            logits, cache = pg.prefill(weights, start, cfg, 30)
             tokens = [pg.sample.greedy(logits)]
             for _ in range(29):
                 token, cache = step(weights, tokens[-1], cache)
                 tokens.append(token)
-        said.append(torch.stack(tokens).tolist())
-    assert said[0] == said[1]
+        results.append(torch.stack(tokens).tolist())
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2])  # one row is decoded by kernels of our own
+@pytest.mark.parametrize("rows", [1, 2])  # one row is decoded by our own kernels
 @pytest.mark.parametrize("name", ["gemma", "gemma2"])
-def test_the_laws_of_the_cache_hold_of_compiled_steps(name, rows, dtype):
+def test_the_laws_of_the_cache_hold_for_compiled_steps(name, rows, dtype):
     cfg = CONFIGS[name]
     drawn = laws.ragged(rows=rows).filter(lambda drawn: len(drawn.prefix) == rows)
     system = laws.compiled(on_gpu(laws.parameters(cfg, dtype=dtype)), cfg)
     chosen = [law for law in laws.MODEL if "decode" in law.needs]
     results = laws.check(system, chosen, laws.Strategies(rows=drawn), 20, derandomize=True)
-    assert [(law.name, verdict, found, why) for law, verdict, *_, found, why in results if verdict != "holds"] == []
+    assert [result for result in results if result.verdict != "holds"] == []
     assert len(results) == 4
 
 
 @pytest.mark.parametrize("name", ["paligemma-3b-224", "paligemma2-3b-224"])
-def test_at_full_size_the_laws_of_the_cache_hold_of_compiled_steps(name):
+def test_at_full_size_the_laws_of_the_cache_hold_for_compiled_steps(name):
     cfg = pg.PUBLISHED[name]
     tree = bench.random_params(cfg, torch.bfloat16, torch.device("cuda"))
     chosen = [law for law in laws.MODEL if "decode" in law.needs]

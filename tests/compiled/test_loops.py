@@ -25,9 +25,9 @@ def picture():
 
 @pytest.fixture(scope="module")
 def expected(model, picture) -> str:
-    (done,) = pg.generate(model, picture, "what", max_new_tokens=TOKENS)
-    assert len(done.tokens) > 3
-    return done.text
+    (completion,) = pg.generate(model, picture, "what", max_new_tokens=TOKENS)
+    assert len(completion.tokens) > 3
+    return completion.text
 
 
 def test_the_greedy_loop_equals_generate(model, picture, expected):
@@ -37,19 +37,19 @@ def test_the_greedy_loop_equals_generate(model, picture, expected):
 def test_speculation_changes_only_the_number_of_steps(model, picture, expected):
     text, steps = speculative.speculative(model, picture, "what", TOKENS)
     assert text == expected
-    assert steps < TOKENS - 1, "of those after the first token, some came together"
+    assert steps < TOKENS - 1, "some steps accept more than one token"
 
 
-def test_a_beam_of_one_is_greedy(model, picture, expected):
+def test_beam_search_with_one_beam_is_greedy(model, picture, expected):
     assert beam.beam(model, picture, "what", 1, TOKENS) == expected
 
 
 def test_coordinates_chosen_among_coordinates_are_those_chosen_among_all_tokens():
     shipped, image = pg.load(dtype="float32", device="cpu"), str(ROOT / "examples/images/cat-and-bus.png")
-    (done,) = pg.generate(shipped, image, "detect cat ; bus")
-    assert done.text.count("<loc") == 8
-    assert boxes.boxes(shipped, image, "cat ; bus") == done.text
-    assert boxes.step.compilations == 2  # with all of the head, and with the places
+    (completion,) = pg.generate(shipped, image, "detect cat ; bus")
+    assert completion.text.count("<loc") == 8
+    assert boxes.boxes(shipped, image, "cat ; bus") == completion.text
+    assert boxes.step.compilations == 2  # with logits for all tokens, and only for location tokens
 
 
 def test_samples_at_a_temperature_near_zero_are_greedy(model, picture, expected):

@@ -1,4 +1,4 @@
-"""What goes wrong in loops: full caches, foreign tokens, reordered rows, code that is compiled at each call."""
+"""Mistakes in loops: full caches, unknown tokens, reordered rows, code that is compiled at each call."""
 
 import gc
 import warnings
@@ -28,10 +28,10 @@ def filled(lengths: list[int], size: int = 20) -> pg.Cache:
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-def test_two_functions_may_continue_one_handle_from_two_threads():
+def test_two_functions_can_continue_the_same_handle_in_two_threads():
     steps = STEP, pg.jit(pg.decode, donate="cache")
     tokens = torch.tensor([3, 5]), torch.tensor([40, 41])
-    wrong = 0
+    mismatches = 0
     for _ in range(60):
         _, start = STEP(WEIGHTS, torch.tensor([1, 2]), filled([3, 2]), CFG)
         together = Barrier(2)
@@ -41,34 +41,34 @@ def test_two_functions_may_continue_one_handle_from_two_threads():
             return steps[i](WEIGHTS, tokens[i], start, CFG)[1]
 
         with ThreadPoolExecutor(2) as pool:
-            made = list(pool.map(go, range(2)))
-        for token, handle in zip(tokens, made, strict=True):
+            handles = list(pool.map(go, range(2)))
+        for token, handle in zip(tokens, handles, strict=True):
             _, pure = pg.decode(WEIGHTS, token, start, CFG)
-            seen = torch.arange(start.slots) < pure.length[:, None]
-            wrong += not torch.allclose(handle.k[1][seen], pure.k[1][seen], atol=1e-5)
-    assert not wrong
+            visible = torch.arange(start.slots) < pure.length[:, None]
+            mismatches += not torch.allclose(handle.k[1][visible], pure.k[1][visible], atol=1e-5)
+    assert not mismatches
 
 
-# --- a full cache, and tokens that are none ---------------------------------------------------------------------------
+# --- a full cache, and token ids outside the vocabulary ---------------------------------------------------------------
 
 
-def test_a_full_cache_is_an_error_and_every_handle_stays_what_it_was():
+def test_a_full_cache_raises_an_error_and_changes_no_handle():
     cache = pg.reorder(filled([56, 3], 4), torch.tensor([0, 1]))
     for _ in range(cache.slots - 60):
         _, cache = STEP(WEIGHTS, torch.tensor([1, 2]), cache, CFG)
     assert cache.length.tolist() == [64, 11]
-    seen = torch.arange(64) < cache.length[:, None]
-    before = [x[seen] for x in (*cache.k, *cache.v)]
-    for continued in (lambda: STEP(WEIGHTS, torch.tensor([3, 4]), cache, CFG),
-                      lambda: pg.decode(WEIGHTS, torch.tensor([3, 4]), cache, CFG)):  # fmt: skip
+    visible = torch.arange(64) < cache.length[:, None]
+    before = [x[visible] for x in (*cache.k, *cache.v)]
+    for append in (lambda: STEP(WEIGHTS, torch.tensor([3, 4]), cache, CFG),
+                   lambda: pg.decode(WEIGHTS, torch.tensor([3, 4]), cache, CFG)):  # fmt: skip
         with pytest.raises(CacheFullError, match="no room"):
-            continued()
-        after = [x[seen] for x in (*cache.k, *cache.v)]
+            append()
+        after = [x[visible] for x in (*cache.k, *cache.v)]
         assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
 
 
-def test_where_nothing_is_asked_of_lengths_a_token_without_a_slot_gives_nan_and_its_neighbours_numbers():
-    """As on a GPU, where the host does not know the lengths: by torch.compile alone."""
+def test_if_lengths_are_not_known_on_the_host_a_token_without_a_slot_gives_nan_in_its_row_only():
+    """As on a GPU. `torch.compile` alone does not check the lengths on the host either."""
     cache = filled([4, 2], size=1)  # rows of 9, 7 in 9 slots
     cache = cache._replace(length=torch.tensor([9, 7]))
     logits, after = torch.compile(pg.decode, fullgraph=True)(WEIGHTS, torch.tensor([1, 2]), cache, CFG)
@@ -76,11 +76,11 @@ def test_where_nothing_is_asked_of_lengths_a_token_without_a_slot_gives_nan_and_
     assert logits[0].isnan().all()
     torch.testing.assert_close(logits[1], pg.decode(WEIGHTS, torch.tensor([1, 2]), filled([4, 2], 5)._replace(
         length=torch.tensor([8, 7])), CFG)[0][1], atol=1e-5, rtol=1e-4)  # fmt: skip
-    assert torch.equal(after.k[0][0], cache.k[0][0]), "nothing was written"
+    assert torch.equal(after.k[0][0], cache.k[0][0]), "nothing is written"
 
 
 @pytest.mark.parametrize("wrong", [CFG.text.vocab + CFG.text.padding, -1, 2**40])
-def test_a_token_outside_the_vocabulary_is_an_error_or_nan(wrong):
+def test_a_token_outside_the_vocabulary_raises_an_error_or_gives_nan(wrong):
     token, cache = torch.tensor([wrong, 2]), filled([3, 2])
     with pytest.raises(TokenError, match=f"token id {wrong} is outside 0..66"):
         pg.decode(WEIGHTS, token, cache, CFG)
@@ -90,14 +90,14 @@ def test_a_token_outside_the_vocabulary_is_an_error_or_nan(wrong):
     assert after.length.tolist() == (cache.length + 1).tolist()
 
 
-def test_a_row_that_overflowed_stays_one_where_it_is_copied():
+def test_a_row_that_overflowed_still_overflows_in_a_copy():
     cache = filled([4, 2], size=1)._replace(length=torch.tensor([10, 7]))  # 9 slots
     assert pg.reorder(cache, torch.tensor([0, 1, 0])).overflowed.tolist() == [True, False, True]
     with pytest.raises(CacheFullError):
         STEP(WEIGHTS, torch.tensor([1, 2]), cache, CFG)
 
 
-# --- rows that are reordered ------------------------------------------------------------------------------------------
+# --- reordered rows ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reordered", [
@@ -108,36 +108,36 @@ def test_a_row_that_overflowed_stays_one_where_it_is_copied():
     lambda cache, rows: cache._replace(k=tuple(x.copy_(x[rows]) for x in map(torch.clone, cache.k))),
     lambda cache, rows: cache._replace(k=cache.v, v=cache.k),
 ])  # fmt: skip
-def test_a_step_that_reorders_rows_is_refused_though_all_rows_are_alike(reordered):
+def test_a_step_that_reorders_rows_is_refused_even_if_all_rows_are_equal(reordered):
     def step(token, cache, rows):
         logits, cache = pg.decode(WEIGHTS, token, cache, CFG)
         return logits, reordered(cache, rows)
 
     one = filled([3])
-    alike = pg.tree.map(lambda x: x.repeat_interleave(2, 0), one)._replace(length=one.length.repeat(2))
-    if reordered(alike, torch.tensor([1, 0])).k is alike.v:
-        alike = alike._replace(v=alike.k)
+    equal_rows = pg.tree.map(lambda x: x.repeat_interleave(2, 0), one)._replace(length=one.length.repeat(2))
+    if reordered(equal_rows, torch.tensor([1, 0])).k is equal_rows.v:
+        equal_rows = equal_rows._replace(v=equal_rows.k)
     with pytest.raises(SettingError, match=r"changes a donated cache by .*pg\.reorder"):
-        pg.jit(step, donate="cache")(torch.tensor([1, 1]), alike, torch.tensor([1, 0]))
+        pg.jit(step, donate="cache")(torch.tensor([1, 1]), equal_rows, torch.tensor([1, 0]))
 
 
-def test_a_step_may_leave_rows_that_have_ended_as_they_are():
+def test_a_step_may_leave_finished_rows_unchanged():
     def step(token, cache, ended):
         logits, new = pg.decode(WEIGHTS, token, cache, CFG)
         kept = [torch.where(ended[:, None, None, None], old, x) for old, x in zip(cache.k, new.k, strict=True)]
         return logits, new._replace(k=tuple(kept), length=torch.where(ended, cache.length, new.length))
 
-    given = torch.tensor([1, 2]), filled([3, 2]), torch.tensor([True, False])
-    logits, cache = pg.jit(step, donate="cache")(*given)
-    expected, pure = step(*given)
+    arguments = torch.tensor([1, 2]), filled([3, 2]), torch.tensor([True, False])
+    logits, cache = pg.jit(step, donate="cache")(*arguments)
+    expected, pure = step(*arguments)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(cache.length, pure.length)
 
 
-def test_a_step_that_shortens_its_cache_later_is_told_so():
-    def step(token, cache, back):
+def test_a_step_that_shortens_its_cache_in_a_later_call_is_refused():
+    def step(token, cache, count):
         logits, new = pg.decode(WEIGHTS, token, cache, CFG)
-        return logits, new._replace(length=new.length - back)
+        return logits, new._replace(length=new.length - count)
 
     fast, token = pg.jit(step, donate="cache"), torch.tensor([1, 2])
     _, cache = fast(token, filled([3, 2]), torch.tensor([0, 0]))
@@ -145,7 +145,7 @@ def test_a_step_that_shortens_its_cache_later_is_told_so():
         fast(token, cache, torch.tensor([4, 0]))
 
 
-def test_older_handles_are_freed_though_they_were_arguments():
+def test_older_handles_are_freed_even_if_they_were_arguments():
     def step(token, cache, anchor):
         logits, new = pg.decode(WEIGHTS, token, cache, CFG)
         return logits + 0 * anchor.k[0].sum(), new
@@ -165,26 +165,26 @@ def test_older_handles_are_freed_though_they_were_arguments():
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.booleans())
-def test_reorder_gives_these_rows_and_is_appended_to_in_place(rows, made_here):
+def test_reorder_returns_the_given_rows_of_compiled_and_other_caches(rows, compiled):
     start, rows = filled([3, 2, 1]), torch.tensor(rows)
-    if made_here:
+    if compiled:
         _, start = STEP(WEIGHTS, torch.tensor([1, 2, 3]), start, CFG)
-    found = pg.reorder(start, rows)
-    assert torch.equal(found.length, start.length[rows])
-    for one, other in zip((*found.k, *found.v), (*start.k, *start.v), strict=True):
+    cache = pg.reorder(start, rows)
+    assert torch.equal(cache.length, start.length[rows])
+    for one, other in zip((*cache.k, *cache.v), (*start.k, *start.v), strict=True):
         assert torch.equal(one[:, : start.slots], other[rows])
 
 
-def test_a_beam_is_copied_once_a_step():
+def test_a_beam_is_copied_once_in_each_step():
     step = pg.jit(pg.decode, donate="cache")
     cache = pg.reorder(filled([3]), torch.zeros(3, dtype=torch.int64))
     for i in range(4):
         _, cache = step(WEIGHTS, torch.tensor([i, i, i]), cache, CFG)
         cache = pg.reorder(cache, torch.tensor([2, 0, 0]))
-    assert step.copies == 0, "what pg.reorder copied is appended to in place"
+    assert step.copies == 0, "the step appends in place to the copy of pg.reorder"
 
 
-def test_reorder_and_rewind_name_what_they_are_not_given():
+def test_reorder_and_rewind_refuse_wrong_arguments():
     cache = filled([3, 2])
     for rows in (torch.tensor([0, 2]), torch.tensor([-1, 0]), [0, 1], torch.tensor(1), torch.tensor([0.0])):
         with pytest.raises(SettingError, match="rows are"):
@@ -195,25 +195,25 @@ def test_reorder_and_rewind_name_what_they_are_not_given():
     assert torch.equal(pg.rewind(cache, (cache.length - 1).int()).length, cache.length - 1)
 
 
-# --- compiled again and again -----------------------------------------------------------------------------------------
+# --- repeated compilation ---------------------------------------------------------------------------------------------
 
 
-def test_slices_of_what_grows_defaults_and_keywords_share_the_code():
+def test_slices_of_a_growing_tensor_defaults_and_keywords_share_the_code():
     double = pg.jit(lambda x, by=2.0, more=(): x * by)
     for size in range(3, 7):
-        said = torch.arange(2.0 * size).reshape(2, size)
-        assert torch.equal(double(said[:, -2:]), said[:, -2:] * 2)
-        assert torch.equal(double(said[:1, -2:].expand(2, 2).contiguous(), 2.0), said[:1, -2:].expand(2, 2) * 2)
-        assert torch.equal(double(x=said[:, :2], by=2.0), said[:, :2] * 2)
-        assert torch.equal(double(said.T[-2:].T, more=()), said[:, -2:] * 2)
+        x = torch.arange(2.0 * size).reshape(2, size)
+        assert torch.equal(double(x[:, -2:]), x[:, -2:] * 2)
+        assert torch.equal(double(x[:1, -2:].expand(2, 2).contiguous(), 2.0), x[:1, -2:].expand(2, 2) * 2)
+        assert torch.equal(double(x=x[:, :2], by=2.0), x[:, :2] * 2)
+        assert torch.equal(double(x.T[-2:].T, more=()), x[:, -2:] * 2)
     assert double.compilations == 1
     row = pg.jit(lambda x: x + 1)
     for size in range(3, 7):
         row(torch.arange(float(size))[None, -2:])
-    assert row.compilations == 1, "the stride of an axis of size 1 means nothing"
+    assert row.compilations == 1, "the stride of an axis of size 1 has no meaning"
 
 
-def test_why_says_what_differed_and_a_function_that_is_compiled_again_and_again_warns():
+def test_why_says_what_differed_and_a_function_that_is_compiled_often_warns():
     scaled = pg.jit(lambda x, temperature, cfg: x / temperature)
     scaled(torch.ones(2), 0.5, CFG)
     assert scaled.why == ""
@@ -231,33 +231,36 @@ def test_why_says_what_differed_and_a_function_that_is_compiled_again_and_again_
         warnings.simplefilter("error")
         for i in range(2, 4):
             scaled(torch.ones(2), float(i), CFG)
-    with pytest.warns(RuntimeWarning, match=r"was compiled, time 8: temperature is 9\.0, was"):
+    with pytest.warns(
+        RuntimeWarning, match=r"was compiled 8 times, this time because temperature is 9\.0, was"
+    ) as warned:
         scaled(torch.ones(2), 9.0, CFG)
+    assert warned[0].filename == __file__, "the warning points to the call"
 
 
 def test_copies_are_counted():
     step = pg.jit(pg.decode, donate="cache")
     token, cache = torch.tensor([1]), filled([3])
     _, cache = step(WEIGHTS, token, cache, CFG)
-    assert step.copies == 1, "it was not made here"
+    assert step.copies == 1, "compiled code did not make it"
     _, newer = step(WEIGHTS, token, cache, CFG)
     assert step.copies == 1
     step(WEIGHTS, token, cache, CFG)
-    assert step.copies == 2, "a fork"
+    assert step.copies == 2, "a fork is copied"
     assert newer.length.tolist() == [9]
 
 
-# --- what cannot be compiled ------------------------------------------------------------------------------------------
+# --- functions that cannot be compiled --------------------------------------------------------------------------------
 
 inner = pg.jit(lambda x: x * 2)
 
 
-def test_a_compiled_function_within_another_is_compiled_with_it():
+def test_a_compiled_function_inside_another_is_compiled_with_it():
     assert pg.jit(lambda x: inner(x) + 1)(torch.ones(2)).tolist() == [3.0, 3.0]
-    within = pg.jit(lambda token, cache: STEP(WEIGHTS, token, cache, CFG), donate="cache")
-    logits, _ = within(torch.tensor([1]), filled([3]))
+    outer = pg.jit(lambda token, cache: STEP(WEIGHTS, token, cache, CFG), donate="cache")
+    logits, _ = outer(torch.tensor([1]), filled([3]))
     torch.testing.assert_close(logits, pg.decode(WEIGHTS, torch.tensor([1]), filled([3]), CFG)[0], atol=1e-5, rtol=1e-4)
-    assert within.copies == 1
+    assert outer.copies == 1
 
 
 def branching(x):
@@ -273,26 +276,26 @@ def printing(x):
     return x
 
 
-@pytest.mark.parametrize(("fn", "said"), [
+@pytest.mark.parametrize(("fn", "message"), [
     (branching, r"branching cannot be compiled \(test_mistakes.py, line \d+\): it branches on a number in a tensor"),
-    (conditional, r"it branches on a number in a tensor; take torch\.where"),
+    (conditional, r"it branches on a number in a tensor; use torch\.where"),
     (printing, r"printing cannot be compiled .*`print`"),
 ])  # fmt: skip
-def test_what_cannot_be_compiled_is_one_line(fn, said):
-    with pytest.raises(SettingError, match=said) as found:
+def test_a_function_that_cannot_be_compiled_raises_an_error_of_one_line(fn, message):
+    with pytest.raises(SettingError, match=message) as error:
         pg.jit(fn)(torch.ones(3))
-    assert "\n" not in str(found.value)
-    assert found.value.__suppress_context__
+    assert "\n" not in str(error.value)
+    assert error.value.__suppress_context__
 
 
-def test_an_error_of_the_functions_own_is_that_error():
+def test_an_error_that_the_function_itself_raises_is_raised_unchanged():
     with pytest.raises(RuntimeError, match=r"cannot be multiplied|size mismatch"):
         pg.jit(lambda x: x @ torch.ones(7, 7))(torch.ones(3))
     with pytest.raises(KeyError, match="nothing"):
         pg.jit(lambda x: x * {}["nothing"])(torch.ones(3))
 
 
-def test_generators_are_refused_at_once():
+def test_generators_and_coroutines_are_refused_immediately():
     def generator(x):
         yield x
 

@@ -1,6 +1,6 @@
-"""No function changes what belongs to the whole process: not while it runs, not in threads, not when it fails.
+"""No function changes global state of the process: not while it runs, not in threads, and not when it fails.
 
-It stands here, for the hook that checks types draws random numbers.
+This test is in this folder because the type-checking hook of `conftest.py` draws random numbers.
 """
 
 import os
@@ -24,8 +24,8 @@ from pgfunc.errors import PgfuncError
 MODEL = text_model()
 
 
-def belongings() -> dict[str, Any]:
-    """What a process has once."""
+def global_state() -> dict[str, Any]:
+    """The state that exists once in a process."""
     return {
         "environment": dict(os.environ),
         "warnings": ([*warnings.filters], warnings.showwarning, warnings.warn),
@@ -37,41 +37,42 @@ def belongings() -> dict[str, Any]:
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "exact": (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
         "path": [*sys.path],
-        "place": Path.cwd(),
+        "working directory": Path.cwd(),
         "errors": (np.geterr(), sys.excepthook, sys.getrecursionlimit()),
         "pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
         "streams": (sys.stdout, sys.stderr),
     }
 
 
-def test_loading_preparing_generating_and_failing_in_threads_change_nothing_of_the_process(tmp_path):
+def test_loading_generating_and_failing_in_threads_do_not_change_global_state(tmp_path):
     pg.save(MODEL, tmp_path / "model")
     tags = Image.Exif()
     tags[274] = 6
-    Image.new("RGB", (40, 30), "red").save(
-        tmp_path / "red.jpg", exif=tags.tobytes()[:-3]
-    )  # damaged, of which Pillow warns
+    damaged = tags.tobytes()[:-3]  # makes Pillow warn
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.jpg", exif=damaged)
     Image.new("P", (40, 30)).save(tmp_path / "clear.png", transparency=b"\0\7")
     (tmp_path / "cut.png").write_bytes((tmp_path / "clear.png").read_bytes()[:60])
-    before, during = belongings(), []
+    before, during = global_state(), []
 
-    def work(place: int) -> None:
+    def work(index: int) -> None:
         names = ["red.jpg", "clear.png", "cut.png", "none.png"]
         with suppress(PgfuncError):
-            model = pg.load(tmp_path / "model", "float32", "cpu") if place % 3 == 0 else MODEL
-            name = tmp_path / names[place % 4]
+            model = pg.load(tmp_path / "model", "float32", "cpu") if index % 3 == 0 else MODEL
+            name = tmp_path / names[index % 4]
             prompt = pg.prepare(model, name, "a", "b")
-            pg.generate(model, name, "a", max_new_tokens=2, temperature=float(place % 2), seed=place)
+            pg.generate(model, name, "a", max_new_tokens=2, temperature=float(index % 2), seed=index)
             pg.score(model, name, "a", ["b", "c"])
             torch.func.grad(lambda params: pg.forward(params, prompt, model.cfg).sum())(model.params)
             list(pg.stream(model, name, "a", max_new_tokens=2))
             pg.detect.parse("<loc0001><loc0002><loc0100><loc0200> a", 9, 9)
-            pg.save(model, tmp_path / f"saved{place}")
-        during.append({name: value for name, value in belongings().items() if name != "gradients"})  # a thread's own
+            pg.save(model, tmp_path / f"saved{index}")
+        state = global_state()
+        del state["gradients"]  # each thread has its own
+        during.append(state)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(12)))
-    assert belongings() == before
+    assert global_state() == before
     del before["gradients"]
-    for seen in during:
-        assert seen == before
+    for state in during:
+        assert state == before

@@ -1,4 +1,4 @@
-"""Compiled steps on quantized trees mean what the pure function means."""
+"""Compiled steps on quantized trees return what the pure function returns."""
 
 from dataclasses import replace
 
@@ -23,20 +23,20 @@ LIMIT = {
 def test_a_compiled_decode_of_a_quantized_tree_equals_the_pure_one(method, dtype):
     weights = pg.quant.quantize(params(CFG, dtype=dtype), method)
     step = pg.jit(pg.decode, donate="cache")
-    asked = prompt(CFG, [4], [0])
+    rows = prompt(CFG, [4], [0])
     with torch.no_grad():
-        _, cache = pg.prefill(weights, asked._replace(pixels=asked.pixels.to(dtype)), CFG, 4)
-    own = cache
+        _, cache = pg.prefill(weights, rows._replace(pixels=rows.pixels.to(dtype)), CFG, 4)
+    pure = cache
     for token in torch.arange(3):
         with torch.no_grad():
-            expected, cache = pg.decode(weights, token[None], cache, CFG)
-        found, own = step(weights, token[None], own, CFG)
-        torch.testing.assert_close(found, expected, **LIMIT[dtype])
+            expected, pure = pg.decode(weights, token[None], pure, CFG)
+        logits, cache = step(weights, token[None], cache, CFG)
+        torch.testing.assert_close(logits, expected, **LIMIT[dtype])
     assert step.compilations == 1
 
 
 @pytest.mark.parametrize("method", ["int8", "fp8", "int4-64"])
-def test_a_compiled_product_equals_the_plain_one_where_no_cpu_kernel_applies(method, monkeypatch):
+def test_without_a_cpu_kernel_a_compiled_product_equals_the_eager_one(method, monkeypatch):
     monkeypatch.setattr(pg.quant.lowbit, "cpu_kernel_applies", lambda x, w: False)
     w = pg.quant.lowbit.quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), method)
     product = pg.jit(lambda x, w: pg.quant.lowbit.multiply(x, w))
@@ -48,15 +48,15 @@ def test_a_compiled_product_equals_the_plain_one_where_no_cpu_kernel_applies(met
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("inputs", "amx"), [(7, False), (300, False), (6144, False), (300, True)])
-def test_one_row_of_compiled_code_is_the_product_with_or_without_amx(inputs, dtype, amx, monkeypatch):
+def test_a_compiled_product_of_one_row_is_exact_with_and_without_amx(inputs, dtype, amx, monkeypatch):
     monkeypatch.setattr(rules, "AMX", amx)
-    draw = torch.Generator().manual_seed(inputs)
-    w = (torch.randn(40, inputs, generator=draw) * inputs**-0.5).to(dtype)
-    x, bias = torch.randn(1, 1, inputs, generator=draw).to(dtype), torch.randn(40, generator=draw).to(dtype)
+    generator = torch.Generator().manual_seed(inputs)
+    w = (torch.randn(40, inputs, generator=generator) * inputs**-0.5).to(dtype)
+    x, bias = torch.randn(1, 1, inputs, generator=generator).to(dtype), torch.randn(40, generator=generator).to(dtype)
     assert rules.one_row_on_cpu(x, w, bias) is not amx
-    found = pg.jit(ops.linear)(x, w, bias)
-    assert found.dtype == dtype
+    product = pg.jit(ops.linear)(x, w, bias)
+    assert product.dtype == dtype
     exact = x.double() @ w.double().T + bias.double()
     # the product and its sum with the bias are each rounded to the dtype; partial sums, of about 1, to float32
     limit = 2 * torch.finfo(dtype).eps + 8 * 2.0**-24 * inputs**0.5
-    torch.testing.assert_close(found.double(), exact, atol=limit, rtol=limit)
+    torch.testing.assert_close(product.double(), exact, atol=limit, rtol=limit)

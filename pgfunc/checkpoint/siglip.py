@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgfunc import siglip, siglip_dual
+from pgfunc import siglip, siglip_dual, tree
 from pgfunc.checkpoint import (
     TOKEN_DECLARATIONS,
     TOKENIZER,

@@ -19,7 +19,7 @@ from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
 from pgfunc.lowering import lowered
 from pgfunc.masks import Mask, Masks
-from pgfunc.ops import identity, linear, linear_many, plain, rms_norm, upcast
+from pgfunc.ops import Tap, Wrap, identity, linear, linear_many, plain, rms_norm, upcast
 
 Allowed = range | Int[Tensor, "r"] | None  # the tokens that get logits; None: all
 Queries = Int[Tensor, "b q"] | tuple[()]  # the indices of the tokens that are computed; (): all
@@ -78,7 +78,7 @@ def embed(p: Params, ids: Int[Tensor, "b t"], cfg: TextConfig) -> Float[Tensor, 
 
 
 def unembed(
-    p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap=identity, allowed: Allowed = None
+    p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap: Tap = identity, allowed: Allowed = None
 ) -> Float[Tensor, "*b v"]:
     """The final norm, the tied head and the final softcap: the only place that makes logits.
 
@@ -93,7 +93,7 @@ def unembed(
 
 
 def head(
-    p: Params, x: Float[Tensor, "*b d"], rows: slice | Int[Tensor, "r"], cfg: TextConfig, tap
+    p: Params, x: Float[Tensor, "*b d"], rows: slice | Int[Tensor, "r"], cfg: TextConfig, tap: Tap
 ) -> Float[Tensor, "*b v"]:
     """The final norm, and the product with these rows of the tied head."""
     w = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of a quantized matrix
@@ -129,8 +129,8 @@ def run(
     masks: Masks,
     cfg: TextConfig,
     cache: Cache | Empty | tuple[()] = (),
-    tap=identity,
-    wrap=plain,
+    tap: Tap = identity,
+    wrap: Wrap = plain,
     queries: Queries = (),
 ) -> tuple[Float[Tensor, "b q d"], tuple[tuple[Tensor, Tensor], ...]]:
     """All layers over t new tokens: their output and, for each layer, the keys and values that they attended to.
@@ -156,7 +156,7 @@ def block(
     mask: Mask,
     cfg: TextConfig,
     past: Past | Empty | tuple[()] = (),
-    tap=identity,
+    tap: Tap = identity,
     queries: Queries = (),
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Attention and MLP, each on a normalised copy that is added back; Gemma 2 also normalises what it adds.
@@ -177,7 +177,7 @@ def attention(
     mask: Mask,
     cfg: TextConfig,
     past: Past | Empty | tuple[()] = (),
-    tap=identity,
+    tap: Tap = identity,
     queries: Queries = (),
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Grouped-query attention with rotary positions (Ainslie et al. 2023): project, rotate, append, attend, project."""
@@ -188,7 +188,7 @@ def attention(
 
 
 def project(
-    p: Layer, x: Float[Tensor, "b t d"], cfg: TextConfig, tap, queries: Queries
+    p: Layer, x: Float[Tensor, "b t d"], cfg: TextConfig, tap: Tap, queries: Queries
 ) -> tuple[Float[Tensor, "b q n h"], Float[Tensor, "b t k h"], Float[Tensor, "b t k h"]]:
     """The heads of the queries, and the kv heads of all tokens."""
     if isinstance(queries, Tensor):
@@ -219,7 +219,7 @@ def pick(x: T, queries: Queries) -> T:
     return tree.map(lambda part: part.take_along_dim(queries[(..., *[None] * (part.dim() - 2))], dim=1), x)
 
 
-def mlp(p: Layer, x: Float[Tensor, "b t d"], tap=identity) -> Float[Tensor, "b t d"]:
+def mlp(p: Layer, x: Float[Tensor, "b t d"], tap: Tap = identity) -> Float[Tensor, "b t d"]:
     """GeGLU (Shazeer 2020): the gate's tanh-GELU times the up projection, then down."""
     gate, up = linear_many(x, (p.gate, p.up))
     hidden = tap("mlp_hidden", ops.gelu(gate) * up)

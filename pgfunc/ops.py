@@ -7,7 +7,7 @@ replace a formula, see `lowering`.
 Axes: b batch, t query, s key, n heads, k kv heads, g heads of one kv head, h head dim, d width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ from pgfunc.quant import lowbit
 from pgfunc.quant.lowbit import Float8, Int8, Quantized
 
 T = TypeVar("T")
+Tap = Callable[[str, Any], Any]  # takes the name of an activation and its value; what it returns takes its place
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # takes a block, and returns what is called instead
 
 
 def identity(name: str, x: T) -> T:
@@ -30,7 +32,7 @@ def identity(name: str, x: T) -> T:
     return x
 
 
-def within(prefix: str, tap):
+def within(prefix: str, tap: Tap) -> Tap:
     """A tap for one part of the model: it puts the prefix before each name. The default tap stays the default tap."""
     return identity if tap is identity else lambda name, value: tap(f"{prefix}.{name}", value)
 

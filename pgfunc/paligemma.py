@@ -18,7 +18,7 @@ from pgfunc.cache import Cache, Empty, check_room
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.lowering import lowered, transformed
-from pgfunc.ops import identity, linear, plain
+from pgfunc.ops import Tap, Wrap, identity, linear, plain
 
 
 class Params(NamedTuple):
@@ -65,7 +65,7 @@ def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Para
 
 
 def encode_images(
-    params: Params, pixels: Float[Tensor, "b i 3 y x"], cfg: Config, tap=identity, wrap=plain
+    params: Params, pixels: Float[Tensor, "b i 3 y x"], cfg: Config, tap: Tap = identity, wrap: Wrap = plain
 ) -> Float[Tensor, "b ip d"]:
     """The pictures of each row -> image tokens in the language model's width, picture after picture.
 
@@ -83,12 +83,12 @@ def encode_images(
     return rearrange(x, "(b i) p d -> b (i p) d", i=pictures)
 
 
-def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
+def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap: Tap = identity) -> Embedded:
     """Image tokens and text tokens as one sequence; the pictures belong to the bidirectional prefix."""
     return join(params, encode_images(params, prompt.pixels, cfg, tap), prompt, cfg, tap)
 
 
-def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity) -> Embedded:
+def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap: Tap = identity) -> Embedded:
     """Encoded pictures and the text of a prompt as one sequence, so that a picture is encoded once for many prompts."""
     # only text is scaled by sqrt(width): image tokens enter as the projector made them (big_vision paligemma.py)
     text = gemma.embed(params.language, prompt.tokens, cfg.text)
@@ -100,7 +100,9 @@ def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Co
     )
 
 
-def forward(params: Params, prompt: Prompt, cfg: Config, tap=identity, wrap=plain) -> Float[Tensor, "b t v"]:
+def forward(
+    params: Params, prompt: Prompt, cfg: Config, tap: Tap = identity, wrap: Wrap = plain
+) -> Float[Tensor, "b t v"]:
     """The logits at every text position, in float32; those at padded positions have no meaning.
 
     `wrap` is applied to the blocks of both towers, and to `gemma.unembed`.
@@ -110,7 +112,7 @@ def forward(params: Params, prompt: Prompt, cfg: Config, tap=identity, wrap=plai
 
 
 def hidden(
-    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap=identity, wrap=plain
+    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap: Tap = identity, wrap: Wrap = plain
 ) -> Float[Tensor, "b s d"]:
     """The language model's output at every position, of encoded pictures and the text of a prompt."""
     x, valid, causal = join(params, image, prompt, cfg, tap)
@@ -124,9 +126,9 @@ def prefill(
     prompt: Prompt,
     cfg: Config,
     size: int,
-    tap=identity,
+    tap: Tap = identity,
     allowed: gemma.Allowed = None,
-    wrap=plain,
+    wrap: Wrap = plain,
 ) -> tuple[Float[Tensor, "b v"], Cache]:
     """The logits at each row's last valid token, and a cache of the prompt with free slots for `size` more tokens.
 
@@ -148,7 +150,7 @@ def prefill(
 
 
 def embed_and_mask(
-    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap
+    params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap: Tap
 ) -> tuple[Float[Tensor, "b t d"], Int[Tensor, "b t"], masks.Masks, Int[Tensor, "b"]]:
     """What the language model needs of a prompt: vectors, positions, masks, and the length of each row."""
     x, valid, causal = left_aligned(join(params, image, prompt, cfg, tap))
@@ -164,7 +166,12 @@ def left_aligned(embedded: Embedded) -> Embedded:
 
 
 def extend(
-    params: Params, tokens: Int[Tensor, "b t"], cache: Cache, cfg: Config, tap=identity, allowed: gemma.Allowed = None
+    params: Params,
+    tokens: Int[Tensor, "b t"],
+    cache: Cache,
+    cfg: Config,
+    tap: Tap = identity,
+    allowed: gemma.Allowed = None,
 ) -> tuple[Float[Tensor, "b t v"], Cache]:
     """Append t suffix tokens to each row: their logits, and a new cache. The given cache does not change.
 
@@ -183,7 +190,12 @@ def extend(
 
 
 def decode(
-    params: Params, token: Int[Tensor, "b"], cache: Cache, cfg: Config, tap=identity, allowed: gemma.Allowed = None
+    params: Params,
+    token: Int[Tensor, "b"],
+    cache: Cache,
+    cfg: Config,
+    tap: Tap = identity,
+    allowed: gemma.Allowed = None,
 ) -> tuple[Float[Tensor, "b v"], Cache]:
     """Append one token to each row: the logits after it, and a new cache. The given cache does not change.
 

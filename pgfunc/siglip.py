@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgfunc import ops, tree
 from pgfunc.config import SiglipTextConfig, VisionConfig
-from pgfunc.ops import identity, layer_norm, linear, linear_many, plain
+from pgfunc.ops import Tap, Wrap, identity, layer_norm, linear, linear_many, plain
 
 Turn = Float[Tensor, "2 p half"] | tuple[()]  # the angles of rope2d
 
@@ -98,7 +98,7 @@ def patchify(pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig) -> Float[Tenso
 
 
 def encode_image(
-    p: Params, pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig, tap=identity, wrap=plain
+    p: Params, pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig, tap: Tap = identity, wrap: Wrap = plain
 ) -> Float[Tensor, "n p d"]:
     """Pictures with values in [-1, 1] -> the encoder's normalised output, one vector a patch. `wrap` is for `block`."""
     patches = patchify(pixels.to(p.patch.dtype), cfg)
@@ -113,7 +113,7 @@ def encode_image(
 
 
 def block(
-    p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig | SiglipTextConfig, tap=identity, turn: Turn = ()
+    p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig | SiglipTextConfig, tap: Tap = identity, turn: Turn = ()
 ) -> Float[Tensor, "n p d"]:
     """Attention and MLP, each on a normalised copy that is added back."""
     normed = layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps)
@@ -126,7 +126,7 @@ def attention(
     x: Float[Tensor, "n p d"],
     source: Float[Tensor, "n s d"],
     cfg: VisionConfig | SiglipTextConfig,
-    tap=identity,
+    tap: Tap = identity,
     turn: Turn = (),
 ) -> Float[Tensor, "n p d"]:
     """Multi-head attention: every vector of x reads all of the source, which is x itself in a block."""
@@ -142,13 +142,13 @@ def attention(
     return tap("attn_out", linear(rearrange(out, "b p n h -> b p (n h)"), p.out, p.out_bias))
 
 
-def mlp(p: Layer | Head, x: Float[Tensor, "n p d"], tap=identity) -> Float[Tensor, "n p d"]:
+def mlp(p: Layer | Head, x: Float[Tensor, "n p d"], tap: Tap = identity) -> Float[Tensor, "n p d"]:
     """Up, tanh-GELU, down."""
     hidden = tap("mlp_hidden", ops.gelu(linear(x, p.up, p.up_bias)))
     return tap("mlp_out", linear(hidden, p.down, p.down_bias))
 
 
-def pool(p: Head, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap=identity) -> Float[Tensor, "n d"]:
+def pool(p: Head, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap: Tap = identity) -> Float[Tensor, "n d"]:
     """The encoder's output -> one vector a picture; in whatever order the patches stand."""
     probe = repeat(p.probe, "one d -> n one d", n=x.shape[0])
     # the query's own vector is not added back: the head's residual starts after its attention (big_vision vit.py)

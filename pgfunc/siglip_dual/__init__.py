@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pgfunc import siglip, tree
 from pgfunc.config import SiglipConfig, SiglipTextConfig
-from pgfunc.ops import identity, layer_norm, linear, upcast
+from pgfunc.ops import Tap, identity, layer_norm, linear, upcast
 
 
 class TextParams(NamedTuple):
@@ -72,7 +72,9 @@ def init(cfg: SiglipConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -
     return tree.init(abstract(cfg), seed, dtype)._replace(**scalars)
 
 
-def encode_text(p: TextParams, ids: Int[Tensor, "b t"], cfg: SiglipTextConfig, tap=identity) -> Float[Tensor, "b e"]:
+def encode_text(
+    p: TextParams, ids: Int[Tensor, "b t"], cfg: SiglipTextConfig, tap: Tap = identity
+) -> Float[Tensor, "b e"]:
     """Texts of `cfg.positions` tokens, including padding -> one vector per text, not yet normalized."""
     x = tap("text.embed", F.embedding(ids, p.embed) + p.position[: ids.shape[1]])
     for i, layer in enumerate(p.layers):
@@ -82,7 +84,7 @@ def encode_text(p: TextParams, ids: Int[Tensor, "b t"], cfg: SiglipTextConfig, t
 
 
 def embed_images(
-    params: DualParams, pixels: Float[Tensor, "n 3 y x"], cfg: SiglipConfig, tap=identity
+    params: DualParams, pixels: Float[Tensor, "n 3 y x"], cfg: SiglipConfig, tap: Tap = identity
 ) -> Float[Tensor, "n e"]:
     """Pictures with values in [-1, 1] -> unit vectors, in float32."""
     x = siglip.encode_image(params.vision, pixels, cfg.vision, tap)
@@ -90,7 +92,9 @@ def embed_images(
     return tap("vision.vector", F.normalize(upcast(x), dim=-1))
 
 
-def embed_texts(params: DualParams, ids: Int[Tensor, "b t"], cfg: SiglipConfig, tap=identity) -> Float[Tensor, "b e"]:
+def embed_texts(
+    params: DualParams, ids: Int[Tensor, "b t"], cfg: SiglipConfig, tap: Tap = identity
+) -> Float[Tensor, "b e"]:
     """Texts of `cfg.text.positions` tokens -> unit vectors, in float32."""
     return tap("text.vector", F.normalize(upcast(encode_text(params.text, ids, cfg.text, tap)), dim=-1))
 

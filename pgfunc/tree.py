@@ -48,7 +48,8 @@ def matching(paths: Iterable[str], pattern: str) -> list[str]:
     paths = list(paths)
     if matches := [path for path in paths if fnmatchcase(path, pattern)]:
         return matches
-    raise SettingError(f"{pattern!r} matches none of {len(paths)} paths such as {paths[0]} (pgfunc inspect lists them)")
+    example = f" such as {paths[0]}" if paths else ""
+    raise SettingError(f"{pattern!r} matches none of {len(paths)} paths{example} (pgfunc inspect lists them)")
 
 
 def replace(tree: T, leaves: Mapping[str, Any]) -> T:
@@ -127,7 +128,7 @@ def init(abstract: T, seed: int, dtype: torch.dtype) -> T:
     """A tree of random parameters to train from scratch, on the CPU, with the shapes of an abstract tree.
 
     Matrices are normal with variance 1 / fan-in, vectors named `..._scale` are 1 and all other vectors are 0. Fan-in is
-    the product of all axes except the first, which for an embedding is the width: activations then start near 1.
+    the product of all axes except the first. For an embedding it is the width, so that activations start near 1.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -188,9 +189,9 @@ def _repeated(tree: Any) -> str:
     return f"{len(tree)} x {lines.pop()}" if len(lines) == 1 else ""
 
 
-def dtype_name(x: Tensor) -> str:
-    """The name of a tensor's dtype in files and options, such as `bfloat16`."""
-    return str(x.dtype).removeprefix("torch.")
+def dtype_name(x: Tensor | torch.dtype) -> str:
+    """The name of a dtype, or of a tensor's dtype, in files and options, such as `bfloat16`."""
+    return str(x.dtype if isinstance(x, Tensor) else x).removeprefix("torch.")
 
 
 def _totals(tensors: list[Tensor]) -> str:
@@ -209,7 +210,7 @@ def _totals(tensors: list[Tensor]) -> str:
 def _tensor(x: Tensor) -> str:
     """`int64[2] on cpu: 9, 7`. Only short integer vectors on the CPU show numbers, and not in compiled code."""
     try:
-        line = f"{str(x.dtype).removeprefix('torch.')}{[*x.shape]} on {x.device}"
+        line = f"{dtype_name(x)}{[*x.shape]} on {x.device}"
     except RuntimeError:  # a strided nested tensor has no shape
         return type(x).__name__
     plain = type(x) is Tensor and x.layout is torch.strided and not torch.compiler.is_compiling()

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import pgfunc as pg
 from pgfunc import paligemma, siglip_dual, tree
 from pgfunc.config import SiglipConfig, SiglipTextConfig
+from pgfunc.errors import SettingError
 
 
 def test_paths_name_leaves():
@@ -35,6 +36,12 @@ def test_replace_changes_one_leaf_and_shares_the_rest():
 def test_replace_names_the_path_that_is_not_there():
     with pytest.raises(KeyError, match=r"language\.nrom"):
         tree.replace(params(CONFIGS["gemma"]), {"language.nrom": torch.zeros(16)})
+
+
+@pytest.mark.parametrize("paths", [[], ["a.b"]])
+def test_a_pattern_that_matches_no_path_is_an_error(paths):
+    with pytest.raises(SettingError, match=rf"'x' matches none of {len(paths)} paths"):
+        tree.matching(paths, "x")
 
 
 def test_unstack_inverts_stack():

@@ -199,6 +199,10 @@ MISTAKES = {
     "not a picture": (["caption", "notes.txt"], "notes.txt: not a picture"),
     "missing question": (["ask", "red.png"], "ask needs a question: --prompt"),
     "missing prefix": (["generate", "red.png"], "generate needs a prefix: --prompt"),
+    "repeated candidate": (
+        ["score", "red.png", "--prompt", "what?", "--candidate", "no", "--candidate", "yes", "--candidate", "no"],
+        "--candidate 'no' is repeated; name it once",
+    ),
     "temperature": (["caption", "red.png", "--temperature", "-1"], "temperature is -1.0, expected"),
     "top-p": (["caption", "red.png", "--top-p", "1.5"], "top-p is 1.5, expected"),
     "too long": (["caption", "red.png", "--max-new-tokens", "5000"], "do not fit 120 positions"),

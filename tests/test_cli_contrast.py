@@ -106,6 +106,7 @@ MISTAKES = {
     ("embed", "--text", "a a a a a a a a a"): "is 9 tokens, this model reads up to 7",
     ("classify", "red.png", "--label", "it", "--template", "photo"): "--template 'photo': expected a {}",
     ("classify", "red.png", "--label", "it", "--label", " "): "--label is empty",
+    ("classify", "red.png", "--label", "it", "--label", "it"): "--label 'it' is repeated; name it once",
     ("classify", "absent.png", "--label", "it"): "absent.png: no such file",
 }
 

@@ -18,7 +18,7 @@ import pgfunc as pg
 from pgfunc import cli
 from pgfunc.errors import escape_controls
 
-SHIPPED = "pgfunc: the shipped checkpoint knows drawn scenes of 201 things and coloured shapes, but no photographs; "
+SHIPPED = "pgfunc: the shipped checkpoint knows drawn scenes of 201 things and colored shapes, but no photographs; "
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import pgfunc as pg
 from pgfunc import laws, tokenizer
 from pgfunc.checkpoint import shipped
 from pgfunc.cli import law_systems
+from pgfunc.cli import laws as cli_laws
 from pgfunc.cli.options import app
 from pgfunc.config import Config
 from pgfunc.laws import LAWS, System, adapters, strategies
@@ -229,11 +231,15 @@ def test_the_exit_status_is_1_if_a_law_is_broken(tmp_path, monkeypatch):
         "from pgfunc.laws import System\nSYSTEM = System('mine', 5, 28, softcap=lambda x, cap: x)\n"
     )
     monkeypatch.chdir(tmp_path)
-    result = run(app, ["laws", "--adapter", "mine_wrong:SYSTEM", "--law", "softcap-is-bounded-and-monotone"])
+    result = run(app, ["laws", "--system", "mine_wrong:SYSTEM", "--law", "softcap-is-bounded-and-monotone"])
     assert result.exit_code == 1
     assert "broken" in result.output
     assert "A softcap never exceeds its cap" in result.output
     assert "mine: Scaled(seed=0, by=" in result.output
+
+
+def test_the_command_and_the_function_try_the_same_number_of_examples():
+    assert signature(laws.check).parameters["examples"].default == cli_laws.EXAMPLES
 
 
 @pytest.mark.parametrize("options", [["--quantize", "int8"], []])
@@ -253,7 +259,7 @@ def test_laws_about_parameters_are_not_checked_if_these_are_quantized_or_large(o
     ("problem", "message"),
     [
         (torch.OutOfMemoryError("2 GB"), "not enough memory on the device: give --dtype bfloat16 or --device cpu"),
-        (TorchDynamoException("no g++"), "torch.compile fails here (no g++): is there a C++ compiler? It runs without"),
+        (TorchDynamoException("no g++"), "torch.compile fails here (no g++): check that a C++ compiler is installed"),
     ],
 )
 def test_a_missing_compiler_or_too_little_memory_breaks_no_law(problem, message, monkeypatch):
@@ -276,13 +282,13 @@ def test_an_example_that_runs_out_of_memory_breaks_no_law():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--adapter", ":thing"], "adapter is ':thing', expected module:object"),
-        (["--adapter", "nothing"], "adapter is 'nothing', expected module:object"),
-        (["--adapter", "no.such:thing"], "adapter no.such:thing: No module named 'no'"),
-        (["--adapter", "json:thing"], "adapter json:thing: the module has no thing"),
-        (["--adapter", "json:decoder"], "adapter json:decoder is a module, expected a pgfunc.laws.System"),
-        (["--adapter", "a:b", "--quantize", "int8"], "--quantize is for a checkpoint, and --adapter names another"),
-        (["--adapter", "a:b", "--compile"], "--compile is for a checkpoint, and --adapter names another"),
+        (["--adapter", ":thing"], "system is ':thing', expected module:object"),
+        (["--system", "nothing"], "system is 'nothing', expected module:object"),
+        (["--adapter", "no.such:thing"], "system no.such:thing: No module named 'no'"),
+        (["--adapter", "json:thing"], "system json:thing: the module has no thing"),
+        (["--adapter", "json:decoder"], "system json:decoder is a module, expected a pgfunc.laws.System"),
+        (["--adapter", "a:b", "--quantize", "int8"], "--quantize is for a checkpoint, and --system names another"),
+        (["--system", "a:b", "--compile"], "--compile is for a checkpoint, and --system names another"),
         (["--device", "meta"], "device meta has shapes but no arithmetic, so there is nothing to check"),
         (["--law", "gravity"], "law gravity is not one of decode-equals-longer-prefill, "),
         (["--examples", "0"], "examples is 0, expected 1 or more"),

@@ -38,7 +38,7 @@ def test_captions_are_written_without_hypothesis():
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize(("arguments", "text"), [(["--help"], "laws"), (["laws", "--help"], "--adapter")])
+@pytest.mark.parametrize(("arguments", "text"), [(["--help"], "laws"), (["laws", "--help"], "--system")])
 def test_help_is_shown_without_hypothesis(arguments, text):
     done = command(*arguments)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,8 +1,8 @@
-"""The command line: `pgfunc caption photo.jpg`. It parses options, calls the package and prints; it decides nothing.
+"""The command line: `pgfunc caption photo.jpg`. It parses options, chooses defaults, calls the package and prints.
 
 A user's mistake is one line on standard error and exit status 2. With `--json`, the commands on pictures print one line
-of JSON per picture on standard output; progress bars and notes go to standard error. Each module of commands adds its
-own to `app`.
+of JSON per picture on standard output; progress bars and notes go to standard error. Each module of commands adds
+them to `app`.
 """
 
 import io
@@ -31,7 +31,7 @@ from pgfunc.errors import PgfuncError, with_options
 
 
 def print_version(wanted: bool) -> bool:
-    """Print the version and end the program, if `--version` is given. What is returned is the option's value."""
+    """Print the version and end the program, if `--version` is given. Returns the option's value."""
     if wanted:
         print(f"pgfunc {pg.__version__}")
         raise typer.Exit

@@ -17,11 +17,11 @@ import pgfunc as pg
 from pgfunc import bench as measuring
 from pgfunc import paligemma
 from pgfunc.bench import STAGES, Case, Stage
-from pgfunc.checkpoint import as_device, as_dtype
+from pgfunc.checkpoint import as_dtype
 from pgfunc.cli import options
 from pgfunc.cli.compiled import compiler_errors
-from pgfunc.cli.options import app, enough_memory, of_model, optional
-from pgfunc.errors import DeviceError, SettingError
+from pgfunc.cli.options import app, computing_device, enough_memory, of_model, optional
+from pgfunc.errors import SettingError
 from pgfunc.sample import whole
 
 Name = Annotated[
@@ -35,7 +35,7 @@ Dtype = Annotated[
     of_model("--dtype", help="Dtype of the weights. Default: that of the checkpoint, bfloat16 for random weights."),
 ]
 
-MOST_THREADS = 1024  # with a million the process ends
+MOST_THREADS = 1024  # PyTorch crashes if asked for a million threads
 
 LABELS = {
     "load": "load, read once", "draw": "random weights", "vision": "vision", "prefill": "prefill, with vision",
@@ -93,9 +93,7 @@ def bench(
     case = Case(batch, prompt_tokens, tokens, slots, repeat, compile, tuple(stage or STAGES))
     if threads is not None:
         whole("threads", threads, 1, MOST_THREADS)
-    where = as_device(device)
-    if where.type == "meta":
-        raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to measure; name another")
+    where = computing_device(device, "measure")
     subject = check(case, model, config, dtype, quantize, where)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -150,7 +148,7 @@ def measure(subject: Subject, case: Case, device: torch.device) -> tuple[dict[st
     machine = measuring.measure(device, subject.precision)
     name = f"{subject.config}, random weights" if subject.random else subject.model or "the shipped checkpoint"
     conditions = {
-        "model": name, "dtype": str(subject.precision).removeprefix("torch."), "quantize": subject.quantize,
+        "model": name, "dtype": pg.tree.dtype_name(subject.precision), "quantize": subject.quantize,
         "hardware": measuring.hardware(device), "device": str(device),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "image_tokens": subject.cfg.vision.tokens,
     } | asdict(case) | machine._asdict()  # fmt: skip

@@ -49,7 +49,7 @@ def convert(
         typer.Argument(help="A folder to make, in Hugging Face layout, or a .npz, as big_vision's.", metavar="TARGET"),
     ],
     config: options.Config = None,
-    tokenizer: options.Vocabulary = None,
+    tokenizer: options.Tokenizer = None,
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     force: options.Force = False,
@@ -69,7 +69,7 @@ def merge(
     target: Annotated[Path, typer.Argument(help="A folder to make, in Hugging Face layout.", metavar="TARGET")],
     model: options.ModelName = None,
     config: options.Config = None,
-    tokenizer: options.Vocabulary = None,
+    tokenizer: options.Tokenizer = None,
     force: options.Force = False,
 ) -> None:
     """Add a LoRA adapter to the model that it was trained on, and save the result as a model.

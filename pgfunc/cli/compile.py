@@ -26,7 +26,8 @@ def compile(
     folder: Annotated[Path, typer.Argument(help="Folder to add the code to.", metavar="FOLDER")],
     model: options.ModelName = None,
     batch: Annotated[
-        int, typer.Option("--batch", help="Rows of pg.generate. The commands, such as caption, use 1.")
+        int,
+        typer.Option("--batch", help="Pictures per batch. Commands such as caption use 1; pg.generate may use more."),
     ] = 1,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", help="Text tokens in a prompt. The code also serves slightly longer ones.")

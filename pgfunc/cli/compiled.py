@@ -18,6 +18,7 @@ from pgfunc.errors import SettingError
 from pgfunc.files.atomic import write_text
 
 MADE_FOR = "made-for.json"  # in a folder of compiled code: the platform that the code is for, and its maker
+NO_COMPILER = "check that a C++ compiler is installed, or leave out --compile"
 MAKER = "maker"  # the key of the maker: a random number that stands for a user on a machine
 
 
@@ -52,9 +53,10 @@ def compiling(compile: bool, folder: Path | None, device: torch.device) -> Itera
         check_platform(folder, platform_of(device))
     before = set(compiled_files(folder)) if folder else set()
     code_folder = pg.compiled_in(folder) if folder else nullcontext()
-    with compiler_errors("is there a C++ compiler? It runs without --compile"), code_folder:
+    with compiler_errors(NO_COMPILER), code_folder:
         if folder is not None and is_foreign(folder):
             print_note(f"{folder} was made elsewhere, and its code is run: trust its author, or compile it here")
+            remember_maker(folder)
         yield
     if folder and before and set(compiled_files(folder)) - before:
         print_note(f"{folder} had no code for this; the code was compiled and added")
@@ -88,14 +90,22 @@ def read_made_for(folder: Path) -> dict[str, Any] | None:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether another user, or another machine, made a folder. A valid maker is remembered, and accepted next time."""
-    maker, known = str((read_made_for(folder) or {}).get(MAKER)), makers()
-    if re.fullmatch("[0-9a-f]{32}", maker) is None:
-        return True
-    if maker not in known:
+    """Whether another user, or another machine, made a folder. A folder without a valid maker is foreign."""
+    maker = maker_of(folder)
+    return maker is None or maker not in makers()
+
+
+def remember_maker(folder: Path) -> None:
+    """Add the maker of a folder to the known makers, if it is valid: its folders are no longer foreign."""
+    if maker := maker_of(folder):
         with suppress(OSError), makers_file().open("a") as file:
             file.write(f"{maker}\n")
-    return maker not in known
+
+
+def maker_of(folder: Path) -> str | None:
+    """The maker that a folder of code records; None if that is not a valid number."""
+    maker = str((read_made_for(folder) or {}).get(MAKER))
+    return maker if re.fullmatch("[0-9a-f]{32}", maker) else None
 
 
 def makers() -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import pgfunc as pg
 from pgfunc.checkpoint import shipped
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_file, check_pictures, exit_if_skipped, print_result, read_each
+from pgfunc.cli.options import app, check_distinct, check_file, check_pictures, exit_if_skipped, print_result, read_each
 from pgfunc.errors import NumericalError, SettingError
 from pgfunc.files.atomic import replacing
 from pgfunc.files.outputs import check_apart, write_errors
@@ -91,6 +91,7 @@ def classify(
         raise SettingError(f"--template {template!r}: expected a {{}} where the label goes")
     if not all(name.strip() for name in label):
         raise SettingError("--label is empty; name what may be in the picture")
+    check_distinct("--label", label)
     loaded = pg.load_siglip(model, dtype, device)
     ids = pg.dual_prompt.text_ids(loaded, [template.replace("{}", name) for name in label])
     texts = pg.dual.embed_texts(loaded.params, ids, loaded.cfg)

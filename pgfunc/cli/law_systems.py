@@ -12,10 +12,10 @@ from hypothesis.strategies import SearchStrategy
 
 import pgfunc as pg
 from pgfunc import laws
-from pgfunc.checkpoint import as_device
-from pgfunc.cli.compiled import compiler_errors
+from pgfunc.cli.compiled import NO_COMPILER, compiler_errors
 from pgfunc.cli.locate import mask_decoder_beside
-from pgfunc.errors import DeviceError, SettingError
+from pgfunc.cli.options import computing_device
+from pgfunc.errors import SettingError
 from pgfunc.laws import LAWS, Law, System
 from pgfunc.objects import segment
 
@@ -34,9 +34,7 @@ def from_checkpoint(
     model: str | None, device: str | None, dtype: str | None, quantize: str | None, compile: bool, config: str | None
 ) -> System:
     """The checkpoint run as the options say, with its tokenizer, and with its mask decoder if it has one."""
-    torch_device, mask_decoder = as_device(device), mask_decoder_beside(model)
-    if torch_device.type == "meta":
-        raise DeviceError("device meta has shapes but no arithmetic, so there is nothing to check; name another")
+    torch_device, mask_decoder = computing_device(device, "check"), mask_decoder_beside(model)
     loaded = pg.load(model, dtype or "float32", torch_device, config, quantize=quantize)
     vq = segment.load(mask_decoder, torch_device) if mask_decoder.exists() else ()
     adapt = laws.compiled if compile else laws.eager
@@ -48,33 +46,33 @@ def from_checkpoint(
 
 def check_compiler(system: System) -> None:
     """Take one step first, so that a missing compiler is reported as such and not as a broken law."""
-    with compiler_errors("is there a C++ compiler? It runs without --compile"):
+    with compiler_errors(NO_COMPILER):
         prompt = laws.prompt(laws.Rows((1,), (0,), images=0), system.vocab, system.image_size)
         system.decode(prompt.tokens[:, 0], system.prefill(prompt, 1)[1])
 
 
-def from_adapter(adapter: str) -> System | SearchStrategy[System]:
+def import_system(path: str) -> System | SearchStrategy[System]:
     """The object that `module:object` names: a System, a strategy that draws Systems, or a function that returns one.
 
     The module is also looked for in the working directory. Raises SettingError if it cannot be imported, or holds
     something else under that name.
     """
-    module_name, _, name = adapter.partition(":")
+    module_name, _, name = path.partition(":")
     if not (module_name and name):
-        raise SettingError(f"adapter is {adapter!r}, expected module:object")
+        raise SettingError(f"system is {path!r}, expected module:object")
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = import_module(module_name)
     except ImportError as error:
-        raise SettingError(f"adapter {adapter}: {error}") from error
+        raise SettingError(f"system {path}: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not hasattr(module, name):
-        raise SettingError(f"adapter {adapter}: the module has no {name}")
+        raise SettingError(f"system {path}: the module has no {name}")
     system = getattr(module, name)
     system = system() if callable(system) and not isinstance(system, (System, SearchStrategy)) else system
     if not isinstance(system, (System, SearchStrategy)):
-        raise SettingError(f"adapter {adapter} is a {type(system).__name__}, expected a pgfunc.laws.System")
+        raise SettingError(f"system {path} is a {type(system).__name__}, expected a pgfunc.laws.System")
     return system
 
 

@@ -21,15 +21,20 @@ from pgfunc.errors import SettingError
 if TYPE_CHECKING:
     from pgfunc.laws import Result
 
-EXAMPLES, DEEP = 20, 2000
+EXAMPLES, DEEP = 20, 2000  # EXAMPLES equals that of `laws.check`, which cannot be imported without Hypothesis
 
 
 @app.command()
 def laws(
     model: options.CheckpointName = None,
-    adapter: Annotated[
+    system: Annotated[
         str | None,
-        optional("--adapter", help="module:object, your own pgfunc.laws.System, to check instead.", metavar="NAME"),
+        optional(
+            "--system",
+            "--adapter",  # the former name
+            help="Check your own implementation: module:object that names a pgfunc.laws.System.",
+            metavar="NAME",
+        ),
     ] = None,
     law: Annotated[list[str] | None, optional("--law", help="Check only this law; repeatable.", metavar="LAW")] = None,
     examples: Annotated[int, typer.Option("--examples", help="Examples of each law.")] = EXAMPLES,
@@ -38,7 +43,10 @@ def laws(
     dtype: Annotated[str | None, optional("--dtype", help="float32 (the default), bfloat16 or float16.")] = None,
     quantize: options.Quantize = None,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the decode step, for each batch size and cache size: minutes.")
+        bool,
+        typer.Option(
+            "--compile", help="Compile the decode step, for each batch size and cache size. This takes minutes."
+        ),
     ] = False,
     config: options.Config = None,
     as_json: options.Json = False,
@@ -57,12 +65,12 @@ def laws(
     checkpoint = {
         "model": model, "device": device, "dtype": dtype, "quantize": quantize, "compile": compile, "config": config,
     }  # fmt: skip
-    if adapter is not None and any(checkpoint.values()):
+    if system is not None and any(checkpoint.values()):
         option = next(name for name, value in checkpoint.items() if value)
-        raise SettingError(f"--{option} is for a checkpoint, and --adapter names another implementation")
+        raise SettingError(f"--{option} is for a checkpoint, and --system names another implementation")
     with enough_memory("give --dtype bfloat16 or --device cpu"), law_systems.temporary_examples():
-        system = law_systems.from_checkpoint(**checkpoint) if adapter is None else law_systems.from_adapter(adapter)
-        searches = pglaws.checks(system, chosen, examples=DEEP if deep else examples)
+        checked = law_systems.from_checkpoint(**checkpoint) if system is None else law_systems.import_system(system)
+        searches = pglaws.checks(checked, chosen, examples=DEEP if deep else examples)
         results = list(tqdm(searches, total=len(chosen), unit="law", leave=False, disable=None))
     if as_json:
         for result in results:

@@ -104,15 +104,15 @@ def add_object_command(name: str, help: str) -> None:
         dtype: options.Dtype = None,
         quantize: options.Quantize = None,
         config: options.Config = None,
-        tokenizer: options.Vocabulary = None,
+        tokenizer: options.Tokenizer = None,
         as_json: options.Json = False,
     ) -> None:
-        images, names = split_targets(name, targets, label, prompt)
+        images, label_text = split_targets(name, targets, label, prompt)
         inputs = [*images, model or shipped(), adapter, masks, config, tokenizer, font]
         drawings = drawing_paths(images, out, inputs)
         if coco_file:
             check_coco(coco_file, inputs, drawings)
-        prefix = TASKS[name].format(unmarked(names, 1))
+        prefix = TASKS[name].format(unmarked(label_text, 1))
         fonts.candidates(font)  # raises SettingError if it is not a font
         Settings(temperature, top_k, top_p, min_p)  # raises SettingError for a value outside its range
         decoder = mask_decoder_path(masks, model) if name == "segment" else None
@@ -136,20 +136,22 @@ def split_targets(
     if labels and prompt:
         raise PromptError("--label and --prompt both say what to look for; give one of them")
     if labels or prompt:
-        option, names = ("--label", pg.detect.join_labels(labels)) if labels else ("--prompt", prompt or "")
+        option, label_text = ("--label", pg.detect.join_labels(labels)) if labels else ("--prompt", prompt or "")
         if not path_exists(targets[-1]):
-            raise PromptError(f"{targets[-1]}: no such file; {option} already says what to look for: {names!r:.80}")
+            raise PromptError(
+                f"{targets[-1]}: no such file; {option} already says what to look for: {label_text!r:.80}"
+            )
         check_pictures(targets)
-        return targets, names
-    *images, names = targets
-    if not images or not names.strip() or (path_exists(names) and Path(names).is_file()):
+        return targets, label_text
+    *images, label_text = targets
+    if not images or not label_text.strip() or (path_exists(label_text) and Path(label_text).is_file()):
         raise PromptError(f"{command} needs to know what to look for: pgfunc {command} photo.jpg 'cat'")
     words = [image for image in images if not path_exists(image) and not Path(image).suffix]
     if words:
-        several = " ".join(f"--label {shlex.quote(word)}" for word in [*words, names])
+        several = " ".join(f"--label {shlex.quote(word)}" for word in [*words, label_text])
         raise PromptError(f"{words[0]}: no such file; to look for several things: {several:.200}")
     check_pictures(images)
-    return images, names
+    return images, label_text
 
 
 def mask_decoder_path(masks: Path | None, model: str | None) -> Path:

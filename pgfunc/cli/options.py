@@ -18,7 +18,8 @@ import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.errors import CONTROL_CHARACTERS, ImageError, NumericalError, SettingError, escape_controls
+from pgfunc.checkpoint import as_device
+from pgfunc.errors import CONTROL_CHARACTERS, DeviceError, ImageError, NumericalError, SettingError, escape_controls
 from pgfunc.files.outputs import check_name
 from pgfunc.quant.lowbit import GROUPS
 
@@ -36,7 +37,7 @@ def hints(command: str, arguments: dict[str, Any]) -> Iterator[str]:
     if command in ON_PICTURES and arguments["model"] is None and sys.stderr.isatty():
         option = "--model" if command in ("embed", "classify") else "--model or PGFUNC_MODEL"
         yield (
-            "the shipped checkpoint knows drawn scenes of 201 things and coloured shapes, but no photographs; "
+            "the shipped checkpoint knows drawn scenes of 201 things and colored shapes, but no photographs; "
             f"choose another with {option}, or hide this hint with --quiet"
         )
 
@@ -87,7 +88,7 @@ of_output = partial(typer.Option, rich_help_panel=OUTPUT)
 Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
 NAMED = "Checkpoint: a folder, a .npz file or a Hugging Face hub id. Default: the shipped checkpoint."
 ModelName = Annotated[str | None, of_model("--model", envvar="PGFUNC_MODEL", help=NAMED)]
-CheckpointName = Annotated[str | None, of_model("--model", help=NAMED)]
+CheckpointName = Annotated[str | None, of_model("--model", help=NAMED)]  # does not read PGFUNC_MODEL
 Adapter = Annotated[str | None, of_model("--adapter", help="LoRA adapter for the model: a folder or a hub id.")]
 Device = Annotated[
     str | None, of_model("--device", help="cpu, cuda or cuda:1. Default: cuda if there is a GPU, otherwise cpu.")
@@ -105,9 +106,7 @@ Config = Annotated[
         help="Configuration of a .npz: a published name such as paligemma2-3b-224, a config.json or its folder.",
     ),
 ]
-Vocabulary = Annotated[
-    str | None, of_model("--tokenizer", help="A tokenizer.json, for a .npz or a folder without one.")
-]
+Tokenizer = Annotated[str | None, of_model("--tokenizer", help="A tokenizer.json, for a .npz or a folder without one.")]
 
 MaxNewTokens = Annotated[int, of_decoding("--max-new-tokens", help="Largest number of tokens in an answer.")]
 Temperature = Annotated[
@@ -167,6 +166,21 @@ def enough_memory(remedy: str) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise  # a CPU's allocator raises a plain RuntimeError
         raise SettingError(f"not enough memory on the device: {remedy}") from error
+
+
+def computing_device(name: str | None, purpose: str) -> torch.device:
+    """The device with this name. Raises DeviceError for meta, where there is nothing to check or to measure."""
+    device = as_device(name)
+    if device.type == "meta":
+        raise DeviceError(f"device meta has shapes but no arithmetic, so there is nothing to {purpose}; name another")
+    return device
+
+
+def check_distinct(option: str, texts: Sequence[str]) -> None:
+    """Raise SettingError if two texts of an option are equal: results are listed by text, so one would be lost."""
+    for text in texts:
+        if texts.count(text) > 1:
+            raise SettingError(f"{option} {text!r:.80} is repeated; name it once")
 
 
 def check_file(path: Path) -> None:

@@ -14,6 +14,7 @@ from pgfunc.cli import options
 from pgfunc.cli.compiled import compiling
 from pgfunc.cli.options import (
     app,
+    check_distinct,
     check_pictures,
     exit_if_skipped,
     note_if_cut_off,
@@ -55,7 +56,7 @@ def add_text_command(name: str, template: str | None, help: str, prompt_help: st
         dtype: options.Dtype = None,
         quantize: options.Quantize = None,
         config: options.Config = None,
-        tokenizer: options.Vocabulary = None,
+        tokenizer: options.Tokenizer = None,
         as_json: options.Json = False,
     ) -> None:
         check_pictures(images)
@@ -109,7 +110,7 @@ def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
     if template and "{}" not in template:
         return template if prompt is None else unmarked(prompt, 1)
     if not prompt:
-        raise PromptError(f"{command} needs a question: --prompt 'what colour is the car?'" if template else
+        raise PromptError(f"{command} needs a question: --prompt 'what color is the car?'" if template else
                           f"{command} needs a prefix: --prompt 'caption en'")  # fmt: skip
     return (template or "{}").format(unmarked(prompt, 1))
 
@@ -146,7 +147,7 @@ add_text_command(
 )  # fmt: skip
 add_text_command(
     "ask", TASKS["ask"], "Answer a question about each picture.",
-    "The question, such as 'what colour is the car?'. Required.",
+    "The question, such as 'what color is the car?'. Required.",
 )  # fmt: skip
 add_text_command(
     "ocr", TASKS["ocr"], "Read the text in each picture.",
@@ -169,11 +170,12 @@ def score(
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     config: options.Config = None,
-    tokenizer: options.Vocabulary = None,
+    tokenizer: options.Tokenizer = None,
     as_json: options.Json = False,
 ) -> None:
     """Rank possible answers by their log-probability, for each picture."""
     check_pictures(images)
+    check_distinct("--candidate", candidate)
     loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
     skipped: list[str] = []
     for image, picture in read_each(images, partial(open_image, side=loaded.cfg.vision.image_size), skipped):

@@ -24,11 +24,11 @@ class State(NamedTuple):
 def transformers(model: Any, cfg: Config, name: str = "transformers", marked: bool = True) -> System:
     """The system of a `PaliGemmaForConditionalGeneration` with this configuration.
 
-    If `marked` is false, the model is not told which tokens are the suffix (`token_type_ids`); it accepts that. A
+    If `marked` is false, the model is not told which tokens are the suffix (`token_type_ids`); the model allows this. A
     PaliGemma 2 needs eager attention, because its other implementation ignores softcaps.
     """
 
-    # transformers 5.24 renamed the argument
+    # transformers 5.24 renamed `past_key_values` to `cache`
     cache_argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def inputs(prompt: Prompt) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class Result(NamedTuple):
     worst: float = 0.0  # if the law is broken, the error of the counterexample
     tolerance: float = 0.0
     counterexample: str = ""
-    why: str = ""  # the missing functions, or the exception that an example raised
+    why: str = ""  # what is absent (functions, or "such examples"), or the exception that an example raised
 
 
 def law(

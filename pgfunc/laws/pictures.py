@@ -25,7 +25,7 @@ def pixels_lie_between_black_and_white(system: System, example: Picture) -> floa
     return float((pixels.abs().max() - 1).clamp(min=0)) if square and not pixels.isnan().any() else inf
 
 
-@law("A picture of one colour keeps one colour; in modes L and RGB its numbers are level / 127.5 - 1.",
+@law("A picture of one color keeps one color; in modes L and RGB its numbers are level / 127.5 - 1.",
      needs="pixels", domain=pictures, within=1e-6, reason="float32")  # fmt: skip
 def one_colour_stays_what_it_is(system: System, example: Picture) -> float:
     point = picture(example._replace(width=1, height=1))

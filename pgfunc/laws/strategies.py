@@ -81,16 +81,16 @@ def splits(rows: SearchStrategy[Rows]) -> SearchStrategy[Split]:
 # --- text and pictures ------------------------------------------------------------------------------------------------
 
 # control tokens, text that looks like a <loc> token or a byte, and text that tokenizers and terminals treat specially
-names = st.sampled_from([
+fragments = st.sampled_from([
     "<pad>", "<eos>", "<bos>", "<unk>", "<image>", "<mask>", "<bos", "<<bos>>", "bos>", "<loc0000>", "<loc1023>",
     "<loc1024>", "<loc1>", "<seg000>", "<seg127>", "<0x41>", "\n", "\r\n", "\t", " ", "▁", "\x00", "\x1b[0m",
     "\ufeff", "\u202e", "\u200d", "e\u0301", "\ufffd", "0", "a",
 ])  # fmt: skip
-hostile = st.text() | st.lists(names | st.text(max_size=5)).map("".join)
+hostile = st.text() | st.lists(fragments | st.text(max_size=5)).map("".join)
 
-WORD = re.compile("<(?:loc[0-9]{4}|seg[0-9]{3})>")
+TOKEN = re.compile("<(?:loc[0-9]{4}|seg[0-9]{3})>")
 # labels of objects in a text, where a semicolon ends an object
-labels = (st.text(max_size=12) | hostile).map(str.strip).filter(lambda text: ";" not in text and not WORD.search(text))
+labels = (st.text(max_size=12) | hostile).map(str.strip).filter(lambda text: ";" not in text and not TOKEN.search(text))
 
 MODES = [
     "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16",
@@ -114,7 +114,7 @@ def picture(example: Picture) -> Image.Image:
     """The picture that the example describes."""
     size = (example.width, example.height)
     generator = torch.Generator().manual_seed(example.seed)
-    if example.mode in ("I", "F"):  # other numbers than levels are refused, so random bytes would be
+    if example.mode in ("I", "F"):  # random bytes would not be valid levels
         share = torch.rand(example.height, example.width, generator=generator)
         levels = (share * 65_535).int() if example.mode == "I" else share * 255
         return Image.fromarray(levels.numpy())

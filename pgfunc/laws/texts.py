@@ -13,10 +13,10 @@ from pgfunc.laws.strategies import Strategies
 from pgfunc.laws.system import Edges, System
 
 STEPS = 1023  # between the first and the last <loc> position along a side
-SLOTS, CODES = 16, 128  # mask codes for each mask, and the number of different codes
+CODES_PER_MASK, CODEBOOK_SIZE = 16, 128
 
 
-class Words(NamedTuple):
+class Text(NamedTuple):
     """A text."""
 
     text: str
@@ -26,7 +26,7 @@ class Between(NamedTuple):
     """A `<loc....>` or `<seg...>` token between two texts."""
 
     left: str
-    word: str
+    token: str
     right: str
 
 
@@ -55,20 +55,21 @@ class Masks(NamedTuple):
     seed: int
 
 
-class Codes(NamedTuple):
+class RandomCodes(NamedTuple):
     """The number of masks with random codes, and their seed."""
 
     masks: int
     seed: int
 
 
-def words(system: System, strategies: Strategies) -> SearchStrategy[Words]:
-    return st.builds(Words, strategies.text)
+def texts(system: System, strategies: Strategies) -> SearchStrategy[Text]:
+    return st.builds(Text, strategies.text)
 
 
 def between(system: System, strategies: Strategies) -> SearchStrategy[Between]:
-    words = st.integers(0, STEPS).map("<loc{:04d}>".format) | st.integers(0, CODES - 1).map("<seg{:03d}>".format)
-    return st.builds(Between, strategies.text, words, strategies.text)
+    locations, codes = st.integers(0, STEPS), st.integers(0, CODEBOOK_SIZE - 1)
+    tokens = locations.map("<loc{:04d}>".format) | codes.map("<seg{:03d}>".format)
+    return st.builds(Between, strategies.text, tokens, strategies.text)
 
 
 def box_edges(vertical: Any, horizontal: Any) -> Any:
@@ -79,8 +80,8 @@ def box_edges(vertical: Any, horizontal: Any) -> Any:
 
 def objects(labels: SearchStrategy[str], span: SearchStrategy[Any]) -> SearchStrategy[Any]:
     """Up to four different labels with boxes."""
-    labelled = st.tuples(labels, st.builds(box_edges, span, span))
-    return st.lists(labelled, max_size=4, unique_by=lambda pair: pair[0]).map(tuple)
+    labeled = st.tuples(labels, st.builds(box_edges, span, span))
+    return st.lists(labeled, max_size=4, unique_by=lambda pair: pair[0]).map(tuple)
 
 
 def boxes(system: System, strategies: Strategies) -> SearchStrategy[Boxes]:
@@ -98,23 +99,23 @@ def ellipses(system: System, strategies: Strategies) -> SearchStrategy[Masks]:
     return st.builds(Masks, side, side, labels, strategies.seeds)
 
 
-def codes(system: System, strategies: Strategies) -> SearchStrategy[Codes]:
-    return st.builds(Codes, st.integers(1, 9), strategies.seeds)
+def random_codes(system: System, strategies: Strategies) -> SearchStrategy[RandomCodes]:
+    return st.builds(RandomCodes, st.integers(1, 9), strategies.seeds)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
 @law("Decoding the token ids of a text gives that text, except that ▁ becomes a space.",
-     needs="to_ids to_text", domain=words)  # fmt: skip
-def text_comes_back(system: System, example: Words) -> float:
+     needs="to_ids to_text", domain=texts)  # fmt: skip
+def text_comes_back(system: System, example: Text) -> float:
     return float(system.to_text(system.to_ids(example.text)) != example.text.replace("▁", " "))
 
 
 @law("A <loc....> or <seg...> word is one token, whatever text is beside it.", needs="to_ids", domain=between)
 def places_and_codes_are_one_token(system: System, example: Between) -> float:
-    left, word, right = map(system.to_ids, example)
-    return float(len(word) != 1 or system.to_ids("".join(example)) != [*left, *word, *right])
+    left, token, right = map(system.to_ids, example)
+    return float(len(token) != 1 or system.to_ids("".join(example)) != [*left, *token, *right])
 
 
 # --- boxes and masks --------------------------------------------------------------------------------------------------
@@ -195,10 +196,10 @@ def ellipse(width: int, height: int, seed: int) -> Tensor:
     return (y / (1 + c * height / 2)) ** 2 + (x / (1 + d * width / 2)) ** 2 < 1
 
 
-@law("The codes of the features of mask codes are the same mask codes.", needs="features codes", domain=codes)
-def mask_codes_come_back(system: System, example: Codes) -> float:
+@law("The codes of the features of mask codes are the same mask codes.", needs="features codes", domain=random_codes)
+def mask_codes_come_back(system: System, example: RandomCodes) -> float:
     generator = torch.Generator().manual_seed(example.seed)
-    codes = torch.randint(0, CODES, (example.masks, SLOTS), generator=generator)
+    codes = torch.randint(0, CODEBOOK_SIZE, (example.masks, CODES_PER_MASK), generator=generator)
     return float((system.codes(system.features(codes)) != codes).sum())
 
 

@@ -51,7 +51,7 @@ class TextConfig:
     head_dim: int
     hidden: int
     query_scale: float  # multiplies q·k
-    padding: int = 0  # embedding rows after the vocabulary: random numbers that are never read or written
+    padding: int = 0  # embedding rows after the vocabulary; no token uses them
     masked: tuple = ()  # ranges (first, end) of ids below `vocab` that are not tokens: their logits are -inf
     attention_softcap: float = 0.0  # 0 means none
     final_softcap: float = 0.0  # 0 means none

@@ -1,8 +1,7 @@
 """The exceptions that a caller can catch. Each message is one line: what is wrong, where, and what to do.
 
-`PgfuncError` is the base class. The command line prints the message and exits with status 2; no other part of the
-package turns an error into text. Messages name Python arguments, such as `dtype=`; `with_options` replaces them by
-command-line options.
+`PgfuncError` is the base class. The command line prints the message and exits with status 2. Messages name Python
+arguments, such as `dtype=`; `with_options` replaces them by command-line options.
 """
 
 import re
@@ -53,7 +52,7 @@ class DataError(PgfuncError, ValueError):
 
 
 class SettingError(PgfuncError, ValueError):
-    """A setting, such as the temperature or top-p, is outside its range."""
+    """A setting, an option or an output path cannot be used, or a package that it needs is missing."""
 
 
 class NumericalError(PgfuncError, ArithmeticError):
@@ -61,7 +60,7 @@ class NumericalError(PgfuncError, ArithmeticError):
 
 
 class DeviceError(PgfuncError, RuntimeError):
-    """A device does not exist on this machine."""
+    """A device does not exist on this machine, or cannot do what was asked."""
 
 
 def printable(message: str) -> str:

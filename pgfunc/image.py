@@ -12,7 +12,7 @@ If the type does not tell the range of the values, the largest value does:
     arrays of integers              uint8 or uint16, of either byte order; other dtypes do not tell their range
     arrays of three axes            the last axis is the channels
 
-Values outside these ranges are an error. If a file has 16 bits per colour channel, Pillow keeps the upper 8.
+Values outside these ranges are an error. If a file has 16 bits per color channel, Pillow keeps the upper 8.
 
 Reading a file takes 8 bytes of memory per pixel, and up to 16 for WebP and rare modes; Pillow opens 89 million pixels.
 This module changes no state of the process. If a file has damaged metadata, Pillow may warn; the caller's warning
@@ -69,7 +69,7 @@ def open_image(source: Source, side: int = 0) -> Image.Image:
     image = decode(source)
     if Image.MAX_IMAGE_PIXELS is not None and side * max(image.size) > Image.MAX_IMAGE_PIXELS:
         size = f"{image.width} x {image.height}"
-        raise ImageError(f"{name_of(source)}: too many pixels in a row ({size}); cut the picture into parts")
+        raise ImageError(f"{name_of(source)}: too long and narrow ({size}); cut the picture into parts")
     upright = Image.new("RGB", image.size)
     for rows in bands(*image.size):
         upright.paste(_to_rgb(image.crop((0, rows.start, image.width, rows.stop))), (0, rows.start))
@@ -223,11 +223,10 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ImageError(
             f"an array of shape {array.shape} is not a picture; expected height x width (x 1, 3 or 4){first}"
         )
-    if np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):
-            raise ImageError("a picture of floating point numbers must lie in [0, 1]; divide 8-bit levels by 255")
-        array = _to_8_bit_levels(array)
-    elif np.issubdtype(array.dtype, np.uint16):  # of either byte order
+    floats = np.issubdtype(array.dtype, np.floating)
+    if floats and not (array.min() >= 0 and array.max() <= 1):
+        raise ImageError("a picture of floating point numbers must lie in [0, 1]; divide 8-bit levels by 255")
+    if floats or np.issubdtype(array.dtype, np.uint16):  # of either byte order
         array = _to_8_bit_levels(array)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255

@@ -3,8 +3,8 @@
     [image tokens] <bos> prefix \\n | suffix <eos>
 
 The tokens left of the bar attend to each other in both directions; those right of it are causal. The newline is
-tokenized separately, as in big_vision: in one string, a prefix that ends in a newline would merge with it. `TASKS` has
-the prefixes of the tasks with a command of their own, as the mix checkpoints were trained on them.
+tokenized separately, as in big_vision: in one string, a prefix that ends in a newline would merge with it. `TASKS`
+maps each command to its prefix, as in the training of the mix checkpoints.
 
 A prefix may begin with one `<image>` per picture, as for transformers' processor; these markers are removed.
 """
@@ -72,7 +72,7 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     sources = [source for row in rows for source in row.images]
     distinct = {id(source): source for source in sources}  # a picture in several rows is decoded once
     pixels = {key: image.pixels(source, cfg) for key, source in distinct.items()}
-    shared = len({tuple(map(id, row.images)) for row in rows}) == 1  # by all rows, so one copy is stored
+    shared = len({tuple(map(id, row.images)) for row in rows}) == 1  # all rows have the same pictures
     stored = rows[0].images if shared else sources
     stacked = (
         torch.stack([pixels[id(source)] for source in stored])

@@ -1,4 +1,4 @@
-"""The SigLIP vision encoder (Zhai et al. 2023; big_vision `models/vit.py`): pictures -> one vector a patch.
+"""The SigLIP vision encoder (Zhai et al. 2023; big_vision `models/vit.py`): pictures -> one vector per patch.
 
 Also the transformer block, which SigLIP's text encoder shares (`siglip_dual`), and the head that pools the patches into
 one vector, which PaliGemma does not use. Axes: n pictures or texts, p patches or tokens, s the sequence that attention
@@ -100,7 +100,7 @@ def patchify(pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig) -> Float[Tenso
 def encode_image(
     p: Params, pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig, tap: Tap = identity, wrap: Wrap = plain
 ) -> Float[Tensor, "n p d"]:
-    """Pictures with values in [-1, 1] -> the encoder's normalised output, one vector a patch. `wrap` is for `block`."""
+    """Pictures with values in [-1, 1] -> the encoder's normalized output: a vector per patch. `wrap` is for `block`."""
     patches = patchify(pixels.to(p.patch.dtype), cfg)
     x = linear(patches, rearrange(p.patch, "d c y x -> d (c y x)"), p.patch_bias)
     if cfg.position == "learned":
@@ -115,7 +115,7 @@ def encode_image(
 def block(
     p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig | SiglipTextConfig, tap: Tap = identity, turn: Turn = ()
 ) -> Float[Tensor, "n p d"]:
-    """Attention and MLP, each on a normalised copy that is added back."""
+    """Attention and MLP, each on a normalized copy that is added back."""
     normed = layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps)
     x = tap("resid_mid", x + attention(p, normed, normed, cfg, tap, turn))
     return tap("resid_post", x + mlp(p, layer_norm(x, p.norm2_scale, p.norm2_bias, cfg.eps), tap))
@@ -149,7 +149,7 @@ def mlp(p: Layer | Head, x: Float[Tensor, "n p d"], tap: Tap = identity) -> Floa
 
 
 def pool(p: Head, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap: Tap = identity) -> Float[Tensor, "n d"]:
-    """The encoder's output -> one vector a picture; in whatever order the patches stand."""
+    """The encoder's output -> one vector per picture; the order of the patches does not matter."""
     probe = repeat(p.probe, "one d -> n one d", n=x.shape[0])
     # the query's own vector is not added back: the head's residual starts after its attention (big_vision vit.py)
     x = tap("resid_mid", attention(p, probe, x, cfg, tap))

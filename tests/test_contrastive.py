@@ -233,7 +233,7 @@ def test_recall_needs_k_within_the_batch(k):
 
 def test_different_numbers_of_pictures_and_texts_are_an_error():
     zero = torch.zeros(())
-    with pytest.raises(SettingError, match="3 and 2 vectors"):
+    with pytest.raises(SettingError, match="expected as many pictures as texts, found 3 and 2"):
         rows_loss("sigmoid", torch.randn(3, 4), torch.randn(2, 4), zero, zero, 0, None)
 
 

@@ -1,4 +1,4 @@
-"""Drawing: objects are coloured, labels stay inside the picture, and no other pixel changes."""
+"""Drawing: objects are colored, labels stay inside the picture, and no other pixel changes."""
 
 from time import process_time
 
@@ -71,15 +71,15 @@ def test_an_outline_lies_on_the_edges_of_its_box_and_grows_with_the_picture(size
     assert not touched[round(0.5 * height), round(0.6 * width) : round(0.8 * width)].any(), "only the edges are drawn"
 
 
-def test_a_mask_is_translucent_inside_its_edge_and_colours_only_its_pixels():
+def test_a_mask_is_translucent_inside_its_edge_and_colors_only_its_pixels():
     mask = torch.zeros(480, 640, dtype=torch.bool)
     mask[300:400, 200:260] = True
     item = segment.from_mask("", mask)._replace(box=Box(0, 0, 480, 640))
     drawn = pixels(draw.objects(grey(640, 480), [item]))
-    colour = np.array(draw.COLOURS[0])
-    assert (drawn[300:400, 200:203] == colour).all(), "the edge is three pixels wide, as that of a box"
+    color = np.array(draw.COLORS[0])
+    assert (drawn[300:400, 200:203] == color).all(), "the edge is three pixels wide, as that of a box"
     assert (drawn[303:397, 203:204] == 0).all(), "one dark pixel inside the edge"
-    expected = 90 * (1 - draw.OPACITY) + colour * draw.OPACITY
+    expected = 90 * (1 - draw.OPACITY) + color * draw.OPACITY
     assert np.abs(drawn[304:396, 204:256] - expected).max() <= 1  # 8 bits
     around = drawn[200:470, 100:600].copy()
     around[100:200, 100:160] = 90
@@ -94,16 +94,16 @@ def test_the_edge_of_a_mask_is_its_pixels_near_the_outside(mask, width):
         assert edge[y, x] == (mask[y, x] and not near.all())
 
 
-def test_boxes_have_the_colour_of_their_label():
+def test_boxes_have_the_color_of_their_label():
     boxes = [Box(top, left, top + 60, left + 60) for top in (30, 150) for left in (30, 150)]
     items = [Detection(label, box) for label, box in zip(["cat", "dog", "cat", "bus"], boxes, strict=True)]
     drawn = pixels(draw.objects(grey(300, 300), items))
-    colours = [tuple(drawn[int(box.ymax) - 1, int(box.xmin) + 30]) for box in boxes]
-    assert colours == [draw.COLOURS[i] for i in (0, 1, 0, 2)]
-    assert len(set(draw.COLOURS)) == len(draw.COLOURS)
+    colors = [tuple(drawn[int(box.ymax) - 1, int(box.xmin) + 30]) for box in boxes]
+    assert colors == [draw.COLORS[i] for i in (0, 1, 0, 2)]
+    assert len(set(draw.COLORS)) == len(draw.COLORS)
 
 
-def test_masks_with_the_same_label_have_different_colours():
+def test_masks_with_the_same_label_have_different_colors():
     masks = torch.zeros(12, 90, 120, dtype=torch.bool)
     for number, mask in enumerate(masks):
         mask[10 + 20 * (number // 4) : 26 + 20 * (number // 4), 10 + 25 * (number % 4) : 30 + 25 * (number % 4)] = True
@@ -113,18 +113,18 @@ def test_masks_with_the_same_label_have_different_colours():
 
 
 @given(st.integers(0, 150))
-def test_any_number_of_colours_are_distinct(count):
-    colours = draw.palette(count)
-    assert colours == draw.palette(200)[:count], "a new label does not change the colours of others"
-    assert tuple(colours[:10]) == draw.COLOURS[:count]
-    assert len(set(colours)) == count
-    assert all(max(colour) > 128 for colour in colours), "no dark colour, because edges have a dark line"
+def test_any_number_of_colors_are_distinct(count):
+    colors = draw.palette(count)
+    assert colors == draw.palette(200)[:count], "a new label does not change the colors of others"
+    assert tuple(colors[:10]) == draw.COLORS[:count]
+    assert len(set(colors)) == count
+    assert all(max(color) > 128 for color in colors), "no dark color, because edges have a dark line"
 
 
-def test_thirty_colours_are_as_far_apart_as_ten():
+def test_thirty_colors_are_as_far_apart_as_ten():
     def closest(count: int) -> float:
-        colours = np.array(draw.palette(count))
-        return (np.abs(colours[:, None] - colours).sum(-1) + 1000 * np.eye(count)).min()
+        colors = np.array(draw.palette(count))
+        return (np.abs(colors[:, None] - colors).sum(-1) + 1000 * np.eye(count)).min()
 
     assert closest(30) >= closest(10) > 80  # of 765, in all channels together
 

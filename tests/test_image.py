@@ -164,17 +164,17 @@ RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 GREY = RAMP[:, :, None].repeat(3, axis=2)
 
 
-def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     opacity = alpha[:, :, None] / 255
-    return colour * opacity + 255 * (1 - opacity)
+    return color * opacity + 255 * (1 - opacity)
 
 
 def palette(transparency: int | bytes | None = None) -> tuple[Image.Image, np.ndarray]:
-    """A palette picture with two pixels of each of 100 colours, and its RGB values on white."""
-    colours = noise(100, 1)
+    """A palette picture with two pixels of each of 100 colors, and its RGB values on white."""
+    colors = noise(100, 1)
     index = np.arange(200, dtype=np.uint8).reshape(10, 20) // 2
     picture = Image.frombytes("P", (20, 10), index.tobytes())
-    picture.putpalette(colours.tobytes())
+    picture.putpalette(colors.tobytes())
     alpha = np.full(100, 255)
     if isinstance(transparency, int):
         picture.info["transparency"] = transparency
@@ -182,27 +182,27 @@ def palette(transparency: int | bytes | None = None) -> tuple[Image.Image, np.nd
     if isinstance(transparency, bytes):
         picture.info["transparency"] = transparency
         alpha[: len(transparency)] = list(transparency)
-    return picture, on_white(colours[index, 0], alpha[index])
+    return picture, on_white(colors[index, 0], alpha[index])
 
 
-@pytest.mark.parametrize("transparency", [None, 7, bytes(range(0, 200, 4))], ids=["none", "one colour", "shades"])
-def test_palette_pictures_have_the_colours_of_their_palette(transparency):
+@pytest.mark.parametrize("transparency", [None, 7, bytes(range(0, 200, 4))], ids=["none", "one color", "shades"])
+def test_palette_pictures_have_the_colors_of_their_palette(transparency):
     picture, expected = palette(transparency)
     for source in (picture, encoded(picture, "PNG")):
         assert np.abs(rgb(source) - expected).max() <= 1  # blending rounds to whole levels
 
 
 def test_transparent_pixels_appear_on_white():
-    colour, alpha = noise(9, 16), RAMP[:9]
-    rgba = np.dstack([colour, alpha])
-    la = Image.merge("LA", [Image.fromarray(colour[:, :, 0]), Image.fromarray(alpha)])
+    color, alpha = noise(9, 16), RAMP[:9]
+    rgba = np.dstack([color, alpha])
+    la = Image.merge("LA", [Image.fromarray(color[:, :, 0]), Image.fromarray(alpha)])
     indexed, looks = palette()
     indexed = indexed.crop((0, 0, 16, 9)).convert("PA")
     indexed.putalpha(Image.fromarray(alpha))
     cases = {
-        "RGBA": (Image.fromarray(rgba), on_white(colour, alpha)),
-        "LA": (la, on_white(colour[:, :, :1].repeat(3, 2), alpha)),
-        "La": (la.convert("La"), on_white(colour[:, :, :1].repeat(3, 2), alpha)),
+        "RGBA": (Image.fromarray(rgba), on_white(color, alpha)),
+        "LA": (la, on_white(color[:, :, :1].repeat(3, 2), alpha)),
+        "La": (la.convert("La"), on_white(color[:, :, :1].repeat(3, 2), alpha)),
         "PA": (indexed, on_white(looks[:9, :16], alpha)),
     }
     for mode, (picture, expected) in cases.items():
@@ -211,9 +211,9 @@ def test_transparent_pixels_appear_on_white():
     assert np.array_equal(rgb(encoded(Image.fromarray(rgba), "PNG")), rgb(rgba))
 
 
-def test_the_transparent_colour_of_a_picture_without_alpha_is_white():
-    grey, colour = Image.fromarray(RAMP), Image.fromarray(GREY)
-    for file in (encoded(grey, "PNG", transparency=9), encoded(colour, "PNG", transparency=(9, 9, 9))):
+def test_the_transparent_color_of_a_picture_without_alpha_is_white():
+    grey, color = Image.fromarray(RAMP), Image.fromarray(GREY)
+    for file in (encoded(grey, "PNG", transparency=9), encoded(color, "PNG", transparency=(9, 9, 9))):
         expected = GREY.copy()
         expected[0, 9] = 255
         assert np.array_equal(rgb(file), expected)
@@ -231,7 +231,7 @@ RAMPS: dict[str, image.Source] = {
     "PGM of 16 bits": b"P5 16 16 65535\n" + DEEP.astype(">u2").tobytes(),
     "uint16": DEEP,
     "big-endian uint16": DEEP.astype(">u2"),
-    "uint16 in colour": DEEP[:, :, None].repeat(3, 2),
+    "uint16 in color": DEEP[:, :, None].repeat(3, 2),
 }
 
 
@@ -302,7 +302,7 @@ MODES = ["1", "L", "P", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "L
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_of_pillow_has_the_colours_that_pillow_converts_it_to(mode):
+def test_every_mode_of_pillow_has_the_colors_that_pillow_converts_it_to(mode):
     picture = Image.fromarray(noise(9, 11)).convert("L").convert(mode)
     assert picture.mode == mode
     assert np.array_equal(
@@ -333,7 +333,7 @@ def test_cmyk_becomes_rgb_by_subtracting_the_inks_from_white():
     flat = Image.new("CMYK", (16, 16), (10, 200, 90, 30))
     file = encoded(flat, "JPEG", quality=100)
     assert Image.open(io.BytesIO(file)).mode == "CMYK"
-    assert np.abs(rgb(file) - rgb(flat)).max() <= 3  # rounding in a JPEG of one colour
+    assert np.abs(rgb(file) - rgb(flat)).max() <= 3  # rounding in a JPEG of one color
 
 
 def test_ycbcr_becomes_rgb_as_in_jfif():

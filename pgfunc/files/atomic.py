@@ -3,7 +3,7 @@
 A file is written under a temporary name beside its target, flushed to disk, and renamed. If several files of a folder
 change together, a `journal` lists the renames.
 
-    .pgfunc-TOKEN.tmp       shows that a writer is alive, which holds a lock on it; it becomes the journal
+    .pgfunc-TOKEN.tmp       its writer is alive while it holds the lock on this file; the file becomes the journal
     .pgfunc-TOKEN.0.tmp     the writer's new files; if the writer was killed, the next writer in the folder removes them
     .pgfunc-journal         a commit in progress, or one that was interrupted
 
@@ -145,7 +145,7 @@ def commit(change: Change) -> None:
     folder = change.folder
     for name in change.renames.values():
         check_target(folder, folder / name)
-    journal = folder / f".pgfunc-{change.token}.tmp"
+    journal = writer_file(folder, change.token)
     plan = {"rename": change.renames, "supersede": change.superseded, "hidden": change.hidden}
     with journal.open("wb") as file:
         file.write(json.dumps(plan).encode())
@@ -158,7 +158,7 @@ def commit(change: Change) -> None:
 
 
 def check_target(folder: Path, path: Path) -> None:
-    """Raise OSError if no file can have this name: after the commit it would be too late, it could not be completed."""
+    """Raise OSError if no file can have this name: the commit could not be completed, so this is checked before it."""
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise OSError(f"{path.parent} is a link to another folder")
     with suppress(FileNotFoundError):
@@ -171,7 +171,7 @@ def writer_token(folder: Path) -> Iterator[str]:
     """The token in the names of a writer's temporary files. The first file is locked while the block runs."""
     while True:
         token = secrets.token_hex(8)
-        path = folder / f".pgfunc-{token}.tmp"
+        path = writer_file(folder, token)
         descriptor = create(path)
         lock(descriptor, exclusive=True)
         if path.exists():
@@ -187,11 +187,16 @@ def writer_token(folder: Path) -> Iterator[str]:
             os.close(descriptor)
 
 
+def writer_file(folder: Path, token: str) -> Path:
+    """The file that a writer locks while it is alive."""
+    return folder / f".pgfunc-{token}.tmp"
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of writers that were killed, except those that a journal needs."""
     tokens = {match[1] for name in list_names(folder) if (match := TEMPORARY.fullmatch(name))}
     for token in tokens:
-        with unlocked(folder / f".pgfunc-{token}.tmp") as abandoned:
+        with unlocked(writer_file(folder, token)) as abandoned:
             if abandoned and not has_journal(folder):
                 leftovers = [name for name in list_names(folder) if name.startswith(f".pgfunc-{token}.")]
                 for name in sorted(leftovers):  # the locked file is the last

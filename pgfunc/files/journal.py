@@ -18,7 +18,8 @@ from pgfunc.errors import CheckpointError
 from pgfunc.files.locks import locked
 
 JOURNAL = ".pgfunc-journal"
-TEMPORARY = re.compile(r"\.pgfunc-([0-9a-f]{16})(\.\d+)?\.tmp")  # short: the target's name may have all of 255 bytes
+# does not contain the target's name, which may already have the maximum of 255 bytes
+TEMPORARY = re.compile(r"\.pgfunc-([0-9a-f]{16})(\.\d+)?\.tmp")
 
 PATIENCE = 0.5  # seconds; a writer that is alive completes its renames in less
 
@@ -26,7 +27,7 @@ PATIENCE = 0.5  # seconds; a writer that is alive completes its renames in less
 def publish_journal(temporary: Path) -> bool:
     """Give a journal its final name, which is the commit. Returns False if the folder has a journal already.
 
-    From then on new readers wait for its completion, so they cannot keep a writer from its lock forever.
+    From then on, new readers wait until the commit is complete, so that a writer always gets its lock.
     """
     journal = temporary.with_name(JOURNAL)
     try:

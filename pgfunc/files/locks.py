@@ -1,7 +1,7 @@
-"""Locks on files and folders, by `flock`: they leave no files behind, end with the process, and hold between threads.
+"""Locks on files and folders, by `flock`: they leave no files behind, end with the process, and exclude threads too.
 
-On systems without `flock` (Windows, some network drives) nobody waits, and no writer counts as killed. This module
-knows nothing about the files that it locks.
+On systems without `flock` (Windows, some network drives) locks do nothing, and leftovers of killed writers stay. This
+module knows nothing about the files that it locks.
 """
 
 import os
@@ -19,7 +19,7 @@ OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # no lin
 
 @contextmanager
 def unlocked(path: Path) -> Iterator[bool]:
-    """Whether no process holds the lock of a file, which is then held for the block; True if the file is gone."""
+    """Try to hold the lock of a file for the block. Yields True if that works, or if the file is gone."""
     try:
         descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)
     except OSError as error:

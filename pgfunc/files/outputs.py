@@ -1,7 +1,7 @@
 """Where output may go: never over an input, and over an existing file only if the caller allows it.
 
 These checks run before anything is computed. Links are resolved: another name of a file is the same file. Nothing here
-writes; `write_errors` turns the errors of those who do into one line.
+writes; `write_errors` turns an error of writing into one line.
 """
 
 import os
@@ -21,8 +21,8 @@ def write_errors(
 ) -> Iterator[None]:
     """Turn an OSError in the block that writes `path` into a `raises` of one line, which names the path and the reason.
 
-    option: what the message calls the path, such as `--out`. also: further exceptions to turn, of a library that
-    encodes the file.
+    option: what the message calls the path, such as `--out`. also: more exceptions to convert, from the encoder of the
+    file.
     """
     try:
         yield

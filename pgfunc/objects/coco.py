@@ -34,7 +34,8 @@ def dataset(pictures: Iterable[Picture]) -> dict[str, Any]:
     for id, picture in enumerate(pictures, 1):
         images.append({"id": id, "file_name": picture.name, "width": picture.width, "height": picture.height})
         names = [item.label for item in picture.objects]
-        entries += zip(names, annotations(picture.objects, id, dict.fromkeys(names, 0)), strict=True)
+        unnumbered = dict.fromkeys(names, 0)  # the ids of the categories are known only after the last picture
+        entries += zip(names, annotations(picture.objects, id, unnumbered), strict=True)
     categories = {name: id for id, name in enumerate(sorted({name for name, _ in entries}), 1)}
     return {
         "images": images,
@@ -92,7 +93,10 @@ def run_lengths(mask: Bool[Tensor, "y x"]) -> list[int]:
 
 
 def compress(counts: Sequence[int]) -> str:
-    """Run lengths as text: each as its difference from the one two before, in signed base 32, low digits first."""
+    """Run lengths as text: the first three as they are, each later one minus the one two before it.
+
+    The numbers are signed and in base 32, low digits first.
+    """
     differences = [count - counts[i - 2] if i > 2 else count for i, count in enumerate(counts)]
     return "".join(base32(difference) for difference in differences)
 

@@ -165,6 +165,6 @@ def confidence(item: WellFormed, logprobs: dict[int, float]) -> float | None:
     return exp(sum(values) / len(values)) if len(values) == len(item.starts) else None
 
 
-# former names
+# former names, which stay for callers outside
 Written, written, words, wanted = WellFormed, well_formed, token_text, join_labels
 to_places, place_logprobs = to_locations, location_logprobs

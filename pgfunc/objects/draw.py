@@ -1,8 +1,8 @@
 """Boxes, labels and masks drawn on a picture with Pillow. The cost grows no faster than the number of pixels.
 
-Lines and letters are larger in larger pictures. Boxes with the same label have the same colour; every mask has its own.
-A label stands beside or in its box, inside the picture, where it hides the least of other labels and then of boxes; one
-that is wider than the picture is truncated. Labels hide at most an eighth of the picture: if there are many, their
+Lines and letters are larger in larger pictures. Boxes with the same label have the same color; every mask has its own.
+A label is put beside or inside its box, within the picture, where it covers least of other labels, then of boxes. A
+label wider than the picture is truncated. Labels hide at most an eighth of the picture: if there are many, their
 letters are smaller, and labels that still do not fit are left out, as in pictures of 32 pixels.
 """
 
@@ -25,14 +25,15 @@ from pgfunc.objects.fonts import FallbackFont
 from pgfunc.objects.segment import Segment, bounds, check_mask
 
 # distinct in hue and lightness, the most different first (Okabe & Ito 2008, and four more)
-COLOURS = ((230, 159, 0), (0, 114, 178), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
+COLORS = ((230, 159, 0), (0, 114, 178), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
            (148, 0, 211), (124, 252, 0), (255, 255, 255))  # fmt: skip
+COLOURS = COLORS  # a former name, which stays for callers outside
 OPACITY = 0.45  # of a mask
 MAX_LABEL_AREA = 1 / 8  # of the picture, for all labels together
 MIN_FONT_SIZE = 9  # pixels
 UNPRINTABLE = ("Cc", "Cs", "Co", "Cn")  # Unicode categories
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 class Label(NamedTuple):
@@ -60,21 +61,21 @@ def objects(
     for item in items:
         check(item, drawing.size)
     keys = [number if isinstance(item, Segment) else item.label for number, item in enumerate(items)]
-    colour_of = dict(zip(dict.fromkeys(keys), palette(len(set(keys))), strict=True))
-    colours = [colour_of[key] for key in keys]
+    color_of = dict(zip(dict.fromkeys(keys), palette(len(set(keys))), strict=True))
+    colors = [color_of[key] for key in keys]
     line = max(1, round(min(drawing.size) / 140))
-    for item, colour in zip(items, colours, strict=True):
+    for item, color in zip(items, colors, strict=True):
         if isinstance(item, Segment):
-            draw_mask(drawing, item.mask.cpu(), colour, line)
+            draw_mask(drawing, item.mask.cpu(), color, line)
     pen = ImageDraw.Draw(drawing)
-    for item, colour in zip(items, colours, strict=True):
-        draw_box(pen, item.box, colour, line, drawing.size)
+    for item, color in zip(items, colors, strict=True):
+        draw_box(pen, item.box, color, line, drawing.size)
     captions = [caption(item, confidence) for item in items]
     label_font = choose_font(captions, font, drawing.size, line)
     labels = place_labels(drawing.size, [item.box for item in items], captions, label_font, line)
-    for label, colour in zip(labels, colours, strict=True):
+    for label, color in zip(labels, colors, strict=True):
         if label:
-            draw_label(pen, label, colour, label_font, line)
+            draw_label(pen, label, color, label_font, line)
     return drawing
 
 
@@ -88,38 +89,38 @@ def check(item: Detection | Segment, size: tuple[int, int]) -> None:
             raise SettingError(f"the mask of {item.label!r:.80} is {shape}, the picture {size[1]} x {size[0]} pixels")
 
 
-def palette(count: int) -> list[Colour]:
-    """Distinct colours: `COLOURS`, then each time the colour that is farthest from all before it."""
+def palette(count: int) -> list[Color]:
+    """Distinct colors: `COLORS`, then each time the color that is farthest from all before it."""
     levels = np.array(np.meshgrid(*[range(0, 256, 51)] * 3, indexing="ij")).reshape(3, -1).T
     candidates = levels[levels.max(1) > 128].astype(int)  # no dark ones: edges are drawn beside a black line
     nearest = np.full(len(candidates), np.inf)
-    colours = list(COLOURS[:count])
+    colors = list(COLORS[:count])
     for number in range(count):
-        if number == len(colours):
+        if number == len(colors):
             best = candidates[nearest.argmax()]
-            colours.append((int(best[0]), int(best[1]), int(best[2])))
-        nearest = np.minimum(nearest, distance(candidates, np.array(colours[number])))
-    return colours
+            colors.append((int(best[0]), int(best[1]), int(best[2])))
+        nearest = np.minimum(nearest, distance(candidates, np.array(colors[number])))
+    return colors
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """How different two colours look, squared: RGB, weighted by the mean red ("redmean", T. Riemersma)."""
+    """How different two colors look, squared: RGB, weighted by the mean red ("redmean", T. Riemersma)."""
     red, green, blue = np.moveaxis((one - other) ** 2, -1, 0)
     mean = (one[..., 0] + other[..., 0]) / 2
     return (2 + mean / 256) * red + 4 * green + (2 + (255 - mean) / 256) * blue
 
 
-def draw_mask(picture: Image.Image, mask: Bool[Tensor, "y x"], colour: Colour, line: int) -> None:
-    """Draw, in place, a mask in a translucent colour, with an opaque edge and a dark line inside the edge."""
+def draw_mask(picture: Image.Image, mask: Bool[Tensor, "y x"], color: Color, line: int) -> None:
+    """Draw, in place, a mask in a translucent color, with an opaque edge and a dark line inside the edge."""
     if not mask.any():
         return
     top, left, bottom, right = bounds(mask)
     top, left = max(top - 1, 0), max(left - 1, 0)
     part = mask[top : bottom + 1, left : right + 1].numpy()  # with one pixel around it, which `edge` needs
-    picture.paste(colour, (left, top), alpha(part, OPACITY))
+    picture.paste(color, (left, top), alpha(part, OPACITY))
     if line > 1:
         picture.paste((0, 0, 0), (left, top), alpha(edge(part, line + line // 3)))
-    picture.paste(colour, (left, top), alpha(edge(part, line)))
+    picture.paste(color, (left, top), alpha(edge(part, line)))
 
 
 def alpha(mask: Bool[np.ndarray, "y x"], opacity: float = 1.0) -> Image.Image:
@@ -144,8 +145,8 @@ def dilate_rows(mask: Bool[np.ndarray, "y x"], width: int) -> Bool[np.ndarray, "
     return mask
 
 
-def draw_box(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, line: int, size: tuple[int, int]) -> None:
-    """Draw the edges of a box inside the picture; a dark line inside them shows where the picture has their colour."""
+def draw_box(pen: ImageDraw.ImageDraw, box: Box, color: Color, line: int, size: tuple[int, int]) -> None:
+    """Draw the edges of a box inside the picture; a dark line inside them shows where the picture has their color."""
     left, top = (min(max(round(low), 0), side - 1) for low, side in zip((box.xmin, box.ymin), size, strict=True))
     right, bottom = (
         min(max(round(high) - 1, first), side - 1)
@@ -153,7 +154,7 @@ def draw_box(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, line: int, size
     )
     if line > 1:
         pen.rectangle((left, top, right, bottom), outline=(0, 0, 0), width=line + max(1, line // 3))
-    pen.rectangle((left, top, right, bottom), outline=colour, width=line)
+    pen.rectangle((left, top, right, bottom), outline=color, width=line)
 
 
 def choose_font(captions: Sequence[str], file: str | PathLike | None, size: tuple[int, int], line: int) -> FallbackFont:
@@ -176,10 +177,10 @@ def place_labels(
 ) -> list[Label | None]:
     """Place each label above, in, below or beside its box; None if it is empty or does not fit."""
     labels: list[Label | None] = []
-    objects = rectangles([(box.xmin, box.ymin, box.xmax, box.ymax) for box in boxes]).round()
+    outlines = rectangles([(box.xmin, box.ymin, box.xmax, box.ymax) for box in boxes]).round()
     area_left = MAX_LABEL_AREA * size[0] * size[1]
-    for box, label in zip(boxes, captions, strict=True):
-        text = truncate(label, font, size[0] - 2 * line)
+    for box, text in zip(boxes, captions, strict=True):
+        text = truncate(text, font, size[0] - 2 * line)
         width, height = label_size(text, font, line)
         if not text or height > size[1] or width * height > area_left:
             labels.append(None)
@@ -187,7 +188,7 @@ def place_labels(
         area_left -= width * height
         spots = label_spots(box, width, height, size)
         others = rectangles([other[1:] for other in labels if other])
-        costs = zip(overlaps(spots, others), overlaps(spots, objects), range(len(spots)), strict=True)
+        costs = zip(overlaps(spots, others), overlaps(spots, outlines), range(len(spots)), strict=True)
         labels.append(Label(text, *map(int, spots[min(costs)[2]])))
     return labels
 
@@ -225,9 +226,9 @@ def truncate(text: str, font, width: int) -> str:
     return text[:length] + "…" if length else ""
 
 
-def draw_label(pen: ImageDraw.ImageDraw, label: Label, colour: Colour, font: FallbackFont, line: int) -> None:
-    """Draw a label on its colour, in black or white, whichever has more contrast."""
-    red, green, blue = colour
+def draw_label(pen: ImageDraw.ImageDraw, label: Label, color: Color, font: FallbackFont, line: int) -> None:
+    """Draw a label on its color, in black or white, whichever has more contrast."""
+    red, green, blue = color
     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128  # luma, ITU-R BT.601
-    pen.rectangle((label.left, label.top, label.right - 1, label.bottom - 1), fill=colour)
+    pen.rectangle((label.left, label.top, label.right - 1, label.bottom - 1), fill=color)
     font.write(pen, label.left + line, label.top + line // 2, label.text, "black" if bright else "white")

@@ -39,11 +39,11 @@ class FallbackFont:
         """The width of a text in pixels."""
         return sum(self.font(file).getlength(part) for file, part in runs(text, self.files))
 
-    def write(self, pen: ImageDraw.ImageDraw, left: int, top: int, text: str, colour: str) -> None:
+    def write(self, pen: ImageDraw.ImageDraw, left: int, top: int, text: str, color: str) -> None:
         """Draw one line of text with its top left corner at (left, top)."""
         baseline, x = top + self.getmetrics()[0], float(left)
         for file, part in runs(text, self.files):
-            pen.text((x, baseline), part, fill=colour, font=self.font(file), anchor="ls")
+            pen.text((x, baseline), part, fill=color, font=self.font(file), anchor="ls")
             x += self.font(file).getlength(part)
 
 

@@ -14,6 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pgfunc import tree
 from pgfunc.checkpoint.vqvae import load as load
 from pgfunc.checkpoint.vqvae import save as save
 from pgfunc.errors import SettingError
@@ -133,7 +134,7 @@ def check_mask(mask: Bool[Tensor, "y x"]) -> None:
     """Raise SettingError unless the mask is a Boolean tensor of two axes."""
     check_tensor(mask)
     if mask.dtype != torch.bool or mask.dim() != 2:
-        raise SettingError(f"a mask is {str(mask.dtype)[6:]}{list(mask.shape)}, expected bool[height, width]")
+        raise SettingError(f"a mask is {tree.dtype_name(mask)}{list(mask.shape)}, expected bool[height, width]")
 
 
 def bounds(mask: Bool[Tensor, "y x"]) -> tuple[int, int, int, int]:
@@ -194,4 +195,4 @@ def prefix(label: str) -> str:
     return TASKS["segment"].format(detect.join_labels([label]))
 
 
-written = well_formed  # former name
+written = well_formed  # a former name, which stays for callers outside

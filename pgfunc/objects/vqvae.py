@@ -102,7 +102,7 @@ def init(seed: int = 0) -> Params:
 
 
 def encode(p: Params, masks: Float[Tensor, "n y x"]) -> Float[Tensor, "n s d"]:
-    """Masks of 64 x 64 with values in [0, 1] -> features, not yet quantised."""
+    """Masks of 64 x 64 with values in [0, 1] -> features, not yet quantized."""
     x = rearrange(masks.to(p.codebook.dtype) * 2 - 1, "n y x -> n 1 y x")
     for layer in p.down:
         x = F.conv2d(x, *layer, stride=2, padding=1).relu()
@@ -124,7 +124,7 @@ def lookup(codebook: Float[Tensor, "c d"], codes: Int[Tensor, "n s"]) -> Float[T
 
 
 def decode(p: Params, features: Float[Tensor, "n s d"]) -> Float[Tensor, "n y x"]:
-    """Features, quantised or not -> maps of 64 x 64, which training brings near 1 inside the mask and -1 outside."""
+    """Features, quantized or not -> maps of 64 x 64, which training brings near 1 inside the mask and -1 outside."""
     x = rearrange(features, "n (y x) d -> n d y x", y=GRID)
     x = F.conv2d(x, *p.from_feature).relu()
     for layer in p.decoder:

@@ -89,9 +89,7 @@ def self_contained(tokenizer: TextTokenizer) -> Backend:
     if tokenizer.drop_punctuation:
         rules += [normalizers.Replace("▁", " "), normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
                   normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]  # fmt: skip
-    raw = json.loads(tokenizer.backend.to_str())
-    for token in raw["added_tokens"]:  # those programs encode special tokens as text
-        token["special"] = token["id"] in tokenizer.control
+    raw = tokenizer.content()  # those programs encode special tokens as text
     existing = raw["normalizer"] or {"type": "Sequence", "normalizers": []}
     existing = existing["normalizers"] if existing["type"] == "Sequence" else [existing]
     added = [json.loads(rule.__getstate__()) for rule in rules]

@@ -48,12 +48,16 @@ class Reader:
     @cached_property
     def spelling(self) -> Backend:
         """A backend that encodes control tokens as ordinary text. Made when the first text contains one."""
+        backend = Backend.from_str(json.dumps(self.content()))
+        backend.encode_special_tokens = True  # encodes special tokens as text
+        return backend
+
+    def content(self) -> dict[str, Any]:
+        """The content of a `tokenizer.json` in which the control tokens, and no others, are special."""
         raw = json.loads(self.backend.to_str())
         for token in raw["added_tokens"]:
             token["special"] = token["id"] in self.control
-        backend = Backend.from_str(json.dumps(raw))
-        backend.encode_special_tokens = True  # encodes special tokens as text
-        return backend
+        return raw
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields, without `spelling`: a copied backend would lose `encode_special_tokens`."""

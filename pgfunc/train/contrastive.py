@@ -12,7 +12,8 @@ pictures and gathers the texts of all processes. Both gradients have the form (p
 `chunk` the backward pass computes the logits again, block by block, and only the vectors stay in memory between the
 passes.
 
-Axes: b batch of this process, r rows of a block, s all texts (or all pictures), d width, c classes, k prompts a class.
+Axes: b batch of this process, m the vectors that match its rows (m = b), r rows of a block, s all texts (or all
+pictures), d width, c classes, k prompts per class.
 """
 
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def sigmoid_loss(
 def rows_loss(
     kind: Kind,
     x: Float[Tensor, "b d"],
-    y: Float[Tensor, "c d"],
+    y: Float[Tensor, "m d"],
     scale: Float[Tensor, ""],
     bias: Float[Tensor, ""],
     chunk: int,
@@ -81,7 +82,7 @@ def rows_loss(
     if chunk < 0:
         raise SettingError(f"chunk is {chunk}, expected the number of rows at once, or 0 for all")
     if len(x) != len(y):
-        raise SettingError(f"{len(x)} and {len(y)} vectors: a batch is pairs, one text a picture")
+        raise SettingError(f"expected as many pictures as texts, found {len(x)} and {len(y)}")
     x, y, scale, bias = upcast(x), upcast(y), upcast(scale), upcast(bias)
     first = dist.get_rank(group) * len(x) if group else 0
     y = Gather.apply(y, group) if group else y
@@ -166,7 +167,7 @@ class Gather(torch.autograd.Function):
     """The rows of all processes, in the order of their ranks. The backward pass sums the gradients over processes.
 
     It uses public collectives that PyTorch 2.11 to 2.13 have without deprecation; PyTorch's differentiable collectives
-    are deprecated or private, and opaque to torch.func. SigLIP passes rows from neighbour to neighbour; here one
+    are deprecated or private, and opaque to torch.func. SigLIP passes rows from neighbor to neighbor; here one
     collective gathers all rows at once, and with `chunk` the logits still stay small.
     """
 
@@ -196,7 +197,10 @@ class Recall(NamedTuple):
 
 
 def recall(images: Float[Tensor, "b d"], texts: Float[Tensor, "b d"], k: int = 1) -> Recall:
-    """Retrieval recall@k in both directions. A tie with the match counts as nearer, so equal vectors have recall 0."""
+    """Retrieval recall@k in both directions.
+
+    A tie with the match counts as nearer: if all vectors are equal, recall is 0, unless k is the number of pairs.
+    """
     if not 1 <= k <= len(images):
         raise SettingError(f"k is {k}, expected 1 to {len(images)}, the number of pairs")
     similar = upcast(images) @ upcast(texts).T

@@ -2,8 +2,8 @@
 
     {"image": "dog.jpg", "prefix": "caption en", "suffix": "a dog on a sofa"}
 
-`image` may be a list. Paths are relative to the file's folder, or to another one. Roboflow exports this format, and
-big_vision reads it; but in big_vision's own example data the prefix is missing, its config adds "caption en". The
+`image` may be a list. Paths are relative to the file's folder, or to the folder `images`. Roboflow exports this format,
+and big_vision reads it; but big_vision's own example data have no prefix, because its config adds "caption en". The
 examples of a batch are a function of (seed, step), so there is no state to save.
 """
 
@@ -97,8 +97,8 @@ def check(model: Model, examples: Iterable[Example]) -> None:
 def check_tokens(model: Model, example: Example) -> None:
     """Raise DataError if a location or mask code is not a token, or if a text begins or ends with bos, eos or pad.
 
-    The model would learn a misspelled token letter by letter. Training adds bos and eos itself; a text that contains
-    them gets them as ordinary characters.
+    The model would learn a misspelled token letter by letter. Training adds bos and eos itself; in a text they are
+    ordinary characters.
     """
     backend = tokenizer_of(model).backend
     control = [backend.id_to_token(id) for id in (model.cfg.bos, model.cfg.eos, model.cfg.pad)]

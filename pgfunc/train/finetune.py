@@ -4,8 +4,7 @@
                               ^^^^^^^   ^^^^^^        the loss counts the predictions made here, of the next token
 
 The trained values are a tree of their own beside the parameters: the leaves that `select` returns, or LoRA's pairs. All
-other parameters have neither gradient nor optimizer state. Nothing here knows about files. Axes: t text tokens, s
-sequence.
+other parameters have neither gradient nor optimizer state. Nothing here knows about files.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,8 +30,9 @@ T = TypeVar("T")
 def loss(params: Params, prompt: Prompt, cfg: Config, recompute: bool = False) -> Float[Tensor, ""]:
     """Mean cross-entropy of all suffix tokens in the batch, including eos, in nats.
 
-    It equals transformers' loss with labels -100 everywhere else, with one exception: the published Hugging Face files
-    have rows of random numbers after the vocabulary, which are not tokens here. It is nan without a suffix.
+    It equals transformers' loss with label -100 at all other positions, with one exception: the published Hugging Face
+    files have rows of random numbers after the vocabulary, which are not tokens here. The loss is nan if no row has a
+    suffix.
     """
     total, count = loss_terms(params, prompt, cfg, recompute)
     return total / count
@@ -57,7 +57,7 @@ def loss_terms(
 
 def recomputed(block: Callable[..., T]) -> Callable[..., T]:
     """A transformer block that saves only its input; the backward pass computes the rest again."""
-    return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+    return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
 
 def select(params: Params, freeze: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): a pair of thin matrices beside each chosen weight, whose product is added to the weight.
 
 The pairs are a tree beside the parameters. Training changes only the pairs, by the gradient of loss(merge(params,
-lora)). This module initializes and saves them; `checkpoint.lora` reads them. Axes: r rank, i inputs, o outputs.
+lora)). This module initializes and saves them; `checkpoint.lora` reads them.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,12 @@ from pgfunc.paligemma import Params
 
 
 def init(params: Params, targets: Sequence[str], rank: int, alpha: float, seed: int = 0) -> Lora:
-    """Pairs for the weights whose paths match a target such as `language.*.q`. b is zero, so nothing changes at first.
+    """Pairs (a, b) for the weights whose paths match a target such as `language.*.q`.
 
-    `params` may be abstract. Only matrices that multiply activations are adapted. a is uniform in ±1/sqrt(inputs), as
-    PEFT's default. Raises SettingError if a target matches no such matrix, or if the rank is below 1 or above the
-    largest rank of the chosen matrices.
+    A pair adds b·a times alpha / rank to its weight. b starts at zero, so the weights do not change at first; a is
+    uniform in ±1/sqrt(inputs), as PEFT's default. `params` may be abstract. Only matrices that multiply activations are
+    adapted. Raises SettingError if a target matches no such matrix, or if the rank is below 1 or above the largest rank
+    of the chosen matrices.
     """
     quant.check_plain(params, "LoRA")
     linear = linear_paths(params)

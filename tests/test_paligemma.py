@@ -195,7 +195,7 @@ def test_a_range_of_allowed_tokens_copies_nothing_of_the_head_and_must_be_of_tok
     assert seen[0].data_ptr() == tree.language.embed[7].data_ptr()
     assert gemma.head_rows(range(64), cfg.text) == slice(0, 64)
     for wrong in (range(5, 5), range(0, 9, 2), range(60, 65), range(-2, 3)):
-        with pytest.raises(SettingError, match="expected one or more of the tokens 0 to 63, in a row"):
+        with pytest.raises(SettingError, match="expected one or more consecutive tokens of 0 to 63"):
             gemma.unembed(tree.language, torch.ones(2, cfg.text.width), cfg.text, allowed=wrong)
 
 

@@ -156,8 +156,8 @@ def attend(
 def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float, cap: float) -> Tensor:
     """The formula of `attend`, by PyTorch's fused attention if that can compute it.
 
-    It supports neither softcaps nor forward-mode AD nor vmap, and has no second derivative. For second derivatives use
-    torch.func, which selects `attend_explicit`, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    Fused attention supports neither softcaps nor forward-mode AD nor vmap, and has no second derivative. For second
+    derivatives use torch.func, which selects `attend_explicit`, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
     if mask is not None:
         mask = dense(mask, k.shape[1])

@@ -110,14 +110,9 @@ def angles(positions: Int[Tensor, "p"], dim: int, theta: float) -> Float[Tensor,
     positions, half = positions.contiguous(), dim // 2
     out = torch.empty(len(positions), half, dtype=torch.float32, device=positions.device)
     triton_module("device").angles[(len(positions),)](
-        positions,
-        out,
-        LOG_THETA=math.log2(theta),
-        HALF=half,
-        BLOCK=next_power_of_two(half),
-        num_warps=1,
+        positions, out, LOG_THETA=math.log2(theta), HALF=half, BLOCK=next_power_of_two(half), num_warps=1,
         **early_launch(positions),
-    )
+    )  # fmt: skip
     return out
 
 

@@ -1,8 +1,8 @@
-"""The KV cache: an immutable value. A handle is buffers and a length a row; appending makes a new handle.
+"""The KV cache: an immutable value. A handle is buffers and one length per row; appending makes a new handle.
 
-Slot s of row b holds the key and value of the token at position s, for s < length[b]; what lies behind is never seen.
-So appending at a row's length changes nothing that an older handle sees, rows of different lengths share one batch, and
-keeping the older handle is how to go back.
+Slot s of row b holds the key and value of the token at position s, for s < length[b]; later slots are never seen. So
+appending at a row's length changes nothing that an older handle sees, and rows of different lengths share one batch. To
+go back, keep the older handle.
 
 A token without a free slot is not written, but its row still counts it: `overflowed` marks such rows from then on, and
 their logits are nan. If the lengths are known on the host (on a CPU, outside of compiled code), it is an error instead.
@@ -23,7 +23,7 @@ from pgfunc.lowering import on_host
 
 
 class Cache(NamedTuple):
-    """One key and one value buffer a layer, and the number of tokens in each row."""
+    """One key buffer and one value buffer per layer, and the number of tokens in each row."""
 
     k: tuple[Float[Tensor, "b s k h"], ...]
     v: tuple[Float[Tensor, "b s k h"], ...]
@@ -39,27 +39,27 @@ class Cache(NamedTuple):
 
     @property
     def overflowed(self) -> Bool[Tensor, "b"]:
-        """The rows that were given more tokens than they have slots. Reading it does not wait for a GPU."""
+        """Whether each row was given more tokens than it has slots. Reading this property does not wait for a GPU."""
         return self.length > self.slots
 
 
 class Empty(NamedTuple):
-    """A cache that holds no tokens yet, and has so many slots: prefill fills it."""
+    """A cache without tokens, with so many slots; prefill fills it."""
 
     slots: int
 
 
 class Slots(NamedTuple):
-    """Where t tokens of each row go, in all layers; a token without a slot is left out."""
+    """Where t tokens of each row are written, in all layers; a token without a slot is left out."""
 
     rows: Int[Tensor, "b one"]
     slots: Int[Tensor, "b t"]  # length, length + 1, ..., but at most the last
-    tokens: Int[Tensor, "b t"]  # which of the t is written there
-    full: Bool[Tensor, "b one one one"]  # rows without a free slot: their last slot keeps what it holds
+    tokens: Int[Tensor, "b t"]  # which of the t tokens is written there
+    full: Bool[Tensor, "b one one one"]  # rows without a free slot: their last slot is unchanged
 
 
 class Past(NamedTuple):
-    """One layer of a cache, and the slots that new tokens go to."""
+    """One layer of a cache, and the slots for new tokens."""
 
     k: Float[Tensor, "b s k h"]
     v: Float[Tensor, "b s k h"]
@@ -76,7 +76,7 @@ def check_room(length: Int[Tensor, "b"], tokens: int, slots: int) -> None:
 
 
 def by_layer(cache: Cache | Empty | tuple[()], tokens: int, layers: int) -> Sequence[Past | Empty | tuple[()]]:
-    """What each of so many layers appends its new tokens to."""
+    """For each layer: where it appends its new tokens."""
     if not isinstance(cache, Cache):
         return [cache] * layers
     new = slots_behind(cache.length, tokens, cache.slots)
@@ -84,7 +84,7 @@ def by_layer(cache: Cache | Empty | tuple[()], tokens: int, layers: int) -> Sequ
 
 
 def slots_behind(length: Int[Tensor, "b"], tokens: int, slots: int) -> Slots:
-    """The slots length .. length + t of each row of a cache with so many slots.
+    """The slots length .. length + t - 1 of each row; a token beyond the last slot repeats the one written there.
 
     length 2, tokens 3, slots 4  slots 2 3 3  tokens 0 1 1: the last slot is written twice, with the same token
     """
@@ -97,7 +97,7 @@ def slots_behind(length: Int[Tensor, "b"], tokens: int, slots: int) -> Slots:
 def append_layer(
     k: Float[Tensor, "b t k h"], v: Float[Tensor, "b t k h"], past: Past | Empty | tuple[()]
 ) -> tuple[Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
-    """The keys and values of a layer with t tokens more: alone, in an empty cache, or appended to its buffers."""
+    """The keys and values of t new tokens: alone, with free slots after them, or appended to the buffers of `past`."""
     if isinstance(past, Past):
         return append(past.k, k, past.new), append(past.v, v, past.new)
     if isinstance(past, Empty):
@@ -106,7 +106,7 @@ def append_layer(
 
 
 def append(buffer: Float[Tensor, "b s k h"], new: Float[Tensor, "b t k h"], to: Slots) -> Float[Tensor, "b s k h"]:
-    """The buffer with `new` in these slots; all others are unchanged."""
+    """The buffer with `new` in these slots; all other slots are unchanged."""
     values = torch.where(to.full, buffer[to.rows, to.slots], new[to.rows, to.tokens])
     return torch.index_put(buffer, (to.rows, to.slots), values)
 

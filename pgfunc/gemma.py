@@ -1,8 +1,8 @@
 """The Gemma language model (Gemma Team 2024; big_vision `models/ppp/gemma.py`): embed, run, unembed.
 
 One block computes Gemma 1 and Gemma 2, by fields of the config. `run` is both prefill and decode, which differ only in
-the number of tokens. Nothing here knows about pictures. Axes: b batch, t token, q query, s key, d width, f hidden,
-v vocabulary, r rows of the head; `nh` and `kh` are heads (or kv heads) and head dim fused.
+the number of tokens. This module knows nothing about pictures. Axes: b batch, t token, q query, s key, d width,
+f hidden, v vocabulary, r rows of the head; `nh` and `kh` are heads (or kv heads) and head dim fused.
 """
 
 from functools import reduce
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 
 class Params(NamedTuple):
-    """`embed` is read by `embed` and, tied, by `unembed`."""
+    """`embed` is the embedding table. The function `embed` looks up its rows; `unembed` multiplies by it (tied)."""
 
     embed: Float[Tensor, "v d"]
     layers: tuple[Layer, ...]
@@ -65,8 +65,8 @@ def abstract(cfg: TextConfig) -> Params:
         "f": cfg.hidden,
         "v": cfg.vocab + cfg.padding,
     }
-    given = {} if cfg.post_norms else {"post_attention_norm": (), "post_mlp_norm": ()}
-    layers = tuple(tree.abstract(Layer, sizes, **given) for _ in range(cfg.layers))
+    absent = {} if cfg.post_norms else {"post_attention_norm": (), "post_mlp_norm": ()}
+    layers = tuple(tree.abstract(Layer, sizes, **absent) for _ in range(cfg.layers))
     return tree.abstract(Params, sizes, layers=layers)
 
 
@@ -79,22 +79,22 @@ def embed(p: Params, ids: Int[Tensor, "b t"], cfg: TextConfig) -> Float[Tensor, 
 
 def unembed(
     p: Params, x: Float[Tensor, "*b d"], cfg: TextConfig, tap: Tap = identity, allowed: Allowed = None
-) -> Float[Tensor, "*b v"]:
-    """The final norm, the tied head and the final softcap: the only place that makes logits.
+) -> Float[Tensor, "*b r"]:
+    """The final norm, the tied head and the final softcap: the only function that computes logits.
 
-    The product with the head has the parameters' precision; what follows is in float32, or wider. Ids that are no
-    tokens, such as `<image>`, get -inf. If `allowed` is given, only the logits of those tokens are computed, in their
-    order, and only their rows of the head are read; a range is a view of the head. Raises SettingError as `head_rows`.
+    The product with the head has the parameters' precision; the rest is in float32, or wider. Ids that are not tokens,
+    such as `<image>`, get -inf. If `allowed` is given, only the logits of those tokens are computed, in their order,
+    and only their rows of the head are read; a range is a view of the head. Raises SettingError like `head_rows`.
     """
     rows = head_rows(allowed, cfg)
     logits = upcast(lowered(head)(p, x, rows, cfg, tap))
     logits = ops.softcap(logits, cfg.final_softcap) if cfg.final_softcap else logits
-    return tap("logits", without_masked(logits, rows, cfg) if cfg.masked else logits)
+    return tap("logits", mask_non_tokens(logits, rows, cfg) if cfg.masked else logits)
 
 
 def head(
     p: Params, x: Float[Tensor, "*b d"], rows: slice | Int[Tensor, "r"], cfg: TextConfig, tap: Tap
-) -> Float[Tensor, "*b v"]:
+) -> Float[Tensor, "*b r"]:
     """The final norm, and the product with these rows of the tied head."""
     w = tree.map(lambda part: part[rows], p.embed)  # a tensor, or the parts of a quantized matrix
     return linear(tap("language.out", rms_norm(x, p.norm, cfg.eps)), w)
@@ -108,16 +108,16 @@ def head_rows(allowed: Allowed, cfg: TextConfig) -> slice | Int[Tensor, "r"]:
     if not isinstance(allowed, range):
         return slice(cfg.vocab) if allowed is None else allowed
     if allowed.step != 1 or not 0 <= allowed.start < allowed.stop <= cfg.vocab:
-        raise SettingError(f"allowed is {allowed}, expected one or more of the tokens 0 to {cfg.vocab - 1}, in a row")
+        raise SettingError(f"allowed is {allowed}, expected one or more consecutive tokens of 0 to {cfg.vocab - 1}")
     return slice(allowed.start, allowed.stop)
 
 
-def without_masked(
+def mask_non_tokens(
     logits: Float[Tensor, "*b r"], rows: slice | Int[Tensor, "r"], cfg: TextConfig
 ) -> Float[Tensor, "*b r"]:
-    """The logits of these rows of the head, with -inf for ids that are no tokens."""
-    here = logits.device
-    ids = torch.arange(cfg.vocab, device=here)[rows] if isinstance(rows, slice) else rows.to(here)
+    """The logits of these rows of the head, with -inf for ids that are not tokens."""
+    device = logits.device
+    ids = torch.arange(cfg.vocab, device=device)[rows] if isinstance(rows, slice) else rows.to(device)
     masked = ((ids >= first) & (ids < end) for first, end in cfg.masked)
     return logits.masked_fill(reduce(torch.logical_or, masked), float("-inf"))
 
@@ -135,9 +135,9 @@ def run(
 ) -> tuple[Float[Tensor, "b q d"], tuple[tuple[Tensor, Tensor], ...]]:
     """All layers over t new tokens: their output and, for each layer, the keys and values that they attended to.
 
-    Without a cache the tokens attend to one another. With a cache their keys and values are appended at each row's
-    length first, and its buffers are returned after that. `wrap` is applied to `block`. If `queries` is given, the
-    output has only those tokens, and the last layer computes no others.
+    Without a cache, the tokens attend to one another. With a cache, each layer first appends their keys and values at
+    each row's length; the keys and values in the result are then the whole buffers. `wrap` is applied to `block`. If
+    `queries` is given, the output has only those tokens, and the last layer computes only those.
     """
     angles = lowered(ops.angles)(positions, cfg.head_dim, cfg.theta)
     last, kv = len(p.layers) - 1, []
@@ -159,7 +159,7 @@ def block(
     tap: Tap = identity,
     queries: Queries = (),
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
-    """Attention and MLP, each on a normalised copy that is added back; Gemma 2 also normalises what it adds.
+    """Attention and MLP: each reads a normalized copy of x, and its result is added to x; Gemma 2 first normalizes it.
 
     If `queries` is given, only those tokens are computed; the others contribute keys and values.
     """
@@ -190,7 +190,7 @@ def attention(
 def project(
     p: Layer, x: Float[Tensor, "b t d"], cfg: TextConfig, tap: Tap, queries: Queries
 ) -> tuple[Float[Tensor, "b q n h"], Float[Tensor, "b t k h"], Float[Tensor, "b t k h"]]:
-    """The heads of the queries, and the kv heads of all tokens."""
+    """The query heads of `queries`, and the kv heads of all tokens."""
     if isinstance(queries, Tensor):
         q, (k, v) = linear(pick(x, queries), p.q), linear_many(x, (p.k, p.v))
     else:
@@ -208,7 +208,7 @@ def rotate_and_append(
     past: Past | Empty | tuple[()],
     queries: Queries,
 ) -> tuple[Float[Tensor, "b q n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
-    """q, rotated; and the keys and values that it attends to: the past's, and behind them the rotated k, and v."""
+    """q and k are rotated. Returns q, then all keys and all values: those of `past`, followed by k and v."""
     return ops.rotate(q, pick(angles, queries)), *append_layer(ops.rotate(k, angles), v, past)
 
 
@@ -220,7 +220,7 @@ def pick(x: T, queries: Queries) -> T:
 
 
 def mlp(p: Layer, x: Float[Tensor, "b t d"], tap: Tap = identity) -> Float[Tensor, "b t d"]:
-    """GeGLU (Shazeer 2020): the gate's tanh-GELU times the up projection, then down."""
+    """GeGLU (Shazeer 2020): the tanh-GELU of the gate times the up projection, then the down projection."""
     gate, up = linear_many(x, (p.gate, p.up))
     hidden = tap("mlp_hidden", ops.gelu(gate) * up)
     return tap("mlp_out", linear(hidden, p.down))

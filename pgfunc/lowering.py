@@ -1,9 +1,10 @@
 """Choose how a function of the model is computed: by its formula, or by something faster in compiled code.
 
-    out = lowered(attention)(q, k, v, mask, scale, cap)
+    out = lowered(attend_formula)(q, k, v, mask, scale, cap)
 
-Eager code always computes the formula. In compiled code the first rule in `RULES` that applies to the arguments takes
-its place; `kernels/rules.py` is the whole list. A rule has the formula's arguments and meaning. Knows nothing about
+Eager code calls the formula. Compiled code calls the first rule in `RULES` that applies to the arguments, or else the
+formula. `kernels/rules.py` fills `RULES`. A rule's `run` takes the formula's arguments and computes the same. Products
+with quantized matrices also choose a method themselves: `quant.lowbit.multiply`. This module knows nothing about
 models, kernels or compilers.
 """
 
@@ -18,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Rule(NamedTuple):
-    """A faster implementation of a formula, and the arguments that it can take."""
+    """A faster implementation of a formula (`run`), and whether it can take these arguments (`applies`)."""
 
     applies: Callable[..., bool]
     run: Callable[..., Any]
@@ -28,7 +29,7 @@ RULES: dict[Callable[..., Any], tuple[Rule, ...]] = {}
 
 
 def lowered(formula: F) -> F:
-    """The formula; in compiled code the first of its rules that applies. Arguments are given by position."""
+    """The formula; in compiled code, the first of its rules that applies. Arguments must be positional."""
     if not torch.compiler.is_compiling():
         return formula
 
@@ -47,5 +48,5 @@ def transformed() -> bool:
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether the numbers of a tensor can be read without waiting: it is on a CPU, eager, and not transformed."""
+    """Whether the values of a tensor can be read without waiting: it is on a CPU, eager, and not transformed."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()

@@ -1,6 +1,7 @@
-"""Which tokens attend to which. All masks of the project are made here, from two flags a token: valid and causal.
+"""Which tokens attend to which. The model's masks are made only here.
 
-`causal` marks a token that opens a block of its own; a token sees its own block and all blocks before it. This one rule
+The masks of a prompt are made from two flags per token, `valid` and `causal`; those of tokens appended to a cache from
+its lengths. `causal` marks a token that begins a block; a token sees its own block and all blocks before it. This rule
 gives the prefix-LM of PaliGemma (image and prefix 0, suffix 1), a causal LM (all 1) and block-causal masks
 (big_vision's `mask_ar`):
 
@@ -11,7 +12,7 @@ gives the prefix-LM of PaliGemma (image and prefix 0, suffix 1), a causal LM (al
                                    1 1 1 1 1
 
 The formulas make boolean masks. Compiled code may describe a mask instead (`Span`, `Appended`), for kernels that need
-no mask in memory; `dense` makes the boolean mask of a description.
+no mask in memory; `dense` converts a description to a boolean mask.
 """
 
 from typing import NamedTuple
@@ -41,7 +42,7 @@ Mask = Bool[Tensor, "b t s"] | Span | Appended
 
 
 class Masks(NamedTuple):
-    """What each layer attends to. Every second layer of Gemma 2 has a sliding window."""
+    """The masks of full attention and of a sliding window, which every second layer of Gemma 2 has."""
 
     full: Mask
     window: Mask | tuple[()]
@@ -80,8 +81,11 @@ def prompt(valid: Bool[Tensor, "b t"], causal: Bool[Tensor, "b t"], size: int) -
     return Masks(prefix_lm(valid, causal), window(valid, causal, size) if size else ())
 
 
-def left_aligned(valid: Bool[Tensor, "b t"], causal: Bool[Tensor, "b t"], size: int) -> Masks:
-    """`prompt`, of rows that have their valid tokens first: there each query sees contiguous keys."""
+def left_aligned_prompt(valid: Bool[Tensor, "b t"], causal: Bool[Tensor, "b t"], size: int) -> Masks:
+    """`prompt` for rows whose valid tokens come first. Then each query sees contiguous keys.
+
+    It has a name of its own so that a rule can replace it by `spans`, see `lowering`.
+    """
     return prompt(valid, causal, size)
 
 
@@ -109,7 +113,7 @@ def appended(length: Int[Tensor, "b"], tokens: int, slots: int, size: int) -> Ma
 
 
 def dense(mask: Mask, slots: int) -> Bool[Tensor, "b t s"]:
-    """The boolean mask over so many slots; a boolean mask stays as it is."""
+    """The boolean mask of a description, over so many slots; a boolean mask is returned unchanged."""
     if isinstance(mask, Tensor):
         return mask
     key = torch.arange(slots, device=mask[0].device)

@@ -1,8 +1,8 @@
-"""The arithmetic that both towers share: linear maps, norms, rotary positions, softcap, attention.
+"""The arithmetic of both towers: linear maps, embedding, norms, rotary positions, softcap, attention.
 
 Everything is a function of tensors and numbers. Norms, rotations and softmax are computed in float32 (float64 stays
-float64), and the result is cast last. Nothing here knows about parameter trees, configs or devices: compiled code may
-replace a formula, see `lowering`.
+float64), and the result is cast last. This module knows nothing about parameter trees, configs or devices. Compiled
+code may replace a formula, see `lowering`.
 
 Axes: b batch, t query, s key, n heads, k kv heads, g heads of one kv head, h head dim, d width.
 """
@@ -23,22 +23,22 @@ from pgfunc.quant import lowbit
 from pgfunc.quant.lowbit import Float8, Int8, Quantized
 
 T = TypeVar("T")
-Tap = Callable[[str, Any], Any]  # takes the name of an activation and its value; what it returns takes its place
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # takes a block, and returns what is called instead
+Tap = Callable[[str, Any], Any]  # takes an activation's name and value; its result replaces the value
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # takes a block, and returns its replacement
 
 
 def identity(name: str, x: T) -> T:
-    """The default tap: returns the value that passes through, whatever its name."""
+    """The default tap: returns the value unchanged."""
     return x
 
 
 def within(prefix: str, tap: Tap) -> Tap:
-    """A tap for one part of the model: it puts the prefix before each name. The default tap stays the default tap."""
+    """A tap for one part of the model: it puts the prefix before each name. The default tap is returned unchanged."""
     return identity if tap is identity else lambda name, value: tap(f"{prefix}.{name}", value)
 
 
 def plain(fn: T) -> T:
-    """The default `wrap` of a transformer block: returns it unchanged. Gradient checkpointing is another."""
+    """The default `wrap` of a transformer block: returns it unchanged. Gradient checkpointing is another `wrap`."""
     return fn
 
 
@@ -50,7 +50,10 @@ def upcast(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 def linear(
     x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"] | Quantized, bias: Float[Tensor, "o"] | None = None
 ) -> Float[Tensor, "*b o"]:
-    """x @ w.T + bias. The only place where weights meet activations, quantized or not."""
+    """x @ w.T + bias, for plain and quantized w.
+
+    The model's files multiply by matrices only through this function and `linear_many`.
+    """
     return lowered(linear_formula)(x, w, bias)
 
 
@@ -75,9 +78,9 @@ def linear_many_formula(x: Tensor, weights: Sequence[Any], biases: Sequence[Tens
 
 
 def embedding(ids: Int[Tensor, "*b"], table: Float[Tensor, "v d"] | Int8 | Float8) -> Float[Tensor, "*b d"]:
-    """The rows of a table with these ids; only those rows of a quantized table are dequantized.
+    """The rows of a table with these ids. Only these rows of a quantized table are dequantized.
 
-    An id outside the table gives nan, as `jax.numpy.take` does, or raises TokenError if it is known on the host.
+    An id outside the table gives nan, as `jax.numpy.take` does, or raises TokenError if the host knows the ids.
     """
     size = len(table if isinstance(table, Tensor) else table.scale)
     nearest = ids.clamp(0, size - 1)
@@ -122,14 +125,14 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 def angles(positions: Int[Tensor, "*b t"], dim: int, theta: float) -> Float[Tensor, "*b t half"]:
     """The angle of each of the dim / 2 planes at each position, in float32 (Su et al. 2021).
 
-    In float64 until it is cast: devices differ in the last bit of a power, and the position multiplies that.
+    Computed in float64 and cast last: devices differ in the last bit of a power, and the position multiplies that.
     """
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
     return (rearrange(positions.double(), "... -> ... 1") * theta**-exponents).float()
 
 
 def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*#b t half"]) -> Float[Tensor, "*b t n h"]:
-    """Turn each plane (x[i], x[i + h/2]) by its angle, in float32: the half-split form of RoPE."""
+    """Rotate each plane (x[i], x[i + h/2]) by its angle, in float32: the half-split form of RoPE."""
     cos, sin = (rearrange(wave, "... t half -> ... t 1 half") for wave in (angles.cos(), angles.sin()))
     first, second = upcast(x).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -143,9 +146,9 @@ def attend(
     scale: float,
     cap: float = 0.0,
 ) -> Float[Tensor, "b t n h"]:
-    """softmax(softcap(q·k · scale)) · v over the keys where mask is True; head n reads kv head n // (n / k).
+    """softmax(softcap(q·k · scale)) · v over the keys where mask is True; query head i reads kv head i * k // n.
 
-    A query that sees no key gives zeros. No query sees keys beyond the mask's last.
+    A query that sees no key gives zeros. Keys beyond the mask's last column are not read.
     """
     return lowered(attend_formula)(q, k, v, mask, scale, cap)
 
@@ -153,8 +156,8 @@ def attend(
 def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float, cap: float) -> Tensor:
     """The formula of `attend`, by PyTorch's fused attention if that can compute it.
 
-    It supports neither softcaps nor forward-mode AD nor vmap, and has no second derivative: use torch.func for that, or
-    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    Fused attention supports neither softcaps nor forward-mode AD nor vmap, and has no second derivative. For second
+    derivatives use torch.func, which selects `attend_explicit`, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
     if mask is not None:
         mask = dense(mask, k.shape[1])
@@ -167,10 +170,11 @@ def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: fl
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     else:
         mask = rearrange(mask, "b t s -> b 1 t s")
-        # cuDNN's gradient of a query without keys is nan (PyTorch 2.11, H100): it reads all, and is made zero after
-        some = mask.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(q, k, v, mask | ~some, scale=scale, enable_gqa=grouped)
-        out = torch.where(some, out, 0.0)
+        # where a query sees no key, cuDNN's gradient is nan (PyTorch 2.11, H100): so it reads all keys here, and its
+        # output is set to 0 below
+        sees_any = mask.any(-1, keepdim=True)
+        out = F.scaled_dot_product_attention(q, k, v, mask | ~sees_any, scale=scale, enable_gqa=grouped)
+        out = torch.where(sees_any, out, 0.0)
     return rearrange(out, "b n t h -> b t n h")
 
 
@@ -188,7 +192,7 @@ def attend_explicit(
     scores = softcap(scores, cap) if cap else scores
     if mask is not None:
         seen = rearrange(mask, "b t s -> b 1 1 t s")
-        # the lowest finite number rather than -inf: an empty row then has finite gradients, and is made zero after
+        # the lowest finite number, not -inf: a query that sees no key then has finite gradients; it is set to 0 below
         scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
         weights = torch.where(seen, scores.softmax(-1), 0.0)
     else:

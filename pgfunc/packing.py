@@ -1,7 +1,7 @@
-"""Weights that are packed side by side in memory, so that one product serves several matrices.
+"""Weights that are packed one after another in memory, so that one product computes several.
 
-A packed tree is the plain tree: q, k and v (gate and up) are views of one buffer. Compiled code for GPUs reads the
-buffer, everything else the views.
+A packed tree has the same values as the plain tree, but q, k and v (gate and up) are views of one buffer. The compiled
+`linear_many` on a GPU multiplies by the whole buffer; all other code reads the views.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ L = TypeVar("L", bound=Any)
 
 
 def packed(params: Params, device: torch.device) -> Params:
-    """A copy of the parameters on a device, with the matrices packed that multiply the same vectors.
+    """A copy of the parameters on a device, in which matrices that multiply the same vectors are packed.
 
-    Quantized matrices are not packed. Parameters on the meta device give uninitialised memory of their shapes.
+    Quantized matrices are not packed. For parameters on the meta device, the copies are uninitialized memory.
     """
     vision = tuple(pack_fields(layer, device, "q k v", "q_bias k_bias v_bias") for layer in params.vision.layers)
     language = tuple(pack_fields(layer, device, "q k v", "gate up") for layer in params.language.layers)
@@ -39,9 +39,9 @@ def pack_fields(layer: L, device: torch.device, *groups: str) -> L:
 
 
 def pack(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of tensors, one behind another in one buffer on a device; uninitialised for tensors on the meta device.
+    """Copies of tensors, one after another in one buffer on a device; uninitialized for tensors on the meta device.
 
-    The tensors have one dtype, and differ in the size of their first axis only.
+    The tensors have the same dtype and the same shape but for the first axis.
     """
     sizes = [len(x) for x in tensors]
     copies = tensors[0].new_empty(sum(sizes), *tensors[0].shape[1:], device=device).split(sizes)
@@ -52,7 +52,7 @@ def pack(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def packed_view(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Tensors that `pack` made, as one tensor: a view of their buffer. None for other tensors."""
+    """Tensors that `pack` returned, as one tensor: a view of their buffer. None for other tensors."""
     first, ends = tensors[0], [x.data_ptr() + x.nbytes for x in tensors]
     alike = all(x.shape[1:] == first.shape[1:] and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
     adjacent = all(x.data_ptr() == end for x, end in zip(tensors[1:], ends[:-1], strict=True))

@@ -2,8 +2,8 @@
 
 The sequence of a row is its image tokens, then its text; `Prompt` holds both. `forward` gives the logits of a whole
 prompt, `prefill` those of its last token and a cache of the prompt; `extend` and `decode` continue a cache. All are
-pure functions of (params, inputs, cfg). Axes: b batch, i pictures a row, p patches, t text tokens, s sequence, d width,
-e width of the vision encoder, v vocabulary.
+pure functions of (params, inputs, cfg). Axes: b batch, i pictures per row, p patches, t text tokens, s sequence,
+d width, e width of the vision encoder, v vocabulary.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Params(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The input. Tokens are bos, prefix, newline (then suffix, eos), padded; `causal` marks suffix tokens."""
+    """The input. Tokens are bos, prefix, newline (then suffix, eos) and padding; `causal` marks suffix tokens."""
 
     pixels: Float[Tensor, "b i 3 y x"]  # in [-1, 1]
     tokens: Int[Tensor, "b t"]
@@ -46,7 +46,7 @@ class Prompt(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """A prompt as vectors: image tokens, then text."""
+    """A prompt as vectors: image tokens, then text tokens."""
 
     x: Float[Tensor, "b s d"]
     valid: Bool[Tensor, "b s"]
@@ -54,7 +54,7 @@ class Embedded(NamedTuple):
 
 
 def abstract(cfg: Config) -> Params:
-    """The parameter tree on the meta device: its shapes, its paths and its size, without its memory."""
+    """The parameter tree on the meta device, which has paths and shapes but no memory."""
     sizes = {"d": cfg.text.width, "e": cfg.vision.width}
     return tree.abstract(Params, sizes, vision=siglip.abstract(cfg.vision), language=gemma.abstract(cfg.text))
 
@@ -70,7 +70,7 @@ def encode_images(
     """The pictures of each row -> image tokens in the language model's width, picture after picture.
 
     `wrap` is applied to the vision encoder's `block`. Pictures that all rows share (`prepare`) are encoded once, unless
-    there is a tap, which sees every row.
+    there is a tap, which receives every row.
     """
     batch, pictures = pixels.shape[:2]
     differentiated = pixels.requires_grad or transformed()  # then each row has a gradient of its own
@@ -83,14 +83,9 @@ def encode_images(
     return rearrange(x, "(b i) p d -> b (i p) d", i=pictures)
 
 
-def embed_prompt(params: Params, prompt: Prompt, cfg: Config, tap: Tap = identity) -> Embedded:
-    """Image tokens and text tokens as one sequence; the pictures belong to the bidirectional prefix."""
-    return join(params, encode_images(params, prompt.pixels, cfg, tap), prompt, cfg, tap)
-
-
 def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap: Tap = identity) -> Embedded:
-    """Encoded pictures and the text of a prompt as one sequence, so that a picture is encoded once for many prompts."""
-    # only text is scaled by sqrt(width): image tokens enter as the projector made them (big_vision paligemma.py)
+    """Encoded pictures and the text of a prompt as one sequence. The pictures belong to the bidirectional prefix."""
+    # only text is scaled by sqrt(width): image tokens are the projector's output (big_vision paligemma.py)
     text = gemma.embed(params.language, prompt.tokens, cfg.text)
     present = prompt.valid.new_ones(image.shape[:2])
     return Embedded(
@@ -105,7 +100,7 @@ def forward(
 ) -> Float[Tensor, "b t v"]:
     """The logits at every text position, in float32; those at padded positions have no meaning.
 
-    `wrap` is applied to the blocks of both towers, and to `gemma.unembed`.
+    `wrap` is applied to the blocks of both towers and to `gemma.unembed`.
     """
     x = hidden(params, encode_images(params, prompt.pixels, cfg, tap, wrap), prompt, cfg, tap, wrap)
     return wrap(gemma.unembed)(params.language, x[:, x.shape[1] - prompt.tokens.shape[1] :], cfg.text, tap)
@@ -114,7 +109,7 @@ def forward(
 def hidden(
     params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap: Tap = identity, wrap: Wrap = plain
 ) -> Float[Tensor, "b s d"]:
-    """The language model's output at every position, of encoded pictures and the text of a prompt."""
+    """The language model's output at every position, for encoded pictures and the text of a prompt."""
     x, valid, causal = join(params, image, prompt, cfg, tap)
     seen = masks.prompt(valid, causal, cfg.text.window)
     x, _ = gemma.run(params.language, x, masks.positions(valid), seen, cfg.text, tap=tap, wrap=wrap)
@@ -133,15 +128,16 @@ def prefill(
     """The logits at each row's last valid token, and a cache of the prompt with free slots for `size` more tokens.
 
     `allowed`, here and in `extend` and `decode`: the tokens that get logits, see `gemma.unembed`. `wrap` is applied to
-    the blocks of both towers, and to what comes between and after them.
+    the blocks of both towers, to `embed_and_mask` and to `gemma.unembed`. Raises SettingError for a negative size.
     """
     if size < 0:
         raise SettingError(f"size is {size}, expected room for 0 or more tokens")
     gemma.head_rows(allowed, cfg.text)  # raises before anything is computed
     image = encode_images(params, prompt.pixels, cfg, tap, wrap)
-    x, positions, seen, length = wrap(embed_and_mask)(params, image, prompt._replace(pixels=()), cfg, tap)
+    text = prompt._replace(pixels=())  # not the declared type: a compiled `embed_and_mask` takes no pictures
+    x, positions, seen, length = wrap(embed_and_mask)(params, image, text, cfg, tap)
     last, empty = rearrange(length - 1, "b -> b 1"), Empty(x.shape[1] + size)
-    queries = last if tap is identity else ()  # a tap sees every token in every layer
+    queries = last if tap is identity else ()  # a tap receives every token in every layer
     x, kv = gemma.run(params.language, x, positions, seen, cfg.text, empty, tap, wrap, queries)
     x = x if tap is identity else gemma.pick(x, last)
     cache = Cache(tuple(k for k, _ in kv), tuple(v for _, v in kv), length)
@@ -151,15 +147,15 @@ def prefill(
 
 def embed_and_mask(
     params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Config, tap: Tap
-) -> tuple[Float[Tensor, "b t d"], Int[Tensor, "b t"], masks.Masks, Int[Tensor, "b"]]:
-    """What the language model needs of a prompt: vectors, positions, masks, and the length of each row."""
-    x, valid, causal = left_aligned(join(params, image, prompt, cfg, tap))
-    seen = lowered(masks.left_aligned)(valid, causal, cfg.text.window)
+) -> tuple[Float[Tensor, "b s d"], Int[Tensor, "b s"], masks.Masks, Int[Tensor, "b"]]:
+    """The language model's input for a prompt: vectors, positions, masks, and the length of each row."""
+    x, valid, causal = left_align(join(params, image, prompt, cfg, tap))
+    seen = lowered(masks.left_aligned_prompt)(valid, causal, cfg.text.window)
     return x, masks.positions(valid), seen, valid.sum(-1)
 
 
-def left_aligned(embedded: Embedded) -> Embedded:
-    """Each row with its valid tokens first, in order: slots of a cache are positions, wherever the padding was."""
+def left_align(embedded: Embedded) -> Embedded:
+    """Move the valid tokens of each row to the front, in order, so that slot s of the cache is position s."""
     order = (~embedded.valid).long().argsort(dim=-1, stable=True)
     x = torch.take_along_dim(embedded.x, rearrange(order, "b s -> b s 1"), dim=1)
     return Embedded(x, embedded.valid.take_along_dim(order, 1), embedded.causal.take_along_dim(order, 1))
@@ -173,10 +169,11 @@ def extend(
     tap: Tap = identity,
     allowed: gemma.Allowed = None,
 ) -> tuple[Float[Tensor, "b t v"], Cache]:
-    """Append t suffix tokens to each row: their logits, and a new cache. The given cache does not change.
+    """Append t suffix tokens to each row. Returns their logits and a new cache; the given cache does not change.
 
-    Raises CacheFullError if a row has no free slots for them, and TokenError for an id outside the vocabulary, if that
-    is known on the host. Otherwise the logits of such a token, and of those after it, are nan (`Cache.overflowed`).
+    Raises CacheFullError if a row has too few free slots, and TokenError for an id outside the vocabulary, if the host
+    can read the values without waiting. Otherwise the logits of such a token, and all later ones of its row, are nan;
+    `Cache.overflowed` marks only the rows without free slots.
     """
     count = tokens.shape[1]
     check_room(cache.length, count, cache.slots)
@@ -197,9 +194,9 @@ def decode(
     tap: Tap = identity,
     allowed: gemma.Allowed = None,
 ) -> tuple[Float[Tensor, "b v"], Cache]:
-    """Append one token to each row: the logits after it, and a new cache. The given cache does not change.
+    """Append one token to each row. Returns the logits after it and a new cache; the given cache does not change.
 
-    Prefilling n + 1 tokens equals prefilling n and decoding one, at every split of the suffix.
+    Prefilling n + 1 tokens equals prefilling n and decoding one, wherever the suffix is split.
     """
     logits, cache = extend(params, rearrange(token, "b -> b 1"), cache, cfg, tap, allowed)
     return rearrange(logits, "b 1 v -> b v"), cache

@@ -1,8 +1,8 @@
 """The SigLIP vision encoder (Zhai et al. 2023; big_vision `models/vit.py`): pictures -> one vector per patch.
 
-Also the transformer block, which SigLIP's text encoder shares (`siglip_dual`), and the head that pools the patches into
-one vector, which PaliGemma does not use. Axes: n pictures or texts, p patches or tokens, s the sequence that attention
-reads, d width, f hidden; `nh` heads and head dim fused.
+It also has the transformer block, which SigLIP's text encoder shares (`siglip_dual`), and the head that pools the
+patches into one vector, which PaliGemma does not use. Axes: n pictures or texts, p patches or tokens, s the sequence
+that attention reads, d width, f hidden; `nh` heads and head dim fused.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from pgfunc import ops, tree
 from pgfunc.config import SiglipTextConfig, VisionConfig
 from pgfunc.ops import Tap, Wrap, identity, layer_norm, linear, linear_many, plain
 
-Turn = Float[Tensor, "2 p half"] | tuple[()]  # the angles of rope2d
+Angles = Float[Tensor, "2 p half"] | tuple[()]  # of `rotate_grid`; (): no rotation
 
 
 class Layer(NamedTuple):
@@ -83,15 +83,15 @@ class Head(NamedTuple):
 def abstract(cfg: VisionConfig) -> Params:
     """The parameter tree on the meta device."""
     sizes = {"d": cfg.width, "nh": cfg.width, "f": cfg.hidden, "p": cfg.tokens, "c": 3, "y": cfg.patch, "x": cfg.patch}
-    given = {} if cfg.position == "learned" else {"position": ()}
+    absent = {} if cfg.position == "learned" else {"position": ()}
     layers = tuple(tree.abstract(Layer, sizes) for _ in range(cfg.layers))
-    return tree.abstract(Params, sizes, layers=layers, **given)
+    return tree.abstract(Params, sizes, layers=layers, **absent)
 
 
 def patchify(pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig) -> Float[Tensor, "n p cyx"]:
-    """Cut pictures into non-overlapping squares, row by row; a square is flattened channel first, as the weight is.
+    """Cut pictures into non-overlapping squares, row by row. A square is flattened channel first, like the weight.
 
-    Rows and columns that fill no square, the last ones, are not read: the convolution is 'valid' (big_vision vit.py).
+    The last rows and columns are not read if they do not fill a square: the convolution is 'valid' (big_vision vit.py).
     """
     side = cfg.grid * cfg.patch
     return rearrange(pixels[..., :side, :side], "n c (gy y) (gx x) -> n (gy gx) (c y x)", y=cfg.patch, x=cfg.patch)
@@ -100,24 +100,27 @@ def patchify(pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig) -> Float[Tenso
 def encode_image(
     p: Params, pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig, tap: Tap = identity, wrap: Wrap = plain
 ) -> Float[Tensor, "n p d"]:
-    """Pictures with values in [-1, 1] -> the encoder's normalized output: a vector per patch. `wrap` is for `block`."""
+    """Pictures with values in [-1, 1] -> the encoder's normalized output, one vector per patch.
+
+    `wrap` is applied to `block`.
+    """
     patches = patchify(pixels.to(p.patch.dtype), cfg)
     x = linear(patches, rearrange(p.patch, "d c y x -> d (c y x)"), p.patch_bias)
     if cfg.position == "learned":
         x = x + p.position
     x = tap("vision.embed", x)
-    turn = grid_angles(cfg, x.device) if cfg.position == "rope2d" else ()
+    angles = grid_angles(cfg, x.device) if cfg.position == "rope2d" else ()
     for i, layer in enumerate(p.layers):
-        x = wrap(block)(layer, x, cfg, ops.within(f"vision.{i}", tap), turn)
+        x = wrap(block)(layer, x, cfg, ops.within(f"vision.{i}", tap), angles)
     return tap("vision.out", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
 
 
 def block(
-    p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig | SiglipTextConfig, tap: Tap = identity, turn: Turn = ()
+    p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig | SiglipTextConfig, tap: Tap = identity, angles: Angles = ()
 ) -> Float[Tensor, "n p d"]:
-    """Attention and MLP, each on a normalized copy that is added back."""
+    """Attention and MLP: each reads a normalized copy of x, and its result is added to x."""
     normed = layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps)
-    x = tap("resid_mid", x + attention(p, normed, normed, cfg, tap, turn))
+    x = tap("resid_mid", x + attention(p, normed, normed, cfg, tap, angles))
     return tap("resid_post", x + mlp(p, layer_norm(x, p.norm2_scale, p.norm2_bias, cfg.eps), tap))
 
 
@@ -127,17 +130,17 @@ def attention(
     source: Float[Tensor, "n s d"],
     cfg: VisionConfig | SiglipTextConfig,
     tap: Tap = identity,
-    turn: Turn = (),
+    angles: Angles = (),
 ) -> Float[Tensor, "n p d"]:
-    """Multi-head attention: every vector of x reads all of the source, which is x itself in a block."""
+    """Multi-head attention: every vector of x attends to all vectors of `source`, which is x itself in a block."""
     if x is source:
-        made = linear_many(x, (p.q, p.k, p.v), (p.q_bias, p.k_bias, p.v_bias))
+        projections = linear_many(x, (p.q, p.k, p.v), (p.q_bias, p.k_bias, p.v_bias))
     else:
-        made = linear(x, p.q, p.q_bias), *linear_many(source, (p.k, p.v), (p.k_bias, p.v_bias))
-    heads = (rearrange(each, "b p (n h) -> b p n h", n=cfg.heads) for each in made)
+        projections = linear(x, p.q, p.q_bias), *linear_many(source, (p.k, p.v), (p.k_bias, p.v_bias))
+    heads = (rearrange(each, "b p (n h) -> b p n h", n=cfg.heads) for each in projections)
     q, k, v = (tap(name, each) for name, each in zip("qkv", heads, strict=True))
-    if isinstance(turn, Tensor):
-        q, k = rotate_grid(q, turn), rotate_grid(k, turn)
+    if isinstance(angles, Tensor):
+        q, k = rotate_grid(q, angles), rotate_grid(k, angles)
     out = ops.attend(q, k, v, mask=None, scale=cfg.head_dim**-0.5)
     return tap("attn_out", linear(rearrange(out, "b p n h -> b p (n h)"), p.out, p.out_bias))
 
@@ -149,7 +152,7 @@ def mlp(p: Layer | Head, x: Float[Tensor, "n p d"], tap: Tap = identity) -> Floa
 
 
 def pool(p: Head, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap: Tap = identity) -> Float[Tensor, "n d"]:
-    """The encoder's output -> one vector per picture; the order of the patches does not matter."""
+    """The encoder's output -> one vector per picture. The order of the patches does not matter."""
     probe = repeat(p.probe, "one d -> n one d", n=x.shape[0])
     # the query's own vector is not added back: the head's residual starts after its attention (big_vision vit.py)
     x = tap("resid_mid", attention(p, probe, x, cfg, tap))
@@ -158,13 +161,13 @@ def pool(p: Head, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap: Tap = ident
 
 
 def grid_angles(cfg: VisionConfig, device: torch.device) -> Float[Tensor, "2 p half"]:
-    """The rotation angles of each patch's row and of its column; each serves one half of the head."""
-    place = torch.arange(cfg.grid, device=device)
-    rows, columns = repeat(place, "y -> (y x)", x=cfg.grid), repeat(place, "x -> (y x)", y=cfg.grid)
+    """The rotation angles of each patch's row and of its column; `rotate_grid` uses each for one half of the head."""
+    index = torch.arange(cfg.grid, device=device)
+    rows, columns = repeat(index, "y -> (y x)", x=cfg.grid), repeat(index, "x -> (y x)", y=cfg.grid)
     return ops.angles(torch.stack([rows, columns]), cfg.head_dim // 2, cfg.theta)
 
 
-def rotate_grid(x: Float[Tensor, "b p n h"], turn: Float[Tensor, "2 p half"]) -> Float[Tensor, "b p n h"]:
-    """2-D RoPE: the first half of each head turns with the row, the second with the column (Heo et al. 2024, axial)."""
+def rotate_grid(x: Float[Tensor, "b p n h"], angles: Float[Tensor, "2 p half"]) -> Float[Tensor, "b p n h"]:
+    """2-D RoPE: rotate the first half of each head by the row, the second by the column (Heo et al. 2024, axial)."""
     by_row, by_column = x.chunk(2, dim=-1)
-    return torch.cat([ops.rotate(by_row, turn[0]), ops.rotate(by_column, turn[1])], dim=-1)
+    return torch.cat([ops.rotate(by_row, angles[0]), ops.rotate(by_column, angles[1])], dim=-1)

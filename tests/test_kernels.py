@@ -48,7 +48,7 @@ def test_a_block_is_no_wider_than_the_matrix_needs_and_every_size_has_a_tile():
         bits, group = {"": (16, 0), "int8": (8, 0), "int4": (4, 32)}[kind]
         for outputs, inputs in [(1, 1), (64, 16), (2560, 2048), (257_152, 4608)]:
             inputs, w = max(inputs, group), torch.empty(outputs, 0)
-            sizes = calls.KernelMatrix((w, w), inputs, bits, group).sizes(tuning.tile(kernel, outputs, inputs, bits))
+            sizes = calls.KernelMatrix((w, w), inputs, bits, group).sizes(tuning.tile(kernel, inputs, bits))
             assert sizes["BLOCK"] & (sizes["BLOCK"] - 1) == 0
             assert max(16, group) <= sizes["BLOCK"] < max(17, 2 * inputs)
     for slots in (1, 600, 1000, 8192):

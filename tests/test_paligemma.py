@@ -184,7 +184,7 @@ def test_logits_of_allowed_tokens_are_those_of_all_tokens_at_their_places(cfg, s
     torch.testing.assert_close(full[torch.arange(2), best], full[:, places].amax(-1), atol=1e-5, rtol=0)
 
 
-def test_a_range_of_allowed_tokens_copies_nothing_of_the_head_and_must_be_of_tokens_in_a_row():
+def test_a_range_of_allowed_tokens_copies_nothing_of_the_head_and_must_be_of_consecutive_tokens():
     cfg = CONFIGS["gemma"]
     tree = params(cfg)
     seen = []
@@ -195,7 +195,7 @@ def test_a_range_of_allowed_tokens_copies_nothing_of_the_head_and_must_be_of_tok
     assert seen[0].data_ptr() == tree.language.embed[7].data_ptr()
     assert gemma.head_rows(range(64), cfg.text) == slice(0, 64)
     for wrong in (range(5, 5), range(0, 9, 2), range(60, 65), range(-2, 3)):
-        with pytest.raises(SettingError, match="expected one or more of the tokens 0 to 63, in a row"):
+        with pytest.raises(SettingError, match="expected one or more consecutive tokens of 0 to 63"):
             gemma.unembed(tree.language, torch.ones(2, cfg.text.width), cfg.text, allowed=wrong)
 
 
@@ -212,7 +212,7 @@ def test_a_cache_has_room_for_as_many_tokens_as_are_asked_for_and_not_for_fewer_
 
 def test_a_mistake_in_what_is_allowed_is_known_before_a_picture_is_read():
     cfg, given = CONFIGS["gemma"], prompt(CONFIGS["gemma"], [3], [2])
-    with pytest.raises(SettingError, match="expected one or more of the tokens"):
+    with pytest.raises(SettingError, match="expected one or more consecutive tokens"):
         pg.prefill(params(cfg), given._replace(pixels=None), cfg, 1, allowed=range(5, 5))
 
 

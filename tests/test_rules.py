@@ -21,6 +21,7 @@ from watched import Watched
 
 import pgfunc as pg
 from pgfunc import gemma, masks, ops, packing, paligemma, siglip
+from pgfunc.cache import by_layer
 from pgfunc.kernels import operators, reference, rules
 from pgfunc.lowering import RULES, lowered
 from pgfunc.quant import lowbit
@@ -116,6 +117,38 @@ def test_what_the_kernels_cannot_compute_is_computed_by_the_formulas(name, case)
         torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
     assert counts.keys() <= {"angles", "head"}
     assert counts["head"] == (1 if case == "nothing" else 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_operator_computes_its_token_at_most_once(name):
+    cfg, tree = CONFIGS[name].text, params(CONFIGS[name]).language
+    _, cache = pg.prefill(params(CONFIGS[name]), prompt(CONFIGS[name], [3], [2]), CONFIGS[name], 3)
+    x, positions = torch.randn(1, 1, cfg.width), cache.length[:, None]
+
+    def run(queries: torch.Tensor) -> torch.Tensor:
+        seen = masks.cached(cache.length, 1, cache.slots, cfg.window)
+        return gemma.run(tree, x, positions, seen, cfg, cache, queries=queries)[0]
+
+    def runs_as_an_operator(queries: gemma.Queries) -> bool:
+        appended, past = masks.Appended(cache.length, 1, 0), by_layer(cache, 1, cfg.layers)[0]
+        return rules.block_applies(
+            tree.layers[0],
+            x,
+            ops.angles(positions, cfg.head_dim, cfg.theta),
+            appended,
+            cfg,
+            past,
+            ops.identity,
+            queries,
+        )
+
+    once, twice = torch.tensor([[0]]), torch.tensor([[0, 0]])
+    assert run(once).shape == (1, 1, cfg.width)
+    torch.testing.assert_close(run(twice), run(once).expand(1, 2, -1))
+    with compiled_for_gpu():
+        assert runs_as_an_operator(())
+        assert runs_as_an_operator(once)
+        assert not runs_as_an_operator(twice), "an operator would return one token"
 
 
 @pytest.mark.parametrize("allowed", [None, range(3, 9), torch.tensor([5, 2])], ids=["all", "range", "ids"])

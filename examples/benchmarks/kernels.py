@@ -101,7 +101,7 @@ def error(fn: str, args: tuple) -> float:
 
 def standard_share(q: Tensor, k: Tensor) -> Share:
     """The setting that `pgfunc.kernels.tuning` uses for the attention of a prompt."""
-    return tuning.share(q[..., 0].numel(), tuning.power(q.shape[-1]) * q.element_size(), shared_memory(k))
+    return tuning.share(q[..., 0].numel(), tuning.next_power_of_two(q.shape[-1]) * q.element_size(), shared_memory(k))
 
 
 def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth: float) -> None:
@@ -114,7 +114,7 @@ def measure(name: str, fn: str, size: int, make: Callable[[], tuple], bandwidth:
         part, kind, tried, standard = "share", Share, SHARES, standard_share(*copies[0][:2])
     else:
         w = KernelMatrix.of(first)
-        part, kind, tried, standard = "tile", Tile, TILES, tuning.tile(fn, w.outputs, w.inputs, w.bits)
+        part, kind, tried, standard = "tile", Tile, TILES, tuning.tile(fn, w.inputs, w.bits)
         if isinstance(first, Tensor):
             cublas = lambda x, *rest: [ops.linear(x, w) for w in rest if isinstance(w, Tensor) and w.dim() == 2]  # noqa: E731
             line += f", cuBLAS alone {microseconds(cublas, copies):.1f} us"

@@ -1,4 +1,4 @@
-"""What every launch of a kernel needs: the kernel, whether it may start early, and a check of its tensors."""
+"""What every launch of a kernel needs: its module, the arguments of an early start, and a check of its tensors."""
 
 from importlib import import_module
 from types import ModuleType
@@ -9,7 +9,7 @@ from torch import Tensor
 from pgfunc.errors import DeviceError, SettingError
 
 
-def code(name: str) -> ModuleType:
+def triton_module(name: str) -> ModuleType:
     """A module of this folder that is written in Triton. Raises DeviceError if Triton is not installed."""
     try:
         return import_module(f"pgfunc.kernels.{name}")
@@ -24,12 +24,12 @@ def check_dense(*tensors: Tensor) -> None:
             raise SettingError(f"strides {x.stride()} of a tensor of shape {tuple(x.shape)}, expected dense rows")
 
 
-def early(x: Tensor) -> dict[str, bool]:
-    """Triton's arguments for a kernel that may start while the one before still runs, which Hopper and later allow."""
-    able = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
+def early_launch(x: Tensor) -> dict[str, bool]:
+    """Triton's arguments for a kernel that may start while the kernel before it still runs (on Hopper and later)."""
+    supported = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if supported else {"EARLY": False}
 
 
 def shared_memory(x: Tensor) -> float:
-    """The bytes of shared memory that one program may have on the device."""
+    """The bytes of shared memory that one program can use on the device of x."""
     return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else float("inf")

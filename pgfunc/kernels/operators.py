@@ -1,11 +1,11 @@
-"""The kernels as operators for torch.compile, which has nothing to fuse or to trace in them.
+"""The kernels as operators for torch.compile, which neither traces nor fuses what is inside them.
 
-One token of one row is a few kernels a layer:
+One token of one row takes a few kernels per layer:
 
     norm, q, k, v, rotation, append | attention | out, residual | norm, gate, up, GELU | down, residual
 
-Gemma 2 normalises what it adds, in a kernel of its own. Knows the fields of `gemma.Layer`, and no masks: an appended
-token attends to everything before it, or to the last of a window.
+Gemma 2 also normalizes each product before it adds it, in a separate kernel. This module knows the fields of
+`gemma.Layer`. `block` makes no mask: a token attends to itself and all before it, or to the last `window` of these.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def block(
     x: Tensor, weights: Sequence[Tensor], angles: Tensor, k: Tensor, v: Tensor, length: Tensor,
     eps: float, scale: float, cap: float, window: int,
 ) -> Tensor:  # fmt: skip
-    """`gemma.block` for one token of one row, which is appended to the buffers k and v."""
+    """`gemma.block` for one token of one row, whose key and value are appended to the buffers k and v."""
     p, arrivals = layer_of(weights), calls.counters(k[0])
     q = calls.norm_qkv_rope(x[0, 0], p.attention_norm, p.q, p.k, p.v, angles, k[0], v[0], length, eps, arrivals)
     attended = calls.decode_attention(q, k[0], v[0], length, scale, cap, window, arrivals).flatten()
@@ -44,14 +44,14 @@ def block(
 
 @torch.library.custom_op("pgfunc::head", mutates_args=())
 def head(x: Tensor, norm: Tensor, w: Sequence[Tensor], eps: float, just_written: bool) -> Tensor:
-    """`gemma.head` for one token of one row; `just_written` if w was written by the kernel before."""
+    """`gemma.head` for one token of one row. `just_written`: the kernel before has written w."""
     (matrix,) = matrices(w)
     return rearrange(calls.norm_matvec(x[0, 0], norm, matrix, eps, just_written), "v -> 1 1 v")
 
 
 @torch.library.custom_op("pgfunc::angles", mutates_args=())
 def angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    """`ops.angles`, computed once: inductor would compute them again for each operator that takes them."""
+    """`ops.angles`, computed once: inductor would compute the formula again for each operator that takes the angles."""
     return calls.angles(positions.flatten(), dim, theta).view(*positions.shape, dim // 2)
 
 
@@ -63,16 +63,16 @@ def prefill_attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tenso
 
 @torch.library.custom_op("pgfunc::rope_to_cache", mutates_args=())
 def rope_to_cache(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, free: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`gemma.rotate_and_append` to an empty cache, with so many free slots behind the tokens."""
+    """`gemma.rotate_and_append` for an empty cache, with `free` slots of zeros after the tokens."""
     return calls.rope_to_cache(q, k, v, angles, free)
 
 
 @torch.library.custom_op("pgfunc::linear_many", mutates_args=())
 def linear_many(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """`ops.linear_many`, the results one behind another: one product if the weights are packed."""
+    """`ops.linear_many`, with the results concatenated: one product if the weights are packed."""
     w, bias = packed_view(weights), packed_view(biases) if biases else None
     with torch.autocast(x.device.type, enabled=False):
-        if w is None:  # to pack them here would copy them for each product
+        if w is None:  # packing them here would copy them for each product
             pairs = zip(weights, *([biases] if biases else []), strict=True)
             return torch.cat([linear(x, *each) for each in pairs], -1)
         return F.linear(x, w, torch.cat(tuple(biases)) if biases and bias is None else bias)
@@ -93,14 +93,14 @@ linear_many.register_fake(lambda x, weights, biases: x.new_empty(*x.shape[:-1], 
 
 
 def layer_of(leaves: Sequence[Tensor]) -> Layer:
-    """The layer with these leaves, of Gemma 1 or of Gemma 2."""
+    """The layer of Gemma 1 or Gemma 2 that has these leaves."""
     weights = list(matrices(leaves))
     absent = POST_NORMS if len(weights) < len(Layer._fields) else {}
     return Layer(**absent, **dict(zip([name for name in Layer._fields if name not in absent], weights, strict=True)))
 
 
 def matrices(leaves: Sequence[Tensor]) -> Iterator[Any]:
-    """The weights with these leaves, in their order: the values of a quantized matrix are followed by its scales."""
+    """The weights that have these leaves, in order: the values of a quantized matrix are followed by its scales."""
     rest = iter(leaves)
     for leaf in rest:
         yield QUANTIZED[leaf.dtype](leaf, next(rest)) if leaf.dtype in QUANTIZED else leaf
@@ -109,7 +109,7 @@ def matrices(leaves: Sequence[Tensor]) -> Iterator[Any]:
 def add_product(
     row: Float[Tensor, "d"], x: Float[Tensor, "i"], w: Matrix, norm: Tensor | tuple[()], eps: float
 ) -> Float[Tensor, "d"]:
-    """The residual stream plus the product w · x, which Gemma 2 normalises first."""
+    """The residual stream plus the product w · x, which Gemma 2 first normalizes."""
     if isinstance(norm, Tensor):
         return calls.add_norm(calls.matvec(x, w), row, norm, eps)
     return calls.matvec(x, w, row)

@@ -1,15 +1,16 @@
-"""What each kernel of `calls` computes, as a formula: a composition of `ops` with the same name and arguments.
+"""What each kernel of `calls` computes, as a formula of `ops` with the same name.
 
-The kernels keep float32 until the result is cast; the formulas also round what lies between.
+Arguments that only save time are left out: `just_written` and `arrivals`. The kernels keep float32 until the result is
+cast (`angles` float64), but round attention weights to v's dtype. The formulas also round each intermediate result.
 """
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgfunc import ops
 from pgfunc.cache import pad
 from pgfunc.kernels.calls import Matrix
+from pgfunc.masks import Appended, Span, dense
 
 
 def matvec(x: Float[Tensor, "i"], w: Matrix, residual: Float[Tensor, "o"] | None = None) -> Float[Tensor, "o"]:
@@ -42,6 +43,7 @@ def norm_qkv_rope(
     length: Int[Tensor, "1"],
     eps: float,
 ) -> Float[Tensor, "n h"]:
+    """Unlike the kernel, raises IndexError if the buffers have no slot `length`."""
     normed = ops.rms_norm(x, scale, eps)
     query, key, value = (ops.linear(normed, w).unflatten(0, (1, 1, -1, 2 * angles.shape[-1])) for w in (q, k, v))
     k_buffer[length], v_buffer[length] = ops.rotate(key, angles)[0], value[0]
@@ -64,9 +66,8 @@ def decode_attention(
     cap: float = 0.0,
     window: int = 0,
 ) -> Float[Tensor, "n h"]:
-    key = torch.arange(k.shape[0], device=k.device)
-    seen = (key <= length) & (key > length - (window or k.shape[0]))
-    return ops.attend(q[None, None], k[None], v[None], seen[None, None], scale, cap)[0, 0]
+    mask = dense(Appended(length, 1, window), len(k))
+    return ops.attend(q[None, None], k[None], v[None], mask, scale, cap)[0, 0]
 
 
 def prefill_attention(
@@ -78,8 +79,7 @@ def prefill_attention(
     scale: float,
     cap: float = 0.0,
 ) -> Float[Tensor, "b t n h"]:
-    key = torch.arange(k.shape[1], device=k.device)
-    return ops.attend(q, k, v, (key >= begin[..., None]) & (key < end[..., None]), scale, cap)
+    return ops.attend(q, k, v, dense(Span(begin, end), k.shape[1]), scale, cap)
 
 
 def rope_to_cache(
@@ -87,6 +87,6 @@ def rope_to_cache(
     k: Float[Tensor, "b t k h"],
     v: Float[Tensor, "b t k h"],
     angles: Float[Tensor, "b t half"],
-    room: int,
+    free: int,
 ) -> tuple[Float[Tensor, "b t n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
-    return ops.rotate(q, angles), pad(ops.rotate(k, angles), room), pad(v, room)
+    return ops.rotate(q, angles), pad(ops.rotate(k, angles), free), pad(v, free)

@@ -1,8 +1,9 @@
 """What compiled code computes in place of the model's formulas, and when: the whole list, at the end of this file.
 
-On an NVIDIA GPU, if no gradient is needed: one token of one row by the kernels (`operators`), the attention of a prompt
-without a mask in memory, and one product for matrices that are packed (`packing`). On a CPU: the product of one row as
-a loop that inductor writes. None of these has a derivative.
+Without gradients, on an NVIDIA GPU: kernels (`operators`) for one token of one row, for rotary angles, and for the
+rotation and the attention of a prompt. Without gradients, on any GPU: one product for packed matrices (`packing`).
+With or without gradients: on any GPU, a bias that is added after the product, and explicit attention of one query; on a
+CPU without AMX, the product of one row as a loop that inductor writes.
 """
 
 from collections.abc import Sequence
@@ -32,19 +33,23 @@ AMX = torch.cpu._is_amx_tile_supported()
 # --- when they apply --------------------------------------------------------------------------------------------------
 
 
+def inference() -> bool:
+    """Whether no gradients are recorded and no transforms of torch.func are active: the kernels support neither."""
+    return not torch.is_grad_enabled() and not transformed()
+
+
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels can compute with this tensor: it is on an NVIDIA GPU, and no gradient is needed."""
-    nvidia = TRITON and x.is_cuda and torch.version.hip is None
-    return nvidia and not torch.is_grad_enabled() and not transformed()
+    return TRITON and x.is_cuda and torch.version.hip is None and inference()
 
 
 def kernels_read(x: Tensor) -> bool:
-    """Whether kernels read activations of this dtype and device."""
+    """Whether kernels can compute with these activations: `on_gpu`, and in a dtype that they support."""
     return x.dtype in DTYPES and on_gpu(x)
 
 
 def one_token(x: Tensor, tap: Any, weights: Any) -> bool:
-    """Whether this is one token of one row, without a tap, and the kernels read these weights."""
+    """Whether x is one token of one row, there is no tap, and the kernels support these weights."""
     fits = x.shape[:-1] == (1, 1) and tap is ops.identity and kernels_read(x)
     return fits and all(w.dtype in (x.dtype, *QUANTIZED) for w in pytree.tree_leaves(weights))
 
@@ -52,8 +57,14 @@ def one_token(x: Tensor, tap: Any, weights: Any) -> bool:
 def block_applies(
     p: gemma.Layer, x: Tensor, angles: Tensor, mask: Mask, cfg: TextConfig, past: Any, tap: Any, queries: Any
 ) -> bool:
-    """Whether the kernels compute this layer: matrices that they read together are of one method, 4 bits in rows."""
+    """Whether the kernels can compute this layer.
+
+    They read q, k and v together, and gate and up together: each group has one method. They read 4 bits only in rows.
+    They compute the one token: `queries` is (), or selects that token once.
+    """
     if not (isinstance(past, Past) and isinstance(mask, Appended) and one_token(x, tap, p)):
+        return False
+    if isinstance(queries, Tensor) and queries.shape != (1, 1):
         return False
     alike = all(len({lowbit.kind(w) for w in group}) == 1 for group in ((p.q, p.k, p.v), (p.gate, p.up)))
     return alike and not any(isinstance(w, Int4) and w.blocked for w in p)
@@ -80,7 +91,7 @@ def plain_on_gpu(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> bool:
 
 
 def one_row_on_cpu(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> bool:
-    """Whether inductor's loop is the faster product: it is on an EPYC, and on a Xeon with AMX it is not."""
+    """Whether inductor's loop is faster than the library: it is on an EPYC, but not on a Xeon with AMX."""
     if not isinstance(w, Tensor) or AMX:
         return False
     return x.device.type == "cpu" and x.shape[:-1].numel() == 1 and x.dtype == w.dtype != torch.float64
@@ -88,7 +99,7 @@ def one_row_on_cpu(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> boo
 
 def linear_many_applies(x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor]) -> bool:
     plain = all(isinstance(w, Tensor) for w in weights)
-    return plain and x.is_cuda and not torch.is_grad_enabled() and not transformed()
+    return plain and x.is_cuda and inference()
 
 
 # --- what they compute ------------------------------------------------------------------------------------------------
@@ -97,9 +108,9 @@ def linear_many_applies(x: Tensor, weights: Sequence[Any], biases: Sequence[Tens
 def block(
     p: gemma.Layer, x: Tensor, angles: Tensor, mask: Appended, cfg: TextConfig, past: Past, tap: Any, queries: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    k, v = past.k.clone(), past.v.clone()  # inductor leaves out the copies if the buffers may be written
-    numbers = cfg.eps, cfg.query_scale, cfg.attention_softcap, mask.window
-    return operators.block(x, pytree.tree_leaves(p), angles, k, v, past.length, *numbers), (k, v)
+    k, v = past.k.clone(), past.v.clone()  # inductor removes these copies if the buffers may be overwritten
+    settings = cfg.eps, cfg.query_scale, cfg.attention_softcap, mask.window
+    return operators.block(x, pytree.tree_leaves(p), angles, k, v, past.length, *settings), (k, v)
 
 
 def head(p: gemma.Params, x: Tensor, rows: Any, cfg: TextConfig, tap: Any) -> Tensor:
@@ -118,22 +129,22 @@ def attend_span(q: Tensor, k: Tensor, v: Tensor, mask: Span, scale: float, cap: 
 
 
 def attend_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, cap: float) -> Tensor:
-    """With explicit weights, which inductor fuses with the operations around them."""
+    """Explicit attention, which inductor fuses with the operations around it."""
     mask = None if mask is None else masks.dense(mask, k.shape[1])
     return ops.attend_explicit(q, k, v, mask, scale, cap)
 
 
 def spans(valid: Tensor, causal: Tensor, size: int) -> Masks:
-    return masks.spans(masks.left_aligned(valid, causal, size))
+    return masks.spans(masks.left_aligned_prompt(valid, causal, size))
 
 
 def linear_without_bias(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """The bias is added to the product, fused with what follows: cuBLAS may copy it to every row first."""
+    """The bias is added after the product, fused with what follows: cuBLAS may first copy the bias to every row."""
     return add_bias(F.linear(x, w), bias)
 
 
 def linear_of_one_row(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """A loop that inductor writes, at up to twice the speed of the library."""
+    """The product as a loop that inductor writes, at up to twice the speed of the library."""
     return add_bias(lowbit.one_row(x, w), bias)
 
 
@@ -151,7 +162,7 @@ RULES.update({
     gemma.block: (Rule(block_applies, block),),
     gemma.head: (Rule(head_applies, head),),
     gemma.rotate_and_append: (Rule(rotate_applies, rotate_and_append),),
-    masks.left_aligned: (Rule(lambda valid, causal, size: on_gpu(valid), spans),),
+    masks.left_aligned_prompt: (Rule(lambda valid, causal, size: on_gpu(valid), spans),),
     masks.cached: (Rule(lambda length, tokens, slots, size: tokens == len(length) == 1 and on_gpu(length),
                         masks.appended),),
     ops.angles: (Rule(lambda positions, dim, theta: on_gpu(positions), operators.angles),),

@@ -1,11 +1,11 @@
 """Quantize the weights of a tree, and dequantize them.
 
-    small = pg.quant.quantize(model.params, "int4")     # the language model in 4 bits, its embedding in 8
-    pg.quant.errors(model.params, small)                # the relative error of each matrix
+    quantized = pg.quant.quantize(model.params, "int4")  # the language model in 4 bits, its embedding in 8
+    pg.quant.errors(model.params, quantized)             # the relative error of each matrix
 
-A quantized matrix is an `Int8`, a `Float8` or an `Int4` (`lowbit`) in the tree, and its tensors are leaves. Every
-function of the model takes such a tree. It cannot be trained: rounding has no useful gradient. This module decides
-which weights of a tree are quantized, and explains why some cannot be.
+In the tree, a quantized matrix is an `Int8`, a `Float8` or an `Int4` (`lowbit`), whose tensors are leaves. Every
+function of the model accepts a quantized tree. It cannot be trained: rounding has no useful gradient. This module
+decides which weights of a tree are quantized, and explains why some cannot be.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from pgfunc.quant.lowbit import BLOCK, GROUPS, Int4, Quantized
 
 T = TypeVar("T")
 
-TABLE = "language.embed"  # its rows are looked up, which needs 8 bits or more
+TABLE = "language.embed"  # `ops.embedding` looks up single rows, which needs 8 bits or more
 FP8 = 8, 9  # the first compute capability with fp8
 PLAIN = {"vision.position", "projector"}  # never quantized: one is added, the other decides the activations' dtype
 
@@ -50,8 +50,8 @@ def apply(params: T, methods: Mapping[str, str]) -> T:
     for path in methods:
         if path not in available:
             raise SettingError(f"{path} is no matrix that can be quantized (pgfunc inspect lists all parameters)")
-    small = {path: quantized(path, w, methods[path]) for path, w in weights(params).items() if path in methods}
-    return _map(lambda path, w: small.get(path, w), params)
+    replaced = {path: quantized(path, w, methods[path]) for path, w in weights(params).items() if path in methods}
+    return _map(lambda path, w: replaced.get(path, w), params)
 
 
 def quantized(path: str, w: Tensor | Quantized, method: str) -> Quantized:
@@ -69,10 +69,10 @@ def quantized(path: str, w: Tensor | Quantized, method: str) -> Quantized:
             f"{path}: {method} takes outputs in multiples of {BLOCK} and inputs in multiples of {group}, "
             f"found {outputs} x {inputs}; take int8, or leave it out"
         )
-    small = lowbit.quantize(w, method)
-    if not w.is_meta and not lowbit.finite(small):
+    rounded = lowbit.quantize(w, method)
+    if not w.is_meta and not lowbit.finite(rounded):
         raise NumericalError(f"{path}: has numbers that are not finite, or too large for {method} in {w.dtype}")
-    return small
+    return rounded
 
 
 def dequantize(params: T) -> T:
@@ -91,7 +91,7 @@ def to_device_layout(params: T, device: torch.device) -> T:
     return _map(lambda path, w: lowbit.to_device_layout(w, device) if isinstance(w, Int4) else w, params)
 
 
-arranged = to_device_layout  # an older name
+arranged = to_device_layout  # the old public name: kept for code that uses it
 
 
 def check_device(method: str, device: torch.device) -> None:
@@ -119,7 +119,8 @@ def errors(params: Any, quantized: Any) -> dict[str, float]:
 
 def check_plain(params: Any, what: str) -> None:
     """Raise SettingError if a weight is quantized; `what` names the operation that needs plain weights."""
-    for path, method in methods(params).items():
+    if by_path := methods(params):
+        path, method = next(iter(by_path.items()))
         raise SettingError(f"{what} needs plain weights, {path} is {method}; take the original, or quant.dequantize")
 
 

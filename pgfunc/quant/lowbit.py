@@ -1,4 +1,4 @@
-"""A matrix of weights in 8 or 4 bits: quantize, dequantize, multiply. `ops.linear` alone multiplies activations by it.
+"""A matrix of weights in 8 or 4 bits: quantize, dequantize, multiply.
 
 `Int8` and `Float8` have a scale for each output. `Int4` has a scale and a zero for each output and group of inputs, and
 two levels in a byte. On CPUs and in files a byte holds levels of two outputs, in blocks of 64 outputs, the layout of
@@ -10,7 +10,7 @@ On GPUs a byte holds levels of two inputs of a group of h + h, so that a row is 
 
     byte [o, g h + j]  =  level of (output o, input 2 g h + j)  |  level of (output o, input 2 g h + h + j) << 4
 
-Scales have 8 significant bits, and the dtype of the original weights. Nothing here knows about models. Axes:
+Scales have 8 significant bits, and the dtype of the original weights. This module knows nothing about models. Axes:
 o outputs, i inputs, g groups of inputs, n blocks of 64 outputs, d 32 outputs, j pairs of inputs, z scale and zero.
 """
 
@@ -32,7 +32,7 @@ BLOCK = 64
 
 
 class Int8(NamedTuple):
-    """values · scale."""
+    """values · scale, in equal steps."""
 
     values: Int[Tensor, "o i"]  # int8, from -127 to 127
     scale: Float[Tensor, "o"]
@@ -42,7 +42,7 @@ class Int8(NamedTuple):
 
 
 class Float8(NamedTuple):
-    """values · scale, with a mantissa of 3 bits; the steps of an Int8 are even (Micikevicius et al. 2022)."""
+    """values · scale. Steps grow with the value: it has a mantissa of 3 bits (Micikevicius et al. 2022)."""
 
     values: Float[Tensor, "o i"]  # float8_e4m3fn, from -448 to 448
     scale: Float[Tensor, "o"]
@@ -62,7 +62,10 @@ class Int4(NamedTuple):
 
     @property
     def blocked(self) -> bool:
-        """Whether the layout is blocks, for CPUs, or rows, for GPUs. Stacked matrices: only within vmap."""
+        """Whether the layout is blocks, for CPUs; otherwise it is rows, for GPUs.
+
+        A stack of matrices has one more axis, so this property is right only inside vmap.
+        """
         return self.values.dim() == 3
 
     @property
@@ -77,7 +80,7 @@ class Int4(NamedTuple):
 
 Quantized = Int8 | Float8 | Int4
 TYPES: dict[str, type] = {"int8": Int8, "fp8": Float8} | {name: Int4 for name, size in GROUPS.items() if size}
-MOST = {Int8: 127, Float8: 448}
+LARGEST = {Int8: 127, Float8: 448}  # the largest value that is stored
 
 
 def method(w: Quantized) -> str:
@@ -99,29 +102,34 @@ def quantize(w: Float[Tensor, "o i"], method: str) -> Quantized:
     zeros; with int4 so does a group of one repeated number that bfloat16 can represent. In float16 a scale is at least
     6e-5. Weights that are not finite get a scale that is not finite.
     """
-    group, kind = GROUPS[method], TYPES[method]
+    group, matrix_type = GROUPS[method], TYPES[method]
     # in float64 the levels are exact; a few rows at a time need little memory
-    pieces = w.split(len(w) if w.is_meta else 1024)
-    parts = [_int4(rows.double(), group, w.dtype) if group else _eight(rows.double(), w.dtype, kind) for rows in pieces]
+    parts = [
+        _int4(rows.double(), group, w.dtype) if group else _eight(rows.double(), w.dtype, matrix_type)
+        for rows in w.split(len(w) if w.is_meta else 1024)
+    ]
     values, scales = map(torch.cat, zip(*parts, strict=True))
-    return kind(values, scales) if not group else in_rows(values, scales) if w.is_cuda else in_blocks(values, scales)
+    if not group:
+        return matrix_type(values, scales)
+    return in_rows(values, scales) if w.is_cuda else in_blocks(values, scales)
 
 
-def _eight(rows: Tensor, dtype: torch.dtype, kind: type) -> tuple[Shaped[Tensor, "o i"], Float[Tensor, "o"]]:
-    scale = _scale(rows.abs().amax(-1) / MOST[kind], dtype)
+def _eight(rows: Tensor, dtype: torch.dtype, matrix_type: type) -> tuple[Shaped[Tensor, "o i"], Float[Tensor, "o"]]:
+    largest = LARGEST[matrix_type]
+    scale = _scale(rows.abs().amax(-1) / largest, dtype)
     levels = rows / rearrange(scale, "o -> o 1")
-    if kind is Int8:
+    if matrix_type is Int8:
         return levels.round().to(torch.int8), scale
-    # rounded here, so that the conversion is exact: PyTorch's rounds to float32 first. Below 2^-6 the steps are even
+    # rounded here, so that the conversion is exact: PyTorch's rounds to float32 first. Below 2^-6 the steps are equal
     step = torch.exp2((torch.frexp(levels).exponent.double() - 1).clamp(min=-6) - 3)
-    return ((levels / step).round() * step).clamp(-MOST[kind], MOST[kind]).to(torch.float8_e4m3fn), scale
+    return ((levels / step).round() * step).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
 
 
 def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> tuple[UInt[Tensor, "o i"], Float[Tensor, "o g z"]]:
     rows = rearrange(rows, "o (g i) -> o g i", i=group)
     low, high = rows.amin(-1), rows.amax(-1)
     zero = _coarse((8 * high + 7 * low) / 15, dtype).double()
-    # from the rounded zero, so that the grid still covers both ends
+    # computed from the rounded zero, so that the levels still reach both ends
     scale = _scale(torch.maximum((high - zero) / 7, (zero - low) / 8), dtype)
     levels = (rows - rearrange(zero, "o g -> o g 1")) / rearrange(scale, "o g -> o g 1")
     levels = levels.round().clamp(-8, 7).add(8).to(torch.uint8)
@@ -129,24 +137,24 @@ def _int4(rows: Tensor, group: int, dtype: torch.dtype) -> tuple[UInt[Tensor, "o
 
 
 def in_blocks(levels: UInt[Tensor, "o i"], scale: Float[Tensor, "o g z"]) -> Int4:
-    """Levels in the layout of CPUs."""
+    """The matrix with these levels, in the layout for CPUs."""
     first, second = rearrange(levels, "(n half d) i -> half n i d", half=2, d=BLOCK // 2)
     return Int4((first | second << 4).contiguous(), rearrange(scale, "o g z -> g o z").contiguous())
 
 
 def in_rows(levels: UInt[Tensor, "o i"], scale: Float[Tensor, "o g z"]) -> Int4:
-    """Levels in the layout of GPUs."""
+    """The matrix with these levels, in the layout for GPUs."""
     first, second = rearrange(levels, "o (g half j) -> half o (g j)", half=2, g=scale.shape[1])
     return Int4((first | second << 4).contiguous(), scale.contiguous())
 
 
 def to_device_layout(w: Int4, device: torch.device) -> Int4:
-    """The matrix on a device, in the layout that is read fastest there; the other layout is dequantized first."""
+    """The matrix on a device, in its fastest layout. In the other layout, each product dequantizes the matrix first."""
     return ordered(Int4(w.values.to(device), w.scale.to(device)), rows=device.type == "cuda")
 
 
 def ordered(w: Int4, rows: bool) -> Int4:
-    """The matrix in the layout of rows, or in that of blocks."""
+    """The matrix in rows, or else in blocks."""
     if w.blocked != rows:
         return w
     return in_rows(levels(w), rearrange(w.scale, "g o z -> o g z")) if rows else in_blocks(levels(w), w.scale)
@@ -154,14 +162,14 @@ def ordered(w: Int4, rows: bool) -> Int4:
 
 def levels(w: Int4) -> UInt[Tensor, "o i"]:
     """The levels, from 0 to 15."""
-    both = torch.stack([w.values & 15, w.values >> 4])
+    halves = torch.stack([w.values & 15, w.values >> 4])
     if w.blocked:
-        return rearrange(both, "half n i d -> (n half d) i")
-    return rearrange(both, "half o (g j) -> o (g half j)", g=w.scale.shape[1])
+        return rearrange(halves, "half n i d -> (n half d) i")
+    return rearrange(halves, "half o (g j) -> o (g half j)", g=w.scale.shape[1])
 
 
 def _scale(step: Tensor, dtype: torch.dtype) -> Tensor:
-    # not 0, and not so small that it has fewer bits: the bound of half a step would not hold
+    # not 0 and not subnormal, which has fewer bits: otherwise the bound of half a step would not hold
     return _coarse(step, dtype).clamp(min=max(torch.finfo(dtype).tiny, torch.finfo(torch.bfloat16).tiny))
 
 
@@ -171,7 +179,7 @@ def _coarse(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize(w: Quantized) -> Float[Tensor, "*o i"]:
-    """The weights that a matrix represents, in the dtype of its scales. 8-bit matrices may have more axes in front."""
+    """The weights that a matrix represents, in the dtype of its scales. 8-bit matrices may have leading axes."""
     if not isinstance(w, Int4):
         return w.values.to(w.scale.dtype) * rearrange(w.scale, "... -> ... 1")
     scale, zero = rearrange(w.scale, "g o z -> z o g 1" if w.blocked else "o g z -> z o g 1")
@@ -182,13 +190,13 @@ def dequantize(w: Quantized) -> Float[Tensor, "*o i"]:
 def finite(w: Quantized) -> bool:
     """Whether every weight that the scales can represent is finite in their dtype."""
     if not isinstance(w, Int4):
-        return bool((w.scale * MOST[type(w)]).isfinite().all())
+        return bool((w.scale * LARGEST[type(w)]).isfinite().all())
     scale, zero = w.scale.unbind(-1)
     return bool(((zero - 8 * scale).isfinite() & (zero + 7 * scale).isfinite()).all())
 
 
 def multiply(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
-    """x @ dequantize(w).T, by the fastest way for the number of rows."""
+    """x @ dequantize(w).T, by the fastest method for the number of rows."""
     rows = prod(x.shape[:-1])
     # with more rows it is faster to dequantize first (2 cores with AVX-512 and AMX, bf16)
     if 0 < rows <= (16 if isinstance(w, Int8) else 128) and cpu_kernel_applies(x, w):
@@ -199,9 +207,9 @@ def multiply(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
 
 
 def one_row(x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
-    """x @ w.T for a single row x: inductor makes one loop of it, which includes the dequantization of w.
+    """x @ w.T for a single row x: inductor compiles it to one loop, which also dequantizes w.
 
-    A long x is split into pieces, which is 15% faster (16,384 inputs in bf16, an EPYC).
+    A long x is split into parts, which is 15% faster (16,384 inputs in bf16, an EPYC).
     """
     wide, inputs = torch.promote_types(x.dtype, torch.float32), w.shape[-1]
     size = gcd(inputs, 2048) if inputs > 4096 else inputs
@@ -210,7 +218,7 @@ def one_row(x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"]) -> Float[Tensor, 
 
 
 def pieces(w: Quantized) -> Iterator[Quantized]:
-    """A matrix split along its outputs: the weights of a piece fit into a CPU's cache, or save a GPU's memory."""
+    """The matrix in parts along its outputs: a dequantized part fits a CPU's cache, or needs little memory on a GPU."""
     size = 2**21 if w.scale.device.type == "cpu" else 2**27
     inputs = w.inputs if isinstance(w, Int4) else w.values.shape[-1]
     blocks = max(1, size // (inputs * BLOCK))
@@ -229,13 +237,13 @@ def cpu_kernel(x: Float[Tensor, "*b i"], w: Quantized) -> Float[Tensor, "*b o"]:
         out = torch.ops.aten._weight_int8pack_mm(rows, w.values, w.scale)
     else:
         inputs = w.values.shape[1]
-        packed = w.values.view(-1, inputs // 2)  # the same bytes in the shape that the kernel expects
+        packed = w.values.view(-1, inputs // 2)  # the same bytes, in the shape that the kernel expects
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, inputs // len(w.scale), w.scale)
     return out.view(*x.shape[:-1], -1)
 
 
 def cpu_kernel_applies(x: Tensor, w: Quantized) -> bool:
-    """Whether `cpu_kernel` supports this device, these dtypes and sizes, and nothing is differentiated."""
+    """Whether `cpu_kernel` supports this device, these dtypes and sizes, and no derivative is needed."""
     if isinstance(w, Float8):  # PyTorch has no such kernel for CPUs
         return False
     if transformed():
@@ -255,4 +263,5 @@ def _blocked() -> bool:
     return torch.equal(packed.flatten(), (first | second << 4).flatten())
 
 
+# once, on import: it depends on this CPU and on this PyTorch, whose operator is private, so the layout is not assumed
 BLOCKED = _blocked()

@@ -108,7 +108,7 @@ def within(found: torch.Tensor, expected: np.ndarray, error: np.ndarray) -> None
 
 
 def normed(x: torch.Tensor, scale: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The normalised vector, and how wrong it may be in float32, where x and x · scale are added."""
+    """The normalized vector, and how wrong it may be in float32, where x and x · scale are added."""
     x, scale = wide(x) / np.sqrt(np.square(wide(x)).mean() + EPS), wide(scale)
     return x * (1 + scale), np.abs(x) * (1 + np.abs(scale)) * (len(x) + 16) * FLOAT32
 

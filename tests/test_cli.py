@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_is_one_line_and_status_2(run, workdir, spoil):
 def test_a_missing_device_and_a_missing_model_are_one_line(run):
     status, _, err = run("score", "red.png", "--prompt", "x", "--candidate", "y", "--device", "nowhere", model=None)
     assert status == 2
-    assert err.startswith("pgfunc: device nowhere is not there (")
+    assert err.startswith("pgfunc: device nowhere is not available (")
     assert err.count("\n") == 1
     status, _, err = run("caption", "red.png", model="missing/deep/folder")
     assert status == 2

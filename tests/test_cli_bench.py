@@ -126,7 +126,7 @@ MISTAKES = {
     ("--prompt-tokens", "9000"): "1 x 256 image tokens and 9128 of text do not fit",
     ("--slots", "5"): "slots is 5",
     ("--config", "paligemma-3b"): "config paligemma-3b is not one of paligemma-3b-224, ",
-    ("--device", "cuda:99"): "device cuda:99 is not there",
+    ("--device", "cuda:99"): "device cuda:99 is not available",
     ("--device", "meta"): "device meta has shapes",
     ("--dtype", "int8"): "dtype is int8",
     ("--quantize", "int3"): "quantize is 'int3'",

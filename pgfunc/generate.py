@@ -59,9 +59,9 @@ def generate(
 ) -> list[Completion]:
     """Complete each row. `images` and `prefixes` are as in `prepare`, but rows may have different numbers of pictures.
 
-    Temperature 0 is greedy. `compile` compiles the decode step, and on a GPU also the prefill (`jit`): once per
-    batch size, bucket of lengths and settings, so it pays for many tokens. Raises SettingError if a setting is outside
-    its range, PromptError if a prompt does not fit, and NumericalError if logits are nan.
+    Temperature 0 is greedy. `compile` compiles the decode step, and on a GPU also the prefill (`jit`): once per batch
+    size, bucket of lengths and settings, so it pays for many tokens. Raises SettingError if a setting is outside its
+    range, PromptError if a prompt does not fit, and NumericalError if logits are nan.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
 

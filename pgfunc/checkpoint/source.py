@@ -111,7 +111,7 @@ def npz_in(path: Path) -> Path | None:
 def check_model_folder(path: Path) -> None:
     """Raise CheckpointError for a path that is not the folder of a model; the message says what it is instead.
 
-    A folder with weights but without `config.json` passes: the error of reading that file says what to do.
+    A folder with weights but without `config.json` passes: reading that file then raises the error.
     """
     if not path.is_dir():
         if (path.parent / CONFIG).exists():

@@ -3,8 +3,7 @@
 A graph reads and writes fixed addresses. Large inputs are read where the caller keeps them; if most of the bytes are at
 new addresses, for example other weights, another graph is captured. Small inputs whose addresses change from call to
 call are copied into memory of the graph before each replay. Results are copied out of it. So callers pass and receive
-values, as without a graph. This module owns the addresses of inputs, and
-knows nothing about caches or models.
+values, as without a graph. This module owns the addresses of inputs, and knows nothing about caches or models.
 """
 
 from collections import OrderedDict

@@ -185,9 +185,10 @@ def add_handle(cache: Cache, length: Tensor, lineage: Lineage, position: int, re
 def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
     """The cache as it was when its rows had these lengths; for example to forget a rejected draft.
 
-    `length` is an integer per row, from 0 to the current length. If the lengths are on the host, another number raises
-    SettingError; elsewhere a greater one becomes the current length, and a negative one 0. Compiled code continues the
-    result without a copy if no other handle on its buffers is alive, as in a loop that keeps one handle.
+    `length` is an integer per row, from 0 to the current length. Outside this range, a number raises SettingError if
+    both lengths are on the host; elsewhere a greater one becomes the current length, and a negative one 0. Compiled
+    code continues the result without a copy if no other handle on its buffers is alive, as in a loop that keeps one
+    handle.
     """
     if not isinstance(length, Tensor) or length.shape != cache.length.shape or length.dtype not in INTEGERS:
         text = f"{length.dtype} of shape {(*length.shape,)}" if isinstance(length, Tensor) else repr(length)

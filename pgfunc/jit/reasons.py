@@ -1,7 +1,7 @@
 """Why a function was compiled again: how the call differs from the most similar one that already has code.
 
-A call is described by lines, label -> value, such as `token -> int64[2] on cpu`. This module
-knows nothing about models.
+A call is described by lines, label -> value, such as `token -> int64[2] on cpu`. This module knows nothing about
+models.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

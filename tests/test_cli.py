@@ -270,10 +270,10 @@ def only_adapter(folder):
 
 @pytest.mark.parametrize(("spoil", "message"), [
     (two_dtypes, "choose one with --dtype"),
-    (quantized, "instead of those that gptq quantized, with --quantize"),
+    (quantized, "load the original weights, and quantize them with --quantize"),
     (one_npz, "a .npz needs --config, one of paligemma-3b-224,"),
     (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "or load it with --tokenizer"),
-    (only_adapter, "and --adapter takes it"),
+    (only_adapter, "load its base model with --adapter, or merge"),
 ])  # fmt: skip
 def test_a_message_names_options_of_the_command_line(run, workdir, spoil, message, tmp_path):
     folder = tmp_path / "model"

@@ -24,10 +24,10 @@ from pgfunc.jit.donation import bucket, reorder
 from pgfunc.ops import plain, upcast
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, check_fits, prepare, text_ids, texts_per_row, tokenizer_of
-from pgfunc.sample import Settings, choose, logprob, whole
+from pgfunc.sample import Settings, checked_int, choose, logprob
 
 POLL = 8  # tokens between two checks on a GPU whether all rows have ended
-LONGEST = 400  # characters of the text in the repr of a completion
+MAX_REPR_TEXT = 400  # characters of the text in the repr of a completion
 SCORED_BYTES = 2**30  # of logits and caches, for the answers that are scored together
 
 
@@ -41,7 +41,7 @@ class Completion(NamedTuple):
 
     def __repr__(self) -> str:
         text = repr(self.text)
-        text = text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+        text = text if len(text) <= MAX_REPR_TEXT else f"{text[: MAX_REPR_TEXT - 4]} ..."
         return f"Completion({text}, {len(self.tokens)} tokens, log-probability {sum(self.logprobs):.2f}, {self.finish})"
 
 
@@ -59,9 +59,9 @@ def generate(
 ) -> list[Completion]:
     """Complete each row. `images` and `prefixes` are as in `prepare`, but rows may have different numbers of pictures.
 
-    Temperature 0 is greedy. `compile` compiles the decode step, and on a GPU also the prefill (`jit`): once for each
-    batch size, bucket of lengths and settings, so it pays for many tokens. Raises SettingError if a setting is outside
-    its range, and PromptError if a prompt does not fit.
+    Temperature 0 is greedy. `compile` compiles the decode step, and on a GPU also the prefill (`jit`): once per batch
+    size, bucket of lengths and settings, so it pays for many tokens. Raises SettingError if a setting is outside its
+    range, PromptError if a prompt does not fit, and NumericalError if logits are nan.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
 
@@ -104,7 +104,7 @@ def stream(
     """Complete one row and yield its text in pieces. The joined pieces are the text of `generate`.
 
     `images` is one picture or a list of any number of them. A piece consists of complete characters. The generator
-    returns how the text ended, as `Completion.finish` does.
+    returns how the text ended, as `Completion.finish` does. Raises the errors of `generate`.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
     prompt = prepare_checked(model, [images], [prefix], max_new_tokens)
@@ -162,7 +162,7 @@ def prefill_step(
 
 
 def pad_to_bucket(prompt: Prompt, size: int, cfg: Config) -> tuple[Prompt, int]:
-    """Pad the prompt and choose the `size` of its cache, so that prompts of many lengths share compiled code."""
+    """Pad the prompt, and choose the number of free slots after it, so that prompts of many lengths share code."""
     tokens, images = prompt.tokens.shape[1], prompt.pixels.shape[1] * cfg.vision.tokens
     padded = bucket(tokens, 16)
     if padded > tokens:
@@ -195,7 +195,8 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Te
     """The log-probability that the answer is exactly the candidate, including its end of sequence.
 
     A candidate is text or a list of token ids. Each row is prefilled once; as many candidates as `SCORED_BYTES` allows
-    extend it together.
+    extend it together. Raises SettingError if `candidates` is not a list of one or more answers, PromptError if a
+    prompt or a candidate does not fit, and NumericalError if logits are nan.
     """
     if not texts_per_row("candidates", candidates):
         raise SettingError("candidates must be a list of one or more answers")
@@ -204,8 +205,9 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Te
 
     def run(rows: list[int], prompt: Prompt) -> list[Tensor]:
         logits, cache = paligemma.prefill(model.params, prompt, model.cfg, size)
-        together = max(1, SCORED_BYTES // (4 * logits.numel() * size + tree.nbytes((cache.k, cache.v))))
-        parts = [answers[i : i + together] for i in range(0, len(answers), together)]
+        bytes_per_answer = 4 * logits.numel() * size + tree.nbytes((cache.k, cache.v))
+        answers_per_batch = max(1, SCORED_BYTES // bytes_per_answer)
+        parts = [answers[i : i + answers_per_batch] for i in range(0, len(answers), answers_per_batch)]
         scores = torch.cat([answer_scores(model, logits, cache, part) for part in parts], 1).cpu()
         check_not_nan(scores)
         return list(scores)
@@ -222,20 +224,21 @@ def answer_scores(
     """
     count, width, device = len(answers), max(map(len, answers)), logits.device
     tokens = torch.tensor([[*answer, *[model.cfg.pad] * (width - len(answer))] for answer in answers], device=device)
-    real = torch.tensor([[i < len(answer) for i in range(width)] for answer in answers], device=device)
+    not_padding = torch.tensor([[i < len(answer) for i in range(width)] for answer in answers], device=device)
     scores = upcast(logits).log_softmax(-1)[:, tokens[:, 0]]
     if width == 1:
         return scores
     rows = torch.arange(len(logits), device=device).repeat_interleave(count)  # the answers of a row are adjacent
-    tokens, real = tokens.repeat(len(logits), 1), real.repeat(len(logits), 1)
-    later, _ = paligemma.extend(model.params, tokens[:, :-1], reorder(cache, rows), model.cfg)
-    rest = torch.where(real[:, 1:], logprob(later, tokens[:, 1:]), 0.0).sum(-1)
+    tokens, not_padding = tokens.repeat(len(logits), 1), not_padding.repeat(len(logits), 1)
+    later_logits, _ = paligemma.extend(model.params, tokens[:, :-1], reorder(cache, rows), model.cfg)
+    rest = torch.where(not_padding[:, 1:], logprob(later_logits, tokens[:, 1:]), 0.0).sum(-1)
     return scores + rearrange(rest, "(b c) -> b c", c=count)
 
 
 def uniform(seed: int, rows: Sequence[int], tokens: int) -> Float[Tensor, "rows tokens"]:
     """Random numbers for the rows with these indices: float64, in [0, 1), one stream for each (seed, row)."""
-    seed = whole("seed", seed, 0, 2**32 - 1)  # numpy splits a larger one into words, so (seed, row) pairs could collide
+    # numpy splits a larger seed into words, so (seed, row) pairs could collide
+    seed = checked_int("seed=", seed, 0, 2**32 - 1)
     return torch.from_numpy(np.stack([np.random.default_rng((seed, row)).random(tokens) for row in rows]))
 
 
@@ -258,7 +261,7 @@ def run_grouped(model: Model, rows: list[Row], size: int, run: Callable[[list[in
 
 def prepare_checked(model: Model, images: Any, prefixes: Any, size: int) -> Prompt:
     """`prepare`. Raises PromptError if `size` more tokens do not fit the model's positions."""
-    whole("max-new-tokens", size, 1)
+    checked_int("max_new_tokens=", size, 1)
     prompt = prepare(model, images, prefixes)
     check_fits(model.cfg, prompt.pixels.shape[1], prompt.tokens.shape[1] + size)
     return prompt
@@ -267,7 +270,7 @@ def prepare_checked(model: Model, images: Any, prefixes: Any, size: int) -> Prom
 def check_not_nan(logprobs: Tensor) -> None:
     """Raise NumericalError if a log-probability is nan."""
     if logprobs.isnan().any():
-        raise NumericalError("the logits are not numbers (nan); float16 overflows where bfloat16 and float32 do not")
+        raise NumericalError("the logits are nan; float16 may overflow, so set dtype= to bfloat16 or float32")
 
 
 def _completion(model: Model, tokens: Int[Tensor, "t"], logprobs: Float[Tensor, "t"]) -> Completion:

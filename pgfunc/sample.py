@@ -1,7 +1,7 @@
 """Logits and uniform numbers -> tokens. Every filter is a pure function from logits to logits.
 
-A filter sets the logits of the tokens it excludes to -inf and does not change the others, so filters can be composed in
-any order. `choose` applies them in the usual order: temperature, top-k, top-p, min-p. Randomness comes as numbers.
+A filter sets the logits of the tokens it excludes to -inf and does not change the others, so filters compose; their
+order matters. `choose` applies them in the usual order: temperature, top-k, top-p, min-p. Random numbers are arguments.
 """
 
 import math
@@ -36,22 +36,22 @@ class Settings:
 
     def __post_init__(self):
         numbers = {
-            "temperature": real("temperature", self.temperature),
-            "top_k": None if self.top_k is None else whole("top-k", self.top_k, 1),
-            "top_p": None if self.top_p is None else real("top-p", self.top_p),
-            "min_p": None if self.min_p is None else real("min-p", self.min_p),
+            "temperature": checked_float("temperature=", self.temperature),
+            "top_k": None if self.top_k is None else checked_int("top_k=", self.top_k, 1),
+            "top_p": None if self.top_p is None else checked_float("top_p=", self.top_p),
+            "min_p": None if self.min_p is None else checked_float("min_p=", self.min_p),
         }
         for name, value in numbers.items():
             object.__setattr__(self, name, value)  # Python numbers: numpy's would be tensors in compiled code
         if not 0 <= self.temperature < float("inf"):
-            raise SettingError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+            raise SettingError(f"temperature= is {self.temperature}, expected 0 (greedy) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise SettingError(f"top-p is {self.top_p}, expected more than 0 and at most 1")
+            raise SettingError(f"top_p= is {self.top_p}, expected more than 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise SettingError(f"min-p is {self.min_p}, expected 0 to 1")
+            raise SettingError(f"min_p= is {self.min_p}, expected 0 to 1")
 
 
-def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+def checked_int(name: str, value: Any, least: int, most: int | None = None) -> int:
     """The setting as an int; numpy integers are accepted.
 
     Raises SettingError if it is not an integer, or not in the range least..most.
@@ -64,7 +64,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     return number
 
 
-def real(name: str, value: Any) -> float:
+def checked_float(name: str, value: Any) -> float:
     """The setting as a float; numpy numbers are accepted. Raises SettingError if it is not a number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise SettingError(f"{name} is {value!r:.60}, expected a number")
@@ -74,12 +74,15 @@ def real(name: str, value: Any) -> float:
         raise SettingError(f"{name} is beyond the range of a float") from None
 
 
+whole, real = checked_int, checked_float  # their former names
+
+
 def choose(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"], settings: Settings) -> Int[Tensor, "*b"]:
     """The next token under the settings. At temperature 0 it does not depend on u."""
     if settings.temperature == 0:
         return greedy(logits)
-    # subtract the maximum, in float64, so that a tiny temperature makes all other logits -inf and none nan; on CUDA
-    # PyTorch multiplies with the reciprocal of a divisor, which must be finite
+    # subtract the maximum, then divide in float64: a tiny temperature makes all other logits -inf and none nan;
+    # PyTorch on CUDA multiplies by 1 / temperature, so that must be finite
     temperature = max(settings.temperature, sys.float_info.min)
     logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
     logits = logits if settings.top_k is None else top_k(logits, settings.top_k)
@@ -90,7 +93,7 @@ def choose(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"], settings: Sett
 
 def greedy(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
     """The most probable token; the first one of several with the same logit."""
-    parts = split(logits)
+    parts = split_vocabulary(logits)
     best_part = parts.amax(-1).argmax(-1)
     offset = torch.take_along_dim(parts, rearrange(best_part, "... -> ... 1 1"), dim=-2).argmax(-1)
     return best_part * parts.shape[-1] + rearrange(offset, "... 1 -> ...")
@@ -98,7 +101,7 @@ def greedy(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b"]:
 
 def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     """The log-probability of each token under its logits."""
-    parts = split(upcast(logits))
+    parts = split_vocabulary(upcast(logits))
     maxima = parts.amax(-1).clamp(min=torch.finfo(parts.dtype).min)  # finite even if a whole part is excluded
     sums = (parts - rearrange(maxima, "... -> ... 1")).exp().sum(-1)
     maximum = maxima.amax(-1)
@@ -107,11 +110,11 @@ def logprob(logits: Float[Tensor, "*b v"], token: Int[Tensor, "*b"]) -> Float[Te
     return rearrange(chosen, "... 1 -> ...") - maximum - total.log()
 
 
-def split(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b n s"]:
+def split_vocabulary(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b n s"]:
     """Logits in equal parts, so that a reduction first reduces each part, then the results.
 
-    In compiled code on a GPU, reducing one row at once would be the work of a single program, or take one kernel for
-    each of its numbers. A vocabulary that does not divide well is padded with -inf.
+    In compiled code on a GPU, one row would be reduced by a single thread block, or by a separate kernel for each
+    result. A vocabulary that does not divide well is padded with -inf.
     """
     count = logits.shape[-1]
     if count > PART and math.gcd(count, PART) < PART / 8:
@@ -120,9 +123,10 @@ def split(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b n s"]:
 
 
 def draw(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"]) -> Int[Tensor, "*b"]:
-    """The first token at which the cumulative probability exceeds u, for u in [0, 1]; monotone in u.
+    """The first token at which the cumulative probability exceeds u; for u = 1, the last token of probability above 0.
 
-    Computed in float64, as a float32 sum over 257,152 tokens loses the tail. Never draws a token of probability 0.
+    Monotone in u in [0, 1]. Never draws a token of probability 0. Computed in float64, as a float32 sum over 257,152
+    tokens loses the tail.
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
     total = cumulative[..., -1:]
@@ -133,9 +137,12 @@ def draw(logits: Float[Tensor, "*b v"], u: Float[Tensor, "*b"]) -> Int[Tensor, "
     return rearrange(token, "... 1 -> ...").clamp(max=logits.shape[-1] - 1)  # greater only if logits are nan
 
 
-def among(allowed: range | Int[Tensor, "r"], choice: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
+def allowed_ids(allowed: range | Int[Tensor, "r"], choice: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
     """The token ids for choices among the allowed tokens, where `choice` indexes `allowed`."""
     return choice + allowed.start if isinstance(allowed, range) else allowed[choice]
+
+
+split, among = split_vocabulary, allowed_ids  # their former names
 
 
 def top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:

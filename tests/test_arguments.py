@@ -45,10 +45,10 @@ def test_specs_are_equal_exactly_if_structures_constants_and_shapes_are(values):
     for value, argument in zip(values, arguments, strict=True):
         tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
         assert [id(x) for x in argument.tensors] == [id(x) for x in tensors]
-        assert description(reader.specs[argument.spec].rebuild(argument.tensors)) == description(value)
+        assert description(reader.specs[argument.spec_index].rebuild(argument.tensors)) == description(value)
     for one, first in zip(values, arguments, strict=True):
         for other, second in zip(values, arguments, strict=True):
-            assert (first.spec == second.spec) == (description(one) == description(other))
+            assert (first.spec_index == second.spec_index) == (description(one) == description(other))
 
 
 def test_an_unchanged_tree_is_not_flattened_again(monkeypatch):
@@ -56,18 +56,29 @@ def test_an_unchanged_tree_is_not_flattened_again(monkeypatch):
     first = reader.read("params", tree)
     monkeypatch.setattr(pytree, "tree_flatten", None)
     again = reader.read("params", tree)
-    assert again.spec == first.spec
+    assert again.spec_index == first.spec_index
     assert [id(x) for x in again.tensors] == [id(x) for x in first.tensors]
+
+
+@pytest.mark.parametrize("length", [256, 257, 1000])
+def test_an_unchanged_long_tuple_is_not_flattened_again(monkeypatch, length):
+    """Python has one int object per number up to 256 only, so the length needs an identity of its own."""
+    tree, reader = (tuple(torch.zeros(1) for _ in range(length)), torch.zeros(2)), ArgumentReader()
+    first = reader.read("params", tree)
+    monkeypatch.setattr(pytree, "tree_flatten", None)
+    again = reader.read("params", tree)
+    assert again.unchanged
+    assert again.spec_index == first.spec_index
 
 
 def test_the_reader_keeps_no_tensor_alive_and_does_not_take_none_for_a_dead_one():
     reader, tree = ArgumentReader(), (torch.zeros(5), (torch.zeros(6),))
     references = [weakref.ref(x) for x in (tree[0], tree[1][0])]
-    first = reader.read("x", tree).spec
+    first = reader.read("x", tree).spec_index
     del tree
     gc.collect()
     assert [reference() for reference in references] == [None, None]
-    assert reader.read("x", (None, (None,))).spec != first
+    assert reader.read("x", (None, (None,))).spec_index != first
 
 
 def test_a_container_that_was_changed_is_read_again():
@@ -76,7 +87,7 @@ def test_a_container_that_was_changed_is_read_again():
     changing.append(torch.zeros(3))
     second = reader.read("x", (changing, 1))
     assert (len(first.tensors), len(second.tensors)) == (1, 2)
-    assert first.spec != second.spec
+    assert first.spec_index != second.spec_index
 
 
 def test_a_parameter_that_requires_a_gradient_is_read_without_it():

@@ -378,7 +378,7 @@ def test_the_meta_device_reads_shapes_and_dtypes_only(tmp_path):
 def test_a_git_lfs_pointer_is_refused(tmp_path):
     pg.save(model(), tmp_path)
     (tmp_path / hf.SINGLE).write_text("version 1\noid sha256:00\nsize 3\n")
-    with pytest.raises(CheckpointError, match="it is a Git LFS pointer: run git lfs pull"):
+    with pytest.raises(CheckpointError, match="a Git LFS pointer; run git lfs pull"):
         pg.load(tmp_path, device="cpu")
 
 

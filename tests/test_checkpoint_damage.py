@@ -152,7 +152,7 @@ def test_a_missing_source_device_or_dtype_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder in Hugging Face layout nor"):
         pg.load(tmp_path / "x.bin")
     for device in ("nowhere", "hpu"):
-        with pytest.raises(DeviceError, match=f"device {device} is not there"):
+        with pytest.raises(DeviceError, match=f"device {device} is not available"):
             pg.load(device=device)
     with pytest.raises(SettingError, match="dtype is int8"):
         pg.load(dtype="int8")

@@ -203,8 +203,8 @@ MISTAKES = {
         ["score", "red.png", "--prompt", "what?", "--candidate", "no", "--candidate", "yes", "--candidate", "no"],
         "--candidate 'no' is repeated; name it once",
     ),
-    "temperature": (["caption", "red.png", "--temperature", "-1"], "temperature is -1.0, expected"),
-    "top-p": (["caption", "red.png", "--top-p", "1.5"], "top-p is 1.5, expected"),
+    "temperature": (["caption", "red.png", "--temperature", "-1"], "--temperature is -1.0, expected"),
+    "top-p": (["caption", "red.png", "--top-p", "1.5"], "--top-p is 1.5, expected"),
     "too long": (["caption", "red.png", "--max-new-tokens", "5000"], "do not fit 120 positions"),
     "dtype": (["caption", "red.png", "--dtype", "int3"], "dtype is int3, expected"),
     "bits": (["caption", "red.png", "--quantize", "int3"], "quantize is 'int3', expected one of int8, fp8, int4,"),
@@ -213,7 +213,7 @@ MISTAKES = {
     "decompression bomb": (["caption", "bomb.png"], "bomb.png: too many pixels"),
     "truncated picture": (["caption", "cut.png"], "cut.png: cannot be read as a picture"),
     "picture is a folder": (["caption", "model"], "model: cannot be read as a picture"),
-    "top-k": (["caption", "red.png", "--top-k", "0"], "top-k is 0, expected"),
+    "top-k": (["caption", "red.png", "--top-k", "0"], "--top-k is 0, expected"),
     "two checkpoints": (["inspect", "model"], "inspect takes one checkpoint"),
     "no weights": (["caption", "red.png", "--device", "meta"], "meta device"),
     "seed": (["caption", "red.png", "--temperature", "1", "--seed", "-3"], "seed is -3"),
@@ -274,10 +274,10 @@ def only_adapter(folder):
 
 @pytest.mark.parametrize(("spoil", "message"), [
     (two_dtypes, "choose one with --dtype"),
-    (quantized, "instead of those that gptq quantized, with --quantize"),
+    (quantized, "load the original weights, and quantize them with --quantize"),
     (one_npz, "a .npz needs --config, one of paligemma-3b-224,"),
     (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "or load it with --tokenizer"),
-    (only_adapter, "and --adapter takes it"),
+    (only_adapter, "load its base model with --adapter, or merge"),
 ])  # fmt: skip
 def test_a_message_names_options_of_the_command_line(run, workdir, spoil, message, tmp_path):
     folder = tmp_path / "model"
@@ -352,7 +352,7 @@ def test_a_damaged_checkpoint_is_one_line_and_status_2(run, workdir, spoil):
 def test_a_missing_device_and_a_missing_model_are_one_line(run):
     status, _, err = run("score", "red.png", "--prompt", "x", "--candidate", "y", "--device", "nowhere", model=None)
     assert status == 2
-    assert err.startswith("pgfunc: device nowhere is not there (")
+    assert err.startswith("pgfunc: device nowhere is not available (")
     assert err.count("\n") == 1
     status, _, err = run("caption", "red.png", model="missing/deep/folder")
     assert status == 2

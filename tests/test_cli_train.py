@@ -76,7 +76,7 @@ def test_lora_leaves_an_adapter(folder):
     assert actual.scale == 3
     assert actual.pairs.keys() == {f"language.layers.{i}.q" for i in range(3)}
     assert any(pair.b.any() for pair in actual.pairs.values())
-    with pytest.raises(CheckpointError, match="a LoRA adapter, not a model; `pgfunc merge`"):
+    with pytest.raises(CheckpointError, match="a LoRA adapter, not a model; load its base model with adapter="):
         pg.load(folder / "out")
     merged = ["merge", str(folder / "out"), str(folder / "merged"), "--model", str(folder / "model")]
     assert CliRunner().invoke(cli.app, merged, catch_exceptions=False).exit_code == 0

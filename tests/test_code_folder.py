@@ -79,6 +79,25 @@ def test_files_of_a_killed_process_are_deleted_unless_another_process_uses_the_f
         assert read(folder) == CODE | unfinished
 
 
+def test_unfinished_files_and_folders_are_deleted_unless_another_process_uses_the_folder(folder):
+    """A lock stays: it is empty, and not code."""
+    unfinished = {
+        "torchinductor/ab/.1.2.tmp": b"mach",
+        "triton/tmp.pid_1_ab/kernel.cubin": b"",
+        "triton/x/tmp.pid_2": b"",
+    }
+    lock = {"torchinductor/locks/one.lock": b""}
+    write(folder, unfinished | lock)
+    with pg.compiled_in(folder):
+        assert not [name for name in unfinished if (folder / name).exists()]
+        assert not (folder / "triton/tmp.pid_1_ab").exists()
+        assert (folder / "torchinductor/locks/one.lock").exists()
+        write(folder, unfinished)
+        with pg.compiled_in(folder):
+            assert all((folder / name).exists() for name in unfinished)
+        assert read(folder) == CODE
+
+
 # --- other users
 
 
@@ -103,6 +122,14 @@ def test_a_file_that_others_can_write_is_refused_if_they_can_enter_the_folder(fo
         pass
     folder.chmod(0o755)
     with pytest.raises(SettingError, match=r"one\.so: others can write it"), pg.compiled_in(folder):
+        pass
+
+
+def test_a_symbolic_link_is_refused_if_others_can_enter_the_folder(folder):
+    (folder / "torchinductor/link.so").symlink_to(folder / "torchinductor/ab/one.so")
+    folder.chmod(0o755)
+    message = r"link\.so: is a symbolic link, .*; replace it by a copy"
+    with pytest.raises(SettingError, match=message), pg.compiled_in(folder):
         pass
 
 

@@ -82,7 +82,7 @@ def test_other_weights_have_another_graph_and_are_not_copied(graphs):
     for seed in (0, 0, 1, 1, 0, 1):
         sums = run([torch.tensor([7.0]), *trees[seed]], new_groups=[[0], range(1, 6)])
         assert sums.tolist() == [7.0, *(x.sum().item() for x in trees[seed])]
-    assert run.copied == {0}
+    assert run.copied_indices == {0}
     assert graphs["captured"] == 2
 
 
@@ -93,7 +93,7 @@ def test_small_inputs_are_copied_and_large_ones_are_not():
     calls = [[small.clone(), picture.clone(), weights.clone()] for _ in range(3)]  # all alive, so addresses differ
     for tensors in calls:
         run.track(tensors, [x.data_ptr() for x in tensors], ())
-    assert run.copied == {0, 1}
+    assert run.copied_indices == {0, 1}
 
 
 def test_a_limited_number_of_graphs_is_kept(graphs):

@@ -306,13 +306,13 @@ def test_a_damaged_file_is_one_line_that_names_key_and_shapes(what, tmp_path):
 ENTRIES = {
     "another library's": (
         {"quant_method": "bitsandbytes"},
-        "was not written by pgfunc; load the original",
+        "quantization_config is not one of pgfunc's; load the original weights",
     ),
-    "no table": ({"format": "pgfunc", "weights": ["q"]}, "was not written by pgfunc"),
-    "another's table": ({"quant_method": "x", "weights": {"language.embed": "int8"}}, "was not written by pgfunc"),
+    "no table": ({"format": "pgfunc", "weights": ["q"]}, "does not map paths to methods"),
+    "another's table": ({"quant_method": "x", "weights": {"language.embed": "int8"}}, "is not one of pgfunc's"),
     "no names": (
         {"format": "pgfunc", "weights": {"language.embed": [8]}},
-        "was not written by pgfunc",
+        "does not map paths to methods",
     ),
     "no such method": ({"format": "pgfunc", "weights": {"language.embed": "8"}}, "quantize is '8', expected"),
     "no such weight": ({"format": "pgfunc", "weights": {"language.q": "int8"}}, "language.q is no matrix"),

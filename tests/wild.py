@@ -382,8 +382,8 @@ ROWS: dict[str, Row] = {
     "head in float32": Row(in_turn(save_pretrained(torch.bfloat16), add_head("lm_head.weight"))),
     "float8": Row(add_arrays(NORM, array=torch.ones(24).to(torch.float8_e4m3fn)), f"{NORM}: expected floating point"),
     "float8, e5m2": Row(add_arrays(NORM, array=torch.ones(24).to(torch.float8_e5m2)), "F8_E5M2 is not one of"),
-    "bitsandbytes": Row(change_json(quantization_config=BITS), "those that bitsandbytes quantized"),
-    "torchao": Row(change_json(quantization_config={"quant_method": "torchao"}), "those that torchao quantized"),
+    "bitsandbytes": Row(change_json(quantization_config=BITS), "load the original weights"),
+    "torchao": Row(change_json(quantization_config={"quant_method": "torchao"}), "load the original weights"),
     "quantization_config null": Row(change_json(quantization_config=None)),
     # configs
     "config of 4.41": Row(minimal_config),

@@ -5,7 +5,7 @@
     inputs.py     random parameters and prompts
     pipeline.py   the stages: load, vision, prefill, decode and generate
 
-Knows nothing about the command line.
+This package knows nothing about the command line.
 """
 
 from pgfunc.bench.inputs import random_params as random_params

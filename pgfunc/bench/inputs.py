@@ -1,4 +1,4 @@
-"""Random parameters and prompts of any size. Knows nothing about time."""
+"""Random parameters and prompts of any size. This module knows nothing about time."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""How long a call takes on a device, and what the device can do. Knows nothing about models."""
+"""How long a call takes on a device, and what the device can do. This module knows nothing about models."""
 
 import os
 import platform

@@ -15,21 +15,24 @@ from pgfunc.errors import SettingError
 from pgfunc.generate import compiled_decode_step, compiled_prefill_step, complete, decode_step, pad_to_bucket
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, check_fits
-from pgfunc.sample import Settings, greedy, whole
+from pgfunc.sample import Settings, checked_int, greedy
 
 GREEDY = Settings()
 STAGES = ("vision", "prefill", "decode", "generate")
 
 
 class Stage(NamedTuple):
-    """One line of the result. If the stage is a loop, all figures except compilation are for one token of every row."""
+    """One line of the result.
+
+    For decode, all figures except compilation are for one token of every row; for others, for the whole stage.
+    """
 
     name: str
     seconds: tuple[float, ...]  # for each run
     work: Work
     floor: float  # seconds
     compiled: bool = False
-    first: float = 0.0  # seconds of the first call, which compiles
+    first: float = 0.0  # seconds of the first call, which compiles; 0 if not measured
     compilations: int = 0
 
 
@@ -40,7 +43,7 @@ class Case:
     batch: int = 1
     prompt_tokens: int = 16  # of text, for each row
     tokens: int = 128  # to generate
-    slots: int | None = None  # of the cache; None means as many as will be filled
+    slots: int | None = None  # of the cache; None means the number that will be filled
     repeat: int = 5  # runs of each stage
     compile: bool = True
     stages: tuple[str, ...] = STAGES
@@ -55,12 +58,12 @@ class Case:
             if stage not in STAGES:
                 raise SettingError(f"stage is {stage}, expected {', '.join(STAGES)}")
         # the prefill makes the first of the tokens
-        for name, least in {"batch": 1, "prompt-tokens": 1, "tokens": 2, "repeat": 1}.items():
-            whole(name, getattr(self, name.replace("-", "_")), least)
+        for name, least in {"batch": 1, "prompt_tokens": 1, "tokens": 2, "repeat": 1}.items():
+            checked_int(f"{name}=", getattr(self, name), least)
         check_fits(cfg, 1, self.prompt_tokens + self.tokens)
         filled = self.length(cfg) + self.tokens
         if self.slots is not None and self.slots < filled:
-            raise SettingError(f"slots is {self.slots}, expected {filled} or more: so many will be filled")
+            raise SettingError(f"slots= is {self.slots}, expected {filled} or more, the number that will be filled")
 
     def check_memory(self, cfg: Config, dtype: torch.dtype, device: torch.device, weights: int) -> None:
         """Raise SettingError if the device cannot hold the case in addition to `weights` bytes.
@@ -83,7 +86,7 @@ class Case:
         return cfg.vision.tokens + self.prompt_tokens
 
     def free_slots(self, cfg: Config) -> int:
-        """The number of the cache's slots behind the prompt."""
+        """The number of the cache's slots after the prompt."""
         return self.tokens if self.slots is None else self.slots - self.length(cfg)
 
 

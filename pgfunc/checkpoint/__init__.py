@@ -24,7 +24,7 @@ from pgfunc.tokenizer import Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # files in which older versions declare tokens; beside a new tokenizer they would add those of a previous model
-TOKEN_DECLARATIONS = re.compile("special_tokens_map.json|added_tokens.json")
+TOKEN_DECLARATIONS = re.compile(r"special_tokens_map\.json|added_tokens\.json")
 MAX_GAPS = 100  # in the ids of a tokenizer, because logits are masked gap by gap; real tokenizers have fewer
 
 
@@ -44,8 +44,8 @@ def load(
     source: None for the shipped checkpoint; a folder in Hugging Face layout; a big_vision `.npz`, or a folder with one;
     or a hub id, `owner/name` or `owner/name@revision`, which huggingface_hub fetches (its cache and its offline switch
     are respected).
-    config: for a `.npz` whose name does not contain that of a published config: such a name, or the path of a
-    `config.json` or of its folder.
+    config: for a `.npz`, the name of a published config, or the path of a `config.json` or of its folder. Default: the
+    `config.json` in the source, if it is a folder with one; else the published name within the file's or source's name.
     tokenizer: for a `.npz`, the path of a `tokenizer.json`.
     dtype: None keeps the dtype of the files. device: None is CUDA if available, else the CPU; "meta" reads only
     headers.
@@ -96,7 +96,7 @@ def check_hf_folder(path: Path, config: str | Path | None) -> None:
 
 
 def warn_other_ends(folder: Path, cfg: Config) -> None:
-    """Warn of ids that end an answer in transformers but not here: its lists may have several."""
+    """Warn of ids that end an answer in transformers but not here; transformers allows several."""
     for name in (CONFIG, "generation_config.json"):
         raw = read_json(folder / name) if (folder / name).exists() else {}
         ends = raw.get("eos_token_id")
@@ -109,7 +109,7 @@ def warn_other_ends(folder: Path, cfg: Config) -> None:
 
 
 def load_tokenizer(path: str | Path | None, cfg: Config) -> tuple[Tokenizer | None, Config]:
-    """The tokenizer in a file, and the config with its vocabulary, as far as the embedding has rows for it."""
+    """The tokenizer in a file, and the config with the tokenizer's ids, except those without a row in the embedding."""
     if not path:
         return None, cfg
     tokenizer = tokenizers.load(Path(path), control=(cfg.pad, cfg.eos, cfg.bos, cfg.image))
@@ -119,12 +119,12 @@ def load_tokenizer(path: str | Path | None, cfg: Config) -> tuple[Tokenizer | No
     return tokenizer, cfg
 
 
-def save(model: Model, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
+def save(model: Model, folder: str | Path, shard_bytes: int = shards.SHARD_BYTES) -> None:
     """Write a model in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it.
 
-    The folder's weights and configuration are replaced, and its tokenizer if the model has one; other files stay. All
-    of them change at once: after an interruption the folder holds the old model or the new one (see `atomic`), flushed
-    to disk.
+    The folder's weights and configuration are replaced, and its tokenizer if the model has one. Other files stay.
+    The replaced files change at once: after an interruption the folder holds the old model or the new one (see
+    `atomic`), flushed to disk.
     A quantized weight is two arrays, `<key>.values` and `<key>.scale` (layouts: see `lowbit`), and config.json lists
     it under quantization_config. `load` restores it bit for bit; transformers cannot load it.
     Raises CheckpointError for a model that the layout cannot hold, or a folder that cannot be written; NumericalError
@@ -147,7 +147,7 @@ def write_model(change: Change, model: Model, shard_bytes: int) -> None:
     tokens = {"image_seq_length": model.cfg.vision.tokens}
     settings = processor.render(model.cfg, processor_class="PaliGemmaProcessor", **tokens)
     change.write(processor.PREPROCESSOR_CONFIG, as_json(settings))
-    change.supersede(re.compile(re.escape(processor.PROCESSOR_CONFIG)))  # which would take precedence
+    change.supersede(re.compile(re.escape(processor.PROCESSOR_CONFIG)))  # an older one would take precedence
     if model.tokenizer is not None:
         write_tokenizer(change, model.tokenizer, model.cfg)
     config = with_methods(render(model.cfg, tree.dtype_name(model.params.projector)), quant.methods(model.params))
@@ -176,7 +176,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
         available = torch.device(device)
         torch.empty(0, device=available)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
-        raise DeviceError(f"device {device} is not there ({first_line(error)})") from error
+        raise DeviceError(f"device {device} is not available ({first_line(error)})") from error
     return available
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pgfunc import gemma, paligemma, quant, siglip, tree
 from pgfunc.checkpoint import keys
-from pgfunc.checkpoint.tables import Entry, Slot, from_arrays, to_arrays
+from pgfunc.checkpoint.tables import IGNORED_DTYPE, Entry, Slot, from_arrays, to_arrays
 from pgfunc.config import Config, TextConfig, VisionConfig
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import changing
@@ -165,7 +165,7 @@ def _dtype(dtype: np.dtype, name: str, path: Path) -> torch.dtype:
     """PyTorch's dtype for numpy's, in either byte order."""
     if dtype.str[1:] not in DTYPES and not keys.UNUSED.fullmatch(name):
         raise CheckpointError(f"{path}: {name} has dtype {dtype.str}, expected one of {', '.join(DTYPES)}")
-    return DTYPES.get(dtype.str[1:], torch.int64)  # any dtype will do for an array that is ignored
+    return DTYPES.get(dtype.str[1:], IGNORED_DTYPE)
 
 
 def _read(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:

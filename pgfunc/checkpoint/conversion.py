@@ -1,4 +1,4 @@
-"""Convert a checkpoint to the other format, another dtype or fewer bits, with the files that belong to it."""
+"""Convert a checkpoint to another format, another dtype or fewer bits, with the files that belong to it."""
 
 import re
 import shutil
@@ -14,6 +14,7 @@ from pgfunc.checkpoint import (
     check_saveable,
     find,
     load,
+    processor,
     shards,
     siglip,
     write_model,
@@ -26,17 +27,22 @@ from pgfunc.files.outputs import check_new, check_output, write_errors
 from pgfunc.prompt import Model
 from pgfunc.siglip_dual.prompt import SiglipModel
 
-MASKS, SIGLIP = "masks.safetensors", "siglip"  # the mask decoder, and a dual encoder with the same vision encoder
+MASKS, SIGLIP_FOLDER = "masks.safetensors", "siglip"  # the mask decoder; a dual encoder with the same vision encoder
 FOLDER_ONLY = ("tokenizer.model", "generation_config.json")  # files that other programs read in a folder
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PROCESSOR_FILES = (processor.PREPROCESSOR_CONFIG, processor.PROCESSOR_CONFIG)
 
-TOKENIZER_FILES = "tokenizer.json|tokenizer_config.json|special_tokens_map.json|added_tokens.json"
-# files of a previous model in the target that are removed, and the subfolder that each pattern applies to
+
+def any_of(*names: str) -> str:
+    """A regular expression that matches these names."""
+    return "|".join(map(re.escape, names))
+
+
+# patterns of files that a previous model left in the target, and their subfolder; they are removed
 STALE = (
-    (re.compile("|".join(map(re.escape, (MASKS, *FOLDER_ONLY))) + f"|{TOKENIZER_FILES}"), ""),
-    (re.compile(f"{shards.WEIGHT_FILES.pattern}|{CONFIG}|(pre)?processor_config.json|{TOKENIZER_FILES}"), SIGLIP),
+    (re.compile(any_of(MASKS, *FOLDER_ONLY, *TOKENIZER_FILES)), ""),
+    (re.compile(f"{shards.WEIGHT_FILES.pattern}|{any_of(CONFIG, *PROCESSOR_FILES, *TOKENIZER_FILES)}"), SIGLIP_FOLDER),
 )
-
-SHARD_BYTES = 5 * 10**9
 
 
 class Converted(NamedTuple):
@@ -49,7 +55,7 @@ class Converted(NamedTuple):
 
 
 class DualEncoder(NamedTuple):
-    """A dual encoder, and whether its files hold the vision encoder or use that of the checkpoint around them."""
+    """A dual encoder; its files hold the vision encoder, or use that of the checkpoint in the parent folder."""
 
     model: SiglipModel
     with_vision: bool
@@ -64,7 +70,7 @@ def convert(
     quantize: str | None = None,
     force: bool = False,
 ) -> Converted:
-    """Write a checkpoint in the other format: big_vision if the target ends in `.npz`, else Hugging Face layout.
+    """Write a checkpoint as a big_vision `.npz` if the target ends in `.npz`, else in Hugging Face layout.
 
     A mask decoder (`masks.safetensors`) in the source's folder is copied, and so is a dual encoder (`siglip/`) if the
     target is a folder. A `.npz` holds only weights: to convert it back, keep the source's json files and pass their
@@ -80,9 +86,9 @@ def convert(
         write_npz(target, model, companion(source_path, MASKS), force)
     else:
         write_folder(target, model, source_path, dual_encoder(source_path, dtype))
-    format = "big_vision's npz" if to_npz else "Hugging Face layout"
+    layout = "big_vision's npz" if to_npz else "Hugging Face layout"
     numbers = sorted({*quant.methods(model.params).values()}) or [tree.dtype_name(model.params.projector)]
-    return Converted(target, format, ", ".join(numbers), tree.nbytes(model.params))
+    return Converted(target, layout, ", ".join(numbers), tree.nbytes(model.params))
 
 
 def write_npz(target: Path, model: Model, masks: Path | None, force: bool) -> None:
@@ -103,15 +109,15 @@ def write_folder(target: Path, model: Model, source: Path | None, dual: DualEnco
     """Write a folder in Hugging Face layout: a model, the files that belong to its source, and a dual encoder."""
     check_saveable(model, target)
     if dual:
-        check_params(dual.model.params, target / SIGLIP)
+        check_params(dual.model.params, target / SIGLIP_FOLDER)
     with write_errors(target, CheckpointError), changing(target) as change:
         for path in [companion(source, name) for name in (MASKS, *FOLDER_ONLY)] if source else []:
             copy(change, path)
         for pattern, subfolder in STALE:
             change.supersede(pattern, subfolder)
         if dual:
-            siglip.write_model(change, dual.model, dual.with_vision, SHARD_BYTES, SIGLIP)
-        write_model(change, model, SHARD_BYTES)
+            siglip.write_model(change, dual.model, dual.with_vision, shards.SHARD_BYTES, SIGLIP_FOLDER)
+        write_model(change, model, shards.SHARD_BYTES)
 
 
 def dual_encoder(source: Path, dtype: str | torch.dtype | None) -> DualEncoder | None:
@@ -119,7 +125,7 @@ def dual_encoder(source: Path, dtype: str | torch.dtype | None) -> DualEncoder |
 
     None also for a `.npz` whose dual encoder has no vision encoder: only a checkpoint's folder can supply it.
     """
-    folder = companion(source, SIGLIP)
+    folder = companion(source, SIGLIP_FOLDER)
     if folder is None or not (folder / CONFIG).exists():
         return None
     with_vision = any(siglip.in_encoder(key) for key in shards.open_folder(folder))
@@ -129,7 +135,10 @@ def dual_encoder(source: Path, dtype: str | torch.dtype | None) -> DualEncoder |
 
 
 def companion(source: Path, name: str) -> Path | None:
-    """A file or folder that belongs to a checkpoint, if it exists: in the checkpoint's folder, or beside its `.npz`."""
+    """A file or folder that belongs to a checkpoint, if it exists: in the checkpoint's folder, or beside its `.npz`.
+
+    The files of FOLDER_ONLY belong to folders; beside a `.npz` they are ignored.
+    """
     path = (source if source.is_dir() else source.parent) / name
     return path if path.exists() and (source.is_dir() or name not in FOLDER_ONLY) else None
 

@@ -1,4 +1,4 @@
-"""Checked fields of a JSON object such as `config.json`: each function returns a field or raises a ValueError.
+"""Checks of the fields of a JSON object such as `config.json`. They raise KeyError or ValueError.
 
 The bounds are there so that a file of a kilobyte cannot ask for gigabytes of layers, or for a shape that no tensor has.
 Published checkpoints have at most 46 layers, 257,216 rows of embedding and images of 896 pixels.
@@ -27,10 +27,10 @@ def integer(raw: Mapping[str, Any], key: str) -> int:
 
 
 def positive(raw: Mapping[str, Any], key: str) -> float:
-    """A number above 0, such as a softcap."""
+    """A number above 0 and below 1e30, such as a softcap."""
     value = raw[key]
     if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ValueError(f"{key} is {value!r}, expected a number above 0")
+        raise ValueError(f"{key} is {value!r}, expected a number above 0 and below 1e30")
     return float(value)
 
 

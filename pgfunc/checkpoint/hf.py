@@ -3,9 +3,9 @@
 """PaliGemma in Hugging Face layout: which array of a folder's safetensors holds which parameter.
 
 Three key layouts are in use. They differ only in the prefixes of the three parts of the model; `find_prefixes` reads
-each prefix off one key of the part, so a new layout with other prefixes needs no code. `save` writes the layout `HUB`.
-The files themselves are read and written by `shards`. Source of the names: transformers `models/paligemma`,
-`models/siglip`, `models/gemma`, `models/gemma2`.
+each prefix off one key of the part, so a new layout with other prefixes needs no code. `arrays` names its arrays in the
+layout `HUB`. The files themselves are read and written by `shards`. Source of the names: transformers
+`models/paligemma`, `models/siglip`, `models/gemma`, `models/gemma2`.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ ANCHORS = {
     "projector": "multi_modal_projector.linear.weight",
     "language": "layers.0.input_layernorm.weight",
 }
-EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 # the prefixes in the published checkpoints, which every version of transformers reads
 HUB = {"vision": "vision_tower.vision_model.", "projector": "", "language": "language_model.model."}
 
@@ -96,7 +96,7 @@ def vision_table(cfg: VisionConfig, prefix: str) -> siglip.Params:
 
 
 def layer_table(names: Any, prefix: str) -> Any:
-    """Where every parameter of a layer is stored: a layer of names, each behind the prefix."""
+    """Where every parameter of a layer is stored: a layer of names, each after the prefix."""
     return type(names)(*(Slot(prefix + name) if name else () for name in names))
 
 
@@ -143,10 +143,10 @@ def without_head(entries: Mapping[str, Entry], embed: str, tied: bool, folder: P
     If a writer saved only one of the two tied matrices and that is the head, it becomes the embedding. `embed` is the
     embedding's key.
     """
-    heads = {key: entry for key, entry in entries.items() if key == HEAD or key.endswith("." + HEAD)}
+    heads = {key: entry for key, entry in entries.items() if key == LM_HEAD or key.endswith("." + LM_HEAD)}
     others = {key: entry for key, entry in entries.items() if key not in heads}
     if not tied and not heads:
-        raise CheckpointError(f"{folder}: {HEAD} is missing, though tie_word_embeddings is False")
+        raise CheckpointError(f"{folder}: {LM_HEAD} is missing, though tie_word_embeddings is False")
     for key, head in heads.items():
         embedding = others.get(embed + VALUES) or others.setdefault(embed, head)  # a head never equals quantized values
         if compare and not _equal(head, embedding):

@@ -21,18 +21,18 @@ T = TypeVar("T")
 
 CONFIG = "config.json"
 
-SIGLIP = {
+SIGLIP_DEFAULTS = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 16, "num_channels": 3, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
     "position": "learned", "rope_theta": 10_000.0,  # the last two are pgfunc's own
 }  # fmt: skip
-GEMMA = {
+GEMMA_DEFAULTS = {
     "vocab_size": 256_000, "hidden_size": 3072, "intermediate_size": 24_576, "num_hidden_layers": 28,
     "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "attention_bias": False, "tie_word_embeddings": True,
     "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
-GEMMA2 = GEMMA | {
+GEMMA2_DEFAULTS = GEMMA_DEFAULTS | {
     "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096,
     "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
@@ -60,7 +60,7 @@ def parse_as(path: Path, parse: Callable[[dict[str, Any]], T], model: str) -> T:
         return parse(raw)
     except (KeyError, ValueError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path}: {reason}; expected the configuration of {model}") from error
+        raise CheckpointError(f"{path}: not a configuration of {model} that can be read: {reason}") from error
 
 
 def read_storage(folder: Path, cfg: Config) -> tuple[dict[str, str], bool]:
@@ -72,13 +72,15 @@ def read_storage(folder: Path, cfg: Config) -> tuple[dict[str, str], bool]:
     quantization, tied = raw.get("quantization_config"), raw.get("tie_word_embeddings") is not False
     if quantization is None:
         return {}, tied
-    quantization = quantization if isinstance(quantization, dict) else {}
-    methods = quantization.get("weights") if quantization.get("format") == "pgfunc" else None
-    if not isinstance(methods, dict) or not all(isinstance(method, str) for method in methods.values()):
-        program = quantization.get("quant_method", "another program")
+    if not isinstance(quantization, dict) or quantization.get("format") != "pgfunc":
         raise CheckpointError(
-            f"{path}: quantization_config was not written by pgfunc; load the original weights instead of those that "
-            f"{program} quantized, with quantize= to make them smaller"
+            f"{path}: quantization_config is not one of pgfunc's; load the original weights, and quantize them with "
+            "quantize="
+        )
+    methods = quantization.get("weights")
+    if not isinstance(methods, dict) or not all(isinstance(method, str) for method in methods.values()):
+        raise CheckpointError(
+            f"{path}: quantization_config.weights does not map paths to methods; save the model again"
         )
     try:
         quant.apply(paligemma.abstract(cfg), methods)
@@ -94,7 +96,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     text = _with_defaults(section(raw, "text_config"))
     image = integer(raw, "image_token_id" if raw.get("image_token_id") is not None else "image_token_index")
     cfg = Config(
-        vision=parse_vision(SIGLIP | section(raw, "vision_config")),
+        vision=parse_vision(SIGLIP_DEFAULTS | section(raw, "vision_config")),
         text=_parse_text(text),
         pad=_token(raw, text, "pad_token_id"),
         eos=_token(raw, text, "eos_token_id"),
@@ -148,7 +150,7 @@ def parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
 def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A complete text_config: the defaults of its model_type, and the fields that are present."""
     raw = {"model_type": "gemma", **raw}
-    defaults = {"gemma": GEMMA, "gemma2": GEMMA2}.get(str(raw["model_type"]))
+    defaults = {"gemma": GEMMA_DEFAULTS, "gemma2": GEMMA2_DEFAULTS}.get(str(raw["model_type"]))
     if defaults is None:
         raise ValueError(f"text_config.model_type is {raw['model_type']}, expected gemma or gemma2")
     return defaults | {key: value for key, value in raw.items() if value is not None or key in NULLABLE}
@@ -200,14 +202,17 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
 
 
 def _token(raw: Mapping[str, Any], text: Mapping[str, Any], key: str) -> int:
-    """A token id at the top level or in text_config; the first of a list, as Gemma also lists the end of a turn."""
+    """A token id at the top level or in text_config.
+
+    If it is a list, its first id: Gemma's list of eos ids also has the end of a turn.
+    """
     id = raw[key] if raw.get(key) is not None else text[key]
     return integer({key: id[0] if isinstance(id, list) and id else id}, key)
 
 
 def with_methods(config: dict[str, Any], methods: Mapping[str, str]) -> dict[str, Any]:
     """The `config.json` with the method of each quantized weight, if there are any."""
-    # without quant_method, because transformers then stops; for an unknown one it would load random weights
+    # no quant_method is written: transformers then stops, but with an unknown one it would load random weights
     return config | {"quantization_config": {"format": "pgfunc", "weights": dict(methods)}} if methods else config
 
 

@@ -1,8 +1,8 @@
 """Names of arrays in files that people have: prefixes that wrappers add, and arrays that no model uses.
 
-Nothing here knows about file formats. A wrapper (torch.compile, DDP, FSDP) adds a segment to the name of every array
-that it wraps. Old versions and conversions also saved buffers that are computed rather than loaded; those are ignored
-with a warning.
+This module knows nothing about file formats. A wrapper (torch.compile, DDP, FSDP) adds a segment to the name of every
+array that it wraps. Old versions and conversions also saved buffers that are computed rather than loaded; those are
+ignored with a warning.
 """
 
 import logging

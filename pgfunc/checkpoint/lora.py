@@ -84,9 +84,9 @@ def load(folder: str | Path, cfg: Config, params: Params | None = None) -> Lora:
             full_weights[key] = entry
             continue
         path, (outputs, inputs) = path_of[match[1]], shapes[path_of[match[1]]].shape
-        pairs[f"{path} {match[2]}"] = entry
-        expected |= {f"{path} A": torch.empty(rank, inputs, device="meta")}
-        expected |= {f"{path} B": torch.empty(outputs, rank, device="meta")}
+        pairs[f"{path} {match[2]}"] = entry  # named as in error messages
+        expected[f"{path} A"] = torch.empty(rank, inputs, device="meta")
+        expected[f"{path} B"] = torch.empty(outputs, rank, device="meta")
     for name in modules_to_save if isinstance(modules_to_save, list) else []:
         if not any(str(name) in key for key in full_weights):
             raise CheckpointError(
@@ -99,7 +99,7 @@ def load(folder: str | Path, cfg: Config, params: Params | None = None) -> Lora:
 
 
 def open_adapter(folder: Path) -> dict[str, Entry]:
-    """The arrays of an adapter, by the names of the newest version without `model.`."""
+    """The arrays of an adapter, by their names in the newest PEFT and transformers, without `model.`."""
     path = folder / WEIGHTS
     if (folder / PICKLED).exists() and not path.exists():
         raise CheckpointError(
@@ -114,7 +114,7 @@ def open_adapter(folder: Path) -> dict[str, Entry]:
 
 
 def renamed(key: str) -> str:
-    """An array's name in the newest version."""
+    """An array's name in the newest PEFT and transformers, without `model.`."""
     key = SAVED.sub("", key)
     for old, new in RENAMED.items():
         key = new + key.removeprefix(old) if key.startswith(old) else key
@@ -125,7 +125,7 @@ def check_full_weights(arrays: Mapping[str, Entry], cfg: Config, params: Params 
     """Raise CheckpointError for a full weight that differs from the base model's: it was trained too, or resized."""
     leaves = {} if params is None else tree.flatten(params)
     path_of = {slot.key: path for path, slot in tree.flatten(table(cfg)).items()}
-    path_of[hf.HEAD] = "language.embed"
+    path_of[hf.LM_HEAD] = "language.embed"
     for key, entry in arrays.items():
         if key not in path_of:
             raise CheckpointError(f"{path}: {key} is not a linear weight of this model; {hf.MERGE_FIRST}")
@@ -152,22 +152,25 @@ def read_settings(path: Path) -> tuple[int, float, Any]:
     beyond = [name for name in BEYOND if settings.get(name) not in (None, False, "none", {}, [])]
     if str(settings.get("init_lora_weights")).startswith(BASE_CHANGING):
         beyond.append("init_lora_weights")
+    if beyond:
+        raise CheckpointError(
+            f"{path}: {beyond[0]} is {settings[beyond[0]]!r}; only plain LoRA is read; {hf.MERGE_FIRST}"
+        )
+    if not 1 <= rank <= MAX_COUNT:
+        raise CheckpointError(f"{path}: r is {rank}, expected 1 to {MAX_COUNT}")
     if not -1e30 < alpha < 1e30:
-        beyond.append("lora_alpha")
-    if beyond or not 1 <= rank <= MAX_COUNT:
-        name = beyond[0] if beyond else "r"
-        raise CheckpointError(f"{path}: {name} is {settings[name]!r}; only plain LoRA is read; {hf.MERGE_FIRST}")
+        raise CheckpointError(f"{path}: lora_alpha is {alpha}, expected a number between -1e30 and 1e30")
     return rank, alpha / rank, settings.get("modules_to_save")
 
 
 def modules(cfg: Config) -> dict[str, str]:
-    """Path of a linear weight -> the name of its module in transformers, without the leading `model.`."""
+    """Path of a linear weight -> the name of its module in the newest transformers, without `model.`."""
     linear = linear_paths(paligemma.abstract(cfg))
     return {path: slot.key.removesuffix(".weight") for path, slot in tree.flatten(table(cfg)).items() if path in linear}
 
 
 def table(cfg: Config) -> Params:
-    """Where the newest transformers stores every parameter, without the leading `model.`."""
+    """Where the newest transformers stores every parameter, without `model.`."""
     return hf.table(cfg, {"vision": "vision_tower.", "projector": "", "language": "language_model."})
 
 

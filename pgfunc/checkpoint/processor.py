@@ -19,10 +19,11 @@ C = TypeVar("C", Config, SiglipConfig)
 PREPROCESSOR_CONFIG, PROCESSOR_CONFIG = "preprocessor_config.json", "processor_config.json"
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+BICUBIC = 3  # the default of transformers
 
 
 def read(folder: Path, cfg: C) -> C:
-    """The config with the resize filter of a folder, if the folder names one."""
+    """The config with the resize filter of a folder's image processor, if the folder has settings of one."""
     for path in (folder / PROCESSOR_CONFIG, folder / PREPROCESSOR_CONFIG):
         raw = read_json(path) if path.exists() else {}
         raw = raw.get("image_processor") if path.name == PROCESSOR_CONFIG else raw
@@ -41,7 +42,7 @@ def parse(raw: Mapping[str, Any], vision: VisionConfig, path: Path) -> str:
         raise CheckpointError(
             f"{path}: do_center_crop is True with crop_size {raw.get('crop_size')}; expected no cropping"
         )
-    resample = raw.get("resample", 3)
+    resample = raw.get("resample", BICUBIC)
     if type(resample) is not int or resample not in RESAMPLE:
         raise CheckpointError(f"{path}: resample is {resample!r}, expected one of {RESAMPLE}")
     return RESAMPLE[resample]

@@ -1,6 +1,6 @@
 """The safetensors of a folder in Hugging Face layout: one file, or shards with an index.
 
-Weights are memory-mapped. Nothing here knows which arrays a model has.
+Weights are memory-mapped. This module does not know which arrays a model has.
 """
 
 import re
@@ -15,24 +15,27 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pgfunc import tree
 from pgfunc.checkpoint import keys
 from pgfunc.checkpoint.hf_config import CONFIG
-from pgfunc.checkpoint.tables import Entry
+from pgfunc.checkpoint.tables import IGNORED_DTYPE, Entry
 from pgfunc.checkpoint.writing import (
     DIGEST,
     DTYPE_NAMES,
     INDEX,
+    NO_WEIGHTS,
     SINGLE,
     as_json,
     digest_of,
     digest_of_arrays,
-    header,
+    read_header,
     write_safetensors,
 )
 from pgfunc.errors import CheckpointError, first_line
 from pgfunc.files.atomic import Change
 from pgfunc.files.jsonfile import check_regular_file, read_json
 
+SHARD_BYTES = 5 * 10**9  # the default size of a shard
 WEIGHT_FILES = re.compile(r"model(-[0-9a-f]{16})?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items() if dtype != torch.int64}  # that parameters may have
@@ -43,7 +46,7 @@ def open_folder(folder: Path) -> dict[str, Entry]:
     if (folder / SINGLE).exists():  # preferred to an index, as in transformers, which may leave an old index behind
         return keys.unwrapped(open_file(folder / SINGLE), str(folder))
     if not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+        raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
     return keys.unwrapped(_open_shards(folder), str(folder))
 
 
@@ -68,7 +71,7 @@ def open_file(path: Path) -> dict[str, Entry]:
     """Every array of one safetensors file; only its header is read, and reading an array maps it from the file."""
     check_regular_file(path)
     try:
-        header(path)
+        read_header(path)
         file = safe_open(path, framework="pt")
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError, ValueError) as error:
@@ -76,9 +79,9 @@ def open_file(path: Path) -> dict[str, Entry]:
     for key, piece in slices.items():
         if piece.get_dtype() not in DTYPES and not keys.UNUSED.fullmatch(key):
             raise CheckpointError(f"{path}: {key}: dtype {piece.get_dtype()} is not one of {', '.join(DTYPES)}")
-    other = torch.int64  # any dtype will do for an array that is ignored
+    dtypes = {key: DTYPES.get(piece.get_dtype(), IGNORED_DTYPE) for key, piece in slices.items()}
     return {
-        key: Entry(tuple(piece.get_shape()), DTYPES.get(piece.get_dtype(), other), partial(_read, file, path, key))
+        key: Entry(tuple(piece.get_shape()), dtypes[key], partial(_read, file, path, key))
         for key, piece in slices.items()
     }
 
@@ -86,7 +89,8 @@ def open_file(path: Path) -> dict[str, Entry]:
 def _read(file: Any, path: Path, key: str) -> Tensor:
     try:
         return file.get_tensor(key)
-    except (SafetensorError, RuntimeError, TypeError) as error:  # an empty array may have a size that no tensor has
+    # the header of an empty array may state a shape too large for a tensor
+    except (SafetensorError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: {key} cannot be read ({first_line(error)}); download it again") from error
 
 
@@ -104,10 +108,10 @@ def write(
     of the weights, so that no shard replaces one that an older index names.
     """
     digest = {DIGEST: digest_of(as_json(config))}
-    sharded = len(arrays) > 1 and sum(map(_nbytes, arrays.values())) > shard_bytes
+    sharded = len(arrays) > 1 and tree.nbytes(dict(arrays)) > shard_bytes
     pattern = f"model-{digest_of_arrays(arrays)}{{suffix}}.safetensors" if sharded else SINGLE
     shards = split_state_dict_into_shards_factory(
-        dict(arrays), get_storage_size=_nbytes, filename_pattern=pattern, max_shard_size=shard_bytes
+        dict(arrays), get_storage_size=tree.nbytes, filename_pattern=pattern, max_shard_size=shard_bytes
     )
     for name, keys_in_shard in shards.filename_to_tensors.items():
         with change.new(str(Path(subfolder, name))) as file:
@@ -117,8 +121,4 @@ def write(
         change.write(str(Path(subfolder, INDEX)), as_json(index))
     change.supersede(WEIGHT_FILES, subfolder)
     change.write(str(Path(subfolder, CONFIG)), as_json({**config, **digest}))
-    change.hide(str(Path(subfolder, CONFIG)))
-
-
-def _nbytes(array: Tensor) -> int:
-    return array.numel() * array.element_size()
+    change.hide(str(Path(subfolder, CONFIG)))  # without it, no program loads the folder while its files change

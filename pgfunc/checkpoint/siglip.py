@@ -41,7 +41,7 @@ from pgfunc.siglip_dual.prompt import SiglipModel, TextTokenizer, load_tokenizer
 VISION, POOL = "vision_model.", "vision_model.head."
 IN_WEIGHT, IN_BIAS = POOL + "attention.in_proj_weight", POOL + "attention.in_proj_bias"
 
-HEAD = siglip.Head(
+POOLING_HEAD = siglip.Head(
     probe=Slot(POOL + "probe", pattern="1 one d -> one d"),
     q=Slot(IN_WEIGHT, (0,)), q_bias=Slot(IN_BIAS, (0,)),
     k=Slot(IN_WEIGHT, (1,)), k_bias=Slot(IN_BIAS, (1,)),
@@ -82,13 +82,15 @@ def load_siglip(
     return SiglipModel(cfg, params, tokenizer)
 
 
-def save_siglip(model: SiglipModel, folder: str | Path, vision: bool = True, shard_bytes: int = 5 * 10**9) -> None:
+def save_siglip(
+    model: SiglipModel, folder: str | Path, vision: bool = True, shard_bytes: int = shards.SHARD_BYTES
+) -> None:
     """Write a dual encoder in Hugging Face layout, in shards of at most `shard_bytes`; transformers loads it.
 
     vision: False omits the vision encoder, for a folder inside that of a PaliGemma with the same one. transformers
     cannot load such a folder.
-    The folder's weights and configuration are replaced, and its tokenizer if the model has one; other files stay. All
-    of them change at once, as for `pgfunc.save`.
+    The folder's weights and configuration are replaced, and its tokenizer if the model has one. Other files stay. The
+    replaced files change at once, as for `pgfunc.save`.
     Raises CheckpointError for a folder that cannot be written, NumericalError for a parameter that is not finite.
     """
     folder = Path(folder)
@@ -112,8 +114,8 @@ def write_model(change: Change, model: SiglipModel, vision: bool, shard_bytes: i
 def write_tokenizer(change: Change, tokenizer: TextTokenizer, length: int, subfolder: str) -> None:
     """Write `tokenizer.json`, and a `tokenizer_config.json` with which transformers encodes text as `text_ids` does.
 
-    Callers of transformers still pass `padding="max_length"`. One letter differs: a capital sigma at the end of a word,
-    whose lower case there the `tokenizers` package does not know.
+    Callers of transformers still pass `padding="max_length"`. One letter differs: the `tokenizers` package does not
+    lowercase a capital sigma at a word's end to ς.
     """
     backend = self_contained(tokenizer)
     eos, pad = (backend.id_to_token(id) for id in (tokenizer.eos, tokenizer.pad))
@@ -132,7 +134,7 @@ def table(cfg: SiglipConfig) -> siglip_dual.DualParams:
     layers = (hf.layer_table(hf.SIGLIP_LAYER, f"text_model.encoder.layers.{i}.") for i in range(cfg.text.layers))
     return siglip_dual.DualParams(
         vision=hf.vision_table(cfg.vision, VISION),
-        pool=HEAD,
+        pool=POOLING_HEAD,
         text=siglip_dual.TextParams(
             embed=Slot("text_model.embeddings.token_embedding.weight"),
             position=Slot("text_model.embeddings.position_embedding.weight"),

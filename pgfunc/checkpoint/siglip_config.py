@@ -10,10 +10,10 @@ from typing import Any
 
 from pgfunc.checkpoint import processor
 from pgfunc.checkpoint.fields import integer, positive, require, section
-from pgfunc.checkpoint.hf_config import CONFIG, SIGLIP, parse_as, parse_vision, render_vision
+from pgfunc.checkpoint.hf_config import CONFIG, SIGLIP_DEFAULTS, parse_as, parse_vision, render_vision
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 
-TEXT = {
+TEXT_DEFAULTS = {
     "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "max_position_embeddings": 64, "layer_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
@@ -38,7 +38,7 @@ def parse(raw: Mapping[str, Any]) -> SiglipConfig:
     )
     if vision.pop("vision_use_head", True) is not True:
         raise ValueError("vision_use_head is false: without a pooling head there are no image embeddings")
-    cfg = SiglipConfig(parse_vision(SIGLIP | vision), parse_text(TEXT | text))
+    cfg = SiglipConfig(parse_vision(SIGLIP_DEFAULTS | vision), parse_text(TEXT_DEFAULTS | text))
     if cfg.text.out != cfg.vision.width:
         raise ValueError(f"text embeddings have length {cfg.text.out}, image embeddings {cfg.vision.width}")
     return cfg

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pgfunc.checkpoint import bigvision
 from pgfunc.checkpoint.hf_config import CONFIG, parse_file, read_config
-from pgfunc.checkpoint.writing import INDEX, SINGLE
+from pgfunc.checkpoint.writing import INDEX, NO_WEIGHTS, SINGLE
 from pgfunc.config import PUBLISHED, Config
 from pgfunc.errors import CheckpointError, first_line
 
@@ -27,11 +27,13 @@ PICKLED = (
 )
 # pattern of a file name -> what such a file is, and what to do; the first that matches is used
 HINTS = {
-    ADAPTER: "a LoRA adapter, not a model; `pgfunc merge` merges it into its base, and adapter= takes it beside one",
+    ADAPTER: "a LoRA adapter, not a model; load its base model with adapter=, or merge the two with `pgfunc merge`",
     "snapshots": "a folder of the hub's cache; give the hub id, or one of the folders in snapshots",
     "checkpoint-*": "a training run; give one of its checkpoints",
-    "model.*.safetensors*": "a variant of the weights; rename them without the variant",
-    "masks.safetensors": "a mask decoder without a model; --masks takes it beside a model",
+    "model.*.safetensors*": (
+        "a variant of the weights; remove the variant from the name: model.fp16.safetensors becomes model.safetensors"
+    ),
+    "masks.safetensors": "a mask decoder without a model; use it with --masks and a model",
     "adapter_model.safetensors": "the weights of a LoRA adapter without its adapter_config.json; add that file",
     "run.safetensors": "an unfinished run of `pgfunc train`; the same command continues it",
     "*.safetensors": f"weights under another name; rename them to {SINGLE}, or to shards of {INDEX}",
@@ -50,11 +52,8 @@ def find(source: Source) -> Path:
         path = Path(source).expanduser()
         if path.exists():
             return path
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # too long a name, a zero byte in it, or an unknown user
+    # the name is too long, has a zero byte, or begins with an unknown user
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{str(source)[:80]!r}: not the name of a file or folder ({error})") from error
     if HUB_ID.fullmatch(str(source)):
         return from_hub(str(source))
@@ -110,7 +109,10 @@ def npz_in(path: Path) -> Path | None:
 
 
 def check_model_folder(path: Path) -> None:
-    """Raise CheckpointError for a path that is not the folder of a model; the message says what it is instead."""
+    """Raise CheckpointError for a path that is not the folder of a model; the message says what it is instead.
+
+    A folder with weights but without `config.json` passes: reading that file then raises the error.
+    """
     if not path.is_dir():
         if (path.parent / CONFIG).exists():
             raise CheckpointError(f"{path}: one file of a checkpoint; give its folder, {path.parent}")
@@ -127,7 +129,7 @@ def check_weights(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not {SINGLE, INDEX} & set(names):
-        raise CheckpointError(f"{path}: holds neither {SINGLE} nor {INDEX}{hint(names)}")
+        raise CheckpointError(f"{path}: {NO_WEIGHTS}{hint(names)}")
 
 
 def hint(names: list[str]) -> str:

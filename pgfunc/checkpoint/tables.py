@@ -1,4 +1,4 @@
-"""Tables between checkpoint files and parameter trees. Nothing here knows about PaliGemma or about a file format.
+"""Tables between checkpoint files and parameter trees. This module knows nothing about PaliGemma or about file formats.
 
 A table is a tree shaped like the parameters. Each leaf is a `Slot`: the key of the array in which that parameter is
 stored, an index into that array, and how the axes are rearranged. Two leaves of big_vision's table:
@@ -32,6 +32,7 @@ from pgfunc.errors import CheckpointError
 
 T = TypeVar("T")
 
+IGNORED_DTYPE = torch.int64  # of the Entry of an array that is ignored, if its own dtype is not one of ours
 DESCRIBED = "the model that config.json describes"
 
 

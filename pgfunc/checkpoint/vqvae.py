@@ -21,7 +21,7 @@ from pgfunc.objects import vqvae
 from pgfunc.objects.vqvae import Block, Conv, Params, Transposed
 
 CODEBOOK = "_vq_vae._embedding"
-TRAINING = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # running sums of the codebook, used only in training
+TRAINING_ONLY = ("_vq_vae._ema_cluster_size", "_vq_vae._ema_w")  # running sums of the codebook
 
 
 def table() -> Params:
@@ -56,7 +56,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Params:
         raise CheckpointError(f"{path}: neither a .npz nor a .safetensors file")
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
-    entries = {key: entry for key, entry in open_file(path).items() if key not in TRAINING}
+    entries = {key: entry for key, entry in open_file(path).items() if key not in TRAINING_ONLY}
     if CODEBOOK not in entries:
         raise CheckpointError(f"{path}: {CODEBOOK} is missing; expected a mask VQ-VAE such as big_vision's vae-oid.npz")
     device = torch.device(device)

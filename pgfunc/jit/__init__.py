@@ -12,7 +12,7 @@
     code_folder.py  a folder for compiled code
     function.py     the compiled function, which uses all of these
 
-Knows nothing about models.
+This package knows nothing about models.
 """
 
 from pgfunc.jit.code_folder import compiled_in as compiled_in

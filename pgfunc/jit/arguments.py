@@ -2,7 +2,7 @@
 
 Reading must be fast. A tree of parameters is passed at every call, and flattening and describing it each time would
 take longer than a GPU takes for a token. So the result of reading a nested tuple is remembered, and is valid while the
-tuple holds the same tensor objects. Knows nothing about compilers or caches.
+tuple holds the same tensor objects. This module knows nothing about compilers or caches.
 """
 
 import inspect
@@ -19,6 +19,7 @@ from pgfunc.errors import SettingError
 
 SMALL = 2**20  # bytes; a smaller tensor with gaps is made dense
 LEAF = pytree.tree_structure(0)
+LENGTHS: dict[int, int] = {}  # length -> its only int object in `collect_parts`; Python makes a new one from 257 on
 
 Layout = tuple[Any, ...]  # shape, strides, dtype and device of a tensor
 
@@ -74,12 +75,12 @@ class Argument(NamedTuple):
     tensors: list[Tensor]
     addresses: list[int]  # of the tensors
     ids: Set[int]  # of the tensors
-    spec: int  # the index of its spec
+    spec_index: int
     unchanged: bool  # whether it holds the same tensor objects as the last argument of that name
 
     @classmethod
-    def of(cls, tensors: list[Tensor], ids: Set[int], spec: int, unchanged: bool) -> "Argument":
-        return cls(tensors, [*map(Tensor.data_ptr, tensors)], ids, spec, unchanged)
+    def of(cls, tensors: list[Tensor], ids: Set[int], spec_index: int, unchanged: bool) -> "Argument":
+        return cls(tensors, [*map(Tensor.data_ptr, tensors)], ids, spec_index, unchanged)
 
 
 class LastValue(NamedTuple):
@@ -89,7 +90,7 @@ class LastValue(NamedTuple):
     is_tensor: list[bool]  # for each part
     references: list[Any]  # to the parts, weak ones to tensors
     tensor_ids: Set[int]
-    spec: int
+    spec_index: int
 
 
 class ArgumentReader:
@@ -109,23 +110,24 @@ class ArgumentReader:
         immutable = collect_parts(value, parts)
         part_ids, last = [*map(id, parts)], self._last.get(name)
         if immutable and last and last.part_ids == part_ids:
-            return Argument.of([*compress(parts, last.is_tensor)], last.tensor_ids, last.spec, unchanged=True)
+            return Argument.of([*compress(parts, last.is_tensor)], last.tensor_ids, last.spec_index, unchanged=True)
         leaves, structure = ([value], LEAF) if isinstance(value, Tensor) else pytree.tree_flatten(value)
         is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         originals = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         constants = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
         tensors = [as_input(x) for x in originals]
         constant_keys, layouts = tuple(map(exact_key, constants)), tuple(map(layout, tensors))
-        spec = self.index(ArgumentSpec(structure, is_tensor, constants, constant_keys, layouts))
+        spec_index = self.add_spec(ArgumentSpec(structure, is_tensor, constants, constant_keys, layouts))
         ids = frozenset(map(id, tensors))
         if immutable and all(one is other for one, other in zip(originals, tensors, strict=True)):
             forget = lambda _: self._last.pop(name, None)  # noqa: E731
             references = [ref(part, forget) if isinstance(part, Tensor) else part for part in parts]
-            self._last[name] = LastValue(part_ids, [isinstance(part, Tensor) for part in parts], references, ids, spec)
-        return Argument.of(tensors, ids, spec, unchanged=False)
+            are_tensors = [isinstance(part, Tensor) for part in parts]
+            self._last[name] = LastValue(part_ids, are_tensors, references, ids, spec_index)
+        return Argument.of(tensors, ids, spec_index, unchanged=False)
 
-    def index(self, spec: ArgumentSpec) -> int:
-        """The index of a spec, which is added if it is new."""
+    def add_spec(self, spec: ArgumentSpec) -> int:
+        """Add a spec if it is new. Returns its index."""
         try:
             index = self._indices.setdefault(spec, len(self.specs))
         except TypeError:
@@ -152,7 +154,7 @@ def collect_parts(value: Any, parts: list[Any]) -> bool:
     if not isinstance(value, tuple):
         parts.append(value)
         return type(value) not in pytree.SUPPORTED_NODES
-    parts += (type(value), len(value))
+    parts += (type(value), LENGTHS.setdefault(len(value), len(value)))
     immutable = True
     for each in value:
         if type(each) is Tensor:  # the usual case

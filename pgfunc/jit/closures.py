@@ -3,7 +3,7 @@
 While PyTorch compiles a function it finds out which tensors and numbers the function reads, and names each by an
 expression such as `fn.__closure__[0].cell_contents`. We keep those expressions and evaluate them before each call. A
 tensor may be replaced by another one of the same layout; if anything else changed, the code is not valid for this call.
-Knows nothing about models.
+This module knows nothing about models.
 """
 
 import re
@@ -115,11 +115,11 @@ def fingerprint(value: Any) -> Any:
 def reachable(functions: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
     """All tensors that functions may read besides their arguments, and the fingerprints of everything they may read.
 
-    For functions that are not compiled, of which PyTorch reports nothing. The search follows cells, defaults, globals
-    and attributes, of the functions and of the functions and objects found there.
+    Used for functions that run eagerly, because PyTorch reports no guards for them. Follows cells, defaults, globals
+    and attributes, recursively.
     """
     tensors: list[Tensor] = []
-    prints: list[Any] = []
+    reached: list[Any] = []  # fingerprints
     visited: set[int] = set()
     pending = [*functions]
     while pending:
@@ -129,9 +129,9 @@ def reachable(functions: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
         visited.add(id(value))
         if isinstance(value, Tensor):
             tensors.append(value)
-        prints.append(fingerprint(value))
+        reached.append(fingerprint(value))
         pending += members(value)
-    return tensors, prints
+    return tensors, reached
 
 
 def is_library_value(value: Any) -> bool:

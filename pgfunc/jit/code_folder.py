@@ -96,7 +96,10 @@ def _set_variables() -> None:
 
 
 def check_private(folder: Path) -> None:
-    """Raise SettingError if other users can write in the folder, because its content is executed."""
+    """Raise SettingError if other users can write in the folder, because its content is executed.
+
+    A symbolic link in it is refused too: who can write its target is not checked.
+    """
     if not hasattr(os, "getuid"):
         return
     closed = not folder.stat().st_mode & 0o011  # others cannot even enter
@@ -107,15 +110,20 @@ def check_private(folder: Path) -> None:
             continue
         if status.st_uid not in (os.getuid(), 0):
             raise SettingError(f"{path}: belongs to another user, and the content of a code folder is run; copy it")
-        if status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
+        if stat.S_ISLNK(status.st_mode):
+            raise SettingError(
+                f"{path}: is a symbolic link, and the content of a code folder is run; replace it by a copy"
+            )
+        if status.st_mode & 0o022:
             raise SettingError(f"{path}: others can write it, and its content is run; chmod -R go-w {folder}")
 
 
 def repair(folder: Path, register: IO[str]) -> None:
-    """Delete the unfinished files of a killed process, and all code if a file is damaged.
+    """Delete what killed processes left, and all code if a file is damaged.
 
     Each process holds a shared lock on the register while it uses the folder. A process that arrives while others use
-    the folder repairs nothing: the first of them did. One that arrives during the repair waits.
+    the folder repairs nothing: the first of them did. One that arrives during the repair waits. On Windows, which
+    has no such lock, unfinished files stay: another process may be writing them.
     """
     if os.name != "posix":
         clean(folder)
@@ -128,6 +136,7 @@ def repair(folder: Path, register: IO[str]) -> None:
         fcntl.flock(register, fcntl.LOCK_SH)  # waits while another process repairs
         return
     clean(folder)
+    delete_unfinished(folder)
     fcntl.flock(register, fcntl.LOCK_SH)
 
 
@@ -140,6 +149,13 @@ def clean(folder: Path) -> None:
         (folder / REGISTER).write_text("")
     for name in present.keys() - registered.keys():
         (folder / name).unlink(missing_ok=True)
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete files and folders that a process had not finished writing; PyTorch and Triton rename finished ones."""
+    for path in code_paths(folder):
+        if is_unfinished(path):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def record(folder: Path) -> None:
@@ -159,11 +175,21 @@ def registered_digests(folder: Path) -> dict[str, str]:
 def present_digests(folder: Path) -> dict[str, str]:
     """path -> digest of the code files in the folder. Skips locks and files that are being written."""
     digests = {}
-    for path in (path for subfolder in VARIABLES.values() for path in (folder / subfolder).rglob("*")):
+    for path in code_paths(folder):
         name = path.relative_to(folder)
-        unfinished = any(part.startswith("tmp.") for part in name.parts) or path.suffix in (".lock", ".tmp")
+        skipped = path.suffix == ".lock" or any(is_unfinished(Path(part)) for part in name.parts)
         with suppress(FileNotFoundError):  # another process may be compiling
-            if not unfinished and path.is_file():
+            if not skipped and path.is_file():
                 with path.open("rb") as file:
                     digests[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
+
+
+def code_paths(folder: Path) -> list[Path]:
+    """All files and folders in the subfolders for code."""
+    return [path for subfolder in VARIABLES.values() for path in (folder / subfolder).rglob("*")]
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file or folder has a temporary name: `<...>.tmp`, or Triton's `tmp.<...>`."""
+    return path.name.startswith("tmp.") or path.suffix == ".tmp"

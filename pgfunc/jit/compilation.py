@@ -1,7 +1,8 @@
 """Functions -> compiled code, by torch.compile: the whole function, or one block at a time. Errors become one line.
 
-A function with a donated cache may only append to it. This is checked in the graph of its operations: each returned
-buffer must be the one that was passed in, with some elements overwritten.
+A function with a donated cache may only append to it. There are two checks: in the graph of its operations, each
+returned buffer must be the one that was passed in, with some elements overwritten; and an eager run must leave the
+visible slots unchanged.
 """
 
 import re
@@ -22,8 +23,8 @@ from pgfunc.jit.arguments import ArgumentSpec
 from pgfunc.jit.closures import FreeVariables, free_variables, reachable
 from pgfunc.jit.donation import buffers
 
-for fn in (einops.rearrange, einops.repeat, einops.reduce, einops.einsum):
-    torch.compiler.allow_in_graph(fn)  # tracing how a pattern is parsed took most of a compilation
+# tracing how a pattern is parsed took most of a compilation
+torch.compiler.allow_in_graph([einops.rearrange, einops.repeat, einops.reduce, einops.einsum])
 CONTINUATION = "\0the continuation"  # its placeholder among the results of compiled code
 # operations whose result is their first argument with some elements overwritten
 OVERWRITING = {"index_put", "index_copy", "index_fill", "scatter", "slice_scatter", "select_scatter", "masked_fill",
@@ -38,7 +39,8 @@ class Code:
 
     def __init__(self, run: Callable[[list[Tensor]], Any], count: int, free_tensors: Callable[[], list[Tensor] | None]):
         self.run, self.count = run, count
-        self.free_tensors = free_tensors  # those it closes over; None if it is not valid for what is closed over now
+        # the tensors that the code closes over; None if the code is not valid for the current values
+        self.free_tensors = free_tensors
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         return self.run(tensors[: self.count])
@@ -95,7 +97,7 @@ def compile_blocks(fn: Callable[..., Any], specs: dict[str, ArgumentSpec], count
     functions = [fn, *(constant for spec in specs.values() for constant in spec.constants if callable(constant))]
     _, expected = reachable(functions)
 
-    def free_tensors() -> list[Tensor] | None:  # eager code reads them itself, but a CUDA graph reads their addresses
+    def free_tensors() -> list[Tensor] | None:  # eager code reads them itself, but a CUDA graph needs their addresses
         tensors, fingerprints = reachable(functions)
         return tensors if fingerprints == expected else None
 
@@ -112,7 +114,7 @@ def torch_compiled(fn: Callable, options: dict[str, Any] | None = None) -> Calla
 
 
 def checked_inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable:
-    """The inductor backend. Raises SettingError if the graph does more than append to the buffers that it writes."""
+    """The inductor backend. Raises SettingError if the graph does more than overwrite elements of its buffers."""
     from torch._dynamo.backends.registry import lookup_backend
 
     for node in graph.graph.nodes:
@@ -146,7 +148,7 @@ def forbidden_operation(old: fx.Node, new: Any, write_back: fx.Node) -> str:
 def operation_name(node: fx.Node) -> str:
     """The name of an operation, such as `index_put`, whether it is called as a function or as a method."""
     if node.op in ("placeholder", "get_attr"):
-        return "another tensor"
+        return "a copy of another tensor"  # completes "changes a donated cache by"
     return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target)).split(".")[0]
 
 
@@ -188,7 +190,7 @@ def explain_error(error: Exception, name: str) -> SettingError | None:
     if not isinstance(error, known):
         return None
     text, stack = str(error), getattr(error, "real_stack", None)
-    if "ata-dependent" in text:
+    if "ata-dependent" in text:  # PyTorch writes both "Data-dependent" and "data-dependent"
         reason = "it branches on a number in a tensor; use torch.where, or branch outside of the function"
     else:
         reason = match[1] if (match := re.search(r"Explanation: (.+)", text)) else first_line(error)

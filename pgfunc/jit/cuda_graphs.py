@@ -3,7 +3,7 @@
 A graph reads and writes fixed addresses. Large inputs are read where the caller keeps them; if most of the bytes are at
 new addresses, for example other weights, another graph is captured. Small inputs whose addresses change from call to
 call are copied into memory of the graph before each replay. Results are copied out of it. So callers pass and receive
-values, as without a graph. Owns the addresses of inputs. Knows nothing about caches or models.
+values, as without a graph. This module owns the addresses of inputs, and knows nothing about caches or models.
 """
 
 from collections import OrderedDict
@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from pgfunc.jit.arguments import layout
 
-MAX_COPIED = 0.25  # of the bytes of all inputs may be copied before a replay
-MAX_GRAPHS = 4  # that one function keeps
+MAX_COPIED = 0.25  # greatest share of all input bytes that is copied before a replay
+MAX_GRAPHS = 4  # graphs kept per function
 
 Fn = Callable[[list[Tensor]], Any]
 Groups = Iterable[Iterable[int]]  # for each argument, the indices of its tensors among the inputs
@@ -75,7 +75,7 @@ class GraphedFunction:
     def __init__(self, fn: Fn, written: Iterable[int] = (), max_copied: float = MAX_COPIED):
         self.fn, self.written, self.max_copied = fn, frozenset(written), max_copied
         self.last_addresses: list[int] = []  # of the inputs of the last call, 0 for those that are copied
-        self.copied: set[int] = set()  # the indices of the inputs that are copied
+        self.copied_indices: set[int] = set()  # of the inputs that are copied
         self.graphs: OrderedDict[tuple[int, ...], CapturedGraph] = OrderedDict()
         self.graph: CapturedGraph | None = None  # of the last call, if there is one for its addresses
         self.results_on_device = True  # whether the results are on the device of the inputs
@@ -116,8 +116,8 @@ class GraphedFunction:
         return copy_results(self.graph.results), self.graph.structure
 
     def capture_graph(self, tensors: list[Tensor]) -> CapturedGraph:
-        with torch.inference_mode(False), torch.no_grad():  # otherwise only inference mode could write to them
-            static = {i: clone_strided(unexpanded(tensors[i])) for i in self.copied}
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode can be written only there
+            static = {i: clone_strided(unexpanded(tensors[i])) for i in self.copied_indices}
         inputs = [static[i].expand(x.shape) if i in static else x for i, x in enumerate(tensors)]
         self.fn(inputs)  # compiling and tuning must not happen during the capture
         replay, results = capture(self.fn, inputs)
@@ -130,26 +130,26 @@ class GraphedFunction:
         Returns whether all inputs that are not copied had the same addresses at the last call.
         """
         last = self.last_addresses  # few passes, as this runs on hundreds of inputs before each token
-        for i in self.copied:
+        for i in self.copied_indices:
             addresses[i] = 0
         moved = {i for i, before in enumerate(last) if addresses[i] != before} if addresses != last else set()
         together = [{*each} for each in new_groups]
         together += [{*each} for each in other_groups if not moved.isdisjoint(each)] if moved else []
         alone = [{i} for i in moved.difference(*together)]
-        groups = [group for each in together + alone if (group := each - self.written - self.copied)]
+        groups = [group for each in together + alone if (group := each - self.written - self.copied_indices)]
         if last and groups:
             size = {i: x.nbytes for i, x in enumerate(tensors)}
             limit = self.max_copied * sum(size.values())
             for group in sorted(groups, key=lambda group: sum(size[i] for i in group)):
-                if sum(size[i] for i in self.copied | group) <= limit:
-                    self.copied |= group
-                    self.graphs.clear()  # each of them reads one of these at a fixed address
+                if sum(size[i] for i in self.copied_indices | group) <= limit:
+                    self.copied_indices |= group
+                    self.graphs.clear()  # the old graphs read a newly copied input at its old address
                     self.graph = None
-            for i in self.copied:
+            for i in self.copied_indices:
                 addresses[i] = 0
         if addresses != last:
             self.last_addresses, self.graph = addresses, None
-        return bool(last) and moved <= self.copied
+        return bool(last) and moved <= self.copied_indices
 
 
 def unexpanded(x: Tensor) -> Tensor:

@@ -1,21 +1,23 @@
 """Which cache may be written in place: handles, continuations and forks. `jit` uses it, and rows are reordered here.
 
-A *handle* is a `Cache` made by compiled code or `reorder`: buffers, and a length for each row. It sees only the slots
-before its length. A step takes a handle whose buffers are *donated*: it appends the new token in place, and returns the
-*continuation*, a longer handle on the same buffers. Several handles may thus share buffers, here one row of 8 slots:
+A *handle* is a `Cache` made by compiled code, `reorder` or `rewind`: buffers, and a length per row. It sees only the
+slots before its length. A step takes a handle whose buffers are *donated*: it appends the new token in place, and
+returns the *continuation*, a longer handle on the same buffers. Several handles may thus share buffers, here one row of
+8 slots:
 
     buffers   a b c d e . . .
     one       a b c|               length 3
     two       a b c d e|           length 5, continued from one
 
-    step(two)                 two is the newest: the step appends behind e, in place
+    step(two)                 two is the newest: the step appends after e, in place
     step(one)                 a *fork*: two sees d, so the step copies a b c to other buffers and appends there
     step(one), two is dead    no living handle sees d, so the step writes over it, in place
-    rewind(two, 3)            a handle like one; while two is alive, its continuation is a fork
+    rewind(two, 3)            a handle like one; to continue it while two is alive is a fork
 
 This *copy on fork* makes a step with donation return what the pure function returns. A *lineage* is the list of handles
-on the same buffers, ordered so that none sees more than the next. A handle is alive while one of its buffers is, or a
-view of one; views that are detached or made in inference mode do not count.
+on the same buffers, ordered so that none sees more than the next, except that a rewound handle may see less than those
+before it. A handle is alive while one of its buffers is, or a view of one; views that are detached or made in inference
+mode do not count.
 
 CUDA graphs read and write fixed addresses, so buffers are used again when all handles on them are dead. An *arena*
 holds the last few sets of buffers of one function.
@@ -70,7 +72,7 @@ class Arena:
 
 
 class Lineage(NamedTuple):
-    """All handles on the same buffers, of which none sees more than the next, and constants of the buffers."""
+    """All handles on the same buffers, ordered as the module's docstring states, and constants of the buffers."""
 
     handles: list[Handle]
     layouts: tuple[Layout, ...]  # of the buffers
@@ -91,7 +93,7 @@ def buffers(cache: Cache) -> tuple[Tensor, ...]:
 
 
 def bucket(slots: int, least: int = 64) -> int:
-    """The smallest of 64, 96, 128, 192, 256, 384, ... that is at least `slots`; `least` is a power of two."""
+    """The smallest of least · 1, 1.5, 2, 3, 4, 6, ... that is at least `slots`; `least` is a power of two."""
     size = least
     while size < slots:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -109,7 +111,10 @@ def lineage_of(handle: Cache) -> Lineage:
 
 
 def appends_in_place(cache: Cache) -> bool:
-    """Whether a step may append to the cache in place: it is a handle, and no living handle sees the slots behind."""
+    """Whether a step may append to the cache in place.
+
+    The cache must be a handle, and no living handle may see the slots after its length.
+    """
     handles = living_handles(cache)
     return bool(handles) and handles[-1].belongs_to(cache) and (len(handles) == 1 or not handles[-1].rewound)
 
@@ -132,7 +137,7 @@ def copy_cache(cache: Cache, arena: Arena, rows: Int[Tensor, "n"] | None = None)
     old = buffers(cache)
     count, slots = old[0].shape[0] if rows is None else len(rows), bucket(cache.slots)
     sizes = [((count, slots, *x.shape[2:]), x.dtype, x.device) for x in old]
-    with torch.inference_mode(False), torch.no_grad():  # otherwise only inference mode could write to them
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode can be written only there
         length = cache.length if rows is None else cache.length[rows]
         if slots > cache.slots:  # a row that overflowed must still overflow
             length = torch.where(length > cache.slots, length + (slots - cache.slots), length)
@@ -180,15 +185,14 @@ def add_handle(cache: Cache, length: Tensor, lineage: Lineage, position: int, re
 def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
     """The cache as it was when its rows had these lengths; for example to forget a rejected draft.
 
-    `length` is an integer for each row, from 0 to the current length. A greater one raises SettingError if the numbers
-    are known on the host; otherwise the row keeps its length. Compiled code continues the result without a copy if no
-    other handle on its buffers is alive, as in a loop that keeps one handle.
+    `length` is an integer per row, from 0 to the current length. Outside this range, a number raises SettingError if
+    both lengths are on the host; elsewhere a greater one becomes the current length, and a negative one 0. Compiled
+    code continues the result without a copy if no other handle on its buffers is alive, as in a loop that keeps one
+    handle.
     """
     if not isinstance(length, Tensor) or length.shape != cache.length.shape or length.dtype not in INTEGERS:
         text = f"{length.dtype} of shape {(*length.shape,)}" if isinstance(length, Tensor) else repr(length)
-        raise SettingError(
-            f"length is {' '.join(text.split()):.60}, expected a whole number for each of {len(cache.length)} rows"
-        )
+        raise SettingError(f"length is {one_line(text)}, expected a whole number for each of {len(cache.length)} rows")
     if on_host(length) and on_host(cache.length):
         if ((length < 0) | (length > cache.length)).any():
             raise SettingError(f"length is {length.tolist()}, expected 0 to {cache.length.tolist()}: rewind goes back")
@@ -206,17 +210,15 @@ def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
 
 
 def reorder(cache: Cache, rows: Int[Tensor, "n"]) -> Cache:
-    """The given rows of a cache, in the given order; a row may be repeated or left out.
+    """The cache with these rows, in this order; a row may be repeated or left out.
 
     Reorders beams, and makes n samples of one prompt. Makes one copy with `bucket(slots)` slots, to which compiled code
     appends in place. Within a gradient or a transform the copy has as many slots as the cache, and is differentiable.
-    Raises SettingError if an index is not a row, if that is known on the host; otherwise it is clamped to the rows.
+    If `rows` is on the host, an index that is not a row raises SettingError; elsewhere it is clamped to the rows.
     """
     count = len(cache.length)
     if not isinstance(rows, Tensor) or rows.dim() != 1 or not len(rows) or rows.dtype not in INTEGERS:
-        raise SettingError(
-            f"rows are {' '.join(repr(rows).split()):.60}, expected a list of one or more whole numbers as a tensor"
-        )
+        raise SettingError(f"rows are {one_line(repr(rows))}, expected a list of one or more whole numbers as a tensor")
     if on_host(rows) and not ((rows >= 0) & (rows < count)).all():
         raise SettingError(f"rows are {rows.tolist()}, expected 0 to {count - 1}, as the cache has {count} rows")
     rows = rows.to(cache.length.device, torch.int64).clamp(0, count - 1)
@@ -227,6 +229,11 @@ def reorder(cache: Cache, rows: Int[Tensor, "n"]) -> Cache:
         return copy_cache(cache, Arena(), rows)
     with lineage.lock:
         return copy_cache(cache, lineage.arena, rows)
+
+
+def one_line(text: str) -> str:
+    """The start of a text for a message, without line breaks."""
+    return f"{' '.join(text.split()):.60}"
 
 
 def requires_gradient(cache: Cache) -> bool:

@@ -1,6 +1,6 @@
 """The compiled function: finds the code for a call, or compiles it, and returns values.
 
-A cache is append-only: a handle does not see the slots behind its length. So a donated cache is written in place there,
+A cache is append-only: a handle does not see the slots after its length. So a donated cache is written in place there,
 unless a newer handle on its buffers is alive (`donation.py`). Most arguments of a loop, such as the weights, stay the
 same. Each continuation remembers the arguments it was made with, so that the next step need not read them again.
 
@@ -34,7 +34,7 @@ from pgfunc.lowering import on_host, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
-MANY = 8  # compilations of one function, from which on each one warns
+WARN_FROM = 8  # from this number of compilations of one function on, each warns
 CLOSURE_CHANGED = "a value that the function closes over has changed"
 
 Runner = cuda_graphs.GraphedFunction | cuda_graphs.DirectFunction
@@ -51,14 +51,14 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     `fn` is a pure function of trees of tensors. It is compiled once for each combination of the tensors' shapes,
     strides and dtypes, all other arguments (a config, a number), PyTorch's own settings, and the numbers and functions
     that it closes over. Tensors that it closes over are read at each call, like arguments. `why` says how the last
-    compiled call differed from earlier ones; a function that is compiled again and again warns. Tensors are values:
-    between the steps of a loop, do not exchange their memory (`x.data = ...`). A compiled function that is called by
-    another one is compiled with it.
+    call that was compiled differed from the most similar earlier one; a function that is compiled again and again
+    warns. Tensors are values: between the steps of a loop, do not exchange their memory (`x.data = ...`). A compiled
+    function that is called by another one is compiled with it.
 
     If `fn` has an argument `wrap` and donates nothing, it is compiled a block at a time: `jit` passes a `wrap` that
     compiles the functions that `fn` calls for each layer. The rest of `fn` runs eagerly.
 
-    `donate` names an argument that is a `Cache`. `fn` must return its continuation among its results: it appends behind
+    `donate` names an argument that is a `Cache`. `fn` must return its continuation among its results: it appends after
     the length of each row and leaves the other slots alone. Reorder rows outside of `fn`, by `pg.reorder`. In compiled
     code a cache has `bucket(slots)` slots, so that prompts of many lengths share the code; a cache that compiled code
     did not make is copied each time it is continued. Buffers are written in place. A detached view of a handle
@@ -68,9 +68,9 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     raises CacheFullError; on a GPU `Cache.overflowed` marks it.
 
     Before each compilation a function that donates runs once eagerly, to check its result. Raises SettingError if the
-    function has no argument `donate`, returns no continuation, or does more than append (according to that result or to
-    the graph of its operations); if PyTorch cannot compile it; within a transform of torch.func; and if the caller
-    passes `wrap`.
+    function has no argument named by `donate`, returns no continuation, or does more than append (according to that
+    result or to the graph of its operations); if PyTorch cannot compile it; within a transform of torch.func; and if
+    the caller passes `wrap`.
     """
     return Jitted(fn, donate)
 
@@ -89,8 +89,8 @@ class Inputs(NamedTuple):
 class Jitted(Generic[P, R]):
     """A compiled function.
 
-    `compilations` counts how often it was compiled. `why` says how the last call without code differed from the most
-    similar one with code. `copies` counts copies of a cache: it was not made by compiled code, or it was forked.
+    `compilations` counts how often it was compiled. `why` says how the last call that was compiled differed from the
+    most similar earlier one. `copies` counts copies of a cache: it was not made by compiled code, or it was forked.
     """
 
     def __init__(self, fn: Callable[P, R], donate: str | None = None):
@@ -102,7 +102,8 @@ class Jitted(Generic[P, R]):
         self._descriptions: list[reasons.Description] = []  # of the compiled calls
         self._arena = Arena()
         self._lock = RLock()  # one call at a time
-        self._depth = 6 + (donate is not None)  # stack frames between a warning and the caller
+        # the caller's stack level for a warning in: _note, _compile, _run, (_append,) _call, __call__, the caller
+        self._depth = 6 + (donate is not None)
         if inspect.isgeneratorfunction(fn) or inspect.iscoroutinefunction(fn):
             raise SettingError(f"{self.name} is a generator or a coroutine: compile the step that it repeats")
         names = self._parameters.names
@@ -189,7 +190,8 @@ class Jitted(Generic[P, R]):
                 return runner.call_flat(inputs.tensors + free, addresses, inputs.new_groups, inputs.other_groups)
         if cache is not None:
             self._check_appends(arguments, cache)
-        return self._compile(arguments, {name: self._reader.specs[each.spec] for name, each in read.items()}, inputs)
+        specs = {name: self._reader.specs[each.spec_index] for name, each in read.items()}
+        return self._compile(arguments, specs, inputs)
 
     def _compile(self, arguments: dict[str, Any], specs: dict[str, ArgumentSpec], inputs: Inputs) -> cuda_graphs.Flat:
         """Compile code for these arguments, and run it."""
@@ -235,7 +237,7 @@ class Jitted(Generic[P, R]):
         """Record a compilation, and warn if there are many."""
         self.why = why
         self._descriptions.append(description)
-        if self.compilations >= MANY:
+        if self.compilations >= WARN_FROM:
             message = f"{self.name} was compiled {self.compilations} times, this time because {why}"
             warn(message, RuntimeWarning, stacklevel=self._depth)
 
@@ -264,7 +266,7 @@ def gather(read: dict[str, Argument], cache: Cache | None) -> Inputs:
         new_groups.append(range(len(tensors) - 1, len(tensors)))  # the length
         layouts = lineage.layouts, layout(donated[-1])
     key = (
-        tuple((name, each.spec) for name, each in read.items()), layouts,
+        tuple((name, each.spec_index) for name, each in read.items()), layouts,
         aliasing([*((each.tensors, each.ids) for each in read.values()), (donated, {*map(id, donated)})]),
         reasons.compile_context(),
     )  # fmt: skip

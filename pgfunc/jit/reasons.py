@@ -1,6 +1,7 @@
 """Why a function was compiled again: how the call differs from the most similar one that already has code.
 
-A call is described by lines, label -> value, such as `token -> int64[2] on cpu`. Knows nothing about models.
+A call is described by lines, label -> value, such as `token -> int64[2] on cpu`. This module knows nothing about
+models.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 from pgfunc.jit.arguments import ArgumentSpec, Layout, dense_strides
 from pgfunc.tree import join
 
-MOST = 3  # differences that a reason lists
+MAX_DIFFERENCES = 3  # that a reason lists
 CONTEXT = ("autocast on CPUs", "autocast on CUDA", "deterministic algorithms", "the precision of float32 products",
            "the default dtype", "the default device", "the number of threads")  # fmt: skip
 
@@ -74,8 +75,8 @@ def difference(new: Description, earlier: Sequence[Description]) -> str:
     nearest = min(earlier, key=lambda old: len(differing_labels(new, old)))
     labels = differing_labels(new, nearest)
     reasons = [f"{label} is {new.get(label, 'absent'):.60}, was {nearest.get(label, 'absent'):.60}" for label in labels]
-    if len(labels) > MOST:
-        reasons[MOST:] = [f"and {len(labels) - MOST} more differences"]
+    if len(labels) > MAX_DIFFERENCES:
+        reasons[MAX_DIFFERENCES:] = [f"and {len(labels) - MAX_DIFFERENCES} more differences"]
     return "; ".join(reasons) or "an argument has another structure, or shares a tensor with another argument"
 
 

@@ -156,7 +156,7 @@ def reload(cfg: Config, params: Params) -> Params:
     """The parameters, saved in Hugging Face layout and loaded."""
     with TemporaryDirectory() as folder:
         with changing(folder) as change:
-            shards.write(change, hf.arrays(cfg, params), {}, 5 * 10**9)
+            shards.write(change, hf.arrays(cfg, params), {}, shards.SHARD_BYTES)
         return copied(hf.load(Path(folder), cfg, None, params.projector.device, quant.methods(params)))
 
 

@@ -224,7 +224,7 @@ def test_a_step_with_other_arguments_than_those_that_made_the_handle_uses_the_ne
             close(logits, expected)
     for step in (plain, swapped):
         (((_, run),),) = step._compiled.values()
-        assert len(run.copied) == 2, "the token and the length are copied, and no weight"
+        assert len(run.copied_indices) == 2, "the token and the length are copied, and no weight"
 
 
 def test_weights_are_freed_with_the_last_handle_that_they_made(cfg, monkeypatch):

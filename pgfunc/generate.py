@@ -238,7 +238,7 @@ def answer_scores(
 def uniform(seed: int, rows: Sequence[int], tokens: int) -> Float[Tensor, "rows tokens"]:
     """Random numbers for the rows with these indices: float64, in [0, 1), one stream for each (seed, row)."""
     # numpy splits a larger seed into words, so (seed, row) pairs could collide
-    seed = checked_int("seed=", seed, 0, 2**32 - 1)
+    seed = checked_int("seed", seed, 0, 2**32 - 1)
     return torch.from_numpy(np.stack([np.random.default_rng((seed, row)).random(tokens) for row in rows]))
 
 
@@ -261,7 +261,7 @@ def run_grouped(model: Model, rows: list[Row], size: int, run: Callable[[list[in
 
 def prepare_checked(model: Model, images: Any, prefixes: Any, size: int) -> Prompt:
     """`prepare`. Raises PromptError if `size` more tokens do not fit the model's positions."""
-    checked_int("max_new_tokens=", size, 1)
+    checked_int("max-new-tokens", size, 1)
     prompt = prepare(model, images, prefixes)
     check_fits(model.cfg, prompt.pixels.shape[1], prompt.tokens.shape[1] + size)
     return prompt

@@ -36,19 +36,19 @@ class Settings:
 
     def __post_init__(self):
         numbers = {
-            "temperature": checked_float("temperature=", self.temperature),
-            "top_k": None if self.top_k is None else checked_int("top_k=", self.top_k, 1),
-            "top_p": None if self.top_p is None else checked_float("top_p=", self.top_p),
-            "min_p": None if self.min_p is None else checked_float("min_p=", self.min_p),
+            "temperature": checked_float("temperature", self.temperature),
+            "top_k": None if self.top_k is None else checked_int("top-k", self.top_k, 1),
+            "top_p": None if self.top_p is None else checked_float("top-p", self.top_p),
+            "min_p": None if self.min_p is None else checked_float("min-p", self.min_p),
         }
         for name, value in numbers.items():
             object.__setattr__(self, name, value)  # Python numbers: numpy's would be tensors in compiled code
         if not 0 <= self.temperature < float("inf"):
-            raise SettingError(f"temperature= is {self.temperature}, expected 0 (greedy) or more")
+            raise SettingError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise SettingError(f"top_p= is {self.top_p}, expected more than 0 and at most 1")
+            raise SettingError(f"top-p is {self.top_p}, expected more than 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise SettingError(f"min_p= is {self.min_p}, expected 0 to 1")
+            raise SettingError(f"min-p is {self.min_p}, expected 0 to 1")
 
 
 def checked_int(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -133,11 +133,11 @@ def test_cold_uses_an_empty_folder_and_deletes_it(monkeypatch):
 
 
 WRONG = {
-    "batch= is 0, expected 1 or more": Case(batch=0),
-    "prompt_tokens= is 0, expected 1 or more": Case(prompt_tokens=0),
-    "tokens= is 1, expected 2 or more": Case(tokens=1),
-    "repeat= is 0, expected 1 or more": Case(repeat=0),
-    "slots= is 399, expected 400 or more, the number that will be filled": Case(slots=399),
+    "batch is 0, expected 1 or more": Case(batch=0),
+    "prompt-tokens is 0, expected 1 or more": Case(prompt_tokens=0),
+    "tokens is 1, expected 2 or more": Case(tokens=1),
+    "repeat is 0, expected 1 or more": Case(repeat=0),
+    "slots is 399, expected 400 or more, the number that will be filled": Case(slots=399),
 }
 
 

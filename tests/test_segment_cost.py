@@ -13,7 +13,7 @@ from PIL import Image
 from pgfunc.checkpoint import shipped
 from pgfunc.objects import detect, draw, segment, vqvae
 from pgfunc.objects.detect import Box
-from pgfunc.objects.draw import Colour
+from pgfunc.objects.draw import Color
 from pgfunc.objects.segment import Segment
 
 WIDTH, HEIGHT = 4000, 3000
@@ -59,7 +59,7 @@ def answer(vq: vqvae.Params) -> str:
     return " ; ".join(detect.write(box, f"{number}", codes) for number, box in enumerate(LOCATIONS))
 
 
-def blend(pixel: Colour, layers: list[Colour]) -> np.ndarray:
+def blend(pixel: Color, layers: list[Color]) -> np.ndarray:
     """A pixel under these colours, each as opaque as a mask."""
     blended = np.array(pixel, float)
     for colour in layers:

@@ -59,11 +59,11 @@ class Case:
                 raise SettingError(f"stage is {stage}, expected {', '.join(STAGES)}")
         # the prefill makes the first of the tokens
         for name, least in {"batch": 1, "prompt_tokens": 1, "tokens": 2, "repeat": 1}.items():
-            checked_int(f"{name}=", getattr(self, name), least)
+            checked_int(name.replace("_", "-"), getattr(self, name), least)
         check_fits(cfg, 1, self.prompt_tokens + self.tokens)
         filled = self.length(cfg) + self.tokens
         if self.slots is not None and self.slots < filled:
-            raise SettingError(f"slots= is {self.slots}, expected {filled} or more, the number that will be filled")
+            raise SettingError(f"slots is {self.slots}, expected {filled} or more, the number that will be filled")
 
     def check_memory(self, cfg: Config, dtype: torch.dtype, device: torch.device, weights: int) -> None:
         """Raise SettingError if the device cannot hold the case in addition to `weights` bytes.

@@ -275,3 +275,15 @@ def test_the_factor_of_text_is_rounded_to_the_dtype_of_the_weights_first():
     table = torch.randn(4, 2048).bfloat16()
     found = gemma.embed(gemma.Params(table, (), table[0]), torch.tensor([[2, 1]]), cfg)
     assert torch.equal(found[0], (table[[2, 1]].double() * 45.25).bfloat16())  # the root is 45.2548
+
+
+@pytest.mark.parametrize("allowed", [None, range(3, 9), torch.tensor([5, 2, 7])], ids=["all", "range", "ids"])
+def test_ids_that_are_no_tokens_have_logits_of_minus_infinity(allowed):
+    cfg, tree = CONFIGS["gemma"].text, params(CONFIGS["gemma"]).language
+    x = torch.randn(2, 3, cfg.width)
+    plain = gemma.unembed(tree, x, cfg, allowed=allowed)
+    logits = gemma.unembed(tree, x, replace(cfg, masked=((4, 6), (7, 8))), allowed=allowed)
+    ids = range(cfg.vocab) if allowed is None else [int(id) for id in allowed]
+    masked = torch.tensor([id in (4, 5, 7) for id in ids])
+    assert (logits[..., masked] == -torch.inf).all()
+    assert torch.equal(logits[..., ~masked], plain[..., ~masked])

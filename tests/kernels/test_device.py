@@ -157,7 +157,7 @@ def test_matvec_and_its_sum_with_a_residual(seed, dtype, i, o, tile, kind):
 
 @cases
 @given(seeds, dtypes, widths, outputs, tiles, kinds)
-def test_normed_matvec(seed, dtype, d, o, tile, kind):
+def test_norm_matvec(seed, dtype, d, o, tile, kind):
     d = width(d, kind)
     x, scale, w = normal(seed, dtype, d), normal(seed + 1, dtype, d), matrix(seed + 2, dtype, o, d, kind)
     with cut("tile", tile):
@@ -166,7 +166,7 @@ def test_normed_matvec(seed, dtype, d, o, tile, kind):
 
 @cases
 @given(seeds, dtypes, widths)
-def test_add_normed(seed, dtype, d):
+def test_add_norm(seed, dtype, d):
     x, residual, scale = (normal(seed + i, dtype, d) for i in range(3))
     expected, wrong = normed(x, scale)
     error = wrong + FLOAT32 * np.abs(wide(residual) + expected)
@@ -178,7 +178,7 @@ def test_add_normed(seed, dtype, d):
     seeds, dtypes, widths, st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([1, 2, 6, 8]), tiles,
     kinds, st.integers(0, 5),
 )  # fmt: skip
-def test_rotated_qkv_and_its_append(seed, dtype, d, heads, half, tile, kind, length):
+def test_norm_qkv_rope_and_its_append(seed, dtype, d, heads, half, tile, kind, length):
     (n, kv), d = heads, width(d, kind)
     x, scale = normal(seed, dtype, d), normal(seed + 1, dtype, d)
     q, k, v = (matrix(seed + i, dtype, count * 2 * half, d, kind) for i, count in ((2, n), (3, kv), (4, kv)))
@@ -205,7 +205,7 @@ def test_rotated_qkv_and_its_append(seed, dtype, d, heads, half, tile, kind, len
 
 @cases
 @given(seeds, dtypes, widths, outputs, tiles, kinds)
-def test_geglu_matvec(seed, dtype, d, f, tile, kind):
+def test_norm_geglu(seed, dtype, d, f, tile, kind):
     d = width(d, kind)
     x, scale = normal(seed, dtype, d), normal(seed + 1, dtype, d)
     gate, up = (matrix(seed + i, dtype, f, d, kind) for i in (2, 3))

@@ -50,12 +50,10 @@ class Empty(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where t tokens of each row are written, in all layers; a token without a slot is left out."""
+    """Which slots of each row get a new token, and which one, in all layers."""
 
-    rows: Int[Tensor, "b one"]
-    slots: Int[Tensor, "b t"]  # length, length + 1, ..., but at most the last
-    tokens: Int[Tensor, "b t"]  # which of the t tokens is written there
-    full: Bool[Tensor, "b one one one"]  # rows without a free slot: their last slot is unchanged
+    written: Bool[Tensor, "b s 1 1"]
+    token: Int[Tensor, "b s 1 1"]  # has no meaning in other slots
 
 
 class Past(NamedTuple):
@@ -84,20 +82,22 @@ def by_layer(cache: Cache | Empty | tuple[()], tokens: int, layers: int) -> Sequ
 
 
 def slots_behind(length: Int[Tensor, "b"], tokens: int, slots: int) -> Slots:
-    """The slots length .. length + t - 1 of each row; a token beyond the last slot repeats the one written there.
+    """The slots length .. length + t - 1 of each row. A token beyond the last slot is not written.
 
-    length 2, tokens 3, slots 4  slots 2 3 3  tokens 0 1 1: the last slot is written twice, with the same token
+    length 2, tokens 3, slots 4  written . . 1 1  token . . 0 1
     """
-    begin = rearrange(length, "b -> b 1")
-    inside = (begin + torch.arange(tokens, device=length.device)).clamp(max=slots - 1)
-    rows = torch.arange(len(length), device=length.device)
-    return Slots(rearrange(rows, "b -> b 1"), inside, (inside - begin).clamp(min=0), begin[:, :, None, None] >= slots)
+    token = torch.arange(slots, device=length.device) - rearrange(length, "b -> b 1")
+    token = rearrange(token, "b s -> b s 1 1")
+    return Slots((token >= 0) & (token < tokens), token.clamp(0, tokens - 1))
 
 
 def append_layer(
     k: Float[Tensor, "b t k h"], v: Float[Tensor, "b t k h"], past: Past | Empty | tuple[()]
 ) -> tuple[Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
-    """The keys and values of t new tokens: alone, with free slots after them, or appended to the buffers of `past`."""
+    """The keys and values of t new tokens: alone, with free slots after them, or appended to the buffers of `past`.
+
+    A function of (k, v, past), so that a rule can write into the buffers, see `lowering`.
+    """
     if isinstance(past, Past):
         return append(past.k, k, past.new), append(past.v, v, past.new)
     if isinstance(past, Empty):
@@ -107,8 +107,9 @@ def append_layer(
 
 def append(buffer: Float[Tensor, "b s k h"], new: Float[Tensor, "b t k h"], to: Slots) -> Float[Tensor, "b s k h"]:
     """The buffer with `new` in these slots; all other slots are unchanged."""
-    values = torch.where(to.full, buffer[to.rows, to.slots], new[to.rows, to.tokens])
-    return torch.index_put(buffer, (to.rows, to.slots), values)
+    if new.shape[1] > 1:  # a single token needs no choice
+        new = new.take_along_dim(to.token, dim=1)
+    return torch.where(to.written, new, buffer) if new.shape[1] else buffer
 
 
 def pad(buffer: Float[Tensor, "b t k h"], size: int) -> Float[Tensor, "b s k h"]:

@@ -18,8 +18,8 @@ from pgfunc.cache import Cache, Empty, Past, append_layer, by_layer
 from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
 from pgfunc.lowering import lowered
-from pgfunc.masks import Mask, Masks
-from pgfunc.ops import Tap, Wrap, identity, linear, linear_many, plain, rms_norm, upcast
+from pgfunc.masks import Mask, Masks, prepared
+from pgfunc.ops import Rotation, Tap, Wrap, identity, linear, linear_many, plain, rms_norm, upcast
 
 Allowed = range | Int[Tensor, "r"] | None  # the tokens that get logits; None: all
 Queries = Int[Tensor, "b q"] | tuple[()]  # the indices of the tokens that are computed; (): all
@@ -139,12 +139,12 @@ def run(
     each row's length; the keys and values in the result are then the whole buffers. `wrap` is applied to `block`. If
     `queries` is given, the output has only those tokens, and the last layer computes only those.
     """
-    angles = lowered(ops.angles)(positions, cfg.head_dim, cfg.theta)
-    last, kv = len(p.layers) - 1, []
+    rotation = ops.rotation(lowered(ops.angles)(positions, cfg.head_dim, cfg.theta))
+    masks, last, kv = lowered(prepared)(masks, x.dtype), len(p.layers) - 1, []
     for i, (layer, past) in enumerate(zip(p.layers, by_layer(cache, x.shape[1], len(p.layers)), strict=True)):
         mask = masks.window if cfg.windowed(i) else masks.full
         layer_tap, layer_queries = ops.within(f"language.{i}", tap), queries if i == last else ()
-        x, layer_kv = wrap(lowered(block))(layer, x, angles, mask, cfg, past, layer_tap, layer_queries)
+        x, layer_kv = wrap(lowered(block))(layer, x, rotation, mask, cfg, past, layer_tap, layer_queries)
         kv.append(layer_kv)
     return x, tuple(kv)
 
@@ -152,7 +152,7 @@ def run(
 def block(
     p: Layer,
     x: Float[Tensor, "b t d"],
-    angles: Float[Tensor, "b t half"],
+    rotation: Rotation,
     mask: Mask,
     cfg: TextConfig,
     past: Past | Empty | tuple[()] = (),
@@ -163,7 +163,7 @@ def block(
 
     If `queries` is given, only those tokens are computed; the others contribute keys and values.
     """
-    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), angles, mask, cfg, past, tap, queries)
+    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), rotation, mask, cfg, past, tap, queries)
     x = pick(x, queries)
     x = tap("resid_mid", x + (rms_norm(added, p.post_attention_norm, cfg.eps) if cfg.post_norms else added))
     added = mlp(p, rms_norm(x, p.mlp_norm, cfg.eps), tap)
@@ -173,7 +173,7 @@ def block(
 def attention(
     p: Layer,
     x: Float[Tensor, "b t d"],
-    angles: Float[Tensor, "b t half"],
+    rotation: Rotation,
     mask: Mask,
     cfg: TextConfig,
     past: Past | Empty | tuple[()] = (),
@@ -182,7 +182,7 @@ def attention(
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Grouped-query attention with rotary positions (Ainslie et al. 2023): project, rotate, append, attend, project."""
     q, k, v = project(p, x, cfg, tap, queries)
-    q, k, v = lowered(rotate_and_append)(q, k, v, angles, past, queries)
+    q, k, v = lowered(rotate_and_append)(q, k, v, rotation, past, queries)
     out = ops.attend(q, k, v, pick(mask, queries), cfg.query_scale, cfg.attention_softcap)
     return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), (k, v)
 
@@ -204,12 +204,12 @@ def rotate_and_append(
     q: Float[Tensor, "b q n h"],
     k: Float[Tensor, "b t k h"],
     v: Float[Tensor, "b t k h"],
-    angles: Float[Tensor, "b t half"],
+    rotation: Rotation,
     past: Past | Empty | tuple[()],
     queries: Queries,
 ) -> tuple[Float[Tensor, "b q n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
     """q and k are rotated. Returns q, then all keys and all values: those of `past`, followed by k and v."""
-    return ops.rotate(q, pick(angles, queries)), *append_layer(ops.rotate(k, angles), v, past)
+    return ops.rotate(q, pick(rotation, queries)), *lowered(append_layer)(ops.rotate(k, rotation), v, past)
 
 
 def pick(x: T, queries: Queries) -> T:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -38,7 +38,15 @@ class Appended(NamedTuple):
     window: int  # 0: no window
 
 
-Mask = Bool[Tensor, "b t s"] | Span | Appended
+class Prepared(NamedTuple):
+    """A boolean mask (`seen`) in the form that PyTorch's fused attention reads, made once for all layers."""
+
+    seen: Bool[Tensor, "b t s"]
+    bias: Float[Tensor, "b t s"]  # 0 for seen keys and -inf for others; 0 for all keys of an empty query
+    empty: Bool[Tensor, "b t 1"]  # queries that see no key
+
+
+Mask = Bool[Tensor, "b t s"] | Span | Appended | Prepared
 
 
 class Masks(NamedTuple):
@@ -113,15 +121,35 @@ def appended(length: Int[Tensor, "b"], tokens: int, slots: int, size: int) -> Ma
 
 
 def dense(mask: Mask, slots: int) -> Bool[Tensor, "b t s"]:
-    """The boolean mask of a description, over so many slots; a boolean mask is returned unchanged."""
+    """The boolean mask of a description, over so many slots. A mask that exists is returned as it is."""
     if isinstance(mask, Tensor):
         return mask
+    if isinstance(mask, Prepared):
+        return mask.seen
     key = torch.arange(slots, device=mask[0].device)
     if isinstance(mask, Span):
         return (key >= rearrange(mask.begin, "b t -> b t 1")) & (key < rearrange(mask.end, "b t -> b t 1"))
     token = torch.arange(mask.tokens, device=key.device)
     query = rearrange(mask.length, "b -> b 1 1") + rearrange(token, "t -> t 1")
     return (key <= query) & (key > query - mask.window) if mask.window else key <= query
+
+
+def prepared(masks: Masks, dtype: torch.dtype) -> Masks:
+    """Boolean masks -> prepared masks, whose bias has this dtype; other masks are returned as they are.
+
+    It has a name of its own so that a rule can skip it, see `lowering`.
+    """
+    full, window = (prepare(mask, dtype) if isinstance(mask, Tensor) else mask for mask in masks)
+    return Masks(full, window)  # pyright: ignore[reportArgumentType]  only `window` may be ()
+
+
+def prepare(seen: Bool[Tensor, "b t s"], dtype: torch.dtype) -> Prepared:
+    """`Prepared` for one mask."""
+    # an empty query reads all keys, and `attend` sets its result to 0: otherwise cuDNN's gradient is nan (PyTorch 2.11,
+    # H100)
+    empty = ~seen.any(-1, keepdim=True)
+    bias = torch.zeros_like(seen, dtype=dtype).masked_fill(~(seen | empty), float("-inf"))
+    return Prepared(seen, bias, empty)
 
 
 def _blocks(causal: Bool[Tensor, "b t"]) -> tuple[Int[Tensor, "b t 1"], Int[Tensor, "b 1 t"]]:

@@ -8,7 +8,7 @@ Axes: b batch, t query, s key, n heads, k kv heads, g heads of one kv head, h he
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,21 @@ from torch import Tensor
 
 from pgfunc.errors import TokenError
 from pgfunc.lowering import lowered, on_host, transformed
-from pgfunc.masks import Mask, dense
+from pgfunc.masks import Mask, Prepared, dense, prepare
 from pgfunc.quant import lowbit
 from pgfunc.quant.lowbit import Float8, Int8, Quantized
 
 T = TypeVar("T")
 Tap = Callable[[str, Any], Any]  # takes an activation's name and value; its result replaces the value
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # takes a block, and returns its replacement
+
+
+class Rotation(NamedTuple):
+    """Rotary positions, in float32: `rotate` multiplies x by `cos`, and x with its halves swapped by `sin`."""
+
+    angles: Float[Tensor, "*b t half"]
+    cos: Float[Tensor, "*b t 1 h"]  # of the angles, twice
+    sin: Float[Tensor, "*b t 1 h"]  # of the angles, twice; the first half is negated
 
 
 def identity(name: str, x: T) -> T:
@@ -107,9 +115,7 @@ def rms_norm(x: Float[Tensor, "*b d"], scale: Float[Tensor, "d"], eps: float) ->
 
     The tree keeps the raw scale, and the 1 is added in float32: in bf16 1 + scale would lose the scale's low bits.
     """
-    wide = upcast(x)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1 + upcast(scale))).to(x.dtype)
+    return F.rms_norm(upcast(x), scale.shape, 1 + upcast(scale), eps).to(x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -131,11 +137,17 @@ def angles(positions: Int[Tensor, "*b t"], dim: int, theta: float) -> Float[Tens
     return (rearrange(positions.double(), "... -> ... 1") * theta**-exponents).float()
 
 
-def rotate(x: Float[Tensor, "*b t n h"], angles: Float[Tensor, "*#b t half"]) -> Float[Tensor, "*b t n h"]:
+def rotation(angles: Float[Tensor, "*b t half"]) -> Rotation:
+    """The rotation by these angles."""
+    cos, sin = (rearrange(wave, "... half -> ... 1 half") for wave in (angles.cos(), angles.sin()))
+    return Rotation(angles, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+
+
+def rotate(x: Float[Tensor, "*b t n h"], rotation: Rotation) -> Float[Tensor, "*b t n h"]:
     """Rotate each plane (x[i], x[i + h/2]) by its angle, in float32: the half-split form of RoPE."""
-    cos, sin = (rearrange(wave, "... t half -> ... t 1 half") for wave in (angles.cos(), angles.sin()))
-    first, second = upcast(x).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    wide = upcast(x)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * rotation.cos + torch.cat([second, first], dim=-1) * rotation.sin).to(x.dtype)
 
 
 def attend(
@@ -159,22 +171,19 @@ def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: fl
     Fused attention supports neither softcaps nor forward-mode AD nor vmap, and has no second derivative. For second
     derivatives use torch.func, which selects `attend_explicit`, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
-    if mask is not None:
-        mask = dense(mask, k.shape[1])
-        k, v = k[:, : mask.shape[-1]], v[:, : mask.shape[-1]]
+    seen = None if mask is None else dense(mask, k.shape[1])
+    if seen is not None:
+        k, v = k[:, : seen.shape[-1]], v[:, : seen.shape[-1]]
     if cap or transformed():
-        return attend_explicit(q, k, v, mask, scale, cap)
+        return attend_explicit(q, k, v, seen, scale, cap)
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    if mask is None:
+    if seen is None:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     else:
-        mask = rearrange(mask, "b t s -> b 1 t s")
-        # where a query sees no key, cuDNN's gradient is nan (PyTorch 2.11, H100): so it reads all keys here, and its
-        # output is set to 0 below
-        sees_any = mask.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(q, k, v, mask | ~sees_any, scale=scale, enable_gqa=grouped)
-        out = torch.where(sees_any, out, 0.0)
+        prepared = mask if isinstance(mask, Prepared) else prepare(seen, q.dtype)
+        bias, empty = (rearrange(part, "b t s -> b 1 t s") for part in (prepared.bias, prepared.empty))
+        out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=grouped).masked_fill(empty, 0.0)
     return rearrange(out, "b n t h -> b t n h")
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pgfunc import ops, tree
 from pgfunc.config import SiglipTextConfig, VisionConfig
-from pgfunc.ops import Tap, Wrap, identity, layer_norm, linear, linear_many, plain
+from pgfunc.ops import Rotation, Tap, Wrap, identity, layer_norm, linear, linear_many, plain
 
-Angles = Float[Tensor, "2 p half"] | tuple[()]  # of `rotate_grid`; (): no rotation
+Rotations = tuple[Rotation, Rotation] | tuple[()]  # of `rotate_grid`; (): no rotation
 
 
 class Layer(NamedTuple):
@@ -109,18 +109,22 @@ def encode_image(
     if cfg.position == "learned":
         x = x + p.position
     x = tap("vision.embed", x)
-    angles = grid_angles(cfg, x.device) if cfg.position == "rope2d" else ()
+    rotations = grid_rotations(cfg, x.device) if cfg.position == "rope2d" else ()
     for i, layer in enumerate(p.layers):
-        x = wrap(block)(layer, x, cfg, ops.within(f"vision.{i}", tap), angles)
+        x = wrap(block)(layer, x, cfg, ops.within(f"vision.{i}", tap), rotations)
     return tap("vision.out", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
 
 
 def block(
-    p: Layer, x: Float[Tensor, "n p d"], cfg: VisionConfig | SiglipTextConfig, tap: Tap = identity, angles: Angles = ()
+    p: Layer,
+    x: Float[Tensor, "n p d"],
+    cfg: VisionConfig | SiglipTextConfig,
+    tap: Tap = identity,
+    rotations: Rotations = (),
 ) -> Float[Tensor, "n p d"]:
     """Attention and MLP: each reads a normalized copy of x, and its result is added to x."""
     normed = layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps)
-    x = tap("resid_mid", x + attention(p, normed, normed, cfg, tap, angles))
+    x = tap("resid_mid", x + attention(p, normed, normed, cfg, tap, rotations))
     return tap("resid_post", x + mlp(p, layer_norm(x, p.norm2_scale, p.norm2_bias, cfg.eps), tap))
 
 
@@ -130,7 +134,7 @@ def attention(
     source: Float[Tensor, "n s d"],
     cfg: VisionConfig | SiglipTextConfig,
     tap: Tap = identity,
-    angles: Angles = (),
+    rotations: Rotations = (),
 ) -> Float[Tensor, "n p d"]:
     """Multi-head attention: every vector of x attends to all vectors of `source`, which is x itself in a block."""
     if x is source:
@@ -139,8 +143,8 @@ def attention(
         projections = linear(x, p.q, p.q_bias), *linear_many(source, (p.k, p.v), (p.k_bias, p.v_bias))
     heads = (rearrange(each, "b p (n h) -> b p n h", n=cfg.heads) for each in projections)
     q, k, v = (tap(name, each) for name, each in zip("qkv", heads, strict=True))
-    if isinstance(angles, Tensor):
-        q, k = rotate_grid(q, angles), rotate_grid(k, angles)
+    if rotations:
+        q, k = rotate_grid(q, *rotations), rotate_grid(k, *rotations)
     out = ops.attend(q, k, v, mask=None, scale=cfg.head_dim**-0.5)
     return tap("attn_out", linear(rearrange(out, "b p n h -> b p (n h)"), p.out, p.out_bias))
 
@@ -160,14 +164,15 @@ def pool(p: Head, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap: Tap = ident
     return rearrange(x, "n 1 d -> n d")
 
 
-def grid_angles(cfg: VisionConfig, device: torch.device) -> Float[Tensor, "2 p half"]:
-    """The rotation angles of each patch's row and of its column; `rotate_grid` uses each for one half of the head."""
+def grid_rotations(cfg: VisionConfig, device: torch.device) -> tuple[Rotation, Rotation]:
+    """The rotation of each patch by its row, and by its column; `rotate_grid` uses each for one half of the head."""
     index = torch.arange(cfg.grid, device=device)
     rows, columns = repeat(index, "y -> (y x)", x=cfg.grid), repeat(index, "x -> (y x)", y=cfg.grid)
-    return ops.angles(torch.stack([rows, columns]), cfg.head_dim // 2, cfg.theta)
+    by_row, by_column = (ops.rotation(ops.angles(each, cfg.head_dim // 2, cfg.theta)) for each in (rows, columns))
+    return by_row, by_column
 
 
-def rotate_grid(x: Float[Tensor, "b p n h"], angles: Float[Tensor, "2 p half"]) -> Float[Tensor, "b p n h"]:
+def rotate_grid(x: Float[Tensor, "b p n h"], by_row: Rotation, by_column: Rotation) -> Float[Tensor, "b p n h"]:
     """2-D RoPE: rotate the first half of each head by the row, the second by the column (Heo et al. 2024, axial)."""
-    by_row, by_column = x.chunk(2, dim=-1)
-    return torch.cat([ops.rotate(by_row, angles[0]), ops.rotate(by_column, angles[1])], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([ops.rotate(first, by_row), ops.rotate(second, by_column)], dim=-1)

@@ -134,7 +134,7 @@ def test_an_operator_computes_its_token_at_most_once(name):
         return rules.block_applies(
             tree.layers[0],
             x,
-            ops.angles(positions, cfg.head_dim, cfg.theta),
+            ops.rotation(ops.angles(positions, cfg.head_dim, cfg.theta)),
             appended,
             cfg,
             past,

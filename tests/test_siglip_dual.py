@@ -170,14 +170,14 @@ def test_vectors_have_length_one_and_rows_do_not_mix(seed):
 
 def test_rope2d_rotates_the_first_half_of_a_head_by_the_row_and_the_second_by_the_column():
     cfg = replace(VISION, position="rope2d", image_size=42)  # 3 x 3 patches, heads of 12
-    x, turn = torch.randn(2, 9, 2, 12), siglip.grid_angles(cfg, torch.device("cpu"))
-    rotated = siglip.rotate_grid(x, turn)
+    x = torch.randn(2, 9, 2, 12)
+    rotated = siglip.rotate_grid(x, *siglip.grid_rotations(cfg, torch.device("cpu")))
     for patch in range(9):
         for half, position in ((slice(0, 6), patch // 3), (slice(6, 12), patch % 3)):
-            angle = ops.angles(torch.tensor([[position]]), 6, cfg.theta)
-            expected = ops.rotate(x[:, patch : patch + 1, :, half], angle)
+            rotation = ops.rotation(ops.angles(torch.tensor([[position]]), 6, cfg.theta))
+            expected = ops.rotate(x[:, patch : patch + 1, :, half], rotation)
             torch.testing.assert_close(rotated[:, patch : patch + 1, :, half], expected)
-    assert siglip.grid_angles(cfg, torch.device("meta")).is_meta
+    assert all(part.is_meta for each in siglip.grid_rotations(cfg, torch.device("meta")) for part in each)
 
 
 @given(st.permutations(range(VISION.tokens)), seeds)

@@ -46,8 +46,9 @@ def norm_qkv_rope(
     """Unlike the kernel, raises IndexError if the buffers have no slot `length`."""
     normed = ops.rms_norm(x, scale, eps)
     query, key, value = (ops.linear(normed, w).unflatten(0, (1, 1, -1, 2 * angles.shape[-1])) for w in (q, k, v))
-    k_buffer[length], v_buffer[length] = ops.rotate(key, angles)[0], value[0]
-    return ops.rotate(query, angles)[0, 0]
+    rotation = ops.rotation(angles)
+    k_buffer[length], v_buffer[length] = ops.rotate(key, rotation)[0], value[0]
+    return ops.rotate(query, rotation)[0, 0]
 
 
 def norm_geglu(
@@ -89,4 +90,5 @@ def rope_to_cache(
     angles: Float[Tensor, "b t half"],
     free: int,
 ) -> tuple[Float[Tensor, "b t n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
-    return ops.rotate(q, angles), pad(ops.rotate(k, angles), free), pad(v, free)
+    rotation = ops.rotation(angles)
+    return ops.rotate(q, rotation), pad(ops.rotate(k, rotation), free), pad(v, free)

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pgfunc import gemma, masks, ops, tree
+from pgfunc import cache, gemma, masks, ops, tree
 from pgfunc.cache import Empty, Past
 from pgfunc.config import TextConfig
 from pgfunc.kernels import operators
 from pgfunc.kernels.operators import QUANTIZED
 from pgfunc.lowering import RULES, Rule, transformed
 from pgfunc.masks import Appended, Mask, Masks, Span
+from pgfunc.ops import Rotation
 from pgfunc.quant import lowbit
 from pgfunc.quant.lowbit import Int4, Quantized
 
@@ -55,7 +57,7 @@ def one_token(x: Tensor, tap: Any, weights: Any) -> bool:
 
 
 def block_applies(
-    p: gemma.Layer, x: Tensor, angles: Tensor, mask: Mask, cfg: TextConfig, past: Any, tap: Any, queries: Any
+    p: gemma.Layer, x: Tensor, rotation: Rotation, mask: Mask, cfg: TextConfig, past: Any, tap: Any, queries: Any
 ) -> bool:
     """Whether the kernels can compute this layer.
 
@@ -74,7 +76,7 @@ def head_applies(p: gemma.Params, x: Tensor, rows: Any, cfg: TextConfig, tap: An
     return one_token(x, tap, p.embed)
 
 
-def rotate_applies(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, past: Any, queries: Any) -> bool:
+def rotate_applies(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, past: Any, queries: Any) -> bool:
     return isinstance(past, Empty) and isinstance(queries, tuple) and kernels_read(q)
 
 
@@ -106,11 +108,11 @@ def linear_many_applies(x: Tensor, weights: Sequence[Any], biases: Sequence[Tens
 
 
 def block(
-    p: gemma.Layer, x: Tensor, angles: Tensor, mask: Appended, cfg: TextConfig, past: Past, tap: Any, queries: Any
+    p: gemma.Layer, x: Tensor, rotation: Rotation, mask: Appended, cfg: TextConfig, past: Past, tap: Any, queries: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     k, v = past.k.clone(), past.v.clone()  # inductor removes these copies if the buffers may be overwritten
     settings = cfg.eps, cfg.query_scale, cfg.attention_softcap, mask.window
-    return operators.block(x, pytree.tree_leaves(p), angles, k, v, past.length, *settings), (k, v)
+    return operators.block(x, pytree.tree_leaves(p), rotation.angles, k, v, past.length, *settings), (k, v)
 
 
 def head(p: gemma.Params, x: Tensor, rows: Any, cfg: TextConfig, tap: Any) -> Tensor:
@@ -119,9 +121,26 @@ def head(p: gemma.Params, x: Tensor, rows: Any, cfg: TextConfig, tap: Any) -> Te
 
 
 def rotate_and_append(
-    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, past: Empty, queries: Any
+    q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, past: Empty, queries: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return operators.rope_to_cache(q, k, v, angles, past.slots - k.shape[1])
+    return operators.rope_to_cache(q, k, v, rotation.angles, past.slots - k.shape[1])
+
+
+def append_by_index(k: Tensor, v: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    """`append_layer` by `index_put`, which inductor computes in place if the buffers may be overwritten.
+
+    A token without a free slot repeats the token in the last slot; that of a full row stays as it was.
+    """
+    tokens, slots = k.shape[1], past.k.shape[1]
+    begin = rearrange(past.length, "b -> b 1")
+    slot = (begin + torch.arange(tokens, device=begin.device)).clamp(max=slots - 1)
+    row = rearrange(torch.arange(len(begin), device=begin.device), "b -> b 1")
+    token, full = (slot - begin).clamp(min=0), begin[..., None, None] >= slots
+
+    def put(buffer: Tensor, new: Tensor) -> Tensor:
+        return torch.index_put(buffer, (row, slot), torch.where(full, buffer[row, slot], new[row, token]))
+
+    return put(past.k, k), put(past.v, v)
 
 
 def attend_span(q: Tensor, k: Tensor, v: Tensor, mask: Span, scale: float, cap: float) -> Tensor:
@@ -159,12 +178,14 @@ def linear_many(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) 
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 RULES.update({
+    cache.append_layer: (Rule(lambda k, v, past: isinstance(past, Past), append_by_index),),
     gemma.block: (Rule(block_applies, block),),
     gemma.head: (Rule(head_applies, head),),
     gemma.rotate_and_append: (Rule(rotate_applies, rotate_and_append),),
     masks.left_aligned_prompt: (Rule(lambda valid, causal, size: on_gpu(valid), spans),),
     masks.cached: (Rule(lambda length, tokens, slots, size: tokens == len(length) == 1 and on_gpu(length),
                         masks.appended),),
+    masks.prepared: (Rule(lambda masks, dtype: True, lambda masks, dtype: masks),),
     ops.angles: (Rule(lambda positions, dim, theta: on_gpu(positions), operators.angles),),
     ops.attend_formula: (Rule(span_applies, attend_span), Rule(one_query, attend_one_query)),
     ops.linear_formula: (Rule(plain_on_gpu, linear_without_bias), Rule(one_row_on_cpu, linear_of_one_row)),

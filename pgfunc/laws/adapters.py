@@ -70,7 +70,9 @@ def eager(
         convert=partial(convert, cfg),
         quantize=on(device, quantize),
         rms_norm=on(device, partial(ops.rms_norm, eps=1e-6)),
-        rotate=on(device, lambda x, positions: ops.rotate(x, ops.angles(positions, x.shape[-1], cfg.text.theta))),
+        rotate=on(
+            device, lambda x, positions: ops.rotate(x, ops.rotation(ops.angles(positions, x.shape[-1], cfg.text.theta)))
+        ),
         softcap=on(device, ops.softcap),
         attend=on(device, lambda q, k, v, mask: ops.attend(q, k, v, mask, q.shape[-1] ** -0.5)),
         mask=on(device, mask),

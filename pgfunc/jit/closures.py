@@ -17,6 +17,7 @@ from torch import Tensor
 from pgfunc.errors import SettingError
 from pgfunc.jit.arguments import layout
 
+UNNAMED = re.compile(r"G\['(___unnamed_scope_\w+)'\]")
 MODULE = re.compile(r"G\['__import_(\w+?)(?:_dot_\w+)?'\]")
 LIBRARIES = frozenset({"pgfunc", "torch", "einops", "numpy", "builtins", "math", "typing"})
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -57,7 +58,7 @@ def free_variables(guards: Iterable[Any], scope: dict[str, Any]) -> FreeVariable
 
     `scope` defines the names in the expressions. Raises SettingError if a tensor cannot be read by its expression.
     """
-    guarded = {guard.name: guard.value for guard in guards if is_user_value(guard.name)}
+    guarded = {guard.name: guard.value for guard in guards if is_user_value(guard.name, scope["G"])}
     values = {name: evaluate(name, scope) for name in guarded}
     for name, value in guarded.items():
         if isinstance(value, Tensor) and values[name] is not value:
@@ -80,10 +81,16 @@ def evaluate(expression: str, scope: dict[str, Any]) -> Any:
         return error
 
 
-def is_user_value(expression: str) -> bool:
-    """Whether an expression reads the user's function, a constant argument, or a global of a user's module."""
-    if expression.startswith(("fn", "G['___unnamed_scope")):
+def is_user_value(expression: str, namespace: dict[str, Any]) -> bool:
+    """Whether an expression reads the user's function, a constant argument, or a global of a user's module.
+
+    `namespace` is the G of the expressions. PyTorch adds to it the globals of functions that belong to no module; the
+    constructor of a NamedTuple is one, and nobody changes its globals.
+    """
+    if expression.startswith("fn"):
         return True
+    if unnamed := UNNAMED.match(expression):
+        return not str(namespace[unnamed[1]].get("__name__")).startswith("namedtuple_")
     if expression.startswith("specs["):
         return ".constants[" in expression
     module = MODULE.match(expression)

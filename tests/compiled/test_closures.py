@@ -8,6 +8,7 @@ from cases import CONFIGS, params, prompt
 from graphs import simulate_graphs
 
 import pgfunc as pg
+from pgfunc.jit import compilation
 
 CFG = CONFIGS["gemma"]
 TABLE = torch.ones(3)
@@ -34,6 +35,17 @@ def same(compiled, pure, *args) -> None:
     """Compare the results of three calls; the second one captures a graph."""
     for _ in range(3):
         torch.testing.assert_close(compiled(*args), pure(*args))
+
+
+def test_a_function_of_the_package_reads_nothing_but_its_constants(monkeypatch):
+    found, find = [], compilation.free_variables
+    monkeypatch.setattr(compilation, "free_variables", lambda *given: found.append(find(*given)) or found[-1])
+    tree = params(CFG)
+    logits, cache = pg.prefill(tree, prompt(CFG, [3], [2]), CFG, 3)
+    pg.jit(pg.decode, donate="cache")(tree, pg.sample.greedy(logits), cache, CFG)
+    (variables,) = found
+    assert "specs['cfg'].constants[0].text.heads" in variables.expressions
+    assert [name for name in variables.expressions if not name.startswith("specs[")] == ["fn"]
 
 
 @pytest.mark.parametrize("value", [torch.full((3,), 5.0), torch.full((3,), 5.0, dtype=torch.float64),

@@ -1,12 +1,12 @@
 """Functions -> compiled code, by torch.compile: the whole function, or one block at a time. Errors become one line.
 
-A function with a donated cache may only append to it. There are two checks: in the graph of its operations, each
-returned buffer must be the one that was passed in, with some elements overwritten; and an eager run must leave the
-visible slots unchanged.
+A function with a donated cache may only append to it. There are two checks: of the graph of its operations
+(`overwriting`), and of an eager run, which must leave the visible slots unchanged.
 """
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -22,25 +22,27 @@ from pgfunc.errors import SettingError, first_line
 from pgfunc.jit.arguments import ArgumentSpec
 from pgfunc.jit.closures import FreeVariables, free_variables, reachable
 from pgfunc.jit.donation import buffers
+from pgfunc.jit.overwriting import REORDER, Appends, appends
 
 # tracing how a pattern is parsed took most of a compilation
 torch.compiler.allow_in_graph([einops.rearrange, einops.repeat, einops.reduce, einops.einsum])
 CONTINUATION = "\0the continuation"  # its placeholder among the results of compiled code
-# operations whose result is their first argument with some elements overwritten
-OVERWRITING = {"index_put", "index_copy", "index_fill", "scatter", "slice_scatter", "select_scatter", "masked_fill",
-               "masked_scatter", "clone", "contiguous", "detach"}  # fmt: skip
-OVERWRITING_IN_PLACE = {"setitem", "index_put_", "index_copy_", "index_fill_", "scatter_", "masked_fill_",
-                        "masked_scatter_"}  # fmt: skip
-REORDER = "it may only append to it; reorder rows outside of the function, by pg.reorder"
 
 
 class Code:
     """Compiled code: a function of a list of tensors, which uses the first `count` of them."""
 
-    def __init__(self, run: Callable[[list[Tensor]], Any], count: int, free_tensors: Callable[[], list[Tensor] | None]):
+    def __init__(
+        self,
+        run: Callable[[list[Tensor]], Any],
+        count: int,
+        free_tensors: Callable[[], list[Tensor] | None],
+        appends: list[Appends | None] | None = None,
+    ):
         self.run, self.count = run, count
         # the tensors that the code closes over; None if the code is not valid for the current values
         self.free_tensors = free_tensors
+        self.appends = [] if appends is None else appends  # what its graph proves, known after the first call
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         return self.run(tensors[: self.count])
@@ -65,18 +67,19 @@ def compile_whole(fn: Callable[..., Any], donate: str | None, specs: dict[str, A
         new = returned_cache(results)
         for old, after in zip(buffers(cache), buffers(new), strict=True):
             old.copy_(after)  # inductor reduces this copy to writing the new slots
-        return pytree.tree_map(
-            lambda x: CONTINUATION if x is new else x, results, is_leaf=lambda x: x is new
-        ), new.length
+        length = new.length.expand_as(cache.length)  # the same; `overwriting` finds both lengths by this operation
+        return pytree.tree_map(lambda x: CONTINUATION if x is new else x, results, is_leaf=lambda x: x is new), length
 
     variables: list[FreeVariables] = []
+    found: list[Appends | None] = []
 
     def drop_guards(guards: list[Any]) -> list[bool]:
         variables[:] = [free_variables(guards, {"fn": fn, "specs": specs, "G": body.__globals__})]
         return [False] * len(guards)
 
     # checking all guards before each call would take longer than a layer; the caller's key has what they would check
-    return Code(torch_compiled(body, {"guard_filter_fn": drop_guards}), count, lambda: variables[0].tensors())
+    run = torch_compiled(body, {"guard_filter_fn": drop_guards}, found)
+    return Code(run, count, lambda: variables[0].tensors(), found)
 
 
 def compile_blocks(fn: Callable[..., Any], specs: dict[str, ArgumentSpec], count: int) -> Code:
@@ -104,58 +107,24 @@ def compile_blocks(fn: Callable[..., Any], specs: dict[str, ArgumentSpec], count
     return Code(body, count, free_tensors)
 
 
-def torch_compiled(fn: Callable, options: dict[str, Any] | None = None) -> Callable:
+def torch_compiled(
+    fn: Callable, options: dict[str, Any] | None = None, found: list[Appends | None] | None = None
+) -> Callable:
     """The function, compiled as one graph. It gets its own code object, as torch limits the versions of each."""
     if not isinstance(fn, FunctionType):  # a method, a partial, a callable object
-        return torch_compiled(lambda *args, **kwargs: fn(*args, **kwargs), options)
+        return torch_compiled(lambda *args, **kwargs: fn(*args, **kwargs), options, found)
     copy = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     copy.__kwdefaults__ = fn.__kwdefaults__
-    return torch.compile(copy, dynamic=False, fullgraph=True, options=options, backend=checked_inductor)
+    backend = partial(checked_inductor, [] if found is None else found)
+    return torch.compile(copy, dynamic=False, fullgraph=True, options=options, backend=backend)
 
 
-def checked_inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable:
-    """The inductor backend. Raises SettingError if the graph does more than overwrite elements of its buffers."""
+def checked_inductor(found: list[Appends | None], graph: fx.GraphModule, inputs: list[Any]) -> Callable:
+    """The inductor backend. Adds to `found` how the graph changes a donated cache; raises the errors of `appends`."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    for node in graph.graph.nodes:
-        writes_back = node.target == "copy_" and node.args[0].op == "placeholder"
-        if writes_back and (operation := forbidden_operation(node.args[0], node.args[1], node)):
-            raise SettingError(f"the function changes a donated cache by {operation}: {REORDER}")
+    found.append(appends(graph.graph))
     return lookup_backend("inductor")(graph, inputs)
-
-
-def forbidden_operation(old: fx.Node, new: Any, write_back: fx.Node) -> str:
-    """The operation that makes `new` more than `old` with some elements overwritten; "" if there is none.
-
-    `write_back` is the node that copies `new` to `old`, which `compile_whole` adds.
-    """
-    if not isinstance(new, fx.Node):
-        return str(new)
-    for user in new.users:
-        in_place = user is not write_back and writes_into(user, new)
-        if in_place and (new is old or operation_name(user) not in OVERWRITING_IN_PLACE):
-            return operation_name(user)
-    if new is old:
-        return ""
-    if operation_name(new) == "where":  # finished rows may keep their old content
-        operations = [forbidden_operation(old, x, write_back) for x in new.args[1:]]
-        return "" if "" in operations else operations[0]
-    if operation_name(new) in OVERWRITING:
-        return forbidden_operation(old, new.args[0], write_back)
-    return operation_name(new)
-
-
-def operation_name(node: fx.Node) -> str:
-    """The name of an operation, such as `index_put`, whether it is called as a function or as a method."""
-    if node.op in ("placeholder", "get_attr"):
-        return "a copy of another tensor"  # completes "changes a donated cache by"
-    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target)).split(".")[0]
-
-
-def writes_into(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user of a tensor modifies it in place."""
-    name = operation_name(user)
-    return user.args[:1] == (node,) and (name == "setitem" or (name.endswith("_") and not name.endswith("__")))
 
 
 def returned_cache(results: Any) -> Cache:

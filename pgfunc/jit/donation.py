@@ -52,7 +52,7 @@ class Handle(NamedTuple):
 
     buffers: tuple[ref[Tensor], ...]
     length: ref[Tensor]
-    rewound: bool  # made by `rewind`, so handles before it in the lineage may see more than it does
+    rewound: bool  # handles before it in the lineage may see more than it does: `rewind` made it, for example
 
     def alive(self) -> bool:
         return any(buffer() is not None for buffer in self.buffers)
@@ -168,9 +168,9 @@ def claim_buffers(
         return add_handle(base, length, lineage, 0, rewound=False)
 
 
-def continuation(cache: Cache, length: Tensor, lineage: Lineage) -> Cache:
-    """The newest handle on the buffers of a cache, to which a step has just appended."""
-    return add_handle(cache, length, lineage, len(lineage.handles), rewound=False)
+def continuation(cache: Cache, length: Tensor, lineage: Lineage, rewound: bool) -> Cache:
+    """The newest handle on the buffers of a cache, to which a step has just appended. `rewound`: it may be shorter."""
+    return add_handle(cache, length, lineage, len(lineage.handles), rewound)
 
 
 def add_handle(cache: Cache, length: Tensor, lineage: Lineage, position: int, rewound: bool) -> Cache:

@@ -30,6 +30,7 @@ from pgfunc.errors import CacheFullError, SettingError
 from pgfunc.jit import compilation, cuda_graphs, reasons
 from pgfunc.jit.arguments import Argument, ArgumentReader, ArgumentSpec, Parameters, aliasing, as_input, layout
 from pgfunc.jit.donation import Arena, appends_in_place, buffers, continuation, copy_cache, find_lineage, lineage_of
+from pgfunc.jit.overwriting import Appends
 from pgfunc.lowering import on_host, transformed
 
 P = ParamSpec("P")
@@ -61,7 +62,8 @@ def jit(fn: Callable[P, R], donate: str | None = None) -> "Jitted[P, R]":
     `donate` names an argument that is a `Cache`. `fn` must return its continuation among its results: it appends after
     the length of each row and leaves the other slots alone. Reorder rows outside of `fn`, by `pg.reorder`. In compiled
     code a cache has `bucket(slots)` slots, so that prompts of many lengths share the code; a cache that compiled code
-    did not make is copied each time it is continued. Buffers are written in place. A detached view of a handle
+    did not make is copied each time it is continued, and so is every cache if arguments decide where `fn` writes (a
+    rewind by a number, for example). Buffers are written in place. A detached view of a handle
     (`cache.k[0].detach()`, `.numpy()`, `.data`) does not keep it alive and may be overwritten; clone it.
 
     A token without a free slot, or outside the vocabulary, is not written, and its logits are nan. On a CPU a full row
@@ -100,6 +102,7 @@ class Jitted(Generic[P, R]):
         self._reader = ArgumentReader()
         self._compiled: dict[Any, list[tuple[compilation.Code, Runner]]] = {}
         self._descriptions: list[reasons.Description] = []  # of the compiled calls
+        self._proved = Appends(True, True)  # what the graphs of all compiled code prove
         self._arena = Arena()
         self._lock = RLock()  # one call at a time
         # the caller's stack level for a warning in: _note, _compile, _run, (_append,) _call, __call__, the caller
@@ -143,7 +146,7 @@ class Jitted(Generic[P, R]):
         read = self._read(arguments, origin if maker is self else {})
         lineage = find_lineage(cache)
         with lineage.lock if lineage else nullcontext():  # another function may continue the same handle
-            if not appends_in_place(cache):
+            if not self._proved.positions or not appends_in_place(cache):
                 cache, self.copies = copy_cache(cache, self._arena), self.copies + 1
             return self._append(arguments, read, cache)
 
@@ -156,7 +159,7 @@ class Jitted(Generic[P, R]):
                 raise CacheFullError(f"a row has no room in {cache.slots} slots; prefill with a larger size")
             if (length < cache.length).any():
                 raise SettingError("the function makes a donated cache shorter: rewind it outside of the function")
-        new = continuation(cache, length, lineage)
+        new = continuation(cache, length, lineage, rewound=not self._proved.length and not on_host(length))
         origin = {
             name: (arguments[name], each)
             for name, each in read.items()
@@ -215,6 +218,7 @@ class Jitted(Generic[P, R]):
                     self.fn(**arguments)  # if it raises an error of its own, that is the better one
                 raise explanation from None
             raise
+        self._proved = Appends(*map(all, zip(self._proved, *filter(None, code.appends), strict=True)))
         runner.written |= {*range(count, count + len(code.free_tensors() or ()))}
         versions = self._compiled.setdefault(inputs.key, [])
         description = reasons.describe(specs, self.donate, [*map(layout, donated)], reasons.compile_context())

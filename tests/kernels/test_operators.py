@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 import pgfunc as pg
 from pgfunc import bench, ops
 from pgfunc.config import TextConfig, VisionConfig
+from pgfunc.jit import compilation
 from pgfunc.kernels import operators, rules, tuning
 from pgfunc.quant import lowbit
 
@@ -99,12 +100,17 @@ def test_compiled_each_layer_is_one_operator_that_writes_the_buffers_where_they_
     token = pg.sample.greedy(logits)
     expected, _ = pg.decode(params, token, cache, cfg)
     monkeypatch.setattr(rules, "on_gpu", lambda x: True)
-    step = pg.jit(pg.decode, donate="cache")
+    step, proved, appends = pg.jit(pg.decode, donate="cache"), [], compilation.appends
+    monkeypatch.setattr(compilation, "appends", lambda graph: proved.append(appends(graph)) or proved[-1])
     (found, _), code = run_and_get_code(step, params, token, cache, cfg)
+    assert proved == [(True, True)], "the operator writes at the cache's length"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert code[0].count("torch.ops.pgfunc.block.default(") == cfg.text.layers
     assert code[0].count("torch.ops.pgfunc.angles.default(") == 1
     assert "copy" not in code[0].partition("def call")[2].partition("def get_args")[0]
+    rewinding = pg.jit(lambda cache, length: pg.decode(params, token, pg.rewind(cache, length), cfg), donate="cache")
+    rewinding(cache, cache.length)
+    assert proved[1:] == [(False, False)], "an argument decides where the operator writes"
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -98,6 +98,29 @@ def test_tensors_that_are_closed_over_are_read_at_their_current_addresses(count)
     assert step.compilations == start.compilations == 1
 
 
+@pytest.mark.parametrize("count", [1, 2])  # one row is decoded by our own kernels
+def test_a_step_that_rewinds_by_an_argument_changes_no_older_handle(count):
+    cfg = CONFIGS["gemma"]
+    weights, rows = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3] * count, [0] * count))
+
+    def step(cache, number):
+        return pg.decode(weights, 3 + number, pg.rewind(cache, cache.length - number), cfg)
+
+    with torch.no_grad():
+        _, cache = pg.prefill(weights, rows, cfg, 20)
+    fast, pure, older = pg.jit(step, donate="cache"), cache, []
+    for number in (0, 0, 2, 1, 0, 3):
+        numbers = torch.full((count,), number, device="cuda")
+        older.append((cache, pure))
+        (logits, cache), (expected, pure) = fast(cache, numbers), step(pure, numbers)
+        torch.testing.assert_close(logits, expected, **LIMIT)
+        assert torch.equal(cache.length, pure.length)
+    for mine, other in older:
+        tokens = torch.full((count,), 7, device="cuda")
+        torch.testing.assert_close(pg.decode(weights, tokens, mine, cfg)[0], pg.decode(weights, tokens, other, cfg)[0],
+                                   **LIMIT)  # fmt: skip
+
+
 def test_reordered_rows_reuse_the_buffers_that_graphs_read():
     cfg, step = CONFIGS["gemma"], pg.jit(pg.decode, donate="cache")
     weights, start = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3], [0]))

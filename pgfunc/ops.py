@@ -145,9 +145,9 @@ def rotation(angles: Float[Tensor, "*b t half"]) -> Rotation:
 
 def rotate(x: Float[Tensor, "*b t n h"], rotation: Rotation) -> Float[Tensor, "*b t n h"]:
     """Rotate each plane (x[i], x[i + h/2]) by its angle, in float32: the half-split form of RoPE."""
-    wide = upcast(x)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * rotation.cos + torch.cat([second, first], dim=-1) * rotation.sin).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    # the factors are float32, and so are the products
+    return (x * rotation.cos + torch.cat([second, first], dim=-1) * rotation.sin).to(x.dtype)
 
 
 def attend(

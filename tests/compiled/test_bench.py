@@ -1,8 +1,12 @@
 """The benchmark reports the cost of compiling: the decode step is compiled once, for both `decode` and `generate`."""
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
-from cases import CONFIGS, params
+from cases import CONFIGS, params, text_model
 
 import pgfunc as pg
 from pgfunc import bench
@@ -35,3 +39,19 @@ def test_the_compiled_prefill_stage_runs_the_prefill_of_generate():
     assert (done.name, done.compiled, done.compilations, len(done.seconds)) == ("prefill", True, 1, 2)
     assert done.first > max(done.seconds)
     assert done.floor == roofline.floor([roofline.prefill_work(model.params, cfg, 1, case.prompt_tokens)], machine)
+
+
+def test_two_versions_are_measured_in_turns(tmp_path):
+    root = Path(__file__).parents[2]
+    pg.save(text_model(), tmp_path / "model")
+    (tmp_path / "old").symlink_to(root)  # the same code in another folder
+    options = ["--model", str(tmp_path / "model"), "--tokens", "4", "--repeat", "2", "--turns", "2", "--device", "cpu"]
+    script = root / "examples" / "benchmarks" / "two_versions.py"
+    done = subprocess.run([sys.executable, str(script), str(tmp_path / "old"), str(root), *options],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    number = r"\d+\.\d{3}"
+    for line, stage in zip(done.stdout.splitlines(), ("decode", "prefill"), strict=True):
+        assert re.fullmatch(
+            rf"{stage} +old +{number} ms  new +{number} ms  ratio \d+\.\d{{4}}  turns {number} {number}", line
+        )

@@ -49,3 +49,8 @@ def test_pad_adds_empty_slots_behind():
     assert not wider[:, 3:].any()
     assert pad(buffer, 0) is buffer, "nothing is copied"
     assert Cache((wider,), (wider,), torch.tensor([3, 3])).slots == 5
+
+
+def test_appending_no_tokens_changes_nothing():
+    buffer = torch.randn(2, 3, 1, 2)
+    assert torch.equal(append(buffer, torch.randn(2, 0, 1, 2), slots_behind(torch.tensor([1, 3]), 0, 3)), buffer)

@@ -300,3 +300,20 @@ def test_former_names_still_work():
     assert detect.words((10, 20, 500, 600)) + " cat" == CAT
     assert detect.to_places(Box(0, 0, 1, 1), 1, 1) == (0, 0, 1023, 1023)
     assert detect.wanted(["cat", "bus"]) == "cat ; bus"
+
+
+@pytest.mark.parametrize(("written", "expected"), [
+    (f"{text(1, 2, 3, 4, label='X')}, {text(5, 6, 7, 8, label='XX')}", [("X", 1), ("XX", 5)]),
+    ("cat " + text(1, 2, 3, 4) + text(5, 6, 7, 8), [("cat", 1), ("", 5)]),
+    ("cat " + text(1, 2, 3, 4) + text(5, 6, 7, 8) + text(3, 6, 7, 8), [("cat", 1), ("", 5), ("", 3)]),
+    (text(1, 2, 3, 4) + text(5, 6, 7, 8, label="cat"), [("", 1), ("cat", 5)]),
+    (text(1, 2, 3, 4, codes=16) + text(5, 6, 7, 8, codes=16, label="cat"), [("", 1), ("cat", 5)]),
+])  # fmt: skip
+def test_objects_without_a_separator_are_read_one_by_one(written, expected):
+    assert [(piece.label, piece.locations[0]) for piece in grammar.read(written)] == expected
+
+
+def test_a_box_may_be_thin():
+    ymin, xmin, ymax, xmax = detect.to_locations(Box(0, 5, 1, 5), 10, 10)
+    assert ymin < ymax
+    assert xmin < xmax

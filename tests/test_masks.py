@@ -1,5 +1,6 @@
 """Masks are what the drawings say, and what one rule says."""
 
+import math
 import re
 
 import torch
@@ -80,3 +81,16 @@ def test_no_window_makes_no_windowed_mask():
 
 def test_positions_count_valid_tokens_from_zero():
     assert masks.positions(bits("1 1 . 1")[None]).tolist() == [[0, 1, 1, 2]]
+
+
+def test_a_prepared_mask_is_a_bias_in_which_an_empty_query_reads_all_keys():
+    seen = torch.tensor([[[True, False], [False, False]]])
+    prepared = masks.prepared(masks.Masks(seen, ()), torch.bfloat16)
+    assert prepared.window == ()
+    assert prepared.full.seen is seen
+    assert prepared.full.bias.dtype == torch.bfloat16
+    assert prepared.full.bias.tolist() == [[[0.0, -math.inf], [0.0, 0.0]]]
+    assert prepared.full.empty.tolist() == [[[False], [True]]]
+    spans = masks.spans(masks.Masks(seen, seen))
+    assert masks.prepared(spans, torch.float32) is not spans
+    assert all(mask is same for mask, same in zip(masks.prepared(spans, torch.float32), spans, strict=True))

@@ -287,3 +287,21 @@ def test_ids_that_are_no_tokens_have_logits_of_minus_infinity(allowed):
     masked = torch.tensor([id in (4, 5, 7) for id in ids])
     assert (logits[..., masked] == -torch.inf).all()
     assert torch.equal(logits[..., ~masked], plain[..., ~masked])
+
+
+@pytest.mark.parametrize("rows", [slice(3), torch.tensor([2, 0, 1])], ids=["a range", "ids"])
+def test_ids_that_are_no_tokens_are_masked_where_the_logits_are(rows):
+    cfg = replace(CONFIGS["gemma"].text, masked=((1, 2),))
+    logits = gemma.mask_non_tokens(torch.zeros(2, 3), rows, cfg)
+    assert (logits[0] < 0).tolist() == ([False, True, False] if isinstance(rows, slice) else [False, False, True])
+    with torch.device("meta"):  # the default device does not matter
+        assert torch.equal(gemma.mask_non_tokens(torch.zeros(2, 3, device="cpu"), rows, cfg), logits)
+
+
+def test_the_first_token_without_a_slot_has_logits_of_nan_if_no_length_can_be_read():
+    cfg = CONFIGS["gemma"]
+    tree = params(cfg)
+    _, cache = pg.prefill(tree, prompt(cfg, [3], [2]), cfg, 1)
+    tokens = torch.tensor([[[1, 2]]])
+    (logits,) = vmap(lambda each: pg.extend(tree, each, cache, cfg)[0])(tokens)
+    assert logits.isnan().any(-1).tolist() == [[False, True]]

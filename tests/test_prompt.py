@@ -329,3 +329,14 @@ def test_pictures_that_all_rows_share_are_stored_once(row):
 def test_text_with_a_lone_surrogate_is_refused():
     assert "encoded" in error_message(RED, "a\ud800")
     assert "encoded" in error_message(RED, "a", ["\udfff\n"])
+
+
+def test_a_prompt_is_on_the_device_of_its_model_whatever_the_defaults_are():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            prompts = [pg.prepare(MODEL, RED, "a", "b"), pg.prepare(MODEL, [[]], ["a"])]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {part.device.type for prompt in prompts for part in prompt} == {"cpu"}
+    assert {prompt.pixels.dtype for prompt in prompts} == {torch.float32}

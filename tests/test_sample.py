@@ -368,3 +368,14 @@ def test_choosing_and_filtering_do_not_change_their_arguments():
         run(logits)
     assert torch.equal(logits, before[0])
     assert torch.equal(u, before[1])
+
+
+@pytest.mark.parametrize(("size", "parts"), [
+    (16, (1, 16)), (512, (1, 512)), (576, (9, 64)), (640, (5, 128)), (1000, (2, 512)), (257_152, (2009, 128)),
+])  # fmt: skip
+def test_a_vocabulary_is_split_into_equal_parts_and_padded_only_if_it_does_not_divide_well(size, parts):
+    logits = torch.randn(2, size)
+    split = sample.split_vocabulary(logits)
+    assert split.shape == (2, *parts)
+    assert torch.equal(split.flatten(1)[:, :size], logits)
+    assert (split.flatten(1)[:, size:] == -INF).all()

@@ -232,3 +232,16 @@ def test_masks_are_on_the_device_of_the_decoder():
     (parsed,) = segment.parse(CAT, 40, 30, vq)
     assert parsed.mask.is_cuda
     assert len(segment.encode([parsed.mask], [parsed.box], vq)[0]) == 16
+
+
+def test_the_weights_of_a_resized_mask_do_not_depend_on_global_defaults():
+    expected = segment.triangle(3, 5)
+    assert expected.dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = segment.triangle(3, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -8,7 +8,8 @@
     cuda_graphs.py  captures compiled code and replays it
     donation.py     which cache may be written in place: handles, continuations, forks
     closures.py     the values that a function closes over
-    compilation.py  torch.compile, and the check that a function only appends
+    overwriting.py  what a function does to a donated cache, according to its graph
+    compilation.py  torch.compile, and the eager check that a function only appends
     code_folder.py  a folder for compiled code
     function.py     the compiled function, which uses all of these
 

@@ -182,7 +182,7 @@ def resize(values: Float[Tensor, "y x"], height: int, width: int) -> Float[Tenso
 def triangle(before: int, after: int) -> Float[Tensor, "after before"]:
     """The weight of each of `before` input pixels in each of `after` output pixels; each row sums to 1.
 
-    The weights are a triangle around the centre of the output pixel, as wide as the scale, and at least 1 pixel.
+    The weights are a triangle around the center of the output pixel, as wide as the scale, and at least 1 pixel.
     """
     scale = before / after
     outputs, inputs = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5 for size in (after, before))

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgfunc import ops
+from pgfunc.errors import TokenError
 
 seeds = st.integers(0, 2**31)
 
@@ -135,3 +136,14 @@ def test_upcast_never_narrows(dtype):
 def test_a_tap_of_a_part_has_the_names_of_its_place_and_the_default_stays_what_it_is():
     assert ops.within("a", ops.identity) is ops.identity
     assert ops.within("a", ops.within("b", lambda name, value: (name, value)))("c", 5) == ("b.a.c", 5)
+
+
+@pytest.mark.parametrize("id", [-1, 5, 99])
+def test_an_id_outside_the_table_is_an_error_or_nan(id):
+    table, ids = torch.randn(5, 3), torch.tensor([[0, id, 4]])
+    with pytest.raises(TokenError) as error:
+        ops.embedding(ids, table)
+    assert str(error.value) == f"token id {id} is outside 0..4; is it another model's?"
+    (rows,) = torch.vmap(lambda each: ops.embedding(each, table))(ids[None])  # where no value can be read
+    assert rows.isnan().all(-1).tolist() == [[False, True, False]]
+    assert torch.equal(rows[0, ::2], table[[0, 4]])

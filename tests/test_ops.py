@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgfunc import ops
+from pgfunc import masks, ops
 from pgfunc.errors import TokenError
 
 seeds = st.integers(0, 2**31)
@@ -147,3 +147,11 @@ def test_an_id_outside_the_table_is_an_error_or_nan(id):
     (rows,) = torch.vmap(lambda each: ops.embedding(each, table))(ids[None])  # where no value can be read
     assert rows.isnan().all(-1).tolist() == [[False, True, False]]
     assert torch.equal(rows[0, ::2], table[[0, 4]])
+
+
+def test_a_described_mask_gives_what_the_boolean_mask_gives():
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    described = masks.Span(torch.tensor([[0, 1, 2], [3, 0, 0]]), torch.tensor([[3, 6, 7], [4, 0, 5]]))
+    expected = ops.attend(q, k, v, masks.dense(described, 7), 0.3)
+    assert torch.equal(ops.attend(q, k, v, described, 0.3), expected)
+    assert not expected[1, 1].any(), "a query that sees no key"

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pgfunc import masks, ops
 from pgfunc.errors import TokenError
+from pgfunc.quant import lowbit
 
 seeds = st.integers(0, 2**31)
 
@@ -155,3 +156,8 @@ def test_a_described_mask_gives_what_the_boolean_mask_gives():
     expected = ops.attend(q, k, v, masks.dense(described, 7), 0.3)
     assert torch.equal(ops.attend(q, k, v, described, 0.3), expected)
     assert not expected[1, 1].any(), "a query that sees no key"
+
+
+def test_a_bias_is_added_to_the_product_with_a_quantized_matrix():
+    x, w, bias = torch.randn(2, 64), lowbit.quantize(torch.randn(32, 64), "int8"), torch.randn(32)
+    torch.testing.assert_close(ops.linear(x, w, bias), ops.linear(x, w) + bias, rtol=0, atol=0)

@@ -39,16 +39,19 @@ class Appends(NamedTuple):
 def appends(graph: fx.Graph) -> Appends | None:
     """How the graph changes the donated cache; None if it is the graph of a function without one.
 
-    Raises SettingError if it does more than overwrite elements of the cache's buffers.
+    Raises SettingError if it does more than overwrite elements of the cache's buffers, and if there is no cache and the
+    graph copies into an argument.
     """
     lengths = [node for node in graph.nodes if operation_name(node) == "expand_as" and is_input(node.args[1])]
+    copies = [node for node in graph.nodes if node.target == "copy_" and is_input(node.args[0])]
     if not lengths:
+        if copies:
+            raise SettingError("the function copies into an argument: return a new tensor instead")
         return None
     new, old = lengths[-1].args  # `compilation.compile_whole` adds this node
     positions = True
-    for node in graph.nodes:
-        if node.target == "copy_" and is_input(node.args[0]):  # `compile_whole` adds these too
-            positions &= overwrites_from(node.args[0], node.args[1], node, old)
+    for node in copies:  # and these
+        positions &= overwrites_from(node.args[0], node.args[1], node, old)
     return Appends(positions, at_least(new, old))
 
 

@@ -131,3 +131,8 @@ def test_a_loop_that_accepts_some_of_its_draft_copies_nothing():
 def test_a_step_that_writes_before_the_length_at_first_is_refused():
     with pytest.raises(SettingError, match="changes a donated cache before its length"):
         pg.jit(written_at, donate="cache")(handle(), torch.tensor([-1, 0]))
+
+
+def test_a_function_that_copies_into_an_argument_is_refused():
+    with pytest.raises(SettingError, match="copies into an argument: return a new tensor"):
+        pg.jit(lambda x, y: x.copy_(y))(torch.zeros(3), torch.ones(3))

@@ -109,6 +109,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="runs in a turn")
     parser.add_argument("--turns", type=int, default=4, help="turns of each version")
     options = parser.parse_args()
+    if len(options.folders) > 2:  # a process of one version is given one
+        parser.error(f"{len(options.folders)} folders, expected 2")
     options.stage = options.stage or list(STAGES)
     return options
 

@@ -3,7 +3,8 @@
 Without gradients, on an NVIDIA GPU: kernels (`operators`) for one token of one row, for rotary angles, and for the
 rotation and the attention of a prompt. Without gradients, on any GPU: one product for packed matrices (`packing`).
 With or without gradients: on any GPU, a bias that is added after the product, and explicit attention of one query; on a
-CPU without AMX, the product of one row as a loop that inductor writes.
+CPU without AMX, the product of one row as a loop that inductor writes; on any device, an append by index, which can be
+done in place, and masks that are not prepared for fused attention, since compiled code may need them in other forms.
 """
 
 from collections.abc import Sequence

@@ -145,9 +145,9 @@ def rotation(angles: Float[Tensor, "*b t half"]) -> Rotation:
 
 def rotate(x: Float[Tensor, "*b t n h"], rotation: Rotation) -> Float[Tensor, "*b t n h"]:
     """Rotate each plane (x[i], x[i + h/2]) by its angle, in float32: the half-split form of RoPE."""
-    first, second = x.chunk(2, dim=-1)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
     # the factors are float32, and so are the products
-    return (x * rotation.cos + torch.cat([second, first], dim=-1) * rotation.sin).to(x.dtype)
+    return torch.addcmul(x * rotation.cos, swapped, rotation.sin).to(x.dtype)
 
 
 def attend(
@@ -182,7 +182,7 @@ def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: fl
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     else:
         prepared = mask if isinstance(mask, Prepared) else prepare(seen, q.dtype)
-        bias, empty = (rearrange(part, "b t s -> b 1 t s") for part in (prepared.bias, prepared.empty))
+        bias, empty = prepared.bias.unsqueeze(1), prepared.empty.unsqueeze(1)  # the same for all heads
         out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=grouped).masked_fill(empty, 0.0)
     return rearrange(out, "b n t h -> b t n h")
 

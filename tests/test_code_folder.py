@@ -1,6 +1,8 @@
 """A folder of compiled code is undamaged, private and the only one of its process; others are repaired or refused."""
 
 import os
+import subprocess
+import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Thread
@@ -10,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import pgfunc as pg
+from pgfunc.cli.compiled import compiled_files
 from pgfunc.errors import SettingError
 from pgfunc.jit.code_folder import REGISTER, VARIABLES, present_digests
 
@@ -96,6 +99,33 @@ def test_unfinished_files_and_folders_are_deleted_unless_another_process_uses_th
         with pg.compiled_in(folder):
             assert all((folder / name).exists() for name in unfinished)
         assert read(folder) == CODE
+
+
+def test_folders_may_disappear_while_they_are_listed(folder):
+    """As the build folders of PyTorch's compile workers do. The many files make each listing take longer."""
+    worker = """
+import os, shutil, sys
+os.chdir(sys.argv[1])
+print("started", flush=True)
+while True:
+    for i in range(35):
+        os.makedirs(f"{i % 7}_CxxBuild/{i}/inner", exist_ok=True)
+    for i in range(7):
+        shutil.rmtree(f"{i}_CxxBuild")
+"""
+    with pg.compiled_in(folder):
+        write(folder, {f"torchinductor/{i}/{j}.py": b"" for i in range(60) for j in range(6)})
+    command = [sys.executable, "-c", worker, str(folder / "torchinductor")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+            for _ in range(30):
+                with pg.compiled_in(folder):
+                    assert len(compiled_files(folder)) == 362
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 # --- other users

@@ -16,6 +16,7 @@ from pgfunc.bench import hardware
 from pgfunc.cli.options import print_note
 from pgfunc.errors import SettingError
 from pgfunc.files.atomic import write_text
+from pgfunc.jit.code_folder import paths_in
 
 MADE_FOR = "made-for.json"  # in a folder of compiled code: the platform that the code is for, and its maker
 NO_COMPILER = "check that a C++ compiler is installed, or leave out --compile"
@@ -126,4 +127,4 @@ def makers_file() -> Path:
 
 def compiled_files(folder: Path) -> list[Path]:
     """The files of code in a folder, without the notes that PyTorch stores beside them."""
-    return [path for path in folder.rglob("*") if path.suffix in (".so", ".cpp", ".py", ".cubin")]
+    return [path for path in paths_in(folder) if path.suffix in (".so", ".cpp", ".py", ".cubin")]

@@ -103,7 +103,7 @@ def check_private(folder: Path) -> None:
     if not hasattr(os, "getuid"):
         return
     closed = not folder.stat().st_mode & 0o011  # others cannot even enter
-    for path in [folder] if closed else [folder, *folder.rglob("*")]:
+    for path in [folder] if closed else [folder, *paths_in(folder)]:
         try:
             status = path.stat() if path == folder else path.lstat()
         except FileNotFoundError:  # another process may be compiling
@@ -187,7 +187,16 @@ def present_digests(folder: Path) -> dict[str, str]:
 
 def code_paths(folder: Path) -> list[Path]:
     """All files and folders in the subfolders for code."""
-    return [path for subfolder in VARIABLES.values() for path in (folder / subfolder).rglob("*")]
+    return [path for subfolder in VARIABLES.values() for path in paths_in(folder / subfolder)]
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """All files and folders in a folder, but not those in links.
+
+    PyTorch's compile workers make folders and delete them. Python 3.11's `Path.rglob` raises FileNotFoundError if a
+    folder disappears before it is read; `os.walk` leaves it out.
+    """
+    return [Path(parent, name) for parent, folders, files in os.walk(folder) for name in (*folders, *files)]
 
 
 def is_unfinished(path: Path) -> bool:

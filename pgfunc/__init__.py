@@ -5,16 +5,16 @@
     model = pg.load()
     (answer,) = pg.generate(model, "photo.jpg", "caption en")
 
-Some public names are modules: `pgfunc.errors`, `pgfunc.quant`, `pgfunc.sample`, `pgfunc.tokenizer`, `pgfunc.tree`. Some
-have shorter names: `pg.detect` is `pgfunc.objects.detect`, `pg.segment` is `pgfunc.objects.segment`, `pg.dual` is
-`pgfunc.siglip_dual`, and `pg.dual_prompt` is `pgfunc.siglip_dual.prompt`. `pg.laws` is `pgfunc.laws`, which is imported
-when first used.
+Some public names are modules: `pgfunc.errors`, `pgfunc.lab`, `pgfunc.quant`, `pgfunc.sample`, `pgfunc.tokenizer`,
+`pgfunc.tree`. Some have shorter names: `pg.detect` is `pgfunc.objects.detect`, `pg.segment` is
+`pgfunc.objects.segment`, `pg.dual` is `pgfunc.siglip_dual`, and `pg.dual_prompt` is `pgfunc.siglip_dual.prompt`.
+`pg.laws` is `pgfunc.laws`, which is imported when first used.
 """
 
 from types import ModuleType
 
 import pgfunc.kernels.rules  # noqa: F401  # fills the table of `lowering`
-from pgfunc import errors, quant, sample, siglip_dual, tokenizer, tree
+from pgfunc import errors, lab, quant, sample, siglip_dual, tokenizer, tree
 from pgfunc.cache import Cache
 from pgfunc.checkpoint import load, save
 from pgfunc.checkpoint.conversion import convert
@@ -36,7 +36,7 @@ dual = siglip_dual
 __all__ = [
     "PUBLISHED", "Cache", "Completion", "Config", "Model", "Params", "Prompt", "SiglipModel",
     "compiled_in", "convert", "decode", "detect", "dual", "dual_prompt", "errors", "extend", "forward", "generate",
-    "jit", "load", "load_siglip", "prefill", "prepare", "quant", "reorder", "rewind", "sample", "save",
+    "jit", "lab", "load", "load_siglip", "prefill", "prepare", "quant", "reorder", "rewind", "sample", "save",
     "save_siglip", "score", "segment", "stream", "tokenizer", "tree",
 ]  # fmt: skip
 

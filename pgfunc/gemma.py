@@ -19,11 +19,33 @@ from pgfunc.config import TextConfig
 from pgfunc.errors import SettingError
 from pgfunc.lowering import lowered
 from pgfunc.masks import Mask, Masks, prepared
-from pgfunc.ops import Rotation, Tap, Wrap, identity, linear, linear_many, plain, rms_norm, upcast
+from pgfunc.ops import Rotation, linear, linear_many, rms_norm, upcast
+from pgfunc.taps import Tap, Wrap, identity, plain, within
 
 Allowed = range | Int[Tensor, "r"] | None  # the tokens that get logits; None: all
 Queries = Int[Tensor, "b q"] | tuple[()]  # the indices of the tokens that are computed; (): all
 T = TypeVar("T", bound=Any)
+TAPS = {  # what a tap gets from each block, in order, with its axes; n all query heads
+    "resid_pre": "b t d",
+    "attn_in": "b t d",
+    "q": "b t n h",
+    "k": "b t k h",
+    "v": "b t k h",
+    "rot_q": "b t n h",
+    "rot_k": "b t k h",
+    "mask": "b t s",
+    "attn_scores": "b n t s",
+    "pattern": "b n t s",
+    "z": "b t n h",
+    "attn_out": "b t d",
+    "resid_mid": "b t d",
+    "mlp_in": "b t d",
+    "gate": "b t f",
+    "up": "b t f",
+    "mlp_hidden": "b t f",
+    "mlp_out": "b t d",
+    "resid_post": "b t d",
+}
 
 
 class Layer(NamedTuple):
@@ -132,19 +154,21 @@ def run(
     tap: Tap = identity,
     wrap: Wrap = plain,
     queries: Queries = (),
+    first: int = 0,
 ) -> tuple[Float[Tensor, "b q d"], tuple[tuple[Tensor, Tensor], ...]]:
     """All layers over t new tokens: their output and, for each layer, the keys and values that they attended to.
 
     Without a cache, the tokens attend to one another. With a cache, each layer first appends their keys and values at
     each row's length; the keys and values in the result are then the whole buffers. `wrap` is applied to `block`. If
-    `queries` is given, the output has only those tokens, and the last layer computes only those.
+    `queries` is given, the output has only those tokens, and the last layer computes only those. If `first` is given, x
+    is the input of that layer, and the layers before it are left out.
     """
     rotation = ops.rotation(lowered(ops.angles)(positions, cfg.head_dim, cfg.theta))
-    masks, last, kv = lowered(prepared)(masks, x.dtype), len(p.layers) - 1, []
-    for i, (layer, past) in enumerate(zip(p.layers, by_layer(cache, x.shape[1], len(p.layers)), strict=True)):
+    masks, pasts, kv = lowered(prepared)(masks, x.dtype), by_layer(cache, x.shape[1], len(p.layers)), []
+    for i in range(first, len(p.layers)):
         mask = masks.window if cfg.windowed(i) else masks.full
-        layer_tap, layer_queries = ops.within(f"language.{i}", tap), queries if i == last else ()
-        x, layer_kv = wrap(lowered(block))(layer, x, rotation, mask, cfg, past, layer_tap, layer_queries)
+        layer_tap, layer_queries = within(f"language.{i}", tap, TAPS), queries if i == len(p.layers) - 1 else ()
+        x, layer_kv = wrap(lowered(block))(p.layers[i], x, rotation, mask, cfg, pasts[i], layer_tap, layer_queries)
         kv.append(layer_kv)
     return x, tuple(kv)
 
@@ -163,11 +187,17 @@ def block(
 
     If `queries` is given, only those tokens are computed; the others contribute keys and values.
     """
-    added, kv = attention(p, rms_norm(x, p.attention_norm, cfg.eps), rotation, mask, cfg, past, tap, queries)
-    x = pick(x, queries)
-    x = tap("resid_mid", x + (rms_norm(added, p.post_attention_norm, cfg.eps) if cfg.post_norms else added))
-    added = mlp(p, rms_norm(x, p.mlp_norm, cfg.eps), tap)
-    return tap("resid_post", x + (rms_norm(added, p.post_mlp_norm, cfg.eps) if cfg.post_norms else added)), kv
+    x = tap("resid_pre", x)
+    normed = tap("attn_in", rms_norm(x, p.attention_norm, cfg.eps))
+    added, kv = attention(p, normed, rotation, mask, cfg, past, tap, queries)
+    x = tap("resid_mid", pick(x, queries) + tap("attn_out", post_norm(added, p.post_attention_norm, cfg.eps)))
+    added = mlp(p, tap("mlp_in", rms_norm(x, p.mlp_norm, cfg.eps)), tap)
+    return tap("resid_post", x + tap("mlp_out", post_norm(added, p.post_mlp_norm, cfg.eps))), kv
+
+
+def post_norm(x: Float[Tensor, "b t d"], scale: Float[Tensor, "d"] | tuple[()], eps: float) -> Float[Tensor, "b t d"]:
+    """What a sublayer adds to the residual stream: Gemma 2 normalizes it, Gemma 1 does not."""
+    return rms_norm(x, scale, eps) if isinstance(scale, Tensor) else x
 
 
 def attention(
@@ -182,9 +212,9 @@ def attention(
 ) -> tuple[Float[Tensor, "b q d"], tuple[Tensor, Tensor]]:
     """Grouped-query attention with rotary positions (Ainslie et al. 2023): project, rotate, append, attend, project."""
     q, k, v = project(p, x, cfg, tap, queries)
-    q, k, v = lowered(rotate_and_append)(q, k, v, rotation, past, queries)
-    out = ops.attend(q, k, v, pick(mask, queries), cfg.query_scale, cfg.attention_softcap)
-    return tap("attn_out", linear(rearrange(out, "b t n h -> b t (n h)"), p.out)), (k, v)
+    q, k, v = lowered(rotate_and_append)(q, k, v, rotation, past, queries, tap)
+    z = tap("z", ops.attend(q, k, v, pick(mask, queries), cfg.query_scale, cfg.attention_softcap, tap))
+    return linear(rearrange(z, "b t n h -> b t (n h)"), p.out), (k, v)
 
 
 def project(
@@ -207,9 +237,11 @@ def rotate_and_append(
     rotation: Rotation,
     past: Past | Empty | tuple[()],
     queries: Queries,
+    tap: Tap,
 ) -> tuple[Float[Tensor, "b q n h"], Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
     """q and k are rotated. Returns q, then all keys and all values: those of `past`, followed by k and v."""
-    return ops.rotate(q, pick(rotation, queries)), *lowered(append_layer)(ops.rotate(k, rotation), v, past)
+    q, k = tap("rot_q", ops.rotate(q, pick(rotation, queries))), tap("rot_k", ops.rotate(k, rotation))
+    return q, *lowered(append_layer)(k, v, past)
 
 
 def pick(x: T, queries: Queries) -> T:
@@ -222,5 +254,5 @@ def pick(x: T, queries: Queries) -> T:
 def mlp(p: Layer, x: Float[Tensor, "b t d"], tap: Tap = identity) -> Float[Tensor, "b t d"]:
     """GeGLU (Shazeer 2020): the tanh-GELU of the gate times the up projection, then the down projection."""
     gate, up = linear_many(x, (p.gate, p.up))
-    hidden = tap("mlp_hidden", ops.gelu(gate) * up)
-    return tap("mlp_out", linear(hidden, p.down))
+    hidden = tap("mlp_hidden", ops.gelu(tap("gate", gate)) * tap("up", up))
+    return linear(hidden, p.down)

@@ -21,10 +21,11 @@ from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
 from pgfunc.jit import jit
 from pgfunc.jit.donation import bucket, reorder
-from pgfunc.ops import plain, upcast
+from pgfunc.ops import upcast
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, check_fits, prepare, text_ids, texts_per_row, tokenizer_of
 from pgfunc.sample import Settings, checked_int, choose, logprob
+from pgfunc.taps import Tap, Wrap, bind, identity, plain
 
 POLL = 8  # tokens between two checks on a GPU whether all rows have ended
 MAX_REPR_TEXT = 400  # characters of the text in the repr of a completion
@@ -56,30 +57,38 @@ def generate(
     min_p: float | None = None,
     seed: int = 0,
     compile: bool = False,
+    tap: Tap = identity,
 ) -> list[Completion]:
     """Complete each row. `images` and `prefixes` are as in `prepare`, but rows may have different numbers of pictures.
 
     Temperature 0 is greedy. `compile` compiles the decode step, and on a GPU also the prefill (`jit`): once per batch
-    size, bucket of lengths and settings, so it pays for many tokens. Raises SettingError if a setting is outside its
-    range, PromptError if a prompt does not fit, and NumericalError if logits are nan.
+    size, bucket of lengths and settings, so it pays for many tokens. `tap` gets the activations of the prefill and of
+    each step, see `pgfunc.taps`; compiled code takes the tensors of `lab.edits` as arguments, so that it also serves
+    other values of them. Raises SettingError if a setting is outside its range, or if the tap asks for an unknown
+    activation; PromptError if a prompt does not fit; and NumericalError if logits are nan.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
 
     def run(rows: list[int], prompt: Prompt) -> list[Completion]:
-        return complete(model, prompt, settings, uniform(seed, rows, max_new_tokens), compile)
+        return complete(model, prompt, settings, uniform(seed, rows, max_new_tokens), compile, tap)
 
     return run_grouped(model, as_rows(images, prefixes), max_new_tokens, run)
 
 
 def complete(
-    model: Model, prompt: Prompt, settings: Settings, u: Float[Tensor, "b n"], compile: bool = False
+    model: Model,
+    prompt: Prompt,
+    settings: Settings,
+    u: Float[Tensor, "b n"],
+    compile: bool = False,
+    tap: Tap = identity,
 ) -> list[Completion]:
     """The completions of one prompt, each up to its own end of sequence. Decoding stops when every row has ended.
 
     On a GPU this is checked only every `POLL` tokens, because each check waits for the GPU.
     """
     tokens, logprobs, ended = [], [], torch.zeros((), dtype=torch.bool, device="cpu")
-    for token, token_logprob in steps(model.params, prompt, model.cfg, settings, u, compile):
+    for token, token_logprob in steps(model.params, prompt, model.cfg, settings, u, compile, tap):
         tokens.append(token)
         logprobs.append(token_logprob)
         ended = ended.to(token.device) | (token == model.cfg.eos)
@@ -100,6 +109,7 @@ def stream(
     min_p: float | None = None,
     seed: int = 0,
     compile: bool = False,
+    tap: Tap = identity,
 ) -> Generator[str, None, str]:
     """Complete one row and yield its text in pieces. The joined pieces are the text of `generate`.
 
@@ -116,7 +126,7 @@ def stream(
 
         def tokens() -> Iterator[int]:
             nonlocal finish
-            for token, token_logprob in steps(model.params, prompt, model.cfg, settings, u, compile):
+            for token, token_logprob in steps(model.params, prompt, model.cfg, settings, u, compile, tap):
                 check_not_nan(token_logprob)
                 if token == model.cfg.eos:
                     finish = "eos"
@@ -131,19 +141,25 @@ def stream(
 
 @torch.no_grad()
 def steps(
-    params: Params, prompt: Prompt, cfg: Config, settings: Settings, u: Float[Tensor, "b n"], compile: bool = False
+    params: Params,
+    prompt: Prompt,
+    cfg: Config,
+    settings: Settings,
+    u: Float[Tensor, "b n"],
+    compile: bool = False,
+    tap: Tap = identity,
 ) -> Iterator[tuple[Int[Tensor, "b"], Float[Tensor, "b"]]]:
     """Yield the next token of every row, and its log-probability, once for each column of u."""
-    step = compiled_decode_step if compile else decode_step
+    step, tap = compiled_decode_step if compile else decode_step, bind(tap, paligemma.names(cfg))
     first, *columns = u.to(prompt.tokens.device).unbind(1)
     if compile and prompt.tokens.is_cuda:  # on a CPU a prefill is all matrix products, and compiling gains nothing
         prompt, size = pad_to_bucket(prompt, u.shape[1], cfg)
-        token, token_logprob, cache = compiled_prefill_step(params, prompt, cfg, size, settings, first)
+        token, token_logprob, cache = compiled_prefill_step(params, prompt, cfg, size, settings, first, tap=tap)
     else:
-        token, token_logprob, cache = prefill_step(params, prompt, cfg, u.shape[1], settings, first)
+        token, token_logprob, cache = prefill_step(params, prompt, cfg, u.shape[1], settings, first, tap)
     yield token, token_logprob
     for column in columns:
-        token, token_logprob, cache = step(params, token, cache, cfg, settings, column)
+        token, token_logprob, cache = step(params, token, cache, cfg, settings, column, tap)
         yield token, token_logprob
 
 
@@ -154,10 +170,11 @@ def prefill_step(
     size: int,
     settings: Settings,
     u: Float[Tensor, "b"],
-    wrap=plain,
+    tap: Tap = identity,
+    wrap: Wrap = plain,
 ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
     """Prefill a prompt. Returns the first token, its log-probability, and a cache with `size` free slots."""
-    logits, cache = paligemma.prefill(params, prompt, cfg, size, wrap=wrap)
+    logits, cache = paligemma.prefill(params, prompt, cfg, size, tap, wrap=wrap)
     return *wrap(next_token)(logits, u, settings), cache
 
 
@@ -172,10 +189,16 @@ def pad_to_bucket(prompt: Prompt, size: int, cfg: Config) -> tuple[Prompt, int]:
 
 
 def decode_step(
-    params: Params, token: Int[Tensor, "b"], cache: Cache, cfg: Config, settings: Settings, u: Float[Tensor, "b"]
+    params: Params,
+    token: Int[Tensor, "b"],
+    cache: Cache,
+    cfg: Config,
+    settings: Settings,
+    u: Float[Tensor, "b"],
+    tap: Tap = identity,
 ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
     """Append a token. Returns the next token, its log-probability, and the new cache."""
-    logits, cache = paligemma.decode(params, token, cache, cfg)
+    logits, cache = paligemma.decode(params, token, cache, cfg, tap)
     return *next_token(logits, u, settings), cache
 
 
@@ -191,24 +214,25 @@ compiled_prefill_step, compiled_decode_step = jit(prefill_step), jit(decode_step
 
 
 @torch.no_grad()
-def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Tensor, "b c"]:
+def score(model: Model, images: Any, prefixes: Any, candidates: Any, tap: Tap = identity) -> Float[Tensor, "b c"]:
     """The log-probability that the answer is exactly the candidate, including its end of sequence.
 
     A candidate is text or a list of token ids. Each row is prefilled once; as many candidates as `SCORED_BYTES` allows
-    extend it together. Raises SettingError if `candidates` is not a list of one or more answers, PromptError if a
-    prompt or a candidate does not fit, and NumericalError if logits are nan.
+    extend it together. `tap` gets the activations of both, see `pgfunc.taps`. Raises SettingError if `candidates` is
+    not a list of one or more answers, or if the tap asks for an unknown activation; PromptError if a prompt or a
+    candidate does not fit; and NumericalError if logits are nan.
     """
     if not texts_per_row("candidates", candidates):
         raise SettingError("candidates must be a list of one or more answers")
     answers = [[*text_ids(model, candidate), model.cfg.eos] for candidate in candidates]
-    size = max(len(answer) for answer in answers)
+    size, tap = max(len(answer) for answer in answers), bind(tap, paligemma.names(model.cfg))
 
     def run(rows: list[int], prompt: Prompt) -> list[Tensor]:
-        logits, cache = paligemma.prefill(model.params, prompt, model.cfg, size)
+        logits, cache = paligemma.prefill(model.params, prompt, model.cfg, size, tap)
         bytes_per_answer = 4 * logits.numel() * size + tree.nbytes((cache.k, cache.v))
         answers_per_batch = max(1, SCORED_BYTES // bytes_per_answer)
         parts = [answers[i : i + answers_per_batch] for i in range(0, len(answers), answers_per_batch)]
-        scores = torch.cat([answer_scores(model, logits, cache, part) for part in parts], 1).cpu()
+        scores = torch.cat([answer_scores(model, logits, cache, part, tap) for part in parts], 1).cpu()
         check_not_nan(scores)
         return list(scores)
 
@@ -216,7 +240,11 @@ def score(model: Model, images: Any, prefixes: Any, candidates: Any) -> Float[Te
 
 
 def answer_scores(
-    model: Model, logits: Float[Tensor, "b v"], cache: Cache, answers: Sequence[Sequence[int]]
+    model: Model,
+    logits: Float[Tensor, "b v"],
+    cache: Cache,
+    answers: Sequence[Sequence[int]],
+    tap: Tap = identity,
 ) -> Float[Tensor, "b c"]:
     """The log-probability of each answer after each row of a cache, computed in one extension.
 
@@ -230,7 +258,7 @@ def answer_scores(
         return scores
     rows = torch.arange(len(logits), device=device).repeat_interleave(count)  # the answers of a row are adjacent
     tokens, not_padding = tokens.repeat(len(logits), 1), not_padding.repeat(len(logits), 1)
-    later_logits, _ = paligemma.extend(model.params, tokens[:, :-1], reorder(cache, rows), model.cfg)
+    later_logits, _ = paligemma.extend(model.params, tokens[:, :-1], reorder(cache, rows), model.cfg, tap)
     rest = torch.where(not_padding[:, 1:], logprob(later_logits, tokens[:, 1:]), 0.0).sum(-1)
     return scores + rearrange(rest, "(b c) -> b c", c=count)
 

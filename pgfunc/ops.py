@@ -7,8 +7,8 @@ code may replace a formula, see `lowering`.
 Axes: b batch, t query, s key, n heads, k kv heads, g heads of one kv head, h head dim, d width.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,7 @@ from pgfunc.lowering import lowered, on_host, transformed
 from pgfunc.masks import Mask, Prepared, dense, prepare
 from pgfunc.quant import lowbit
 from pgfunc.quant.lowbit import Float8, Int8, Quantized
-
-T = TypeVar("T")
-Tap = Callable[[str, Any], Any]  # takes an activation's name and value; its result replaces the value
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # takes a block, and returns its replacement
+from pgfunc.taps import Tap, asks, identity
 
 
 class Rotation(NamedTuple):
@@ -33,21 +30,6 @@ class Rotation(NamedTuple):
     angles: Float[Tensor, "*b t half"]
     cos: Float[Tensor, "*b t 1 h"]  # of the angles, twice
     sin: Float[Tensor, "*b t 1 h"]  # of the angles, twice; the first half is negated
-
-
-def identity(name: str, x: T) -> T:
-    """The default tap: returns the value unchanged."""
-    return x
-
-
-def within(prefix: str, tap: Tap) -> Tap:
-    """A tap for one part of the model: it puts the prefix before each name. The default tap is returned unchanged."""
-    return identity if tap is identity else lambda name, value: tap(f"{prefix}.{name}", value)
-
-
-def plain(fn: T) -> T:
-    """The default `wrap` of a transformer block: returns it unchanged. Gradient checkpointing is another `wrap`."""
-    return fn
 
 
 def upcast(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -157,12 +139,23 @@ def attend(
     mask: Mask | None,
     scale: float,
     cap: float = 0.0,
+    tap: Tap = identity,
 ) -> Float[Tensor, "b t n h"]:
     """softmax(softcap(q·k · scale)) · v over the keys where mask is True; query head i reads kv head i * k // n.
 
-    A query that sees no key gives zeros. Keys beyond the mask's last column are not read.
+    A query that sees no key gives zeros. Keys beyond the mask's last column are not read. Only a tap that asks for
+    `attn_scores` or `pattern` gets them, from `attend_explicit`, and only for it the mask is made in memory.
     """
+    if asks(tap, "mask"):
+        mask = tap("mask", everything(q, k) if mask is None else dense(mask, k.shape[1]))
+    if asks(tap, "attn_scores", "pattern"):
+        return attend_explicit(q, k, v, None if mask is None else dense(mask, k.shape[1]), scale, cap, tap)
     return lowered(attend_formula)(q, k, v, mask, scale, cap)
+
+
+def everything(q: Float[Tensor, "b t n h"], k: Float[Tensor, "b s k h"]) -> Bool[Tensor, "b t s"]:
+    """The mask of queries that see all keys."""
+    return torch.ones(*q.shape[:2], k.shape[1], dtype=torch.bool, device=q.device)
 
 
 def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float, cap: float) -> Tensor:
@@ -172,10 +165,9 @@ def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: fl
     derivatives use torch.func, which selects `attend_explicit`, or `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
     seen = None if mask is None else dense(mask, k.shape[1])
-    if seen is not None:
-        k, v = k[:, : seen.shape[-1]], v[:, : seen.shape[-1]]
     if cap or transformed():
         return attend_explicit(q, k, v, seen, scale, cap)
+    k, v = read_keys(k, v, seen)
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if seen is None:
@@ -189,16 +181,21 @@ def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: fl
 
 def attend_explicit(
     q: Float[Tensor, "b t n h"],
-    k: Float[Tensor, "b s k h"],
-    v: Float[Tensor, "b s k h"],
+    k: Float[Tensor, "b _ k h"],
+    v: Float[Tensor, "b _ k h"],
     mask: Bool[Tensor, "b t s"] | None,
     scale: float,
     cap: float = 0.0,
+    tap: Tap = identity,
 ) -> Float[Tensor, "b t n h"]:
-    """`attend` with explicit attention weights: differentiable to any order, in forward and reverse mode."""
+    """`attend` with explicit attention weights: differentiable to any order, in forward and reverse mode.
+
+    A tap gets the scores (softcapped, not masked) and the weights, both in float32: `attn_scores` and `pattern`.
+    """
+    k, v = read_keys(k, v, mask)
     grouped = rearrange(q, "b t (k g) h -> b t k g h", k=k.shape[2])
     scores = upcast(einsum(grouped, k, "b t k g h, b s k h -> b k g t s")) * scale
-    scores = softcap(scores, cap) if cap else scores
+    scores = tap_heads(tap, "attn_scores", softcap(scores, cap) if cap else scores)
     if mask is not None:
         seen = rearrange(mask, "b t s -> b 1 1 t s")
         # the lowest finite number, not -inf: a query that sees no key then has finite gradients; it is set to 0 below
@@ -206,5 +203,20 @@ def attend_explicit(
         weights = torch.where(seen, scores.softmax(-1), 0.0)
     else:
         weights = scores.softmax(-1)
+    weights = tap_heads(tap, "pattern", weights)
     out = einsum(weights.to(v.dtype), v, "b k g t s, b s k h -> b t k g h")
     return rearrange(out, "b t k g h -> b t (k g) h")
+
+
+def read_keys(
+    k: Float[Tensor, "b _ k h"], v: Float[Tensor, "b _ k h"], mask: Bool[Tensor, "b t s"] | None
+) -> tuple[Float[Tensor, "b s k h"], Float[Tensor, "b s k h"]]:
+    """The keys and values that a mask has columns for."""
+    return (k, v) if mask is None else (k[:, : mask.shape[-1]], v[:, : mask.shape[-1]])
+
+
+def tap_heads(tap: Tap, name: str, x: Float[Tensor, "b k g t s"]) -> Float[Tensor, "b k g t s"]:
+    """Pass a value of each query head through a tap that asks for it; the tap gets all heads on one axis."""
+    if not asks(tap, name):
+        return x
+    return rearrange(tap(name, rearrange(x, "b k g t s -> b (k g) t s")), "b (k g) t s -> b k g t s", k=x.shape[1])

@@ -14,9 +14,30 @@ from torch import Tensor
 
 from pgfunc import ops, tree
 from pgfunc.config import SiglipTextConfig, VisionConfig
-from pgfunc.ops import Rotation, Tap, Wrap, identity, layer_norm, linear, linear_many, plain
+from pgfunc.ops import Rotation, layer_norm, linear, linear_many
+from pgfunc.taps import Tap, Wrap, identity, plain, within
 
 Rotations = tuple[Rotation, Rotation] | tuple[()]  # of `rotate_grid`; (): no rotation
+TAPS = {  # what a tap gets from each block, in order, with its axes; b pictures or texts, n heads
+    "resid_pre": "b p d",
+    "attn_in": "b p d",
+    "q": "b p n h",
+    "k": "b p n h",
+    "v": "b p n h",
+    "rot_q": "b p n h",  # only if positions are rotary
+    "rot_k": "b p n h",
+    "mask": "b p s",
+    "attn_scores": "b n p s",
+    "pattern": "b n p s",
+    "z": "b p n h",
+    "attn_out": "b p d",
+    "resid_mid": "b p d",
+    "mlp_in": "b p d",
+    "up": "b p f",
+    "mlp_hidden": "b p f",
+    "mlp_out": "b p d",
+    "resid_post": "b p d",
+}
 
 
 class Layer(NamedTuple):
@@ -88,6 +109,12 @@ def abstract(cfg: VisionConfig) -> Params:
     return tree.abstract(Params, sizes, layers=layers, **absent)
 
 
+def names(cfg: VisionConfig) -> list[str]:
+    """What a tap gets from the encoder, in order."""
+    blocks = [f"vision.{i}.{name}" for i in range(cfg.layers) for name in TAPS]
+    return ["vision.embed", *blocks, "vision.out"]
+
+
 def patchify(pixels: Float[Tensor, "n 3 y x"], cfg: VisionConfig) -> Float[Tensor, "n p cyx"]:
     """Cut pictures into non-overlapping squares, row by row. A square is flattened channel first, like the weight.
 
@@ -111,7 +138,7 @@ def encode_image(
     x = tap("vision.embed", x)
     rotations = grid_rotations(cfg, x.device) if cfg.position == "rope2d" else ()
     for i, layer in enumerate(p.layers):
-        x = wrap(block)(layer, x, cfg, ops.within(f"vision.{i}", tap), rotations)
+        x = wrap(block)(layer, x, cfg, within(f"vision.{i}", tap, TAPS), rotations)
     return tap("vision.out", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
 
 
@@ -123,9 +150,11 @@ def block(
     rotations: Rotations = (),
 ) -> Float[Tensor, "n p d"]:
     """Attention and MLP: each reads a normalized copy of x, and its result is added to x."""
-    normed = layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps)
-    x = tap("resid_mid", x + attention(p, normed, normed, cfg, tap, rotations))
-    return tap("resid_post", x + mlp(p, layer_norm(x, p.norm2_scale, p.norm2_bias, cfg.eps), tap))
+    x = tap("resid_pre", x)
+    normed = tap("attn_in", layer_norm(x, p.norm1_scale, p.norm1_bias, cfg.eps))
+    x = tap("resid_mid", x + tap("attn_out", attention(p, normed, normed, cfg, tap, rotations)))
+    normed = tap("mlp_in", layer_norm(x, p.norm2_scale, p.norm2_bias, cfg.eps))
+    return tap("resid_post", x + tap("mlp_out", mlp(p, normed, tap)))
 
 
 def attention(
@@ -144,23 +173,24 @@ def attention(
     heads = (rearrange(each, "b p (n h) -> b p n h", n=cfg.heads) for each in projections)
     q, k, v = (tap(name, each) for name, each in zip("qkv", heads, strict=True))
     if rotations:
-        q, k = rotate_grid(q, *rotations), rotate_grid(k, *rotations)
-    out = ops.attend(q, k, v, mask=None, scale=cfg.head_dim**-0.5)
-    return tap("attn_out", linear(rearrange(out, "b p n h -> b p (n h)"), p.out, p.out_bias))
+        q, k = tap("rot_q", rotate_grid(q, *rotations)), tap("rot_k", rotate_grid(k, *rotations))
+    z = tap("z", ops.attend(q, k, v, mask=None, scale=cfg.head_dim**-0.5, tap=tap))
+    return linear(rearrange(z, "b p n h -> b p (n h)"), p.out, p.out_bias)
 
 
 def mlp(p: Layer | Head, x: Float[Tensor, "n p d"], tap: Tap = identity) -> Float[Tensor, "n p d"]:
     """Up, tanh-GELU, down."""
-    hidden = tap("mlp_hidden", ops.gelu(linear(x, p.up, p.up_bias)))
-    return tap("mlp_out", linear(hidden, p.down, p.down_bias))
+    hidden = tap("mlp_hidden", ops.gelu(tap("up", linear(x, p.up, p.up_bias))))
+    return linear(hidden, p.down, p.down_bias)
 
 
 def pool(p: Head, x: Float[Tensor, "n p d"], cfg: VisionConfig, tap: Tap = identity) -> Float[Tensor, "n d"]:
     """The encoder's output -> one vector per picture. The order of the patches does not matter."""
     probe = repeat(p.probe, "one d -> n one d", n=x.shape[0])
     # the query's own vector is not added back: the head's residual starts after its attention (big_vision vit.py)
-    x = tap("resid_mid", attention(p, probe, x, cfg, tap))
-    x = tap("resid_post", x + mlp(p, layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps), tap))
+    x = tap("resid_mid", tap("attn_out", attention(p, probe, x, cfg, tap)))
+    normed = tap("mlp_in", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
+    x = tap("resid_post", x + tap("mlp_out", mlp(p, normed, tap)))
     return rearrange(x, "n 1 d -> n d")
 
 

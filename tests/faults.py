@@ -1,13 +1,14 @@
 """One fault for each law, which the law must find: a change of a system that gives wrong numbers without raising."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._functorch import is_batchedtensor
 from torch.utils import _pytree as pytree
 
 import pgfunc as pg
+from pgfunc import taps
 from pgfunc.laws import System
 
 
@@ -106,6 +107,57 @@ def on_prompt(edit: Callable[[pg.Prompt], pg.Prompt]) -> Callable[[System], Syst
     return change(forward=lambda system: lambda prompt: system.forward(edit(prompt)))
 
 
+class Twisted(NamedTuple):
+    """A tap that scales the activations of one kind, before another tap gets them."""
+
+    last: str
+    factor: float
+    tap: taps.Tap
+
+    def asks(self, name):
+        return taps.asks(self.tap, name)
+
+    def __call__(self, name, x):
+        return self.tap(name, x * self.factor if name.endswith(self.last) else x)
+
+
+def twisted(last: str, factor: float) -> Callable[[System], System]:
+    """A function that makes a system show wrong activations of one kind."""
+    return change(tapped=lambda s: lambda prompt, tap=taps.identity: s.tapped(prompt, Twisted(last, factor, tap)))
+
+
+def with_captured_logits(fault: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[System], System]:
+    """A function that makes a system change the logits when it captures."""
+
+    def make(system: System):
+        def capture(fn, *patterns):
+            def captured(*args, **kwargs):
+                logits, seen = system.capture(fn, *patterns)(*args, **kwargs)
+                return fault(logits), seen
+
+            return captured
+
+        return capture
+
+    return change(capture=make)
+
+
+def with_edits(fault: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[System], System]:
+    """A function that makes a system change what an edit does."""
+    return change(edit=lambda s: lambda fn, changes: s.edit(fn, fault(changes)))
+
+
+def first_value_only(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiler that keeps the value of the last argument of the first call."""
+    values: list[Any] = []
+
+    def compiled(*args):
+        values.append(args[-1])
+        return fn(*args[:-1], values[0])
+
+    return compiled
+
+
 FAULTS: dict[str, Callable[[System], System]] = {
     "decode-equals-longer-prefill": change(
         decode=lambda s: lambda token, cache: s.decode(token, cache._replace(length=cache.length - 1))
@@ -137,6 +189,31 @@ FAULTS: dict[str, Callable[[System], System]] = {
     ),
     "the-head-is-the-embedding": change(  # a bias on the logits
         apply=lambda s: lambda params, p: s.apply(params, p) + torch.linspace(0, 1, s.vocab)
+    ),
+    "capturing-changes-nothing": with_captured_logits(lambda logits: logits + 1e-6),
+    "capturing-patterns-changes-only-the-rounding": with_captured_logits(lambda logits: 1.001 * logits),
+    "writing-back-changes-nothing": with_edits(  # in bfloat16
+        lambda changes: {name: lambda x, fn=fn: fn(x).bfloat16().to(x.dtype) for name, fn in changes.items()}
+    ),
+    "what-is-captured-depends-on-the-order": with_edits(  # edits twice
+        lambda changes: {name: lambda x, fn=fn: fn(fn(x)) for name, fn in changes.items()}
+    ),
+    "vmapped-edits-equal-a-loop": change(
+        tapped=lambda s: lambda *args, **kwargs: (x := s.tapped(*args, **kwargs)) * (1.1 if is_batchedtensor(x) else 1)
+    ),
+    "compiled-edits-equal-edits": change(compile=lambda s: first_value_only),
+    "rows-of-a-pattern-sum-to-1": twisted("pattern", 1.001),
+    "patterns-times-values-are-z": twisted(".z", 1.001),
+    "an-attribution-adds-up": change(
+        attribution=lambda s: lambda *args: (x := s.attribution(*args))._replace(mlps=1.001 * x.mlps)
+    ),
+    "resumed-runs-equal-whole-ones": change(
+        resume=lambda s: lambda prompt, layer, resid: s.resume(prompt, max(0, layer - 1), resid)
+    ),
+    "an-edit-changes-nothing-before-it": with_edits(lambda changes: changes | {"*.resid_pre": lambda x: 1.001 * x}),
+    "blind-heads-give-zero": with_edits(lambda changes: {}),
+    "the-gap-of-integrated-gradients-closes": change(
+        integrated=lambda s: lambda fn, x, baseline, nodes: s.integrated(fn, x, baseline, 1)
     ),
     "rms-norm-is-scale-invariant": change(rms_norm=lambda s: lambda x, scale: s.rms_norm(x, scale) * x.abs().amax()),
     "rms-norm-gives-unit-mean-square": change(rms_norm=lambda s: lambda x, scale: s.rms_norm(x, scale - 1)),

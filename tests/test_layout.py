@@ -7,7 +7,7 @@ import pgfunc
 
 ORDER = [
     "errors", "files", "files.locks", "files.journal", "files.atomic", "files.outputs", "files.jsonfile", "tree",
-    "config", "lowering", "quant.lowbit", "quant", "masks", "ops", "cache", "siglip", "siglip_dual", "gemma",
+    "config", "lowering", "taps", "quant.lowbit", "quant", "masks", "ops", "cache", "siglip", "siglip_dual", "gemma",
     "paligemma", "packing", "kernels", "kernels.device", "kernels.device_attention", "kernels.launch",
     "kernels.tuning", "kernels.calls", "kernels.reference", "kernels.operators", "kernels.rules", "image",
     "tokenizer.growth", "tokenizer.special", "tokenizer", "siglip_dual.prompt", "prompt", "sample", "jit.arguments",
@@ -18,8 +18,9 @@ ORDER = [
     "checkpoint.hf_config", "checkpoint.siglip_config", "checkpoint.shards", "checkpoint.hf", "checkpoint.bigvision",
     "checkpoint.source", "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip",
     "checkpoint.conversion", "objects.segment", "objects.fonts", "objects.draw", "objects.coco",
+    "lab.naming", "lab.functions", "lab.edits", "lab.readings", "lab",
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
-    "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms",
+    "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.lab",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
     "laws.hf", "laws.check", "laws", "cli.options", "cli.compiled", "cli.text", "cli.contrast", "cli.progress",
     "cli.train", "cli.drawings", "cli.locate", "cli.checkpoints", "cli.compile", "cli.bench", "cli.law_systems",

@@ -134,11 +134,6 @@ def test_upcast_never_narrows(dtype):
     assert ops.upcast(torch.zeros(1, dtype=dtype)).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_a_tap_of_a_part_has_the_names_of_its_place_and_the_default_stays_what_it_is():
-    assert ops.within("a", ops.identity) is ops.identity
-    assert ops.within("a", ops.within("b", lambda name, value: (name, value)))("c", 5) == ("b.a.c", 5)
-
-
 @pytest.mark.parametrize("id", [-1, 5, 99])
 def test_an_id_outside_the_table_is_an_error_or_nan(id):
     table, ids = torch.randn(5, 3), torch.tensor([[0, id, 4]])

@@ -216,32 +216,6 @@ def test_a_mistake_in_what_is_allowed_is_known_before_a_picture_is_read():
         pg.prefill(params(cfg), given._replace(pixels=None), cfg, 1, allowed=range(5, 5))
 
 
-def test_a_tap_sees_every_layer_and_can_edit_it():
-    cfg, tree = CONFIGS["gemma2"], params(CONFIGS["gemma2"])
-    given, seen = prompt(cfg, [3], [2]), {}
-
-    def record(name, x):
-        assert name not in seen, f"{name} passes once"
-        seen[name] = x
-        return x
-
-    logits = pg.forward(tree, given, cfg, record)
-    block = ("q", "k", "v", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post")
-    blocks = [*(f"vision.{i}" for i in range(2)), *(f"language.{i}" for i in range(3))]
-    between = {"vision.embed", "vision.out", "projector", "language.embed", "language.out", "logits"}
-    assert seen.keys() == {f"{place}.{value}" for place in blocks for value in block} | between
-    assert seen["logits"] is logits
-    whole, _ = set(seen), seen.clear()
-    _, cache = pg.prefill(tree, given, cfg, 1, record)
-    assert seen.keys() == whole
-    assert {seen[f"language.{i}.resid_post"].shape[1] for i in range(3)} == {VISION.tokens + 5}, "of every token"
-    seen.clear()
-    pg.decode(tree, torch.tensor([1]), cache, cfg, record)
-    assert seen.keys() == {name for name in whole if name.startswith(("language.", "logits"))}
-    edited = pg.forward(tree, given, cfg, lambda name, x: x * 0 if name == "language.1.attn_out" else x)
-    assert not torch.equal(edited, logits)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_whatever_is_made_is_made_where_the_parameters_are(name):
     cfg, tree = CONFIGS[name], paligemma.abstract(CONFIGS[name])

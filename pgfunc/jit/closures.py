@@ -112,6 +112,8 @@ def fingerprint(value: Any) -> Any:
         return type(value), repr(value)  # -0.0 == 0.0, and nan is not nan
     if isinstance(value, MethodType):
         return Identity(value.__func__), Identity(value.__self__)
+    if isinstance(value, ModuleType):  # a notebook adds names to its module; those that are read have expressions
+        return Identity(value)
     if isinstance(value, (set, frozenset, dict)):
         return type(value), [*value]
     if isinstance(value, Sized) and isinstance(value, Iterable):

@@ -27,6 +27,7 @@ from pgfunc.masks import Appended, Mask, Masks, Span
 from pgfunc.ops import Rotation
 from pgfunc.quant import lowbit
 from pgfunc.quant.lowbit import Int4, Quantized
+from pgfunc.taps import asks, identity
 
 TRITON = find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,9 +52,9 @@ def kernels_read(x: Tensor) -> bool:
     return x.dtype in DTYPES and on_gpu(x)
 
 
-def one_token(x: Tensor, tap: Any, weights: Any) -> bool:
-    """Whether x is one token of one row, there is no tap, and the kernels support these weights."""
-    fits = x.shape[:-1] == (1, 1) and tap is ops.identity and kernels_read(x)
+def one_token(x: Tensor, weights: Any) -> bool:
+    """Whether x is one token of one row, and the kernels support these weights."""
+    fits = x.shape[:-1] == (1, 1) and kernels_read(x)
     return fits and all(w.dtype in (x.dtype, *QUANTIZED) for w in pytree.tree_leaves(weights))
 
 
@@ -63,9 +64,9 @@ def block_applies(
     """Whether the kernels can compute this layer.
 
     They read q, k and v together, and gate and up together: each group has one method. They read 4 bits only in rows.
-    They compute the one token: `queries` is (), or selects that token once.
+    They compute the one token: `queries` is (), or selects that token once. They have no activations for a tap.
     """
-    if not (isinstance(past, Past) and isinstance(mask, Appended) and one_token(x, tap, p)):
+    if not (isinstance(past, Past) and isinstance(mask, Appended) and tap is identity and one_token(x, p)):
         return False
     if isinstance(queries, Tensor) and queries.shape != (1, 1):
         return False
@@ -74,11 +75,12 @@ def block_applies(
 
 
 def head_applies(p: gemma.Params, x: Tensor, rows: Any, cfg: TextConfig, tap: Any) -> bool:
-    return one_token(x, tap, p.embed)
+    return not asks(tap, "language.out") and one_token(x, p.embed)
 
 
-def rotate_applies(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, past: Any, queries: Any) -> bool:
-    return isinstance(past, Empty) and isinstance(queries, tuple) and kernels_read(q)
+def rotate_applies(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, past: Any, queries: Any, tap: Any) -> bool:
+    tapped = asks(tap, "rot_q", "rot_k")
+    return isinstance(past, Empty) and isinstance(queries, tuple) and not tapped and kernels_read(q)
 
 
 def span_applies(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, cap: float) -> bool:
@@ -122,7 +124,7 @@ def head(p: gemma.Params, x: Tensor, rows: Any, cfg: TextConfig, tap: Any) -> Te
 
 
 def rotate_and_append(
-    q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, past: Empty, queries: Any
+    q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, past: Empty, queries: Any, tap: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return operators.rope_to_cache(q, k, v, rotation.angles, past.slots - k.shape[1])
 

@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
 from pgfunc.laws.adapters import compiled, eager, quantized
 from pgfunc.laws.check import LAWS, check, checks
 from pgfunc.laws.hf import transformers
+from pgfunc.laws.lab import LAB
 from pgfunc.laws.law import Law, Result
 from pgfunc.laws.losses import LOSSES
 from pgfunc.laws.model import MODEL
@@ -45,7 +46,7 @@ from pgfunc.laws.texts import TEXTS
 from pgfunc.laws.transforms import TRANSFORMS
 
 __all__ = [
-    "LAWS", "LOSSES", "MODEL", "PARTS", "PICTURES", "SAMPLING", "STORED", "TEXTS", "TRANSFORMS",
+    "LAB", "LAWS", "LOSSES", "MODEL", "PARTS", "PICTURES", "SAMPLING", "STORED", "TEXTS", "TRANSFORMS",
     "Law", "Picture", "Result", "Rows", "Split", "Strategies", "System",
     "check", "checks", "compiled", "configs", "dtypes", "eager", "hostile", "parameters", "picture", "prompt",
     "quantized", "ragged", "splits", "transformers",

@@ -5,12 +5,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pgfunc import image, masks, ops, paligemma, quant, sample, tokenizer, tree
+from pgfunc import image, lab, masks, ops, paligemma, quant, sample, taps, tokenizer, tree
 from pgfunc.cache import Cache
 from pgfunc.checkpoint import bigvision, hf, shards
 from pgfunc.config import Config
@@ -22,6 +22,7 @@ from pgfunc.objects.detect import Box, Detection
 from pgfunc.paligemma import Params
 from pgfunc.prompt import Prompt
 from pgfunc.quant import dequantize, lowbit
+from pgfunc.taps import Tap, identity
 from pgfunc.tokenizer import Tokenizer
 from pgfunc.train.contrastive import sigmoid_loss, softmax_loss
 
@@ -52,6 +53,9 @@ def eager(
     def windowed(prompt: Prompt, size: int) -> Tensor:
         return apply(params, prompt, replace(cfg, text=replace(cfg.text, window=size)))
 
+    def tapped(prompt: Prompt, tap: Tap = identity) -> Tensor:
+        return paligemma.forward(params, on_device(prompt), cfg, tap if device.type == "cpu" else OnCpu(tap)).cpu()
+
     system = System(
         name,
         cfg.text.vocab,
@@ -68,6 +72,13 @@ def eager(
         reorder=reorder,
         reload=partial(reload, cfg),
         convert=partial(convert, cfg),
+        tapped=tapped,
+        capture=lab.capture,
+        edit=lab.edit,
+        resume=on(device, partial(resume, params, cfg)),
+        parts=lab.PARTS,
+        attribution=on(device, lambda seen, tokens, at: lab.attribution(params, seen, cfg, tokens, at)),
+        integrated=lab.integrated,
         quantize=on(device, quantize),
         rms_norm=on(device, partial(ops.rms_norm, eps=1e-6)),
         rotate=on(
@@ -120,7 +131,7 @@ def compiled(
     vq: vqvae.Params | tuple[()] = (),
 ) -> System:
     """pgfunc with a compiled decode step and a donated cache; compiled again for each batch size and cache size."""
-    return eager(params, cfg, name, tokenizer, vq, jit(paligemma.decode, donate="cache"))
+    return eager(params, cfg, name, tokenizer, vq, jit(paligemma.decode, donate="cache"))._replace(compile=jit)
 
 
 def quantized(params: Params, cfg: Config, method: str = "int8") -> System:
@@ -137,6 +148,23 @@ def to(device: torch.device, values: Any) -> Any:
 def on(device: torch.device, fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function computed on a device, with arguments and results on the CPU."""
     return lambda *arguments: to(torch.device("cpu"), fn(*to(device, arguments)))
+
+
+class OnCpu(NamedTuple):
+    """A tap that gets values on the CPU."""
+
+    tap: Tap
+
+    def asks(self, name: str) -> bool:
+        return taps.asks(self.tap, name)
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        return self.tap(name, x.cpu()).to(x.device)
+
+
+def resume(params: Params, cfg: Config, prompt: Prompt, layer: int, resid: Tensor) -> Tensor:
+    """The logits of a prompt, from the input of one layer."""
+    return lab.resume(params, prompt, cfg, layer, resid)
 
 
 def mask(valid: Tensor, causal: Tensor, window: int) -> Tensor:

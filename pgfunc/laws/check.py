@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from pgfunc.laws.lab import LAB
 from pgfunc.laws.law import Law, Result, search
 from pgfunc.laws.losses import LOSSES
 from pgfunc.laws.model import MODEL
@@ -17,7 +18,7 @@ from pgfunc.laws.system import System
 from pgfunc.laws.texts import TEXTS
 from pgfunc.laws.transforms import TRANSFORMS
 
-LAWS: tuple[Law, ...] = (*MODEL, *TRANSFORMS, *PARTS, *SAMPLING, *STORED, *TEXTS, *PICTURES, *LOSSES)
+LAWS: tuple[Law, ...] = (*MODEL, *TRANSFORMS, *LAB, *PARTS, *SAMPLING, *STORED, *TEXTS, *PICTURES, *LOSSES)
 EXAMPLES = 20
 
 

@@ -51,6 +51,15 @@ class System(NamedTuple):
     params: Any = ()
     apply: Callable[[Any, Prompt], Float[Tensor, "b t v"]] = absent
     reorder: Callable[[Any, Int[Tensor, "v"]], Any] = absent  # with the embedding's rows in this order
+    # activations: a forward pass with a tap (`pgfunc.taps`), and functions of such functions (`pgfunc.lab`)
+    tapped: Callable[..., Float[Tensor, "b t v"]] = absent  # prompt, tap
+    capture: Callable[..., Callable[..., Any]] = absent  # fn, names -> fn that returns (result, {name: activation})
+    edit: Callable[..., Callable[..., Any]] = absent  # fn, {name: function of the activation} -> fn
+    compile: Callable[..., Callable[..., Any]] = absent  # fn -> fn
+    resume: Callable[..., Float[Tensor, "b t v"]] = absent  # prompt, layer, its input [b s d]
+    parts: tuple[str, ...] = ()  # the activations that `attribution` reads
+    attribution: Callable[..., Any] = absent  # activations, tokens [b r], positions [b] -> parts with `total()` [b r]
+    integrated: Callable[..., tuple[Tensor, Tensor]] = absent  # fn, x, baseline, nodes -> parts, gap
     # parameters in files, and quantized
     reload: Callable[[Any], Any] = absent  # the parameters, saved and loaded
     convert: Callable[[Any], Any] = absent  # the parameters, converted to the other format and back

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pgfunc import siglip, tree
 from pgfunc.config import SiglipConfig, SiglipTextConfig
-from pgfunc.ops import Tap, identity, layer_norm, linear, upcast
+from pgfunc.ops import layer_norm, linear, upcast
+from pgfunc.taps import Tap, identity, within
 
 
 class TextParams(NamedTuple):
@@ -78,7 +79,7 @@ def encode_text(
     """Texts of `cfg.positions` tokens, including padding -> one vector per text, not yet normalized."""
     x = tap("text.embed", F.embedding(ids, p.embed) + p.position[: ids.shape[1]])
     for i, layer in enumerate(p.layers):
-        x = siglip.block(layer, x, cfg, lambda name, value, i=i: tap(f"text.{i}.{name}", value))
+        x = siglip.block(layer, x, cfg, within(f"text.{i}", tap, siglip.TAPS))
     x = tap("text.out", layer_norm(x, p.norm_scale, p.norm_bias, cfg.eps))
     return linear(x[:, -1], p.head, p.head_bias)
 
@@ -88,7 +89,7 @@ def embed_images(
 ) -> Float[Tensor, "n e"]:
     """Pictures with values in [-1, 1] -> unit vectors, in float32."""
     x = siglip.encode_image(params.vision, pixels, cfg.vision, tap)
-    x = siglip.pool(params.pool, x, cfg.vision, lambda name, value: tap(f"vision.pool.{name}", value))
+    x = siglip.pool(params.pool, x, cfg.vision, within("vision.pool", tap, siglip.TAPS))
     return tap("vision.vector", F.normalize(upcast(x), dim=-1))
 
 

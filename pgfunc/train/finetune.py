@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from pgfunc import gemma, quant, tree
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
-from pgfunc.ops import plain
 from pgfunc.paligemma import Params, Prompt, encode_images, hidden
+from pgfunc.taps import plain
 
 T = TypeVar("T")
 

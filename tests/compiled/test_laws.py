@@ -26,6 +26,15 @@ def test_the_laws_of_the_cache_hold_for_compiled_steps():
     assert len(chosen) == len(CACHE)
 
 
+def test_the_law_of_compiled_edits_holds():
+    cfg = CONFIGS["gemma2"]
+    rows = laws.ragged(rows=2).filter(lambda rows: len(rows.prefix) == 2)
+    chosen = [law for law in laws.LAB if "compile" in law.needs]
+    system = laws.compiled(laws.parameters(cfg), cfg)
+    (result,) = laws.check(system, chosen, laws.Strategies(rows=rows), 5, derandomize=True)
+    assert (result.verdict, result.why) == ("holds", "")
+
+
 def test_the_command_compiles_the_step(tmp_path, monkeypatch):
     pg.save(text_model(), tmp_path)
     steps = []

@@ -1,0 +1,105 @@
+"""Edits as values: put, add, block; and selections of tokens, heads and patches for them.
+
+An edit is a function from an activation to its replacement. These are trees, whose tensors may be traced by
+`torch.func` and `pg.jit`. `where` is a mask that broadcasts to the activation, so `vmap` over masks is a sweep.
+
+Axes: t tokens, s keys, n heads, p patches.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pgfunc.config import Config
+from pgfunc.errors import SettingError
+
+Where = Bool[Tensor, "*#s"] | bool
+
+
+class Put(NamedTuple):
+    """Replaces the activation by a value where the mask is True."""
+
+    value: Any
+    where: Any = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.where(as_mask(self.where, x), as_value(self.value, x), x)
+
+
+class Add(NamedTuple):
+    """Adds a vector to the activation where the mask is True."""
+
+    vector: Any
+    where: Any = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.where(as_mask(self.where, x), x + as_value(self.vector, x), x)
+
+
+class Block(NamedTuple):
+    """Makes queries blind to keys, in a mask of attention."""
+
+    queries: Any
+    keys: Any
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        queries, keys = (as_mask(each, mask) for each in self)
+        return mask & ~(rearrange(queries, "... t -> ... t 1") & rearrange(keys, "... s -> ... 1 s"))
+
+
+def put(value: Float[Tensor, "*#s"] | float, where: Where = True) -> Put:
+    """The edit that puts a value (of another run, a mean, 0) where a mask is True: patching and ablation."""
+    return Put(value, where)
+
+
+def add(vector: Float[Tensor, "*#s"] | float, where: Where = True) -> Add:
+    """The edit that adds a vector where a mask is True: steering."""
+    return Add(vector, where)
+
+
+def block(queries: Bool[Tensor, "*b t"], keys: Bool[Tensor, "*b s"]) -> Block:
+    """The edit of a `mask` after which these queries do not see these keys: attention knockout (Geva et al. 2023)."""
+    return Block(queries, keys)
+
+
+def tokens(*which: int | Bool[Tensor, "p"], n: int) -> Bool[Tensor, "t 1"]:
+    """True at these tokens of n; negative indices count from the end. A mask selects among the first tokens.
+
+    The axes suit activations `b t d`; for `b t n h` use `tokens(...)[:, None] & heads(...)`.
+    """
+    selected = torch.zeros(n, dtype=torch.bool, device="cpu")
+    for each in which:
+        if isinstance(each, Tensor):
+            selected[: len(each)] |= each.cpu()
+        elif -n <= each < n:
+            selected[each] = True
+        else:
+            raise SettingError(f"token {each} is not one of {n}")
+    return rearrange(selected, "t -> t 1")
+
+
+def heads(*which: int, n: int) -> Bool[Tensor, "n 1"]:
+    """True at these heads of n, for activations `b t n h`; for `b n t s` use `heads(...)[..., None]`."""
+    return tokens(*which, n=n)
+
+
+def patches(mask: Bool[Tensor, "*b y x"], cfg: Config, share: float = 0.5) -> Bool[Tensor, "*b p"]:
+    """The image tokens of which at least this share of the pixels is in a mask, of the model's picture size."""
+    size, side = cfg.vision.image_size, cfg.vision.patch
+    if mask.shape[-2:] != (size, size):
+        raise SettingError(f"the mask has {mask.shape[-2]} x {mask.shape[-1]} pixels, expected {size} x {size}")
+    inner = mask[..., : cfg.vision.grid * side, : cfg.vision.grid * side].float()
+    return reduce(inner, "... (gy y) (gx x) -> ... (gy gx)", "mean", y=side, x=side) >= share
+
+
+def as_mask(where: Any, x: Tensor) -> Tensor:
+    """The mask on the activation's device."""
+    return torch.as_tensor(where, dtype=torch.bool, device=x.device)
+
+
+def as_value(value: Any, x: Tensor) -> Tensor:
+    """The value on the activation's device, in its dtype."""
+    return torch.as_tensor(value, dtype=x.dtype, device=x.device)

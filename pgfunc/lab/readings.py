@@ -1,0 +1,141 @@
+"""What activations say about the logits: resumed runs, the logit lens, attributions.
+
+Each reading is a pure function, so it can be differentiated, mapped by `vmap` and compiled. Axes: b batch, s sequence
+(left-aligned: index = position), d width, l layers, n heads, r tokens whose logits are explained.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pgfunc import gemma, ops, paligemma
+from pgfunc.config import Config
+from pgfunc.errors import SettingError
+from pgfunc.lab.edits import add
+from pgfunc.lab.functions import capture, edit
+from pgfunc.paligemma import Params, Prompt
+from pgfunc.taps import Tap, Wrap, identity, plain
+
+PARTS = ("language.embed", "language.*.z", "language.*.mlp_out", "language.*.resid_post")  # what `attribution` reads
+T = TypeVar("T", bound=Any)
+
+
+def resume(
+    params: Params,
+    prompt: Prompt,
+    cfg: Config,
+    layer: int,
+    resid: Float[Tensor, "b s d"],
+    tap: Tap = identity,
+    wrap: Wrap = plain,
+) -> Float[Tensor, "b t v"]:
+    """The logits of `pg.forward`, computed from the input of one layer of the language model.
+
+    `resid` is `language.{layer}.resid_pre`; for `layer` = the number of layers it is the last `resid_post`. The
+    pictures of the prompt are not read. Raises SettingError for another layer.
+    """
+    if not 0 <= layer <= cfg.text.layers:
+        raise SettingError(f"layer is {layer}, expected 0 to {cfg.text.layers}")
+    x = paligemma.hidden_from(params, resid, prompt, cfg, layer, tap, wrap)
+    return wrap(gemma.unembed)(params.language, x[:, x.shape[1] - prompt.tokens.shape[1] :], cfg.text, tap)
+
+
+def lens(
+    params: Params, resid: Float[Tensor, "*b d"], cfg: Config, allowed: gemma.Allowed = None
+) -> Float[Tensor, "*b r"]:
+    """The logits that the final norm and the head make of a residual stream: the logit lens (nostalgebraist 2020)."""
+    return gemma.unembed(params.language, resid, cfg.text, allowed=allowed)
+
+
+class Attribution(NamedTuple):
+    """How much each part of the language model adds to some logits. The parts sum to the logits."""
+
+    embed: Float[Tensor, "b r"]
+    heads: Float[Tensor, "b l n r"]
+    mlps: Float[Tensor, "b l r"]
+
+    def total(self) -> Float[Tensor, "b r"]:
+        """The sum of all parts: the logits."""
+        return self.embed + self.heads.sum((1, 2)) + self.mlps.sum(1)
+
+
+def attribution(
+    params: Params, seen: Mapping[str, Tensor], cfg: Config, tokens: Int[Tensor, "b r"], at: Int[Tensor, "b"]
+) -> Attribution:
+    """Direct logit attribution of these tokens' logits after the token at position `at` of each row, in float32.
+
+    `seen` has the activations `PARTS`. The scale of the final norm is the one of this run. Gemma 2's norm after each
+    sublayer is applied to each head with the scale of the heads' sum. The final softcap multiplies each part by the
+    same factor. (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits")
+    """
+    text, p = cfg.text, params.language
+    row = torch.arange(len(at), device=at.device)
+    pick = lambda name: ops.upcast(seen[name][row, at])  # noqa: E731
+    final_scale = torch.rsqrt(pick(f"language.{text.layers - 1}.resid_post").square().mean(-1) + text.eps)
+    unembedding = ops.upcast(ops.embedding(tokens, p.embed)) * (1 + ops.upcast(p.norm))
+
+    def read(x: Float[Tensor, "b *n d"]) -> Float[Tensor, "b *n r"]:
+        return einsum(x, unembedding, final_scale, "b ... d, b r d, b -> b ... r")
+
+    heads, mlps = [], []
+    for i, layer in enumerate(p.layers):
+        z, out = pick(f"language.{i}.z"), rearrange(ops.upcast(layer.out), "d (n h) -> n d h", n=text.heads)
+        added = einsum(z, out, "b n h, n d h -> b n d")
+        if isinstance(layer.post_attention_norm, Tensor):
+            scale = torch.rsqrt(added.sum(1, keepdim=True).square().mean(-1, keepdim=True) + text.eps)
+            added = added * scale * (1 + ops.upcast(layer.post_attention_norm))
+        heads.append(read(added))
+        mlps.append(read(pick(f"language.{i}.mlp_out")))
+    parts = Attribution(read(pick("language.embed")), torch.stack(heads, 1), torch.stack(mlps, 1))
+    if not text.final_softcap:
+        return parts
+    total = parts.total()
+    factor = torch.where(total == 0, 1.0, ops.softcap(total, text.final_softcap) / total)
+    return Attribution(parts.embed * factor, parts.heads * factor[:, None, None], parts.mlps * factor[:, None])
+
+
+def attribution_patching(
+    fn: Callable[..., T],
+    metric: Callable[[T], Float[Tensor, ""]],
+    patterns: Sequence[str],
+    args: tuple[Any, ...],
+    other_args: tuple[Any, ...],
+) -> dict[str, Tensor]:
+    """For each activation: estimates of how the metric of `fn(*args)` changes if it is patched from `fn(*other_args)`.
+
+    The estimate of a patch is the sum over the patched elements. It is the first-order term, (other - own) · gradient,
+    for all sites from three runs. (Nanda 2023; Kramár et al. 2024, arXiv 2403.00745)
+    """
+    _, own = capture(fn, *patterns)(*args)
+    _, other = capture(fn, *patterns)(*other_args)
+
+    def shifted(shifts: dict[str, Tensor]) -> Float[Tensor, ""]:
+        return metric(edit(fn, {name: add(shift) for name, shift in shifts.items()})(*args))
+
+    gradients = torch.func.grad(shifted)({name: torch.zeros_like(x) for name, x in own.items()})
+    return {name: (other[name] - own[name]) * gradient for name, gradient in gradients.items()}
+
+
+def integrated(
+    fn: Callable[[Float[Tensor, "*s"]], Float[Tensor, ""]],
+    x: Float[Tensor, "*s"],
+    baseline: Float[Tensor, "*s"],
+    nodes: int = 32,
+) -> tuple[Float[Tensor, "*s"], Float[Tensor, ""]]:
+    """Integrated gradients of a scalar function along the line from `baseline` to x, by Gauss-Legendre quadrature.
+
+    Also returns the gap: the sum of the attributions minus fn(x) - fn(baseline), which is 0 for the exact integral.
+    Choose a baseline near the data: for pictures, a blurred copy converges with far fewer nodes than a grey one.
+    (Sundararajan et al. 2017)
+    """
+    roots, weights = np.polynomial.legendre.leggauss(nodes)
+    total = torch.zeros_like(x)
+    for root, weight in zip((roots + 1) / 2, weights / 2, strict=True):
+        total = total + float(weight) * torch.func.grad(fn)(baseline + float(root) * (x - baseline))
+    parts = total * (x - baseline)
+    return parts, parts.sum() - (fn(x) - fn(baseline))

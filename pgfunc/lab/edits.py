@@ -50,12 +50,12 @@ class Block(NamedTuple):
         return mask & ~(rearrange(queries, "... t -> ... t 1") & rearrange(keys, "... s -> ... 1 s"))
 
 
-def put(value: Float[Tensor, "*#s"] | float, where: Where = True) -> Put:
+def put(value: Float[Tensor, "*#s"] | float | int, where: Where = True) -> Put:
     """The edit that puts a value (of another run, a mean, 0) where a mask is True: patching and ablation."""
     return Put(value, where)
 
 
-def add(vector: Float[Tensor, "*#s"] | float, where: Where = True) -> Add:
+def add(vector: Float[Tensor, "*#s"] | float | int, where: Where = True) -> Add:
     """The edit that adds a vector where a mask is True: steering."""
     return Add(vector, where)
 

@@ -18,7 +18,7 @@ ORDER = [
     "checkpoint.hf_config", "checkpoint.siglip_config", "checkpoint.shards", "checkpoint.hf", "checkpoint.bigvision",
     "checkpoint.source", "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip",
     "checkpoint.conversion", "objects.segment", "objects.fonts", "objects.draw", "objects.coco",
-    "lab.naming", "lab.functions", "lab.edits", "lab.readings", "lab",
+    "lab.naming", "lab.functions", "lab.edits", "lab.readings", "lab.pictures", "lab",
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
     "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.lab",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",

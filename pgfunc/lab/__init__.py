@@ -12,6 +12,7 @@ can be nested, compiled by `pg.jit`, and transformed by `torch.func`. `capture(e
     functions.py  capture, edit, names
     edits.py      put, add, block, and selections: tokens, heads, patches
     readings.py   resume, logit lens, direct logit attribution, attribution patching, integrated gradients
+    pictures.py   heat, grid, strip
 """
 
 from pgfunc.lab.edits import Add as Add
@@ -29,6 +30,11 @@ from pgfunc.lab.functions import edit as edit
 from pgfunc.lab.functions import edits as edits
 from pgfunc.lab.functions import names as names
 from pgfunc.lab.naming import Shape as Shape
+from pgfunc.lab.naming import table as table
+from pgfunc.lab.pictures import Drawing as Drawing
+from pgfunc.lab.pictures import grid as grid
+from pgfunc.lab.pictures import heat as heat
+from pgfunc.lab.pictures import strip as strip
 from pgfunc.lab.readings import PARTS as PARTS
 from pgfunc.lab.readings import Attribution as Attribution
 from pgfunc.lab.readings import attribution as attribution

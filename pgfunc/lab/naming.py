@@ -22,6 +22,37 @@ AXES = {  # of the activations outside of blocks
     "text.vector": "b e",
 }
 
+MEANINGS = {  # of the activations in each block, in the order of the computation
+    "resid_pre": "the residual stream, as it enters the layer",
+    "attn_in": "the same, normalized: the input of attention",
+    "q": "queries, before rotation",
+    "k": "keys, before rotation",
+    "v": "values",
+    "rot_q": "queries, rotated by their positions",
+    "rot_k": "keys, rotated by their positions; the cache holds these",
+    "mask": "which query sees which key",
+    "attn_scores": "products of queries and keys, scaled and softcapped, not masked",
+    "pattern": "the weights of attention: masked softmax of the scores, in float32",
+    "z": "the result of each head: its weights times its values",
+    "attn_out": "what attention adds to the residual stream, behind Gemma 2's norm",
+    "resid_mid": "the residual stream between attention and MLP",
+    "mlp_in": "the same, normalized: the input of the MLP",
+    "gate": "the gate of the MLP, before its GELU",
+    "up": "the up projection; in SigLIP before the GELU",
+    "mlp_hidden": "the hidden layer of the MLP",
+    "mlp_out": "what the MLP adds to the residual stream, behind Gemma 2's norm",
+    "resid_post": "the residual stream, as it leaves the layer",
+}
+OUTSIDE = {  # of the activations outside of blocks
+    "vision.embed": "patches as vectors, with their positions",
+    "vision.out": "the vision encoder's output, normalized",
+    "projector": "image tokens, in the width of the language model",
+    "language.embed": "the language model's input: image tokens, then text",
+    "language.out": "the language model's output, normalized",
+    "logits": "the logits",
+}
+BLOCKS = {"language": gemma.TAPS, "vision": siglip.TAPS}  # SigLIP's text encoder has the names of its vision encoder
+
 
 class Shape(tuple[int, ...]):
     """The shape of an activation, with the names of its axes: `sizes["n"]` is the number of heads."""
@@ -44,7 +75,7 @@ class Shape(tuple[int, ...]):
 def axes_of(name: str, dims: int) -> list[str]:
     """The axes of an activation. Those of a name that is not the package's are numbered."""
     part, _, last = name.rpartition(".")
-    blocks = gemma.TAPS if part.startswith("language.") else siglip.TAPS
+    blocks = BLOCKS["language" if part.startswith("language.") else "vision"]
     axes = AXES.get(name, blocks.get(last, "")).split()
     return axes if len(axes) == dims else [f"axis{i}" for i in range(dims)]
 
@@ -75,3 +106,15 @@ def check_known(patterns: Iterable[str], names: Collection[str], similar: Collec
         if not any(matches(name, pattern) for name in names):
             near = get_close_matches(pattern, sorted(similar), 3, cutoff=0.0)
             raise SettingError(f"{pattern!r} matches no activation of this call; similar: {', '.join(near) or 'none'}")
+
+
+def table() -> str:
+    """All activations of PaliGemma as a Markdown table: names, axes, meanings."""
+    rows = ["| name | axes | what it is |", "|---|---|---|"]
+    rows += [f"| `{name}` | `{AXES[name]}` | {meaning} |" for name, meaning in OUTSIDE.items()]
+    for last, meaning in MEANINGS.items():
+        shapes = {part: blocks[last] for part, blocks in BLOCKS.items() if last in blocks}
+        axes = ", ".join(f"`{axes}`" for axes in dict.fromkeys(shapes.values()))
+        parts = ", ".join(f"`{part}.N.{last}`" for part in shapes)
+        rows.append(f"| {parts} | {axes} | {meaning} |")
+    return "\n".join(rows) + "\n"

@@ -111,7 +111,8 @@ def follow(step: Jitted, cfg: pg.Config, moves: list[tuple[int, int, str]]) -> N
         assert torch.equal(mine.length, pure.length)
         visible = torch.arange(pure.slots) < pure.length[:, None]
         for one, other in zip((*mine.k, *mine.v), (*pure.k, *pure.v), strict=True):
-            close(one[:, : pure.slots][visible], other[visible])
+            largest = other[visible].abs().amax().clamp(min=1)  # each edit doubles the keys, and their rounding errors
+            close(one[:, : pure.slots][visible] / largest, other[visible] / largest)
 
 
 def test_a_handle_whose_length_was_replaced_is_a_separate_handle(step, cfg, weights):

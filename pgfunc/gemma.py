@@ -170,7 +170,7 @@ def run(
         layer_tap, layer_queries = within(f"language.{i}", tap, TAPS), queries if i == len(p.layers) - 1 else ()
         x, layer_kv = wrap(lowered(block))(p.layers[i], x, rotation, mask, cfg, pasts[i], layer_tap, layer_queries)
         kv.append(layer_kv)
-    return x, tuple(kv)
+    return (x if kv else pick(x, queries)), tuple(kv)
 
 
 def block(

@@ -132,13 +132,17 @@ def hidden_from(
     first: int,
     tap: Tap = identity,
     wrap: Wrap = plain,
-) -> Float[Tensor, "b s d"]:
-    """`hidden`, computed from the input of layer `first`. This x is left-aligned; the output has the prompt's order."""
+    queries: gemma.Queries = (),
+) -> Float[Tensor, "b q d"]:
+    """`hidden`, computed from the input of layer `first`, which is left-aligned. The output has the prompt's order.
+
+    If `queries` is given, the output has only these positions, and the last layer computes only those.
+    """
     valid, causal = flags(prompt, x.shape[1] - prompt.tokens.shape[1])
     order = valid_first(valid)
     positions, seen, _ = positions_and_masks(*gemma.pick((valid, causal), order), cfg)
-    x, _ = gemma.run(params.language, x, positions, seen, cfg.text, tap=tap, wrap=wrap, first=first)
-    return gemma.pick(x, order.argsort(dim=-1))
+    x, _ = gemma.run(params.language, x, positions, seen, cfg.text, (), tap, wrap, queries, first)
+    return x if isinstance(queries, Tensor) else gemma.pick(x, order.argsort(dim=-1))
 
 
 def prefill(

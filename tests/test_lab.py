@@ -220,6 +220,16 @@ def test_a_run_resumes_at_a_layer_with_its_taps(layer):
     assert [*later] == [*(f"language.{i}.resid_pre" for i in range(layer, 3)), "logits"]
 
 
+@pytest.mark.parametrize("layer", range(4))
+def test_a_resumed_run_computes_the_logits_of_chosen_positions(layer):
+    _, seen = lab.capture(pg.forward, "language.*.resid_pre", "language.2.resid_post")(TREE, ROWS, CFG)
+    resid = seen["language.2.resid_post" if layer == 3 else f"language.{layer}.resid_pre"]
+    found = lab.resume(TREE, ROWS, CFG, layer, resid, queries=torch.tensor([[8, 5], [4, 6]]))
+    logits = pg.forward(TREE, ROWS, CFG)  # of the text, behind 4 image tokens
+    expected = torch.stack([logits[0, [4, 1]], logits[1, [0, 2]]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("layer", [-1, 4])
 def test_a_run_does_not_resume_at_a_layer_that_is_not_there(layer):
     with pytest.raises(SettingError, match=f"layer is {layer}, expected 0 to 3"):

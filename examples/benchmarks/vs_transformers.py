@@ -92,13 +92,18 @@ def peer(model: pg.Model) -> PaliGemmaForConditionalGeneration:
     return other.eval()
 
 
+def inputs_of(model: pg.Model, prompt: pg.Prompt) -> dict[str, Tensor]:
+    """The prompt as transformers takes it."""
+    marks = torch.full((len(prompt.tokens), model.cfg.vision.tokens), model.cfg.image, device=prompt.tokens.device)
+    ids = torch.cat([marks, prompt.tokens], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids),
+            "pixel_values": prompt.pixels.flatten(0, 1).to(model.params.projector.dtype)}  # fmt: skip
+
+
 def writers(model: pg.Model, other: Any, prompt: pg.Prompt, compile: bool) -> dict[str, Writer]:
     """The competitors by name."""
     batch, device = len(prompt.tokens), prompt.tokens.device
-    marks = torch.full((batch, model.cfg.vision.tokens), model.cfg.image, device=device)
-    ids = torch.cat([marks, prompt.tokens], 1)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids),
-              "pixel_values": prompt.pixels.flatten(0, 1).to(model.params.projector.dtype)}  # fmt: skip
+    inputs = inputs_of(model, prompt)
     everywhere = CompileConfig()
     setattr(everywhere, "_compile_all_devices", True)  # noqa: B010  without it, it compiles on accelerators only
     compiling = {"compile_config": everywhere} if device.type == "cpu" and compile else {"disable_compile": not compile}
@@ -113,8 +118,8 @@ def writers(model: pg.Model, other: Any, prompt: pg.Prompt, compile: bool) -> di
     def theirs(**settings: Any) -> Writer:
         def write(tokens: int) -> Tensor:
             out = other.generate(**inputs, max_new_tokens=tokens, do_sample=False, **settings)
-            assert out.shape[1] == ids.shape[1] + tokens, "it stopped early"
-            return out[:, ids.shape[1] :].cpu()
+            assert out.shape[1] == inputs["input_ids"].shape[1] + tokens, "it stopped early"
+            return out[:, -tokens:].cpu()
 
         return write
 

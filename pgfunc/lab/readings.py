@@ -33,16 +33,19 @@ def resume(
     resid: Float[Tensor, "b s d"],
     tap: Tap = identity,
     wrap: Wrap = plain,
+    queries: gemma.Queries = (),
 ) -> Float[Tensor, "b t v"]:
     """The logits of `pg.forward`, computed from the input of one layer of the language model.
 
     `resid` is `language.{layer}.resid_pre`; for `layer` = the number of layers it is the last `resid_post`. The
-    pictures of the prompt are not read. Raises SettingError for another layer.
+    pictures of the prompt are not read. If `queries` is given, these positions get logits instead of all text
+    positions, and the last layer computes only them. Raises SettingError for a layer that does not exist.
     """
     if not 0 <= layer <= cfg.text.layers:
         raise SettingError(f"layer is {layer}, expected 0 to {cfg.text.layers}")
-    x = paligemma.hidden_from(params, resid, prompt, cfg, layer, tap, wrap)
-    return wrap(gemma.unembed)(params.language, x[:, x.shape[1] - prompt.tokens.shape[1] :], cfg.text, tap)
+    x = paligemma.hidden_from(params, resid, prompt, cfg, layer, tap, wrap, queries)
+    x = x if isinstance(queries, Tensor) else x[:, x.shape[1] - prompt.tokens.shape[1] :]
+    return wrap(gemma.unembed)(params.language, x, cfg.text, tap)
 
 
 def lens(

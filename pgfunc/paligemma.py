@@ -95,7 +95,8 @@ def join(params: Params, image: Float[Tensor, "b ip d"], prompt: Prompt, cfg: Co
     """Encoded pictures and the text of a prompt as one sequence. The pictures belong to the bidirectional prefix."""
     # only text is scaled by sqrt(width): image tokens are the projector's output (big_vision paligemma.py)
     text = gemma.embed(params.language, prompt.tokens, cfg.text)
-    return Embedded(torch.cat([image, text], dim=1), *flags(prompt, image.shape[1]))
+    valid, causal = flags(prompt, image.shape[1])
+    return Embedded(torch.cat([image, text], dim=1), valid, causal)
 
 
 def flags(prompt: Prompt, image_tokens: int) -> tuple[Bool[Tensor, "b s"], Bool[Tensor, "b s"]]:
@@ -192,7 +193,9 @@ def positions_and_masks(
 
 def left_align(embedded: Embedded) -> Embedded:
     """Move the valid tokens of each row to the front, in order, so that slot s of the cache is position s."""
-    return gemma.pick(embedded, valid_first(embedded.valid))
+    order = valid_first(embedded.valid)
+    x = torch.take_along_dim(embedded.x, rearrange(order, "b s -> b s 1"), dim=1)
+    return Embedded(x, embedded.valid.take_along_dim(order, 1), embedded.causal.take_along_dim(order, 1))
 
 
 def valid_first(valid: Bool[Tensor, "b s"]) -> Int[Tensor, "b s"]:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ import pgfunc as pg
 from pgfunc import lab, paligemma, siglip_dual
 from pgfunc.config import SiglipTextConfig
 from pgfunc.errors import SettingError
+from pgfunc.train.finetune import recomputed
 
 CFG = CONFIGS["gemma2"]
 TREE = params(CFG)
@@ -206,6 +208,17 @@ def test_captured_activations_have_gradients():
     assert not grad(size)(TREE).language.layers[2].v.any()
 
 
+def test_activations_that_a_backward_pass_recomputes_are_not_captured_again():
+    tree = pg.tree.map(lambda leaf: leaf.detach().requires_grad_(), TREE)
+    capture = lab.capture(pg.forward, "language.1.z")
+    grads = []
+    for options in ({}, {"wrap": recomputed}):
+        logits, seen = capture(tree, ROWS, CFG, **options)
+        assert [*seen] == ["language.1.z"]
+        grads.append(torch.autograd.grad(logits[..., 0].sum(), tree.language.layers[0].q)[0])
+    torch.testing.assert_close(*grads)
+
+
 # --- readings
 
 
@@ -273,6 +286,16 @@ def test_attributions_of_heads_are_what_the_logits_lose_without_them_before_the_
     else:
         share = logits.gather(1, tokens) / read(last)
         torch.testing.assert_close(parts.mlps[:, 2], read(last - without) * share, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4-32"])
+def test_attributions_of_quantized_models_add_up(method):
+    cfg = replace(CFG, text=replace(CFG.text, width=64, hidden=64, head_dim=32, kv_heads=2))
+    tree = pg.quant.quantize(params(cfg), method)
+    (logits, cache), seen = lab.capture(partial(pg.prefill, size=1), *lab.PARTS)(tree, ROWS, cfg)
+    tokens = torch.tensor([[3, 7], [1, 2]])
+    parts = lab.attribution(tree, seen, cfg, tokens, cache.length - 1)
+    torch.testing.assert_close(parts.total(), logits.gather(1, tokens), rtol=1e-3, atol=1e-4)
 
 
 def test_attribution_patching_is_the_slope_of_patching():

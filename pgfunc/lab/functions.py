@@ -27,6 +27,7 @@ def capture(fn: Callable[..., Any], *patterns: str) -> Callable[..., Any]:
         recorder = Recorder(patterns, tap)
         result = fn(*args, tap=recorder, **kwargs)
         recorder.log.check(patterns)
+        recorder.finished = True
         return result, recorder.seen
 
     return captured
@@ -96,6 +97,7 @@ class Recorder:
 
     def __init__(self, patterns: tuple[str, ...], outer: Tap):
         self.patterns, self.outer, self.log = patterns, outer, Log()
+        self.finished = False  # then a backward pass recomputes activations, which are not kept
         self.seen: dict[str, Tensor] = {}
 
     def asks(self, name: str) -> bool:
@@ -104,7 +106,7 @@ class Recorder:
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         self.log.passed.add(name)
-        if any(matches(name, pattern) for pattern in self.patterns):
+        if not self.finished and any(matches(name, pattern) for pattern in self.patterns):
             if name in self.seen:
                 raise SettingError(f"{name} passes twice in this call: capture a function that computes it once")
             self.seen[name] = x

@@ -19,6 +19,7 @@ from pgfunc.errors import SettingError
 from pgfunc.lab.edits import add
 from pgfunc.lab.functions import capture, edit
 from pgfunc.paligemma import Params, Prompt
+from pgfunc.quant.lowbit import dequantize
 from pgfunc.taps import Tap, Wrap, identity, plain
 
 PARTS = ("language.embed", "language.*.z", "language.*.mlp_out", "language.*.resid_post")  # what `attribution` reads
@@ -87,7 +88,8 @@ def attribution(
 
     heads, mlps = [], []
     for i, layer in enumerate(p.layers):
-        z, out = pick(f"language.{i}.z"), rearrange(ops.upcast(layer.out), "d (n h) -> n d h", n=text.heads)
+        z, out = pick(f"language.{i}.z"), layer.out if isinstance(layer.out, Tensor) else dequantize(layer.out)
+        out = rearrange(ops.upcast(out), "d (n h) -> n d h", n=text.heads)
         added = einsum(z, out, "b n h, n d h -> b n d")
         if isinstance(layer.post_attention_norm, Tensor):
             scale = torch.rsqrt(added.sum(1, keepdim=True).square().mean(-1, keepdim=True) + text.eps)
@@ -132,13 +134,16 @@ def integrated(
 ) -> tuple[Float[Tensor, "*s"], Float[Tensor, ""]]:
     """Integrated gradients of a scalar function along the line from `baseline` to x, by Gauss-Legendre quadrature.
 
-    Also returns the gap: the sum of the attributions minus fn(x) - fn(baseline), which is 0 for the exact integral.
-    Choose a baseline near the data: for pictures, a blurred copy converges with far fewer nodes than a grey one.
+    The attributions are in float32, or wider. Also returns the gap: the sum of the attributions minus fn(x) -
+    fn(baseline), which is 0 for the exact integral. Choose a baseline near the data: for pictures, a blurred copy
+    converges with far fewer nodes than a grey one.
     (Sundararajan et al. 2017)
     """
     roots, weights = np.polynomial.legendre.leggauss(nodes)
-    total = torch.zeros_like(x)
+    start, direction = ops.upcast(baseline), ops.upcast(x) - ops.upcast(baseline)
+    total = torch.zeros_like(direction)
     for root, weight in zip((roots + 1) / 2, weights / 2, strict=True):
-        total = total + float(weight) * torch.func.grad(fn)(baseline + float(root) * (x - baseline))
-    parts = total * (x - baseline)
+        point = (start + float(root) * direction).to(x.dtype)
+        total = total + float(weight) * ops.upcast(torch.func.grad(fn)(point))
+    parts = total * direction
     return parts, parts.sum() - (fn(x) - fn(baseline))

@@ -169,7 +169,7 @@ def blind_heads_give_zero(system: System, rows: Rows) -> float:
 
 
 @law("The gap of integrated gradients is 0 for enough nodes.",
-     needs="tapped capture edit integrated", domain=any_rows, within=5e-3,
+     needs="tapped capture edit integrated", domain=any_rows, within=5e-3, roundings=1.0,
      reason="16 nodes; as a share of the parts' absolute sum")  # fmt: skip
 def the_gap_of_integrated_gradients_closes(system: System, rows: Rows) -> float:
     prompt = prompt_for(system, rows)

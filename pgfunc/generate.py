@@ -119,7 +119,7 @@ def stream(
     settings = Settings(temperature, top_k, top_p, min_p)
     prompt = prepare_checked(model, [images], [prefix], max_new_tokens)
     u = uniform(seed, [0], max_new_tokens)
-    vocabulary = tokenizer_of(model)
+    vocabulary, tap = tokenizer_of(model), bind(tap, paligemma.names(model.cfg))  # an error is raised at the call
 
     def text() -> Generator[str, None, str]:
         finish = "length"

@@ -143,8 +143,8 @@ def attend(
 ) -> Float[Tensor, "b t n h"]:
     """softmax(softcap(q·k · scale)) · v over the keys where mask is True; query head i reads kv head i * k // n.
 
-    A query that sees no key gives zeros. Keys beyond the mask's last column are not read. Only a tap that asks for
-    `attn_scores` or `pattern` gets them, from `attend_explicit`, and only for it the mask is made in memory.
+    A query that sees no key gives zeros. Keys beyond the mask's last column are not read. A tap gets `mask`,
+    `attn_scores` and `pattern` only if it asks for them; for the last two, `attend_explicit` computes the attention.
     """
     if asks(tap, "mask"):
         mask = tap("mask", everything(q, k) if mask is None else dense(mask, k.shape[1]))

@@ -137,7 +137,8 @@ def hidden_from(
 ) -> Float[Tensor, "b q d"]:
     """`hidden`, computed from the input of layer `first`, which is left-aligned. The output has the prompt's order.
 
-    If `queries` is given, the output has only these positions, and the last layer computes only those.
+    If `queries` is given, the output has only these positions of the left-aligned sequence, and the last layer computes
+    only those.
     """
     valid, causal = flags(prompt, x.shape[1] - prompt.tokens.shape[1])
     order = valid_first(valid)

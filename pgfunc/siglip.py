@@ -111,7 +111,8 @@ def abstract(cfg: VisionConfig) -> Params:
 
 def names(cfg: VisionConfig) -> list[str]:
     """What a tap gets from the encoder, in order."""
-    blocks = [f"vision.{i}.{name}" for i in range(cfg.layers) for name in TAPS]
+    inside = [name for name in TAPS if cfg.position == "rope2d" or not name.startswith("rot_")]
+    blocks = [f"vision.{i}.{name}" for i in range(cfg.layers) for name in inside]
     return ["vision.embed", *blocks, "vision.out"]
 
 

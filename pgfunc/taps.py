@@ -2,8 +2,8 @@
 
 A tap is a function of a name and a value. The model passes each activation through it, and continues with the result:
 `x = tap("language.3.resid_post", x)`. A tap with a method `asks(name)` says which names it needs. It gets those, and
-perhaps others, which it returns unchanged. A layer of which it needs none is computed as if there were no tap, so it
-stays on its fast path. A tap without that method gets all names but `COSTLY`. `pgfunc.lab` makes taps.
+perhaps others, which it returns unchanged. If it needs nothing from a layer, that layer is computed as if there were no
+tap, and stays on its fast path. A tap without that method gets all names but `COSTLY`. `pgfunc.lab` makes taps.
 """
 
 from collections.abc import Callable, Iterable

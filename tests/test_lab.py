@@ -1,5 +1,6 @@
 """The lab: edits are values, unknown names are errors, selections are masks, readings equal what they stand for."""
 
+import inspect
 import re
 import sys
 from dataclasses import replace
@@ -95,6 +96,28 @@ def test_edits_of_one_name_are_applied_in_order_and_patterns_match_many():
     assert [float(x.unique()) for x in seen.values()] == [1.0, 1.0, 2.0]
 
 
+def test_an_edit_that_returns_no_tensor_is_an_error():
+    with pytest.raises(SettingError, match="the edit of logits returns NoneType, expected float32"):
+        lab.edit(pg.forward, {"logits": lambda x: None})(TREE, ROWS, CFG)
+
+
+def test_tap_is_passed_by_name():
+    def own(params, tap, cfg, *, scale=1.0):
+        return scale * pg.forward(params, ROWS, cfg, tap)
+
+    parameters = inspect.signature(lab.capture(own, "logits")).parameters
+    assert str(inspect.Signature(parameters.values())).startswith("(params, *, cfg, scale=1.0, tap=<function identity")
+    logits, _ = lab.capture(own, "logits")(TREE, cfg=CFG, scale=2.0)
+    assert torch.equal(logits, 2 * pg.forward(TREE, ROWS, CFG))
+    assert "tap" in inspect.signature(lab.edit(pg.decode, {})).parameters
+
+
+def test_names_needs_all_tensors_as_arguments():
+    for fn, args in ((partial(pg.forward, TREE), (ROWS, CFG)), (lambda tap: pg.forward(TREE, ROWS, CFG, tap), ())):
+        with pytest.raises(SettingError, match="names needs every tensor as an argument; the function closes over"):
+            lab.names(fn, *args)
+
+
 def test_a_captured_function_keeps_its_name_and_its_arguments():
     fn = lab.capture(lab.edit(pg.decode, {"logits": lab.put(0.0)}), "logits")
     assert fn.__name__ == "decode"
@@ -164,7 +187,7 @@ def test_selections_are_masks():
     image = torch.tensor([False, True])
     assert lab.tokens(image, 3, n=4).tolist() == [[False], [True], [False], [True]]
     for wrong in (4, -5):
-        with pytest.raises(SettingError, match=f"token {wrong} is not one of 4"):
+        with pytest.raises(SettingError, match=f"^{wrong} is not one of 4"):
             lab.tokens(wrong, n=4)
 
 
@@ -180,6 +203,15 @@ def test_patches_are_the_image_tokens_that_a_mask_covers():
     ]
     with pytest.raises(SettingError, match="the mask has 28 x 27 pixels, expected 28 x 28"):
         lab.patches(mask[:, :27], CFG)
+
+
+@pytest.mark.parametrize("where", [torch.tensor([0]), torch.tensor(5), 3])
+def test_an_index_is_not_a_mask(where):
+    for change in (lab.Put(0.0, where), lab.Add(1.0, where), lab.Block(where, torch.tensor([True, True]))):
+        with pytest.raises(SettingError, match=r"a selection is int(64)?, expected a mask of bool, see lab.tokens"):
+            change(torch.zeros(1, 2, 2, dtype=torch.bool))
+    with pytest.raises(SettingError, match=r"a selection is bool \(5,\), expected a mask of at most 3 bool"):
+        lab.tokens(torch.ones(5, dtype=torch.bool), n=3)
 
 
 # --- transforms
@@ -310,6 +342,34 @@ def test_attribution_patching_is_the_slope_of_patching():
         torch.testing.assert_close(found[name].sum(), exact, rtol=0.05, atol=1e-3)
 
 
+def test_runs_of_different_lengths_are_not_patched():
+    longer = prompt(CFG, [4, 2], [2, 4])
+    with pytest.raises(
+        SettingError, match=r"language.1.z is float32 \(2, 9, 4, 8\) in one run and float32 \(2, 10, 4, 8"
+    ):
+        lab.attribution_patching(pg.forward, torch.sum, ["language.1.z"], (TREE, ROWS, CFG), (TREE, longer, CFG))
+    found = lab.attribution_patching(
+        pg.forward, torch.sum, ["language.1.*"], (TREE, ROWS, CFG), (TREE, prompt(CFG, [3, 1], [2, 4], seed=5), CFG)
+    )
+    assert "language.1.z" in found
+    assert "language.1.mask" not in found
+
+
+def test_a_run_does_not_resume_from_a_step_of_decode():
+    with pytest.raises(SettingError, match="resid has 1 positions, fewer than the 5 of the text"):
+        lab.resume(TREE, ROWS, CFG, 1, torch.zeros(2, 1, 16))
+
+
+def test_the_gradient_of_an_attribution_of_zero_is_finite():
+    _, seen = lab.capture(pg.forward, *lab.PARTS)(TREE, ROWS, CFG)
+    zeros = {name: torch.zeros_like(x) for name, x in seen.items()}
+
+    def total(seen):
+        return lab.attribution(TREE, seen, CFG, torch.tensor([[1], [2]]), torch.tensor([5, 6])).total().sum()
+
+    assert all(x.isfinite().all() for x in grad(total)(zeros).values())
+
+
 def test_integrated_gradients_of_a_polynomial_are_exact():
     def fn(x):
         return (x[0] ** 3 * x[1]).sum()
@@ -339,6 +399,7 @@ def test_generation_is_steered_and_equals_a_loop_of_edited_calls():
     assert found.tokens == expected
     assert lab.edit(pg.generate, changes)(model, [[]], "ab", max_new_tokens=5) == [found]
     assert "".join(pg.stream(model, [], "ab", max_new_tokens=5, tap=lab.edits(changes))) == found.text
+    assert "".join(lab.edit(pg.stream, changes)(model, [], "ab", max_new_tokens=5)) == found.text
     assert found != pg.generate(model, [[]], "ab", max_new_tokens=5)[0]
 
 
@@ -357,8 +418,11 @@ def test_in_a_loop_unknown_names_are_errors_and_nothing_is_captured():
         for run in (pg.generate, lambda *args, **kw: [*pg.stream(*args, **kw)]):
             with pytest.raises(SettingError, match="matches no activation"):
                 run(model, [[]] if run is pg.generate else [], "ab", max_new_tokens=2, tap=tap)
-    with pytest.raises(SettingError, match=r"a loop computes each activation many times: capture pg.prefill"):
-        lab.capture(pg.generate, "logits")(model, [[]], "ab", max_new_tokens=2)
+    for fn, images in ((pg.generate, [[]]), (pg.stream, [])):
+        with pytest.raises(SettingError, match=r"a loop computes each activation many times: capture pg.prefill"):
+            lab.capture(fn, "logits")(model, images, "ab", max_new_tokens=2)
+    with pytest.raises(SettingError, match=r"'vision.0.rot_q' matches no activation"):  # its positions are learned
+        lab.edit(pg.generate, {"vision.0.rot_q": lab.put(0.0)})(model, [[]], "ab", max_new_tokens=2)
 
 
 # --- pictures and tables
@@ -367,7 +431,8 @@ def test_in_a_loop_unknown_names_are_errors_and_nothing_is_captured():
 def test_the_note_has_the_table_of_activations():
     assert lab.table() in (ROOT / "examples/notes/lab.md").read_text()
     named = {word for line in lab.table().splitlines() for word in re.findall(r"`((?:vision|language)\.[\w.]+)`", line)}
-    listed = {re.sub(r"\.\d+\.", ".N.", name) for name in paligemma.names(CFG)} - {"logits", "projector"}
+    names = paligemma.names(CONFIGS["rope2d"])
+    listed = {re.sub(r"\.\d+\.", ".N.", name) for name in names} - {"logits", "projector"}
     assert named == listed
 
 
@@ -401,6 +466,8 @@ def test_a_grid_has_its_first_row_at_the_bottom_and_labels():
     wide = lab.grid(torch.zeros(3, 1000)).figure.axes[0]
     assert len(wide.get_xticks()) <= 24
     assert not wide.texts
+    with pytest.raises(SettingError, match="the table is 3 x 0, which leaves nothing to draw"):
+        lab.grid(torch.zeros(3, 0))
     with pytest.raises(SettingError, match="there are 3 labels for 2 columns"):
         lab.grid(torch.zeros(1, 2), columns=["a", "b", "c"])
 

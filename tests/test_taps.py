@@ -24,15 +24,10 @@ class Recorder:
         return x
 
 
-def rotated(name: str, cfg: pg.Config) -> bool:
-    """Whether the model has this activation: without rotary positions the vision encoder rotates nothing."""
-    return cfg.vision.position == "rope2d" or not name.startswith("vision.") or ".rot_" not in name
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_tap_that_asks_for_everything_gets_every_name_in_order(name):
     cfg, tree = CONFIGS[name], params(CONFIGS[name])
-    rows, every = prompt(cfg, [3, 1], [2, 4]), [name for name in paligemma.names(cfg) if rotated(name, cfg)]
+    rows, every = prompt(cfg, [3, 1], [2, 4]), paligemma.names(cfg)
     pg.forward(tree, rows, cfg, tap := Recorder())
     assert [*tap.shapes] == every
     _, cache = pg.prefill(tree, rows, cfg, 1, tap := Recorder())
@@ -52,7 +47,7 @@ def test_the_axes_of_the_tables_are_true(name):
                "f": vision.hidden}  # fmt: skip
     for part, table, sizes in (("language.1", gemma.TAPS, language), ("vision.1", siglip.TAPS, picture)):
         for last, axes in table.items():
-            if rotated(f"{part}.{last}", cfg):
+            if f"{part}.{last}" in paligemma.names(cfg):
                 expected = tuple({"b": 2, **sizes}[axis] for axis in axes.split())
                 assert tap.shapes[f"{part}.{last}"] == expected, last
 
@@ -60,7 +55,7 @@ def test_the_axes_of_the_tables_are_true(name):
 def test_a_tap_without_asks_gets_everything_that_costs_nothing():
     cfg, seen = CONFIGS["gemma2"], []
     pg.forward(params(cfg), prompt(cfg, [3], [2]), cfg, lambda name, x: seen.append(name) or x)
-    cheap = [name for name in paligemma.names(cfg) if rotated(name, cfg) and name.rpartition(".")[2] not in COSTLY]
+    cheap = [name for name in paligemma.names(cfg) if name.rpartition(".")[2] not in COSTLY]
     assert seen == cheap
 
 

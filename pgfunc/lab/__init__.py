@@ -6,7 +6,7 @@
 `capture` and `edit` take a function that has an argument `tap`, and return a function with the same arguments. So they
 can be nested, compiled by `pg.jit`, and transformed by `torch.func`. `capture(edit(f))` captures edited values;
 `edit(capture(f))` captures the values before the edit. The names of activations are those of `gemma.TAPS` and
-`siglip.TAPS`, with the layer before them; `names` lists those of a call.
+`siglip.TAPS`, after the part and the layer: `language.3.z`. `names` lists those of a call.
 
     naming.py     the names of activations, their axes, and patterns of names
     functions.py  capture, edit, names

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
+from pgfunc.lab.naming import describe
 
 Where = Bool[Tensor, "*#s"] | bool
 
@@ -73,11 +74,13 @@ def tokens(*which: int | Bool[Tensor, "p"], n: int) -> Bool[Tensor, "t 1"]:
     selected = torch.zeros(n, dtype=torch.bool, device="cpu")
     for each in which:
         if isinstance(each, Tensor):
+            if each.dtype != torch.bool or each.dim() != 1 or len(each) > n:
+                raise SettingError(f"a selection is {describe(each)}, expected a mask of at most {n} bool")
             selected[: len(each)] |= each.cpu()
         elif -n <= each < n:
             selected[each] = True
         else:
-            raise SettingError(f"token {each} is not one of {n}")
+            raise SettingError(f"{each} is not one of {n}")
     return rearrange(selected, "t -> t 1")
 
 
@@ -96,8 +99,11 @@ def patches(mask: Bool[Tensor, "*b y x"], cfg: Config, share: float = 0.5) -> Bo
 
 
 def as_mask(where: Any, x: Tensor) -> Tensor:
-    """The mask on the activation's device."""
-    return torch.as_tensor(where, dtype=torch.bool, device=x.device)
+    """The mask on the activation's device. Raises SettingError if it is not a mask, such as an index."""
+    if not (isinstance(where, bool) or (isinstance(where, Tensor) and where.dtype == torch.bool)):
+        kind = str(where.dtype).removeprefix("torch.") if isinstance(where, Tensor) else type(where).__name__
+        raise SettingError(f"a selection is {kind}, expected a mask of bool, see lab.tokens and lab.heads")
+    return torch.as_tensor(where, device=x.device)
 
 
 def as_value(value: Any, x: Tensor) -> Tensor:

@@ -1,22 +1,24 @@
 """Functions of functions: `capture` returns activations, `edit` replaces them, `names` lists them."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import Parameter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from pgfunc import taps
 from pgfunc.errors import SettingError
-from pgfunc.lab.naming import Log, Shape, axes_of, check_known, matches
+from pgfunc.lab.naming import Log, Shape, axes_of, check_known, describe, matches
 from pgfunc.taps import Tap, identity
 
 
 def capture(fn: Callable[..., Any], *patterns: str) -> Callable[..., Any]:
-    """A function with the arguments of `fn` that returns `(result, {name: activation})`.
+    """A function with the arguments of `fn` that returns `(result, {name: activation})`; `tap` is passed by name.
 
     `patterns` are names, or patterns of `fnmatch`: `capture(pg.forward, "language.*.z")`. Raises SettingError if a
     pattern matches nothing, or if an activation passes twice, as in a loop.
@@ -30,11 +32,11 @@ def capture(fn: Callable[..., Any], *patterns: str) -> Callable[..., Any]:
         recorder.finished = True
         return result, recorder.seen
 
-    return captured
+    return with_tap_by_name(captured, fn)
 
 
 def edit(fn: Callable[..., Any], changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Callable[..., Any]:
-    """A function with the arguments of `fn` that replaces activations.
+    """A function with the arguments of `fn` that replaces activations; `tap` is passed by name.
 
     `changes` has, for each name or pattern of `fnmatch`, a pure function from the activation to its replacement.
     Raises SettingError if a pattern matches nothing, or if a replacement has another shape or dtype.
@@ -48,14 +50,32 @@ def edit(fn: Callable[..., Any], changes: Mapping[str, Callable[[Tensor], Tensor
         log.check(patterns)
         return result
 
-    return edited
+    return with_tap_by_name(edited, fn)
+
+
+def with_tap_by_name(wrapper: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper, with the signature of `fn` in which `tap` comes last, by name only, and has a default."""
+    signature = inspect.signature(fn)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "tap"]
+    at = len(parameters) - any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters)
+    parameters.insert(at, Parameter("tap", Parameter.KEYWORD_ONLY, default=identity))
+    # arguments that stood after `tap` may no longer be passed by position
+    tap_at = [*signature.parameters].index("tap") if "tap" in signature.parameters else len(parameters)
+    parameters = [
+        parameter.replace(kind=Parameter.KEYWORD_ONLY)
+        if i >= tap_at and parameter.kind == Parameter.POSITIONAL_OR_KEYWORD
+        else parameter
+        for i, parameter in enumerate(parameters)
+    ]
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return wrapper
 
 
 def edits(changes: Mapping[str, Callable[[Tensor], Tensor]], tap: Tap = identity) -> "Edits":
     """The tap of `edit`, as a value: `pg.generate(..., tap=edits({"language.3.resid_post": add(vector)}))`.
 
-    It is a tree whose leaves are the tensors of `put`, `add` and `block`, so compiled code takes it as an argument. It
-    passes on to another tap what it has edited.
+    It is a tree whose leaves are the tensors of `put`, `add` and `block`, so compiled code takes it as an argument.
+    Another tap gets the edited values. `generate`, `stream` and `score` check its names; for one call, use `edit`.
     """
     return Edits(tuple(changes), tuple(changes.values()), tap)
 
@@ -79,7 +99,7 @@ class Edits(NamedTuple):
         for pattern, change in zip(self.patterns, self.changes, strict=True):
             if matches(name, pattern):
                 new = change(x)
-                if new.shape != x.shape or new.dtype != x.dtype:
+                if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype:
                     raise SettingError(f"the edit of {name} returns {describe(new)}, expected {describe(x)}")
                 x = new
         return self.outer(name, x)
@@ -117,7 +137,10 @@ class Recorder:
 
 
 def names(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Shape]:
-    """The activations of a call of `fn`, in order: `{name: Shape}`. Nothing is computed, and no memory is allocated."""
+    """The activations of a call of `fn`, in order: `{name: Shape}`. Nothing is computed, and no memory is allocated.
+
+    Raises SettingError if `fn` reads tensors that are not arguments.
+    """
     shapes: dict[str, Shape] = {}
 
     class Lister:
@@ -130,9 +153,10 @@ def names(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Shape]
 
     meta_args, meta_kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().to("meta"), (args, kwargs))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fn(*meta_args, tap=Lister(), **meta_kwargs)
+        try:
+            fn(*meta_args, tap=Lister(), **meta_kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, DataDependentOutputException) and "device" not in str(error).lower():
+                raise
+            raise SettingError("names needs every tensor as an argument; the function closes over some") from None
     return shapes
-
-
-def describe(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"

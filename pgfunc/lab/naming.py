@@ -3,8 +3,10 @@
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pgfunc import gemma, siglip
 from pgfunc.errors import SettingError
@@ -34,13 +36,13 @@ MEANINGS = {  # of the activations in each block, in the order of the computatio
     "attn_scores": "products of queries and keys, scaled and softcapped, not masked",
     "pattern": "the weights of attention: masked softmax of the scores, in float32",
     "z": "the result of each head: its weights times its values",
-    "attn_out": "what attention adds to the residual stream, behind Gemma 2's norm",
+    "attn_out": "what attention adds to the residual stream, after Gemma 2's norm",
     "resid_mid": "the residual stream between attention and MLP",
     "mlp_in": "the same, normalized: the input of the MLP",
     "gate": "the gate of the MLP, before its GELU",
     "up": "the up projection; in SigLIP before the GELU",
     "mlp_hidden": "the hidden layer of the MLP",
-    "mlp_out": "what the MLP adds to the residual stream, behind Gemma 2's norm",
+    "mlp_out": "what the MLP adds to the residual stream, after Gemma 2's norm",
     "resid_post": "the residual stream, as it leaves the layer",
 }
 OUTSIDE = {  # of the activations outside of blocks
@@ -73,7 +75,7 @@ class Shape(tuple[int, ...]):
 
 
 def axes_of(name: str, dims: int) -> list[str]:
-    """The axes of an activation. Those of a name that is not the package's are numbered."""
+    """The axes of an activation. They are numbered if the tables have no such name with so many axes."""
     part, _, last = name.rpartition(".")
     blocks = BLOCKS["language" if part.startswith("language.") else "vision"]
     axes = AXES.get(name, blocks.get(last, "")).split()
@@ -118,3 +120,10 @@ def table() -> str:
         parts = ", ".join(f"`{part}.N.{last}`" for part in shapes)
         rows.append(f"| {parts} | {axes} | {meaning} |")
     return "\n".join(rows) + "\n"
+
+
+def describe(x: Any) -> str:
+    """The dtype and shape of a tensor, or the type of another object, for messages."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"

@@ -40,12 +40,12 @@ def heat(
 ) -> Drawing:
     """A picture, and the same picture under the values of its image tokens.
 
-    `pixels` are those of `pg.prepare`, in [-1, 1]. Values of both signs are blue and red around white; others go from
-    white to red. `limit` is the value of the strongest colour. The data are the values as a grid. Raises SettingError
-    if the number of values is not that of a square grid.
+    `pixels` are those of `pg.prepare`, in [-1, 1]. If a value is negative, the colours are blue and red around white;
+    otherwise they go from white to red. `limit` is the value of the strongest colour. The data are the values as a
+    grid. Raises SettingError if the number of values is not that of a square grid.
     """
     side = round(len(values) ** 0.5)
-    if side**2 != len(values):
+    if side**2 != len(values) or not side:
         raise SettingError(f"there are {len(values)} values, which is not a square grid of patches")
     grid_values = as_numpy(rearrange(values, "(gy gx) -> gy gx", gx=side))
     picture = as_numpy(rearrange((pixels + 1) / 2, "c y x -> y x c")).clip(0, 1)
@@ -77,6 +77,8 @@ def grid(
     """
     table = as_numpy(values)
     height, width = table.shape
+    if not table.size:
+        raise SettingError(f"the table is {height} x {width}, which leaves nothing to draw")
     size = (min(16.0, 2.2 + 0.42 * max(width, 8)), min(12.0, 1.4 + 0.34 * max(height, 5)))
     figure, axes = subplots(1, 1, size)
     scale = colours(table, limit)
@@ -99,7 +101,7 @@ def strip(tokens: Sequence[str], probabilities: Float[Tensor, "t"], title: str =
     Raises SettingError if there is not one probability for each token.
     """
     shares = as_numpy(probabilities)
-    if shares.shape != (len(tokens),):
+    if shares.shape != (len(tokens),) or not len(tokens):
         raise SettingError(f"there are {len(tokens)} tokens and probabilities of shape {shares.shape}")
     lines = -(-len(tokens) // STRIP_COLUMNS)
     figure, axes = subplots(1, 1, (11.0, 0.5 + 0.62 * lines))
@@ -132,7 +134,7 @@ def subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, A
 
 
 def colours(table: np.ndarray, limit: float | None, positive: str = POSITIVE) -> dict[str, Any]:
-    """The colour map and its range: symmetric around 0 if the values have both signs."""
+    """The colour map and its range, which is symmetric around 0 if a value is negative."""
     finite = table[np.isfinite(table)]
     largest = limit or float(np.abs(finite).max(initial=0.0)) or 1.0
     if (finite < 0).any():
@@ -159,7 +161,7 @@ def ink(image: Any, value: float) -> str:
 
 
 def shown(token: str) -> str:
-    """A token with its white space made visible, and control characters escaped."""
+    """A token with its white space made visible, and `?` for control characters."""
     text = token.replace("▁", " ").replace("\n", "↵").replace("\t", "→")
     text = "".join(each if each.isprintable() else "?" for each in text)
     return text if text.strip() else text.replace(" ", "␣")

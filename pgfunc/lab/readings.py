@@ -18,6 +18,7 @@ from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.lab.edits import add
 from pgfunc.lab.functions import capture, edit
+from pgfunc.lab.naming import describe
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.quant.lowbit import dequantize
 from pgfunc.taps import Tap, Wrap, identity, plain
@@ -39,11 +40,13 @@ def resume(
     """The logits of `pg.forward`, computed from the input of one layer of the language model.
 
     `resid` is `language.{layer}.resid_pre`; for `layer` = the number of layers it is the last `resid_post`. The
-    pictures of the prompt are not read. If `queries` is given, these positions get logits instead of all text
-    positions, and the last layer computes only them. Raises SettingError for a layer that does not exist.
+    pictures of the prompt are not read. If `queries` is given, these positions of `resid` get logits instead of all
+    text positions, and the last layer computes only them. Raises SettingError for a layer that does not exist.
     """
     if not 0 <= layer <= cfg.text.layers:
         raise SettingError(f"layer is {layer}, expected 0 to {cfg.text.layers}")
+    if resid.shape[1] < prompt.tokens.shape[1]:
+        raise SettingError(f"resid has {resid.shape[1]} positions, fewer than the {prompt.tokens.shape[1]} of the text")
     x = paligemma.hidden_from(params, resid, prompt, cfg, layer, tap, wrap, queries)
     x = x if isinstance(queries, Tensor) else x[:, x.shape[1] - prompt.tokens.shape[1] :]
     return wrap(gemma.unembed)(params.language, x, cfg.text, tap)
@@ -75,7 +78,8 @@ def attribution(
 
     `seen` has the activations `PARTS`. The scale of the final norm is the one of this run. Gemma 2's norm after each
     sublayer is applied to each head with the scale of the heads' sum. The final softcap multiplies each part by the
-    same factor. (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits")
+    same factor. The logits of ids that are not tokens are -inf, and are not explained. (Elhage et al. 2021, "A
+    Mathematical Framework for Transformer Circuits")
     """
     text, p = cfg.text, params.language
     row = torch.arange(len(at), device=at.device)
@@ -100,7 +104,8 @@ def attribution(
     if not text.final_softcap:
         return parts
     total = parts.total()
-    factor = torch.where(total == 0, 1.0, ops.softcap(total, text.final_softcap) / total)
+    divisor = torch.where(total == 0, 1.0, total)  # so that the gradient is finite too
+    factor = torch.where(total == 0, 1.0, ops.softcap(total, text.final_softcap) / divisor)
     return Attribution(parts.embed * factor, parts.heads * factor[:, None, None], parts.mlps * factor[:, None])
 
 
@@ -118,6 +123,10 @@ def attribution_patching(
     """
     _, own = capture(fn, *patterns)(*args)
     _, other = capture(fn, *patterns)(*other_args)
+    own = {name: x for name, x in own.items() if x.is_floating_point()}  # not the masks
+    for name, x in own.items():
+        if x.shape != other[name].shape:
+            raise SettingError(f"{name} is {describe(x)} in one run and {describe(other[name])} in the other")
 
     def shifted(shifts: dict[str, Tensor]) -> Float[Tensor, ""]:
         return metric(edit(fn, {name: add(shift) for name, shift in shifts.items()})(*args))
@@ -139,11 +148,17 @@ def integrated(
     converges with far fewer nodes than a grey one.
     (Sundararajan et al. 2017)
     """
-    roots, weights = np.polynomial.legendre.leggauss(nodes)
     start, direction = ops.upcast(baseline), ops.upcast(x) - ops.upcast(baseline)
     total = torch.zeros_like(direction)
-    for root, weight in zip((roots + 1) / 2, weights / 2, strict=True):
-        point = (start + float(root) * direction).to(x.dtype)
-        total = total + float(weight) * ops.upcast(torch.func.grad(fn)(point))
+    for root, weight in quadrature(nodes):
+        point = (start + root * direction).to(x.dtype)
+        total = total + weight * ops.upcast(torch.func.grad(fn)(point))
     parts = total * direction
     return parts, parts.sum() - (fn(x) - fn(baseline))
+
+
+@torch.compiler.assume_constant_result
+def quadrature(nodes: int) -> list[tuple[float, float]]:
+    """Points and weights of the Gauss-Legendre rule on 0 to 1. A constant in compiled code."""
+    roots, weights = np.polynomial.legendre.leggauss(nodes)
+    return [(float(root + 1) / 2, float(weight) / 2) for root, weight in zip(roots, weights, strict=True)]

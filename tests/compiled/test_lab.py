@@ -89,3 +89,9 @@ def test_a_name_that_is_added_to_a_module_does_not_compile_again(start):
     assert step.compilations == 1
     expected, _ = ablated(TREE, token, cache, CFG)
     torch.testing.assert_close(step(TREE, token, cache, CFG)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_integrated_gradients_are_compiled():
+    x = torch.tensor([1.0, 2.0])
+    parts, _ = pg.jit(lambda x: lab.integrated(lambda y: (y**3).sum(), x, torch.zeros_like(x), 4))(x)
+    torch.testing.assert_close(parts, x**3)

@@ -87,6 +87,7 @@ def complete(
 
     On a GPU this is checked only every `POLL` tokens, because each check waits for the GPU.
     """
+    tap = bind(tap, paligemma.names(model.cfg))
     tokens, logprobs, ended = [], [], torch.zeros((), dtype=torch.bool, device="cpu")
     for token, token_logprob in steps(model.params, prompt, model.cfg, settings, u, compile, tap):
         tokens.append(token)
@@ -150,7 +151,7 @@ def steps(
     tap: Tap = identity,
 ) -> Iterator[tuple[Int[Tensor, "b"], Float[Tensor, "b"]]]:
     """Yield the next token of every row, and its log-probability, once for each column of u."""
-    step, tap = compiled_decode_step if compile else decode_step, bind(tap, paligemma.names(cfg))
+    step = compiled_decode_step if compile else decode_step
     first, *columns = u.to(prompt.tokens.device).unbind(1)
     if compile and prompt.tokens.is_cuda:  # on a CPU a prefill is all matrix products, and compiling gains nothing
         prompt, size = pad_to_bucket(prompt, u.shape[1], cfg)

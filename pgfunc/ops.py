@@ -147,13 +147,13 @@ def attend(
     `attn_scores` and `pattern` only if it asks for them; for the last two, `attend_explicit` computes the attention.
     """
     if asks(tap, "mask"):
-        mask = tap("mask", everything(q, k) if mask is None else dense(mask, k.shape[1]))
+        mask = tap("mask", full_mask(q, k) if mask is None else dense(mask, k.shape[1]))
     if asks(tap, "attn_scores", "pattern"):
         return attend_explicit(q, k, v, None if mask is None else dense(mask, k.shape[1]), scale, cap, tap)
     return lowered(attend_formula)(q, k, v, mask, scale, cap)
 
 
-def everything(q: Float[Tensor, "b t n h"], k: Float[Tensor, "b s k h"]) -> Bool[Tensor, "b t s"]:
+def full_mask(q: Float[Tensor, "b t n h"], k: Float[Tensor, "b s k h"]) -> Bool[Tensor, "b t s"]:
     """The mask of queries that see all keys."""
     return torch.ones(*q.shape[:2], k.shape[1], dtype=torch.bool, device=q.device)
 

@@ -50,6 +50,8 @@ class Within(NamedTuple):
 
 def within(part: str, tap: Tap, names: Iterable[str]) -> Tap:
     """A tap for one part of the model, which has these names; `identity` if the tap asks for none of them."""
+    if tap is identity:  # first, because an eager step calls this for each layer
+        return identity
     return Within(part, tap) if asks(tap, *(f"{part}.{name}" for name in names)) else identity
 
 

@@ -267,17 +267,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--config", choices=pg.PUBLISHED, default="paligemma-3b-224", help="random weights of this size"
-    )
-    source.add_argument("--model", help="use a checkpoint instead")
-    parser.add_argument("--layers", type=int, help="keep so many layers of each tower, for a small machine")
+    vs_transformers.add_common_options(parser)
     parser.add_argument("--tokens", type=int, default=1000, help="steered tokens")
-    parser.add_argument("--repeat", type=int, default=5, help="number of turns")
-    parser.add_argument("--dtype", help="dtype of the weights; default: the checkpoint's, bfloat16 if random")
-    parser.add_argument("--device", help="cpu or cuda; default: CUDA if available")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     options.batch = 1
     return options

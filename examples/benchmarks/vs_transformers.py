@@ -208,21 +208,26 @@ def line(row: dict[str, Any]) -> str:
     return start + "".join(times) + f"   {row['agree']:.3f}{differs}"
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a contest with transformers: the model, where it runs, and how often it is measured."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--config", choices=pg.PUBLISHED, default="paligemma-3b-224", help="random weights of this size"
     )
     source.add_argument("--model", help="use a checkpoint instead")
     parser.add_argument("--layers", type=int, help="keep so many layers of each tower, for a small machine")
-    parser.add_argument("--batch", type=int, default=1, help="rows; one row is measured first")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     parser.add_argument("--repeat", type=int, default=5, help="number of turns")
     parser.add_argument("--dtype", help="dtype of the weights; default: the checkpoint's, bfloat16 if random")
     parser.add_argument("--device", help="cpu or cuda; default: CUDA if available")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="compile nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_common_options(parser)
+    parser.add_argument("--batch", type=int, default=1, help="rows; one row is measured first")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="compile nothing")
     return parser.parse_args(arguments)
 
 

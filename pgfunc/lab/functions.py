@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pgfunc import taps
 from pgfunc.errors import SettingError
-from pgfunc.lab.naming import Log, Shape, axes_of, check_known, describe, matches
+from pgfunc.lab.naming import Log, Shape, axes_of, check_known, describe, matches, matches_any
 from pgfunc.taps import Tap, identity
 
 
@@ -54,19 +54,13 @@ def edit(fn: Callable[..., Any], changes: Mapping[str, Callable[[Tensor], Tensor
 
 
 def with_tap_by_name(wrapper: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper, with the signature of `fn` in which `tap` comes last, by name only, and has a default."""
+    """The wrapper, with the signature of `fn`, in which `tap` has a default, and it and what follows have names."""
     signature = inspect.signature(fn)
-    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "tap"]
-    at = len(parameters) - any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters)
-    parameters.insert(at, Parameter("tap", Parameter.KEYWORD_ONLY, default=identity))
-    # arguments that stood after `tap` may no longer be passed by position
-    tap_at = [*signature.parameters].index("tap") if "tap" in signature.parameters else len(parameters)
-    parameters = [
-        parameter.replace(kind=Parameter.KEYWORD_ONLY)
-        if i >= tap_at and parameter.kind == Parameter.POSITIONAL_OR_KEYWORD
-        else parameter
-        for i, parameter in enumerate(parameters)
-    ]
+    parameters = [*signature.parameters.values()]
+    at = [*signature.parameters, "tap"].index("tap")
+    later = [p.replace(kind=p.KEYWORD_ONLY) if p.kind == p.POSITIONAL_OR_KEYWORD else p for p in parameters[at + 1 :]]
+    tap = Parameter("tap", Parameter.KEYWORD_ONLY, default=identity)
+    parameters = sorted([*parameters[:at], *later, tap], key=lambda p: p.kind)  # **kwargs stay last
     wrapper.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return wrapper
 
@@ -91,7 +85,7 @@ class Edits(NamedTuple):
     def asks(self, name: str) -> bool:
         if isinstance(self.log, Log):
             self.log.offered.add(name)
-        return any(matches(name, pattern) for pattern in self.patterns) or taps.asks(self.outer, name)
+        return matches_any(name, self.patterns) or taps.asks(self.outer, name)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         if isinstance(self.log, Log):
@@ -122,11 +116,11 @@ class Recorder:
 
     def asks(self, name: str) -> bool:
         self.log.offered.add(name)
-        return any(matches(name, pattern) for pattern in self.patterns) or taps.asks(self.outer, name)
+        return matches_any(name, self.patterns) or taps.asks(self.outer, name)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         self.log.passed.add(name)
-        if not self.finished and any(matches(name, pattern) for pattern in self.patterns):
+        if not self.finished and matches_any(name, self.patterns):
             if name in self.seen:
                 raise SettingError(f"{name} passes twice in this call: capture a function that computes it once")
             self.seen[name] = x

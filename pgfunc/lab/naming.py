@@ -88,6 +88,11 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches one of these patterns."""
+    return any(matches(name, pattern) for pattern in patterns)
+
+
 class Log:
     """The names that passed through a tap during a call, and those that the model asked for."""
 

@@ -111,12 +111,12 @@ def _attempt(cat: Catalog, split: str, side: int, rng: np.random.Generator) -> S
     boxes = [] if sign is None else [_sign_box(sign, side)]
     things = []
     for name in _names(cat, split, crowd, rng):
-        if (thing := _place(cat, split, name, SIZES[crowd], boxes, rng)) is not None:
+        if (thing := place(cat, split, name, SIZES[crowd], boxes, rng)) is not None:
             things.append(thing)
             boxes.append((*thing.centre, *thing.reach))
     if not things and sign is None:  # nothing that was drawn fits
         sign = _sign(cat, rng, split, side)
-    return Scene(tuple(things), sign, _background(cat, split, rng))
+    return Scene(tuple(things), sign, background(cat, split, rng))
 
 
 def _names(cat: Catalog, split: str, count: int, rng: np.random.Generator) -> list[str]:
@@ -169,7 +169,7 @@ def allowed(cat: Catalog, names: list[str], name: str) -> bool:
     return not any(cat.pairs[number, cat.names.index(other)] for other in names if other in cat.names)
 
 
-def _place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Generator) -> Thing | None:
+def place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Generator) -> Thing | None:
     """A thing at a random position with little overlap; None if the picture is full."""
     sprite, varied = name in cat.names, name in cat.names and split == "train"
     colour, shape = ("", "") if sprite else name.split(" ")
@@ -184,7 +184,7 @@ def _place(cat: Catalog, split: str, name: str, sizes, boxes, rng: np.random.Gen
             if sprite and rng.random() < 0.5:
                 forward = forward * [-1, 1]
             warp = rng.normal(0, WARP if varied else 0, (2, KNOTS, KNOTS)).astype(np.float32)
-            tint = _tint(colour, varied, rng)
+            tint = tint_of(colour, varied, rng)
             return Thing(name, colour, texture, centre, (across, down), _theta(centre, forward), warp, tint)
         size *= 0.88
     return None
@@ -219,7 +219,7 @@ def _theta(centre: tuple[float, float], forward: Float[np.ndarray, "2 2"]) -> Fl
     return np.array(rows, np.float32) / np.float32(size)
 
 
-def _tint(colour: str, varied: bool, rng: np.random.Generator) -> Float[np.ndarray, "3 3"]:
+def tint_of(colour: str, varied: bool, rng: np.random.Generator) -> Float[np.ndarray, "3 3"]:
     """The tone of a shape; for a sprite its brightness and, if varied, its saturation and hue."""
     if colour:
         tone = np.asarray(shapes.COLOURS[colour]) + rng.normal(0, 6, 3) + rng.normal(0, 8)
@@ -260,7 +260,7 @@ def _sign_box(sign: Sign, side: int) -> tuple[float, float, float, float]:
     return sign.corner[1] / side + width / 2, sign.corner[0] / side + height / 2, width / 2, height / 2
 
 
-def _background(cat: Catalog, split: str, rng: np.random.Generator) -> Background:
+def background(cat: Catalog, split: str, rng: np.random.Generator) -> Background:
     """A photograph, smooth noise, a gradient or one colour."""
     kind = "photo" if split == "S3" else weighted(rng, list(GROUNDS), list(GROUNDS.values()))
     tones = _tones(kind, rng)

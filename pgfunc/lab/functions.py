@@ -55,6 +55,8 @@ def edit(fn: Callable[..., Any], changes: Mapping[str, Callable[[Tensor], Tensor
 
 def with_tap_by_name(wrapper: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper, with the signature of `fn`, in which `tap` has a default, and it and what follows have names."""
+    if torch.compiler.is_compiling():  # nobody reads the signature there, and torch 2.11 cannot trace `inspect`
+        return wrapper
     signature = inspect.signature(fn)
     parameters = [*signature.parameters.values()]
     at = [*signature.parameters, "tap"].index("tap")

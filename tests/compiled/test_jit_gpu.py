@@ -5,7 +5,7 @@ import torch
 from cases import CONFIGS, params, prompt
 
 import pgfunc as pg
-from pgfunc import bench, laws
+from pgfunc import bench, lab, laws
 from pgfunc.jit import cuda_graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -192,3 +192,30 @@ def test_at_full_size_the_laws_of_the_cache_hold_for_compiled_steps(name):
     for result in results:
         print(f"{name} {result.law.name} {result.verdict} {result.examples} {result.worst:.1e} {result.why}")
     assert {result.verdict for result in results} == {"holds"}
+
+
+def test_a_step_may_build_its_masks_or_close_over_them():
+    """`lab.tokens` and `lab.heads` make masks on the CPU, wherever the parameters are."""
+    cfg = CONFIGS["gemma2"]
+    weights, rows = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3, 2], [0, 0]))
+    first, vector = lab.heads(0, n=cfg.text.heads), torch.randn(cfg.text.width)
+
+    def closed_over(params, token, cache, cfg):
+        changes = {"language.0.z": lab.put(0.0, first), "language.1.resid_post": lab.add(vector)}
+        return lab.edit(pg.decode, changes)(params, token, cache, cfg)
+
+    def built(params, token, cache, cfg):
+        changes = {"language.0.z": lab.put(0.0, lab.heads(0, n=cfg.text.heads))}
+        return lab.edit(pg.decode, changes)(params, token, cache, cfg)
+
+    for ablated in (closed_over, built):
+        step = pg.jit(ablated, donate="cache")
+        with torch.no_grad():
+            _, cache = pg.prefill(weights, rows, cfg, 20)
+        pure = cache
+        for token in range(6):
+            tokens = torch.tensor([token, 63 - token], device="cuda")
+            logits, cache = step(weights, tokens, cache, cfg)
+            expected, pure = ablated(weights, tokens, pure, cfg)
+            torch.testing.assert_close(logits, expected, **LIMIT)
+        assert step.compilations == 1

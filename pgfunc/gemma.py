@@ -156,10 +156,10 @@ def run(
     queries: Queries = (),
     first: int = 0,
 ) -> tuple[Float[Tensor, "b q d"], tuple[tuple[Tensor, Tensor], ...]]:
-    """All layers over t new tokens: their output and, for each layer, the keys and values that they attended to.
+    """All layers over t new tokens: their output and, for each layer of a cache, its keys and values.
 
-    Without a cache, the tokens attend to one another. With a cache, each layer first appends their keys and values at
-    each row's length; the keys and values in the result are then the whole buffers. `wrap` is applied to `block`. If
+    Without a cache, the tokens attend to one another, and no keys and values are kept. With a cache, each layer first
+    appends their keys and values at each row's length, and returns the whole buffers. `wrap` is applied to `block`. If
     `queries` is given, the output has only those tokens, and the last layer computes only those. If `first` is given, x
     is the input of that layer, and the layers before it are left out.
     """
@@ -169,8 +169,9 @@ def run(
         mask = masks.window if cfg.windowed(i) else masks.full
         layer_tap, layer_queries = within(f"language.{i}", tap, TAPS), queries if i == len(p.layers) - 1 else ()
         x, layer_kv = wrap(lowered(block))(p.layers[i], x, rotation, mask, cfg, pasts[i], layer_tap, layer_queries)
-        kv.append(layer_kv)
-    return (x if kv else pick(x, queries)), tuple(kv)
+        if cache:
+            kv.append(layer_kv)
+    return (x if first < len(p.layers) else pick(x, queries)), tuple(kv)
 
 
 def block(
@@ -188,8 +189,9 @@ def block(
     If `queries` is given, only those tokens are computed; the others contribute keys and values.
     """
     x = tap("resid_pre", x)
-    normed = tap("attn_in", rms_norm(x, p.attention_norm, cfg.eps))
-    added, kv = attention(p, normed, rotation, mask, cfg, past, tap, queries)
+    added, kv = attention(
+        p, tap("attn_in", rms_norm(x, p.attention_norm, cfg.eps)), rotation, mask, cfg, past, tap, queries
+    )
     x = tap("resid_mid", pick(x, queries) + tap("attn_out", post_norm(added, p.post_attention_norm, cfg.eps)))
     added = mlp(p, tap("mlp_in", rms_norm(x, p.mlp_norm, cfg.eps)), tap)
     return tap("resid_post", x + tap("mlp_out", post_norm(added, p.post_mlp_norm, cfg.eps))), kv
@@ -254,5 +256,6 @@ def pick(x: T, queries: Queries) -> T:
 def mlp(p: Layer, x: Float[Tensor, "b t d"], tap: Tap = identity) -> Float[Tensor, "b t d"]:
     """GeGLU (Shazeer 2020): the tanh-GELU of the gate times the up projection, then the down projection."""
     gate, up = linear_many(x, (p.gate, p.up))
-    hidden = tap("mlp_hidden", ops.gelu(tap("gate", gate)) * tap("up", up))
+    gate = ops.gelu(tap("gate", gate))  # the old value is dropped: three such tensors at once, not four
+    hidden = tap("mlp_hidden", gate * tap("up", up))
     return linear(hidden, p.down)

@@ -163,3 +163,28 @@ def test_without_a_gpu_the_function_runs_directly():
     run = cuda_graphs.graphed(lambda x: calls.append(x) or x + 1)
     assert [run(torch.tensor(i)).item() for i in range(3)] == [1, 2, 3]
     assert len(calls) == 3
+
+
+def test_a_function_that_copies_between_devices_runs_directly_and_says_so(graphs, monkeypatch):
+    def refused(fn, inputs):
+        raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
+
+    monkeypatch.setattr(cuda_graphs, "capture", refused)
+    run = GraphedFunction(mixed, name="step")
+    assert equal(run([SMALL, BIG]), mixed([SMALL, BIG]))
+    with pytest.warns(RuntimeWarning, match=r"^step runs slowly, without CUDA graphs; make on the GPU what it makes"):
+        assert equal(run([SMALL, BIG]), mixed([SMALL, BIG]))
+    for _ in range(3):  # warnings are errors here
+        assert equal(run([SMALL, BIG]), mixed([SMALL, BIG]))
+    assert not run.graphs
+
+
+def test_other_errors_of_a_capture_are_raised(graphs, monkeypatch):
+    def exhausted(fn, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda_graphs, "capture", exhausted)
+    run = GraphedFunction(mixed)
+    run([SMALL, BIG])
+    with pytest.raises(torch.OutOfMemoryError):
+        run([SMALL, BIG])

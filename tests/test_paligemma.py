@@ -1,6 +1,7 @@
 """The model: sizes, padding, transforms, taps, shared pictures, allowed tokens; what any must keep is in `laws`."""
 
 import hashlib
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -279,3 +280,22 @@ def test_the_first_token_without_a_slot_has_logits_of_nan_if_no_length_can_be_re
     tokens = torch.tensor([[[1, 2]]])
     (logits,) = vmap(lambda each: pg.extend(tree, each, cache, cfg)[0])(tokens)
     assert logits.isnan().any(-1).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_frees_the_keys_and_values_of_a_layer_and_the_gate_of_an_mlp(name):
+    cfg, freed = CONFIGS[name], {}
+    of_first = {"language.0.k", "language.0.v", "language.0.rot_k", "language.0.gate"}
+
+    def watch(name, x):
+        if name in of_first:
+            freed[name] = weakref.ref(x)
+        if name == "language.0.mlp_hidden":
+            assert freed["language.0.gate"]() is None
+        if name == "language.2.resid_pre":
+            assert [name for name, ref in freed.items() if ref() is not None] == []
+        return x
+
+    with torch.no_grad():
+        pg.forward(params(cfg), prompt(cfg, [3, 2], [2, 0]), cfg, watch)
+    assert freed.keys() == of_first

@@ -1,6 +1,6 @@
 """Check the kernels that decode one row, then time them beside cuBLAS and with other settings.
 
-    python examples/benchmarks/kernel_times.py geglu  # those with this in the name; default: all of PaliGemma 3B and 2-3B
+    python examples/benchmarks/kernel_times.py geglu  # those with this in the name; default: all of both 3B
 
 Needs a CUDA device. A CUDA graph makes many calls, each on weights of its own, 400 MB or more in all, so that none are
 in the L2 cache. Prints microseconds a call, GB/s of weights (or of live keys and values), and their share of the

@@ -5,11 +5,12 @@
 
 Jobs: a forward pass; one activation; the residual stream of all layers; the patterns of all layers; a sweep that
 patches 60 sites of the residual stream, one at a time; and a steered answer. transformers does each with forward hooks,
-which is how it is done there (the patterns: `output_attentions`, with eager attention). The last lines are the time of
-a token in a compiled loop: without a tap, with one layer captured, and with one layer steered by an argument.
+which is how it is done there (the patterns: `output_attentions`, with eager attention). If nnsight is installed, it
+does them too, on the same transformers model. The last lines are the time of a token in a compiled loop: without a tap,
+with one layer captured, and with one layer steered by an argument.
 
-The script prints the median of each job in milliseconds, the ratio of transformers to pgfunc, and on a GPU the peak
-memory above that of the weights. It first checks that both return the same activations.
+The script prints the median of each job in milliseconds, its ratio to that of pgfunc, and on a GPU the peak memory
+above that of the weights. It first checks that all return the same activations.
 """
 
 import argparse
@@ -29,6 +30,13 @@ import pgfunc as pg
 from pgfunc import bench, lab
 from pgfunc.errors import PgfuncError, first_line
 from pgfunc.generate import complete
+
+try:
+    import nnsight  # pyright: ignore[reportMissingImports]  optional
+except ModuleNotFoundError as error:
+    if error.name != "nnsight":
+        raise
+    nnsight = None
 
 SITES = 60
 
@@ -173,6 +181,54 @@ class Theirs:
         return self.hooked({self.layer: hook}, run)[0, -tokens:].tolist()
 
 
+class Traced(Theirs):
+    """The jobs by nnsight, which rewrites the body of each `with` block to run inside of the model's modules."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.traced = nnsight.NNsight(self.model)  # pyright: ignore[reportOptionalMemberAccess]
+        self.blocks = self.traced.model.language_model.layers
+
+    def forward(self) -> Tensor:
+        with self.traced.trace(**self.inputs, use_cache=False):
+            logits = self.traced.output.logits[:, -1].save()
+        return logits.float()
+
+    def keep(self, layers: list[int], inputs: dict[str, Tensor] | None = None) -> list[Tensor]:
+        with self.traced.trace(**(inputs or self.inputs), use_cache=False):
+            seen = [self.blocks[i].output for i in layers].save()  # pyright: ignore  nnsight adds `save` to lists
+        return seen
+
+    def patterns(self) -> list[Tensor]:
+        self.model.set_attn_implementation({"text_config": "eager"})
+        try:
+            with self.traced.trace(**self.inputs, use_cache=False, output_attentions=True):
+                seen = self.traced.output.attentions.save()
+        finally:
+            self.model.set_attn_implementation({"text_config": self.sdpa})
+        return [*seen]
+
+    def sweep(self) -> Tensor:
+        results = []
+        with self.traced.trace(**self.second, use_cache=False):
+            other = [block.input for block in self.blocks].save()  # pyright: ignore
+        for layer, positions in sites_of(len(self.layers), other[0].shape[1]):
+            for position in positions:
+                with self.traced.trace(**self.inputs, use_cache=False):
+                    self.blocks[layer].input[:, position] = other[layer][:, position]
+                    logits = self.traced.output.logits[:, -1].save()
+                results.append(logits.float())
+        return torch.cat(results)
+
+    def steer(self, vector: Tensor, tokens: int) -> list[int]:
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        with self.traced.trace(**self.inputs, **options, fn=self.model.generate) as tracer:
+            for _ in tracer.iter[0:tokens]:
+                self.blocks[self.layer].output = self.blocks[self.layer].output + vector
+            ids = tracer.result.save()
+        return ids[0, -tokens:].tolist()
+
+
 def measured(fn: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Milliseconds, and on a GPU the peak MiB above what was allocated before."""
     if device.type != "cuda":
@@ -221,18 +277,20 @@ def token_times(model: pg.Model, prompt: pg.Prompt, tokens: int, repeat: int) ->
     return {kind: median(each) for kind, each in times.items()}
 
 
-def check(ours: Ours, theirs: Theirs) -> None:
-    """Both return the same activations and patches, up to rounding."""
+def check(ours: Ours, other: Theirs) -> None:
+    """Both return the same activations, patches and logits, up to rounding."""
+    limit = 0.1 if other.model.dtype != torch.float32 else 1e-3
     for job in ("one", "residuals", "patterns"):
-        pairs = list(zip(getattr(ours, job)(), getattr(theirs, job)(), strict=True))
+        pairs = list(zip(getattr(ours, job)(), getattr(other, job)(), strict=True))
         worst = max(((a.float() - b.float()).std() / b.float().std()).item() for a, b in pairs)
-        assert worst < (0.1 if pairs[0][1].dtype != torch.float32 else 1e-3), (job, worst)
-    a, b = ours.sweep(), theirs.sweep()
-    width = min(a.shape[-1], b.shape[-1])
-    a, b = a[:, :width], b[:, :width]
-    finite = a.isfinite()
-    worst = ((a - b)[finite].std() / b[finite].std()).item()
-    assert worst < (0.1 if theirs.model.dtype != torch.float32 else 1e-3), ("sweep", worst)
+        assert worst < limit, (type(other), job, worst)
+    for job in ("forward", "sweep"):
+        a, b = getattr(ours, job)(), getattr(other, job)()
+        width = min(a.shape[-1], b.shape[-1])
+        a, b = a[:, :width], b[:, :width]
+        finite = a.isfinite()
+        worst = ((a - b)[finite].std() / b[finite].std()).item()
+        assert worst < limit, (type(other), job, worst)
 
 
 @torch.no_grad()
@@ -240,29 +298,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = vs_transformers.bare(vs_transformers.chosen(options))
     other, device = vs_transformers.peer(model), model.params.projector.device
     prompts = [bench.random_prompt(model.cfg, 1, vs_transformers.TEXT_TOKENS, device, seed) for seed in (0, 1)]
-    ours, theirs = Ours(model, *prompts), Theirs(model, other, *prompts)
-    check(ours, theirs)
+    ways = {"pgfunc": Ours(model, *prompts), "hooks": Theirs(model, other, *prompts)}
+    if nnsight:
+        ways["nnsight"] = Traced(model, other, *prompts)
+    for way in [*ways.values()][1:]:
+        check(ways["pgfunc"], way)
     vector = torch.zeros(model.cfg.text.width, dtype=model.params.projector.dtype, device=device)
     jobs = {
         "forward": "forward", "one activation": "one", "all residuals": "residuals", "all patterns": "patterns",
-        f"sweep of {SITES} sites": "sweep",
+        f"sweep of {SITES} sites": "sweep", f"{options.tokens} steered tokens": "steer",
     }  # fmt: skip
     rows = []
-    for title, job in [*jobs.items(), (f"{options.tokens} steered tokens", "steer")]:
-        calls = [getattr(each, job) for each in (ours, theirs)]
-        if job == "steer":
-            calls = [partial(call, vector, options.tokens) for call in calls]
-        for call in calls * 2:
+    for title, job in jobs.items():
+        arguments = (vector, options.tokens) if job == "steer" else ()
+        calls = {name: partial(getattr(way, job), *arguments) for name, way in ways.items()}
+        for call in [*calls.values()] * 2:
             call()
-        turns = [[measured(call, device) for call in calls] for _ in range(options.repeat)]
-        (time, memory), (their_time, their_memory) = (
-            [median(turn[i][j] for turn in turns) for j in (0, 1)] for i in (0, 1)
-        )
-        rows.append({"job": title, "ms": time, "transformers_ms": their_time, "ratio": their_time / time,
-                     "mib": memory, "transformers_mib": their_memory})  # fmt: skip
+        turns = [{name: measured(call, device) for name, call in calls.items()} for _ in range(options.repeat)]
+        medians = {name: [median(turn[name][j] for turn in turns) for j in (0, 1)] for name in calls}
+        rows.append({"job": title, "ms": {name: each[0] for name, each in medians.items()},
+                     "mib": {name: each[1] for name, each in medians.items()}})  # fmt: skip
     return {"model": options.model or options.config, "dtype": pg.tree.dtype_name(model.params.projector),
             "hardware": bench.hardware(device), "torch": torch.__version__, "transformers": transformers.__version__,
-            "rows": rows, "token_ms": token_times(model, prompts[0], 128, options.repeat)}  # fmt: skip
+            "nnsight": nnsight.__version__ if nnsight else "not installed", "rows": rows,
+            "token_ms": token_times(model, prompts[0], 128, options.repeat)}  # fmt: skip
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -285,14 +344,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(report))
         return 0
-    print("{model}, {dtype}\n{hardware}, torch {torch}, transformers {transformers}\n".format(**report))
-    print(f"{'job':<24}{'pgfunc, ms':>12}{'hooks, ms':>12}{'ratio':>8}{'MiB':>9}{'hooks, MiB':>12}")
+    print(
+        "{model}, {dtype}\n{hardware}, torch {torch}, transformers {transformers}, nnsight {nnsight}".format(**report)
+    )
+    ways = [*report["rows"][0]["ms"]]
+    print(f"\n{'ms (ratio to pgfunc), MiB':<28}" + "".join(f"{way:>30}" for way in ways))
     for row in report["rows"]:
-        print(
-            "{job:<24}{ms:>12.2f}{transformers_ms:>12.2f}{ratio:>8.2f}{mib:>9.0f}{transformers_mib:>12.0f}".format(
-                **row
-            )
-        )
+        ms, mib = row["ms"], row["mib"]
+        cells = (f"{ms[way]:>12.2f} ({ms[way] / ms['pgfunc']:>5.2f}){mib[way]:>10.0f}" for way in ways)
+        print(f"{row['job']:<28}" + "".join(cells))
     times = report["token_ms"]
     for kind, time in times.items():
         print(f"a compiled token, {kind}: {time:.3f} ms ({time / times['no tap']:.3f})")

@@ -10,11 +10,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from math import inf
 from typing import Any, NamedTuple
+from warnings import warn
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pgfunc.errors import first_line
 from pgfunc.jit.arguments import layout
 
 MAX_COPIED = 0.25  # greatest share of all input bytes that is copied before a replay
@@ -67,18 +69,21 @@ class GraphedFunction:
 
     `fn` is a pure function of tensors with fixed shapes on one device. It may write into the inputs with the indices
     `written`, if repeating the write changes nothing. Those are never copied, and copied inputs together have at most
-    the share `max_copied` of all bytes. Tensors that `fn` closes over must be on the device and stay alive. If `fn`
-    returns results on another device, it always runs directly. The last `MAX_GRAPHS` graphs are kept, with the memory
-    that they compute in but without references to the inputs. To be used by one thread and one stream at a time.
+    the share `max_copied` of all bytes. Tensors that `fn` closes over must stay alive. If `fn` gets, makes or returns
+    tensors on another device, it always runs directly; for those that it makes, `name` is warned of. The last
+    `MAX_GRAPHS` graphs are kept, with the memory that they compute in but without references to the inputs. To be used
+    by one thread and one stream at a time.
     """
 
-    def __init__(self, fn: Fn, written: Iterable[int] = (), max_copied: float = MAX_COPIED):
-        self.fn, self.written, self.max_copied = fn, frozenset(written), max_copied
+    def __init__(
+        self, fn: Fn, written: Iterable[int] = (), max_copied: float = MAX_COPIED, name: str = "a compiled function"
+    ):
+        self.fn, self.written, self.max_copied, self.name = fn, frozenset(written), max_copied, name
         self.last_addresses: list[int] = []  # of the inputs of the last call, 0 for those that are copied
         self.copied_indices: set[int] = set()  # of the inputs that are copied
         self.graphs: OrderedDict[tuple[int, ...], CapturedGraph] = OrderedDict()
         self.graph: CapturedGraph | None = None  # of the last call, if there is one for its addresses
-        self.results_on_device = True  # whether the results are on the device of the inputs
+        self.capturable = True  # whether all tensors are on one device, as far as they were seen
 
     def __call__(self, tensors: list[Tensor], new_groups: Groups = ()) -> Any:
         """The results of `fn`.
@@ -100,11 +105,13 @@ class GraphedFunction:
         if self.graph is None:
             key = tuple(self.last_addresses)
             if key not in self.graphs:
-                if not (repeated and self.results_on_device):
+                self.capturable &= can_capture(tensors)
+                captured = self.capture_graph(tensors) if repeated and self.capturable else None
+                if captured is None:
                     results, structure = pytree.tree_flatten(self.fn(tensors))
-                    self.results_on_device = can_capture([tensors[0], *(x for x in results if isinstance(x, Tensor))])
+                    self.capturable &= can_capture([tensors[0], *(x for x in results if isinstance(x, Tensor))])
                     return results, structure
-                self.graphs[key] = self.capture_graph(tensors)
+                self.graphs[key] = captured
                 if len(self.graphs) > MAX_GRAPHS:
                     self.graphs.popitem(last=False)
             self.graphs.move_to_end(key)
@@ -115,12 +122,21 @@ class GraphedFunction:
         self.graph.replay()
         return copy_results(self.graph.results), self.graph.structure
 
-    def capture_graph(self, tensors: list[Tensor]) -> CapturedGraph:
+    def capture_graph(self, tensors: list[Tensor]) -> CapturedGraph | None:
+        """A graph of this call; None, with a warning, if it copies between the CPU and the GPU."""
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode can be written only there
             static = {i: clone_strided(unexpanded(tensors[i])) for i in self.copied_indices}
         inputs = [static[i].expand(x.shape) if i in static else x for i, x in enumerate(tensors)]
         self.fn(inputs)  # compiling and tuning must not happen during the capture
-        replay, results = capture(self.fn, inputs)
+        try:
+            replay, results = capture(self.fn, inputs)
+        except RuntimeError as error:
+            if "graph capture" not in str(error):
+                raise
+            self.capturable = False
+            message = f"{self.name} runs slowly, without CUDA graphs; make on the GPU what it makes on the CPU"
+            warn(f"{message} ({first_line(error)})", RuntimeWarning, stacklevel=2)
+            return None
         leaves, structure = pytree.tree_flatten(results)
         return CapturedGraph(replay, static, [x.detach() if isinstance(x, Tensor) else x for x in leaves], structure)
 

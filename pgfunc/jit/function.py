@@ -205,7 +205,10 @@ class Jitted(Generic[P, R]):
             code = compilation.compile_whole(self.fn, self.donate, specs, count)
         written = range(count - len(donated), count - 1)
         graphs = cuda_graphs.can_capture(inputs.tensors)
-        runner = cuda_graphs.GraphedFunction(code, written) if graphs else cuda_graphs.DirectFunction(code)
+        if graphs:
+            runner = cuda_graphs.GraphedFunction(code, written, name=self.name)
+        else:
+            runner = cuda_graphs.DirectFunction(code)
         try:
             # new objects: if the function also closes over an argument, PyTorch would treat the two as one tensor
             new = {id(x): x.detach() for x in inputs.tensors}
@@ -219,13 +222,14 @@ class Jitted(Generic[P, R]):
                 raise explanation from None
             raise
         self._proved = Appends(*map(all, zip(self._proved, *filter(None, code.appends), strict=True)))
-        runner.written |= {*range(count, count + len(code.free_tensors() or ()))}
+        free = code.free_tensors() or []
+        runner.written |= {*range(count, count + len(free))}
         versions = self._compiled.setdefault(inputs.key, [])
         description = reasons.describe(specs, self.donate, [*map(layout, donated)], reasons.compile_context())
         why = CLOSURE_CHANGED if versions else reasons.difference(description, self._descriptions)
         versions.append((code, runner))
         self._note(description, why)
-        self._warn_of_devices(specs)
+        self._warn_of_devices(specs, free)
         return results
 
     def _check_appends(self, arguments: dict[str, Any], cache: Cache) -> None:
@@ -245,9 +249,10 @@ class Jitted(Generic[P, R]):
             message = f"{self.name} was compiled {self.compilations} times, this time because {why}"
             warn(message, RuntimeWarning, stacklevel=self._depth)
 
-    def _warn_of_devices(self, specs: dict[str, ArgumentSpec]) -> None:
-        """Warn if some arguments are on the CPU and others on a GPU."""
+    def _warn_of_devices(self, specs: dict[str, ArgumentSpec], free: list[Tensor]) -> None:
+        """Warn if some arguments, or tensors that the function closes over, are on the CPU and others on a GPU."""
         devices = {name: {device.type for *_, device in spec.layouts} for name, spec in specs.items()}
+        devices["the tensors that it closes over"] = {x.device.type for x in free}
         on_cpu = [name for name, types in devices.items() if "cpu" in types]
         if on_cpu and any("cuda" in types for types in devices.values()):
             message = f"{self.name} runs slowly, without CUDA graphs; move to the GPU: {', '.join(on_cpu)}"

@@ -66,17 +66,18 @@ def block(queries: Bool[Tensor, "*b t"], keys: Bool[Tensor, "*b s"]) -> Block:
     return Block(queries, keys)
 
 
-def tokens(*which: int | Bool[Tensor, "p"], n: int) -> Bool[Tensor, "t 1"]:
+def tokens(*which: int | Bool[Tensor, "p"], n: int, device: torch.device | str = "cpu") -> Bool[Tensor, "t 1"]:
     """True at these tokens of n; negative indices count from the end. A mask selects among the first tokens.
 
-    The axes suit activations `b t d`; for `b t n h` use `tokens(...)[:, None] & heads(...)`.
+    The axes suit activations `b t d`; for `b t n h` use `tokens(...)[:, None] & heads(...)`. A mask is moved to the
+    device of the activation; for a compiled step on a GPU, make it there.
     """
-    selected = torch.zeros(n, dtype=torch.bool, device="cpu")
+    selected = torch.zeros(n, dtype=torch.bool, device=device)
     for each in which:
         if isinstance(each, Tensor):
             if each.dtype != torch.bool or each.dim() != 1 or len(each) > n:
                 raise SettingError(f"a selection is {describe(each)}, expected a mask of at most {n} bool")
-            selected[: len(each)] |= each.cpu()
+            selected[: len(each)] |= each.to(device)
         elif -n <= each < n:
             selected[each] = True
         else:
@@ -84,9 +85,9 @@ def tokens(*which: int | Bool[Tensor, "p"], n: int) -> Bool[Tensor, "t 1"]:
     return rearrange(selected, "t -> t 1")
 
 
-def heads(*which: int, n: int) -> Bool[Tensor, "n 1"]:
-    """True at these heads of n, for activations `b t n h`; for `b n t s` use `heads(...)[..., None]`."""
-    return tokens(*which, n=n)
+def heads(*which: int, n: int, device: torch.device | str = "cpu") -> Bool[Tensor, "n 1"]:
+    """True at these heads of n, for activations `b t n h`; for `b n t s` use `heads(...)[..., None]`. See `tokens`."""
+    return tokens(*which, n=n, device=device)
 
 
 def patches(mask: Bool[Tensor, "*b y x"], cfg: Config, share: float = 0.5) -> Bool[Tensor, "*b p"]:

@@ -1,5 +1,7 @@
 """With CUDA graphs a step returns what the pure function returns: loops, forks, rewinds, other prompts and weights."""
 
+import warnings
+
 import pytest
 import torch
 from cases import CONFIGS, params, prompt
@@ -194,28 +196,34 @@ def test_at_full_size_the_laws_of_the_cache_hold_for_compiled_steps(name):
     assert {result.verdict for result in results} == {"holds"}
 
 
-def test_a_step_may_build_its_masks_or_close_over_them():
-    """`lab.tokens` and `lab.heads` make masks on the CPU, wherever the parameters are."""
-    cfg = CONFIGS["gemma2"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("built", [False, True])
+def test_a_step_may_build_its_masks_or_close_over_them(device, built):
+    """If it closes over a tensor on the CPU, the step is right too, but slow, and says so."""
+    cfg, slow = CONFIGS["gemma2"], device == "cpu" and not built
     weights, rows = on_gpu(params(cfg)), on_gpu(prompt(cfg, [3, 2], [0, 0]))
-    first, vector = lab.heads(0, n=cfg.text.heads), torch.randn(cfg.text.width)
+    first, vector = lab.heads(0, n=cfg.text.heads, device=device), torch.randn(cfg.text.width, device=device)
 
-    def closed_over(params, token, cache, cfg):
-        changes = {"language.0.z": lab.put(0.0, first), "language.1.resid_post": lab.add(vector)}
+    def ablated(params, token, cache, cfg):
+        mask = lab.heads(0, n=cfg.text.heads, device=device) if built else first
+        changes = {"language.0.z": lab.put(0.0, mask)}
+        if not built:
+            changes["language.1.resid_post"] = lab.add(vector)
         return lab.edit(pg.decode, changes)(params, token, cache, cfg)
 
-    def built(params, token, cache, cfg):
-        changes = {"language.0.z": lab.put(0.0, lab.heads(0, n=cfg.text.heads))}
-        return lab.edit(pg.decode, changes)(params, token, cache, cfg)
-
-    for ablated in (closed_over, built):
-        step = pg.jit(ablated, donate="cache")
-        with torch.no_grad():
-            _, cache = pg.prefill(weights, rows, cfg, 20)
-        pure = cache
-        for token in range(6):
-            tokens = torch.tensor([token, 63 - token], device="cuda")
+    step = pg.jit(ablated, donate="cache")
+    with torch.no_grad():
+        _, cache = pg.prefill(weights, rows, cfg, 20)
+    pure, warned = cache, []
+    for token in range(6):
+        tokens = torch.tensor([token, 63 - token], device="cuda")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             logits, cache = step(weights, tokens, cache, cfg)
-            expected, pure = ablated(weights, tokens, pure, cfg)
-            torch.testing.assert_close(logits, expected, **LIMIT)
-        assert step.compilations == 1
+        warned += [str(each.message) for each in caught if "without CUDA graphs" in str(each.message)]
+        expected, pure = ablated(weights, tokens, pure, cfg)
+        torch.testing.assert_close(logits, expected, **LIMIT)
+    assert step.compilations == 1
+    assert len(warned) == slow
+    (((_, run),),) = step._compiled.values()
+    assert bool(run.graphs) != slow

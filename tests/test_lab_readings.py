@@ -145,3 +145,33 @@ def test_integrated_gradients_of_a_polynomial_are_exact():
     # x0 = 1 + s, x1 = -1 + 4 s: the integral of 3 x0² x1 over s from 0 to 1
     s = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     torch.testing.assert_close(parts[0], torch.trapezoid(3 * (1 + s) ** 2 * (-1 + 4 * s), s), rtol=1e-8, atol=1e-8)
+
+
+def test_a_jacobian_predicts_the_effect_of_a_small_edit_and_is_the_gradient_of_each_logit():
+    def read(logits):
+        return logits[:, -1, 3:6].sum(0)
+
+    found = lab.jacobian(pg.forward, read, "projector", (TREE, ROWS, CFG), chunk=2)
+    assert found.shape == (3, 2, VISION.tokens, CFG.text.width)
+    shift = torch.randn(2, VISION.tokens, CFG.text.width)
+    small = 1e-3
+    moved = lab.edit(pg.forward, {"projector": lab.add(small * shift)})(TREE, ROWS, CFG)
+    change = (read(moved) - read(pg.forward(TREE, ROWS, CFG))) / small
+    torch.testing.assert_close((found * shift).sum((1, 2, 3)), change, rtol=2e-2, atol=2e-3)  # float32 differences
+    for i in range(3):
+        own = grad(lambda x: read(lab.edit(pg.forward, {"projector": lab.add(x)})(TREE, ROWS, CFG))[i])  # noqa: B023
+        torch.testing.assert_close(found[i], own(torch.zeros_like(shift)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_gradients_of_each_example_are_those_of_prompts_of_one_row(chunk):
+    name = "language.layers.1.q"
+
+    def loss(leaves, row):
+        return pg.forward(pg.tree.replace(TREE, leaves), row, CFG)[0, -1].square().sum()
+
+    leaves = {name: pg.tree.flatten(TREE)[name]}
+    found = lab.per_example(loss, leaves, ROWS, chunk)
+    for i in range(2):
+        row = pg.tree.map(lambda x: x[i : i + 1], ROWS)  # noqa: B023
+        torch.testing.assert_close(found[name][i], grad(loss)(leaves, row)[name], rtol=1e-3, atol=1e-5)

@@ -11,10 +11,17 @@ can be nested, compiled by `pg.jit`, and transformed by `torch.func`. `capture(e
     naming.py     the names of activations, their axes, and patterns of names
     functions.py  capture, edit, names
     edits.py      put, add, block, and selections: tokens, heads, patches
-    readings.py   resume, logit lens, direct logit attribution, attribution patching, integrated gradients
+    readings.py   resume, logit lens, direct logit attribution, attribution patching, gradients
+    collecting.py collect: activations of a data set on disk
+    probes.py     probe, ridge: linear maps of activations
+    sae.py        sparse autoencoders
     pictures.py   heat, grid, strip
 """
 
+from pgfunc.lab import sae as sae
+from pgfunc.lab.collecting import Collection as Collection
+from pgfunc.lab.collecting import collect as collect
+from pgfunc.lab.collecting import collection as collection
 from pgfunc.lab.edits import Add as Add
 from pgfunc.lab.edits import Block as Block
 from pgfunc.lab.edits import Put as Put
@@ -35,10 +42,15 @@ from pgfunc.lab.pictures import Drawing as Drawing
 from pgfunc.lab.pictures import grid as grid
 from pgfunc.lab.pictures import heat as heat
 from pgfunc.lab.pictures import strip as strip
+from pgfunc.lab.probes import Probe as Probe
+from pgfunc.lab.probes import probe as probe
+from pgfunc.lab.probes import ridge as ridge
 from pgfunc.lab.readings import PARTS as PARTS
 from pgfunc.lab.readings import Attribution as Attribution
 from pgfunc.lab.readings import attribution as attribution
 from pgfunc.lab.readings import attribution_patching as attribution_patching
 from pgfunc.lab.readings import integrated as integrated
+from pgfunc.lab.readings import jacobian as jacobian
 from pgfunc.lab.readings import lens as lens
+from pgfunc.lab.readings import per_example as per_example
 from pgfunc.lab.readings import resume as resume

@@ -13,7 +13,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pgfunc import gemma, ops, paligemma
+from pgfunc import gemma, ops, paligemma, tree
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.lab.edits import add
@@ -133,6 +133,39 @@ def attribution_patching(
 
     gradients = torch.func.grad(shifted)({name: torch.zeros_like(x) for name, x in own.items()})
     return {name: (other[name] - own[name]) * gradient for name, gradient in gradients.items()}
+
+
+def jacobian(
+    fn: Callable[..., T],
+    read: Callable[[T], Float[Tensor, "*r"]],
+    name: str,
+    args: tuple[Any, ...],
+    chunk: int | None = None,
+) -> Float[Tensor, "..."]:
+    """The derivatives of `read(fn(*args))` by one activation, at the values of this call.
+
+    Its axes are those of `read`, then those of the activation. Let `read` sum over the rows of a batch, as one row does
+    not depend on another: `lambda logits: logits[:, -1, ids].sum(0)` gives `r b p d` for `projector`. `chunk` is the
+    number of derivatives that are computed together, by default all.
+    """
+    _, seen = capture(fn, name)(*args)
+
+    def shifted(shift: Tensor) -> Float[Tensor, "*r"]:
+        return read(edit(fn, {name: add(shift)})(*args))
+
+    return torch.func.jacrev(shifted, chunk_size=chunk)(torch.zeros_like(seen[name]))
+
+
+def per_example(
+    loss: Callable[[T, Prompt], Float[Tensor, ""]], weights: T, prompt: Prompt, chunk: int | None = None
+) -> T:
+    """The gradient of each row's loss: a tree like `weights`, whose leaves have a leading axis of rows.
+
+    `loss` gets a prompt of one row. `weights` may be all parameters, or a dict of some leaves that `loss` puts into the
+    others by `pg.tree.replace`. `chunk` is the number of rows that are computed together, by default all.
+    """
+    rows = tree.map(lambda x: rearrange(x, "b ... -> b 1 ..."), prompt)
+    return torch.func.vmap(torch.func.grad(loss), (None, 0), chunk_size=chunk)(weights, rows)
 
 
 def integrated(

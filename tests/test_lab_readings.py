@@ -175,3 +175,16 @@ def test_gradients_of_each_example_are_those_of_prompts_of_one_row(chunk):
     for i in range(2):
         row = pg.tree.map(lambda x: x[i : i + 1], ROWS)  # noqa: B023
         torch.testing.assert_close(found[name][i], grad(loss)(leaves, row)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_function_of_rows_has_the_integrated_gradients_and_the_gap_of_each_row():
+    x, baseline = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+
+    def rows(x):
+        return x.square().sum((1, 2)) * x[:, 0, 0].sin()
+
+    parts, gap = lab.integrated(rows, x, baseline, nodes=3)
+    for i in range(3):
+        own, own_gap = lab.integrated(lambda x: rows(x[None])[0], x[i], baseline[i], nodes=3)
+        torch.testing.assert_close(parts[i], own)
+        torch.testing.assert_close(gap[i], own_gap, rtol=1e-3, atol=1e-4)

@@ -41,7 +41,8 @@ def test_training_finds_the_directions_that_the_data_are_sums_of(trained):
     best = (DIRECTIONS @ trained.decoder.T).max(-1).values
     assert (best > 0.95).float().mean() > 0.8
     torch.testing.assert_close(trained.decoder.norm(dim=-1), torch.ones(24))
-    untrained = sae.train(batches, CFG, steps=1)
+    with torch.no_grad():
+        untrained = sae.train(batches, CFG, steps=1)
     assert sae.quality(untrained, sparse(500), CFG).explained < 0.7
 
 

@@ -1,14 +1,19 @@
-"""What the findings share: the model, their options, and intervals of confidence over scenes."""
+"""What the findings share: the model, their options, runs of many rows, and intervals of confidence over scenes.
+
+Axes: s scenes, p image tokens, t image and text tokens, d width.
+"""
 
 import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import pgfunc as pg
+from pgfunc import lab, paligemma
 from pgfunc.prompt import text_ids
 
 IMAGES = Path(__file__).parent.parent / "images" / "lab"
@@ -56,6 +61,44 @@ def load() -> pg.Model:
 def batches(count: int, size: int = 25) -> list[slice]:
     """Slices that cover so many rows."""
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def rows(prompt: pg.Prompt, which: slice) -> pg.Prompt:
+    """Some rows of a prompt."""
+    return pg.Prompt(*(each[which] for each in prompt))
+
+
+@torch.no_grad()
+def encode(model: pg.Model, prompt: pg.Prompt, *names: str) -> dict[str, Float[Tensor, "s p d"]]:
+    """These activations of the vision encoder, and the image tokens: `projector`."""
+    run = lab.capture(paligemma.encode_images, "projector", *names)
+    parts = [run(model.params, prompt.pixels[each], model.cfg)[1] for each in batches(len(prompt.pixels))]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def language_input(
+    params: pg.Params, image: Float[Tensor, "s p d"], prompt: pg.Prompt, cfg: pg.Config
+) -> Float[Tensor, "s t d"]:
+    """`language.0.resid_pre` for these image tokens and the text of a prompt, from which `lab.resume` continues."""
+    return paligemma.left_align(paligemma.join(params, image, prompt, cfg)).x
+
+
+def last_token(model: pg.Model, prompt: pg.Prompt) -> Int[Tensor, "s 1"]:
+    """The position of the last token of each row, whose logits are those of the answer."""
+    return model.cfg.vision.tokens + prompt.valid.sum(1, keepdim=True) - 1
+
+
+@torch.no_grad()
+def answers(
+    model: pg.Model, image: Float[Tensor, "s p d"], prompt: pg.Prompt, queries: Int[Tensor, "s q"]
+) -> Float[Tensor, "s q v"]:
+    """The logits at these positions, for these image tokens instead of the pictures."""
+    logits = []
+    for each in batches(len(image)):
+        part = rows(prompt, each)
+        x = language_input(model.params, image[each], part, model.cfg)
+        logits.append(lab.resume(model.params, part, model.cfg, 0, x, queries=queries[each]))
+    return torch.cat(logits)
 
 
 def token(model: pg.Model, word: str) -> int:

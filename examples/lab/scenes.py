@@ -85,8 +85,7 @@ def paint(scenes: Sequence[Scene]) -> Painted:
     pictures, masks = [], []
     for first in range(0, len(scenes), AT_ONCE):
         part = [*scenes[first : first + AT_ONCE]]
-        filled = part + part[:1] * (AT_ONCE - len(part))  # so that the noise does not depend on the number of scenes
-        painted = render.render(bank, render.layout(filled), SIDE, seed=first)
-        pictures += [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in painted.pixels[: len(part)]]
-        masks.append(painted.masks[: len(part)])
+        painted = render.render(bank, render.layout(part), SIDE, seed=first)
+        pictures += [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in painted.pixels]
+        masks.append(painted.masks)
     return Painted(pictures, torch.cat(masks))

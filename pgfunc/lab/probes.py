@@ -43,7 +43,9 @@ def probe(x: Float[Tensor, "n d"], labels: Int[Tensor, "n"], classes: int | None
     scaled, mean, scale = standardized(x)
     weight = torch.zeros(count, x.shape[1], dtype=scaled.dtype, device=x.device, requires_grad=True)
     bias = torch.zeros(count, dtype=scaled.dtype, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=STEPS, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=STEPS, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         solver.zero_grad()

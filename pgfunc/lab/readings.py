@@ -169,25 +169,25 @@ def per_example(
 
 
 def integrated(
-    fn: Callable[[Float[Tensor, "*s"]], Float[Tensor, ""]],
+    fn: Callable[[Float[Tensor, "*s"]], Float[Tensor, "*b"]],
     x: Float[Tensor, "*s"],
     baseline: Float[Tensor, "*s"],
     nodes: int = 32,
-) -> tuple[Float[Tensor, "*s"], Float[Tensor, ""]]:
-    """Integrated gradients of a scalar function along the line from `baseline` to x, by Gauss-Legendre quadrature.
+) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*b"]]:
+    """Integrated gradients of a function along the line from `baseline` to x, by Gauss-Legendre quadrature.
 
-    The attributions are in float32, or wider. Also returns the gap: the sum of the attributions minus fn(x) -
-    fn(baseline), which is 0 for the exact integral. Choose a baseline near the data: for pictures, a blurred copy
-    converges with far fewer nodes than a grey one.
-    (Sundararajan et al. 2017)
+    `fn` returns a number, or a number for each row of x that depends on no other row. The attributions are in float32,
+    or wider. Also returns the gap: the sum of the attributions (of each row) minus fn(x) - fn(baseline), which is 0 for
+    the exact integral. Choose a baseline near the data: for pictures, a blurred copy converges with far fewer nodes
+    than a grey one. (Sundararajan et al. 2017)
     """
     start, direction = ops.upcast(baseline), ops.upcast(x) - ops.upcast(baseline)
     total = torch.zeros_like(direction)
     for root, weight in quadrature(nodes):
         point = (start + root * direction).to(x.dtype)
-        total = total + weight * ops.upcast(torch.func.grad(fn)(point))
-    parts = total * direction
-    return parts, parts.sum() - (fn(x) - fn(baseline))
+        total = total + weight * ops.upcast(torch.func.grad(lambda each: fn(each).sum())(point))
+    parts, difference = total * direction, fn(x) - fn(baseline)
+    return parts, parts.sum(tuple(range(difference.dim(), parts.dim()))) - difference
 
 
 @torch.compiler.assume_constant_result

@@ -130,6 +130,7 @@ def quality(p: Sae, x: Float[Tensor, "n d"], cfg: Config) -> Quality:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@torch.enable_grad()
 def train(
     batches: Callable[[int], Iterable[Float[Tensor, "b d"]]], cfg: Config, steps: int, rate: float = 1e-3, seed: int = 0
 ) -> Sae:

@@ -179,12 +179,16 @@ def test_a_function_that_copies_between_devices_runs_directly_and_says_so(graphs
     assert not run.graphs
 
 
-def test_other_errors_of_a_capture_are_raised(graphs, monkeypatch):
-    def exhausted(fn, inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Offset increment outside graph capture encountered")],
+)
+def test_other_errors_of_a_capture_are_raised(graphs, monkeypatch, error):
+    def failed(fn, inputs):
+        raise error
 
-    monkeypatch.setattr(cuda_graphs, "capture", exhausted)
+    monkeypatch.setattr(cuda_graphs, "capture", failed)
     run = GraphedFunction(mixed)
     run([SMALL, BIG])
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)):
         run([SMALL, BIG])

@@ -60,7 +60,7 @@ def test_the_shipped_checkpoint_knows_these_scenes():
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_estimate_is_the_mean_with_an_interval_that_contains_it_in_95_of_100_cases():
+def test_an_estimate_is_the_mean_with_an_interval_that_contains_it_in_about_95_of_100_cases():
     assert common.estimate(torch.ones(5)) == (1.0, 1.0, 1.0)
     generator, inside = torch.Generator().manual_seed(0), 0
     for _ in range(200):
@@ -122,7 +122,10 @@ def check_knockout(result):
 
 
 def check_vision(result):
+    late = {group: sites["vision.7.resid_post"].recovered.mean for group, sites in result.by_site.items()}
     assert abs(result.by_site["object"]["vision.embed"].recovered.mean - 1) < 0.05
+    assert late["object"] > late["random"] + 0.1
+    assert late["corners"] > late["random"] + 0.1
 
 
 def check_pointing(result):

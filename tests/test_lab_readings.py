@@ -188,3 +188,11 @@ def test_a_function_of_rows_has_the_integrated_gradients_and_the_gap_of_each_row
         own, own_gap = lab.integrated(lambda x: rows(x[None])[0], x[i], baseline[i], nodes=3)
         torch.testing.assert_close(parts[i], own)
         torch.testing.assert_close(gap[i], own_gap, rtol=1e-3, atol=1e-4)
+    _, each = lab.integrated(lambda x: x.square(), x[0], baseline[0], nodes=2)  # as many numbers as there are inputs
+    assert each.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["language.*.z", "language.0.mask"])
+def test_a_jacobian_is_of_one_activation_of_floating_point(name):
+    with pytest.raises(SettingError, match=r"^'language.*' is not the name of one activation of floating point"):
+        lab.jacobian(pg.forward, lambda logits: logits[0, -1, :2], name, (TREE, ROWS, CFG))

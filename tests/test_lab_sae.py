@@ -46,6 +46,16 @@ def test_training_finds_the_directions_that_the_data_are_sums_of(trained):
     assert sae.quality(untrained, sparse(500), CFG).explained < 0.7
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_activations_of_any_dtype_with_a_graph_and_in_inference_mode_are_learned_from(dtype):
+    with torch.inference_mode():
+        inside = sae.train(lambda epoch: (x.to(dtype) for x in batches(epoch)), CFG, steps=3)
+    outside = sae.train(lambda epoch: (x.to(dtype).requires_grad_() * 1 for x in batches(epoch)), CFG, steps=3)
+    assert {x.dtype for x in inside[:4]} == {torch.float32}
+    for one, other in zip(inside[:4], outside[:4], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_size_of_the_activations_changes_nothing_but_their_reconstruction(trained):
     small = sae.train(lambda epoch: (x / 64 for x in batches(epoch)), CFG, steps=1500, rate=3e-3)
     x = sparse(100)
@@ -103,6 +113,9 @@ def test_files_that_are_no_sae_are_one_line(tmp_path):
         sae.load(tmp_path)
     save_file({"W_enc": torch.ones(1, 1)}, tmp_path / "sae_weights.safetensors")
     for settings, message in [
+        ({"architecture": "topk"}, r"has no b_enc, which an SAE of kind topk has$"),
+        ({"architecture": "jumprelu"}, r"has no b_enc, which an SAE of kind jumprelu has$"),
+        ({"architecture": "standard", "activation_fn_str": "topk"}, r"activation_fn_str is topk, which is not supp"),
         ({"architecture": "gated"}, r"cfg.json: architecture is gated, expected topk, standard or jumprelu$"),
         (
             {"architecture": "topk", "k": 1, "normalize_activations": "layer_norm"},
@@ -114,6 +127,8 @@ def test_files_that_are_no_sae_are_one_line(tmp_path):
             sae.load(tmp_path)
     with pytest.raises(SettingError, match=r"^k is 9, expected 1 to 8 latents$"):
         sae.train(batches, sae.Config(latents=8, k=9), steps=1)
+    with pytest.raises(SettingError, match=r"^the first batch of activations is all zeros$"):
+        sae.train(lambda epoch: [torch.zeros(4, 3)], CFG, steps=1)
     with pytest.raises(SettingError, match=r"^there are no batches to train on"):
         sae.train(lambda epoch: [], CFG, steps=1)
 

@@ -111,7 +111,7 @@ def places_of(
 ) -> dict[str, Bool[Tensor, "b s"]]:
     """Groups of tokens. `Random` lies outside `Object and ring` and has as many tokens, as far as there are.
 
-    `Question` is what follows bos and "answer en": "what color is the star?". `Last` is the newline behind it.
+    `Question` is what follows bos and "answer en": "what color is the star?". `Last` is the newline after it.
     """
     (thing, second), count = things.unbind(1), things.shape[-1]
     ring, row = widened(thing), torch.arange(count) >= count - round(count**0.5)
@@ -165,7 +165,7 @@ def lens_share(batch: Batch, words: list[list[str]], place: str) -> Float[Tensor
 
 
 def lens_at_last(batch: Batch) -> Float[Tensor, "b l"]:
-    """The lens's probability of the answer at the last token: at the input of each layer, then behind the last one."""
+    """The lens's probability of the answer at the last token: at the input of each layer, then after the last one."""
     row, model = torch.arange(len(batch.truth)), batch.model
     at_last = [lab.lens(model.params, x[row, batch.last], model.cfg).softmax(-1) for x in batch.streams]
     return torch.stack([each[row, batch.truth] for each in at_last], 1)

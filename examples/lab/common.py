@@ -40,7 +40,7 @@ def estimate(values: Float[Tensor, "s"] | Bool[Tensor, "s"]) -> Estimate:
 
 
 def estimates(values: Float[Tensor, "s *n"] | Bool[Tensor, "s *n"]) -> list[Any]:
-    """`estimate` for each column of the axes behind the scenes."""
+    """`estimate` for each column of the axes after the scenes."""
     return [estimates(each) for each in values.unbind(1)] if values.dim() > 1 else estimate(values)  # pyright: ignore
 
 

@@ -11,7 +11,7 @@ the colour of another shape, the tokens of the background, and a rotation. A fix
 
 Result: the last token does not hold the right colour after layer 2 (0.05 [0.01, 0.10]); after layers 3 to 5 it does in
 0.58 [0.48, 0.67], 0.90 [0.84, 0.95] and 1.00. Existence is decided after layer 3 (0.99 [0.97, 1.00]; after layer 2,
-0.50 [0.40, 0.60]). First comes the kind of answer: after layer 2 the first of all tokens is some colour in 0.96 [0.92,
+0.50 [0.40, 0.60]). The kind of answer comes first: after layer 2 the first of all tokens is some colour in 0.96 [0.92,
 0.99], and `yes` or `no` in all scenes, but the right one no more often than by chance. The name of the shape says
 little about its colour (at most 0.15 [0.08, 0.22]; that of another scene 0.08 [0.03, 0.14]). At image tokens the lens
 is nearly blind: at chance up to layer 2; after layer 3, 0.16 [0.11, 0.20] of a shape's tokens say its colour and

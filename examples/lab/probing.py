@@ -4,8 +4,9 @@
 
 Method: scenes have one shape, whose colour is asked for. Logistic regression (`lab.probe`) reads its colour and its
 outline from the mean of its image tokens, from the two top corners if it does not cover them, and from the mean of all
-other image tokens, after each layer of the vision encoder; and its colour from the last token of the question, which
-`lab.collect` writes to disk. A probe learns from 400 scenes and is tested on 100 others. Control: shuffled labels.
+other image tokens (some of which it covers in part), after each layer of the vision encoder; and its colour from the
+last token of the question, which `lab.collect` writes to disk. A probe learns from 400 scenes and is tested on 100
+others. Control: shuffled labels.
 
 Result, share of held-out scenes read right, after layers 0 to 7 and the projector:
 
@@ -20,8 +21,9 @@ Result, share of held-out scenes read right, after layers 0 to 7 and the project
   (chance is .08), and later in the mean of all others. Patching shows that the model uses the corners (`vision`).
 - The outline is harder to read, and becomes clearer with each layer.
 - At the last token of the question the colour can be read after the language model's layer 0 (.83 [0.75, 0.90]) and
-  after layer 1 (.99), although the logit lens finds it only from layer 3 on (`logit_lens`), and blocking image -> text
-  in these layers costs little (`knockout`). So a probe that reads it does not show that the model uses it there.
+  after layer 1 (.99). In scenes of three shapes the logit lens finds the answer only from layer 3 on (`logit_lens`),
+  and if the text does not see the image in layers 0 and 1, the right answer's probability falls by only 0.12
+  (`knockout`). So a probe that reads a colour does not show that the model uses it there.
 - Shuffled labels are read right in .05 to .16, near chance.
 """
 
@@ -91,7 +93,7 @@ def last_features(model: pg.Model, pictures: list[Any], questions: list[str]) ->
 
 
 def correct(x: Float[Tensor, "s d"], labels: Int[Tensor, "s"], test: int, classes: int) -> Bool[Tensor, "r"]:
-    """Whether a probe of the scenes behind the first `test` ones is right about those."""
+    """Whether a probe of the scenes after the first `test` ones is right about those."""
     return lab.probe(x[test:], labels[test:], classes, PENALTY)(x[:test]).argmax(-1) == labels[:test]
 
 

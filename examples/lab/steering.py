@@ -14,11 +14,12 @@ Result: at the last token, steering works in the input of layer 5: strength 1 ma
 "blue", strength 2 all of them. In layers 0 to 3 it does nothing, in layer 4 at most 0.38. At strength 2 the colour of
 the other shape is still right in 0.87 [0.80, 0.93]; at strength 4 in 0.14 [0.08, 0.21], and its existence in 0.01
 [0.00, 0.03]. At the image tokens patching works in layers 0 to 4 (0.98 to 1.00), but the mean direction does nothing at
-strength 1. In layer 3, chosen on these scenes, it needs 4 (0.61 [0.51, 0.70]) or 8 (0.87 [0.80, 0.93]). Answers about
-the other shape stay right at every strength (0.99 [0.97, 1.00]). But it moves only the colour question: "is there a
-blue star?" stays "no" in all scenes, though patching makes it "yes" in all. So the mean difference is not all that
-makes a shape blue; its norm is half of that of single differences.
-Random directions leave "red" in 0.97 [0.93, 1.00] (image, 8) and 1.00 (last token, 2). The other pair says "yellow",
+strength 1. In layer 3 it needs 4 (0.61 [0.51, 0.70]) or 8 (0.87 [0.80, 0.93]). Answers about
+the other shape stay right at every strength (0.99 [0.97, 1.00]). But it moves only the colour question, in
+whose runs the direction was found: "is there a blue star?" is never answered "yes", though patching makes it "yes" in
+all. The norm of the mean difference is half of that of single differences. Layers were chosen on these scenes.
+Random directions leave "red" in 0.97 [0.93, 1.00] (image, 8) and, at the last token, in 1.00 (strength 2), 0.71 (4) and
+0.00 (8). The other pair says "yellow",
 never "blue": 1.00 (last token, 2) and 0.60 [0.50, 0.70] (image, 8).
 """
 

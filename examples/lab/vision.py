@@ -1,7 +1,7 @@
 """Where does the vision encoder keep the colour of an object?
 
 100 pairs of scenes of two shapes differ only in the colour of one. The model is asked for this colour. Activations of
-the recoloured scene are put into the original one, for a group of tokens behind one layer, and the rest is computed.
+the recoloured scene are put into the original one, for a group of tokens after one layer, and the rest is computed.
 The effect is the part of the difference of the logits (other colour - own colour) that the patch recovers: 0 in the
 original, 1 in the recoloured scene. The object's tokens are all that the object touches. The control patches random
 tokens, as many as the corners, that are neither the object's nor corners.

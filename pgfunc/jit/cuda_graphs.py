@@ -131,7 +131,7 @@ class GraphedFunction:
         try:
             replay, results = capture(self.fn, inputs)
         except RuntimeError as error:
-            if "graph capture" not in str(error):
+            if "copy between CPU and CUDA" not in str(error):
                 raise
             self.capturable = False
             message = f"{self.name} runs slowly, without CUDA graphs; make on the GPU what it makes on the CPU"

@@ -1,11 +1,11 @@
 """Activations of a data set on disk: `collect` writes them to safetensors, `Collection` reads them back.
 
-    found = collect(model, rows, ["language.3.resid_post"], "runs/activations", tokens="last")
-    x, origins = found.load("language.3.resid_post"), found.origins("language.3.resid_post")
+    stored = collect(model, rows, ["language.3.resid_post"], "runs/activations", tokens="last")
+    x, origins = stored.load("language.3.resid_post"), stored.origins("language.3.resid_post")
 
 The folder has shards, each with a tensor `n ...` for each name, and for each of the three kinds of token (`vision`,
 `language`, `text`) the row and the position that its n entries come from. `index.json` is written last, so a folder
-without it was not finished. Memory is bounded by the size of a shard, whatever the number of rows. Axes: n stored
+without it was not finished. Memory holds at most about two shards, whatever the number of rows. Axes: n stored
 tokens of all rows.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -62,19 +62,20 @@ class Collection(NamedTuple):
     def batches(self, name: str, size: int, seed: int) -> Iterator[Float[Tensor, "b *d"]]:
         """Batches of so many stored activations, each once, in random order: the shards, and the tokens in each.
 
-        The last tokens are left out if they do not fill a batch. At most two shards are in memory. Raises SettingError
-        for another name.
+        They are on the CPU. The last tokens are left out if they do not fill a batch. At most about two shards are in
+        memory. Raises SettingError for another name, and for a size below 1.
         """
         self.check(name)
-        generator = torch.Generator().manual_seed(seed)
-        rest = None
-        for i in torch.randperm(len(self.shards), generator=generator).tolist():
+        if size < 1:
+            raise SettingError(f"size is {size}, expected 1 or more")
+        generator, rest = torch.Generator().manual_seed(seed), None
+        for i in torch.randperm(len(self.shards), generator=generator, device="cpu").tolist():
             x = self.read(self.shards[i], name)
-            x = x[torch.randperm(len(x), generator=generator)]
+            x = x[torch.randperm(len(x), generator=generator, device="cpu")]
             x = x if rest is None else torch.cat([rest, x])
             whole = len(x) // size * size
             yield from x[:whole].split(size)
-            rest = x[whole:]
+            rest = x[whole:].clone()  # not a view, which would keep the shard
 
     def check(self, name: str) -> str:
         """The kind of token of a name. Raises SettingError if the name was not collected."""
@@ -93,7 +94,7 @@ def collection(folder: str | Path) -> Collection:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise SettingError(f"{path}: cannot be read; lab.collect writes it at its end, so collect again") from None
+        raise SettingError(f"{path}: cannot be read, lab.collect did not finish; collect into a new folder") from None
     return Collection(Path(folder), content["kinds"], content["shards"], content["rows"])
 
 
@@ -109,37 +110,46 @@ def collect(
 ) -> Collection:
     """Write activations of many rows into a new folder, reading the rows one batch at a time.
 
-    A row is (pictures, prefix) or (pictures, prefix, suffix), as for `pg.prepare`. `patterns` are names or patterns of
-    `fnmatch`, see `lab.table`; nothing behind the last of these names is computed. `tokens` chooses which tokens of a
-    row are stored: its image tokens, its text tokens, its last token, or all; never padding. The dtype is the model's.
-    Raises SettingError for a name that does not exist, that has no axis of tokens (`pattern`) or none of the chosen
-    tokens, and for a folder that is not empty.
+    A row is (pictures, prefix) or (pictures, prefix, suffix), as for `pg.prepare`; all rows of a batch have the same
+    number of pictures. `patterns` are names or patterns of `fnmatch`, see `lab.table`; nothing after the last of these
+    names is computed. `tokens` chooses which tokens of a row are stored: its image tokens, its text tokens, its last
+    token, or all; never padding. The dtype is the model's, and float32 for logits. Raises SettingError for a name that
+    does not exist, that has no axis of tokens (`pattern`) or none of the chosen tokens, for a folder that is not empty,
+    and if there are no rows.
     """
     folder, kinds = Path(folder), kinds_of(model, patterns, tokens)
     check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise SettingError(f"{folder}: is not empty; give another folder")
-    rest, writer, count = iter(rows), Writer(folder, shard_bytes), 0
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        while part := list(islice(rest, batch)):
-            pictures, prefixes, *suffixes = zip(*part, strict=True)
-            prompt = prepare(model, list(pictures), list(prefixes), *map(list, suffixes))
-            seen = activations(model, prompt, tuple(kinds))
-            if missing := kinds.keys() - seen.keys():
-                raise SettingError(f"row {count} has no picture, so it has no {sorted(missing)[0]}")
-            chosen = {kind: selected(prompt, model, kind, tokens) for kind in {*kinds.values()}}
-            arrays = {name: by_row(x, len(part))[chosen[kinds[name]].to(x.device)] for name, x in seen.items()}
-            for kind, mask in chosen.items():
-                row, position = mask.nonzero().unbind(1)
-                before = image_tokens(prompt, model) if kind == "text" else 0
-                arrays |= {f"{kind}.row": row + count, f"{kind}.position": position + before}
-            writer.add(arrays)
-            count += len(part)
-        writer.flush()
-        content = {"kinds": kinds, "shards": writer.shards, "rows": count}
-        write_text(folder / INDEX, json.dumps(content, indent=1) + "\n")
-    return collection(folder)
+    if batch < 1:
+        raise SettingError(f"batch is {batch}, expected 1 or more rows")
+    stream, writer, count = iter(rows), Writer(folder, shard_bytes), 0
+    while part := list(islice(stream, batch)):
+        if len({len(row) for row in part}) > 1:
+            raise SettingError(f"rows {count} to {count + len(part) - 1}: some have a suffix, others have none")
+        writer.add(batch_arrays(model, part, kinds, tokens, count))
+        count += len(part)
+    if not count:
+        raise SettingError("there are no rows")
+    return writer.finish(kinds, count)
+
+
+def batch_arrays(
+    model: Model, rows: list[tuple[Any, ...]], kinds: dict[str, str], tokens: Tokens, first: int
+) -> dict[str, Tensor]:
+    """The arrays that are stored of some rows, the first of which has this number."""
+    pictures, prefixes, *suffixes = zip(*rows, strict=True)
+    prompt = prepare(model, list(pictures), list(prefixes), *map(list, suffixes))
+    values = activations(model, prompt, tuple(kinds))
+    if missing := kinds.keys() - values.keys():
+        raise SettingError(f"row {first} has no picture, so it has no {sorted(missing)[0]}")
+    chosen = {kind: selected(prompt, model, kind, tokens) for kind in {*kinds.values()}}
+    arrays = {name: by_row(x, len(rows))[chosen[kinds[name]].to(x.device)] for name, x in values.items()}
+    for kind, mask in chosen.items():
+        row, position = mask.nonzero().unbind(1)
+        before = image_tokens(prompt, model) if kind == "text" else 0
+        arrays |= {f"{kind}.row": row + first, f"{kind}.position": position + before}
+    return arrays
 
 
 class Reached(Exception):
@@ -171,6 +181,8 @@ def kinds_of(model: Model, patterns: Sequence[str], tokens: Tokens) -> dict[str,
     """The kind of token of each activation that is asked for, in the order of the computation."""
     known = paligemma.names(model.cfg)
     check_known(patterns, known, known)
+    if not patterns or tokens not in get_args(Tokens):
+        raise SettingError(f"patterns {patterns!r}, tokens {tokens!r}: expected names, and all, image, text or last")
     kinds = {name: kind_of(name) for name in known if matches_any(name, patterns)}
     for name, kind in kinds.items():
         if not kind:
@@ -200,7 +212,7 @@ def selected(prompt: Prompt, model: Model, kind: str, tokens: Tokens) -> Bool[Te
     if tokens == "image":
         text = torch.zeros_like(text)
     if tokens == "last":
-        text = torch.arange(text.shape[1]) == text.sum(1, keepdim=True) - 1
+        text = torch.arange(text.shape[1], device="cpu") == text.sum(1, keepdim=True) - 1
     return torch.cat([image, text], 1)
 
 
@@ -214,7 +226,7 @@ def by_row(x: Tensor, rows: int) -> Tensor:
 
 
 class Writer:
-    """Writes arrays into shards of at least `limit` bytes, but the last."""
+    """Writes arrays into shards; each but the last has at least `limit` bytes."""
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
@@ -232,5 +244,15 @@ class Writer:
         arrays = {key: torch.cat([part[key] for part in self.parts]) for key in self.parts[0]}
         self.parts = []
         self.shards.append(f"{len(self.shards):05d}.safetensors")
-        with replacing(self.folder / self.shards[-1]) as file:
-            write_safetensors(file, arrays, {"format": "pt"})
+        with write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / self.shards[-1]) as file:
+                write_safetensors(file, arrays, {"format": "pt"})
+
+    def finish(self, kinds: dict[str, str], rows: int) -> Collection:
+        """Write what is left, and the index."""
+        self.flush()
+        content = {"kinds": kinds, "shards": self.shards, "rows": rows}
+        with write_errors(self.folder):
+            write_text(self.folder / INDEX, json.dumps(content, indent=1) + "\n")
+        return collection(self.folder)

@@ -41,6 +41,7 @@ def probe(x: Float[Tensor, "n d"], labels: Int[Tensor, "n"], classes: int | None
     if int(labels.min()) < 0 or int(labels.max()) >= count:
         raise SettingError(f"labels are {int(labels.min())} to {int(labels.max())}, expected 0 to {count - 1}")
     scaled, mean, scale = standardized(x)
+    labels = labels.long()
     weight = torch.zeros(count, x.shape[1], dtype=scaled.dtype, device=x.device, requires_grad=True)
     bias = torch.zeros(count, dtype=scaled.dtype, device=x.device, requires_grad=True)
     solver = torch.optim.LBFGS(
@@ -62,6 +63,7 @@ def ridge(x: Float[Tensor, "n d"], targets: Float[Tensor, "n c"], penalty: float
     """Ridge regression: `probe(x)` predicts numbers, such as the edges of a box.
 
     It minimizes the squared errors plus penalty times the squared weights, for features that are scaled to variance 1.
+    The penalty is positive, or no feature is a sum of others.
     """
     scaled, mean, scale = standardized(x)
     middle = targets.double().mean(0)

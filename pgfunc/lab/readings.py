@@ -41,7 +41,8 @@ def resume(
 
     `resid` is `language.{layer}.resid_pre`; for `layer` = the number of layers it is the last `resid_post`. The
     pictures of the prompt are not read. If `queries` is given, these positions of `resid` get logits instead of all
-    text positions, and the last layer computes only them. Raises SettingError for a layer that does not exist.
+    text positions, and the last layer computes only them: its activations, and its mask, have only these queries.
+    Raises SettingError for a layer that does not exist.
     """
     if not 0 <= layer <= cfg.text.layers:
         raise SettingError(f"layer is {layer}, expected 0 to {cfg.text.layers}")
@@ -146,9 +147,12 @@ def jacobian(
 
     Its axes are those of `read`, then those of the activation. Let `read` sum over the rows of a batch, as one row does
     not depend on another: `lambda logits: logits[:, -1, ids].sum(0)` gives `r b p d` for `projector`. `chunk` is the
-    number of derivatives that are computed together, by default all.
+    number of derivatives that are computed together, by default all. Raises SettingError for a pattern of several names
+    and for a mask.
     """
     _, seen = capture(fn, name)(*args)
+    if name not in seen or not seen[name].is_floating_point():
+        raise SettingError(f"{name!r} is not the name of one activation of floating point; a Jacobian needs one")
 
     def shifted(shift: Tensor) -> Float[Tensor, "*r"]:
         return read(edit(fn, {name: add(shift)})(*args))
@@ -187,7 +191,7 @@ def integrated(
         point = (start + root * direction).to(x.dtype)
         total = total + weight * ops.upcast(torch.func.grad(lambda each: fn(each).sum())(point))
     parts, difference = total * direction, fn(x) - fn(baseline)
-    return parts, parts.sum(tuple(range(difference.dim(), parts.dim()))) - difference
+    return parts, parts.reshape(*difference.shape, -1).sum(-1) - difference
 
 
 @torch.compiler.assume_constant_result

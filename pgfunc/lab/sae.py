@@ -1,7 +1,7 @@
 """Sparse autoencoders: activations as sums of few directions out of many.
 
-    x, cfg = found.load(name), Config(latents=4096, k=32)
-    p = train(partial(found.batches, name, 512), cfg, steps=10_000)
+    cfg = Config(latents=4096, k=32)
+    p = train(partial(stored.batches, name, 512), cfg, steps=10_000)  # `stored` is a collection, see `lab.collect`
     logits = lab.edit(pg.forward, {name: Reconstruct(p, cfg)})(params, prompt, model.cfg)
 
 Training is that of Gao et al. 2024 (arXiv 2406.04093): the k largest latents are kept, the columns of the decoder have
@@ -12,7 +12,7 @@ ReLU and JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435). Files are those
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +27,18 @@ from torch import Tensor
 from pgfunc import ops, tree
 from pgfunc.checkpoint.writing import write_safetensors
 from pgfunc.errors import SettingError, first_line
-from pgfunc.files.atomic import replacing, write_text
+from pgfunc.files.atomic import changing
 from pgfunc.files.outputs import check_folder, write_errors
 from pgfunc.lab.edits import as_mask
 
 WEIGHTS, SETTINGS = "sae_weights.safetensors", "cfg.json"
 NAMES = {"encoder": "W_enc", "encoder_bias": "b_enc", "decoder": "W_dec", "bias": "b_dec", "threshold": "threshold"}
+ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec")
+KINDS = {"topk": (*ARRAYS, "k"), "standard": ARRAYS, "jumprelu": (*ARRAYS, "threshold")}  # and what each has
+PLAIN = {  # settings of SAELens, and their values that change nothing
+    "normalize_activations": ("none", None), "reshape_activations": ("none", None),
+    "rescale_acts_by_decoder_norm": (False, None), "activation_fn_str": ("relu", None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ class Reconstruct(NamedTuple):
     cfg: Config
 
     def __call__(self, x: Tensor) -> Tensor:
-        return decode(self.p, encode(self.p, x, self.cfg)).to(x.dtype)
+        p = on_device(self.p, x)
+        return decode(p, encode(p, x, self.cfg)).to(x.dtype)
 
 
 class SetLatent(NamedTuple):
@@ -110,16 +117,22 @@ class SetLatent(NamedTuple):
     p: Sae
     cfg: Config
     latent: int
-    value: Any
+    value: Any  # a number, or a tensor that broadcasts to `*b 1`, where the activation is `*b d`
     where: Any = True
 
     def __call__(self, x: Tensor) -> Tensor:
-        change = self.value - encode(self.p, x, self.cfg)[..., self.latent, None]
-        return torch.where(as_mask(self.where, x), x + (change * self.p.decoder[self.latent]).to(x.dtype), x)
+        p = on_device(self.p, x)
+        change = self.value - encode(p, x, self.cfg)[..., self.latent, None]
+        return torch.where(as_mask(self.where, x), x + (change * p.decoder[self.latent]).to(x.dtype), x)
+
+
+def on_device(p: Sae, x: Tensor) -> Sae:
+    """The parameters on the device of an activation, as `lab.put` moves its value."""
+    return tree.map(lambda leaf: leaf.to(x.device), p)
 
 
 def quality(p: Sae, x: Float[Tensor, "n d"], cfg: Config) -> Quality:
-    """How well an SAE describes these activations."""
+    """How well an SAE describes these activations, which are not all equal."""
     latents, x = encode(p, x, cfg), ops.upcast(x)
     error, variance = (x - decode(p, latents)).square().sum(), (x - x.mean(0)).square().sum()
     active = latents > 0
@@ -130,36 +143,47 @@ def quality(p: Sae, x: Float[Tensor, "n d"], cfg: Config) -> Quality:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@torch.enable_grad()
 def train(
     batches: Callable[[int], Iterable[Float[Tensor, "b d"]]], cfg: Config, steps: int, rate: float = 1e-3, seed: int = 0
 ) -> Sae:
-    """An SAE after so many steps of Adam. `batches(epoch)` gives the batches of one pass over the data.
+    """An SAE after so many steps of Adam, on the device of the batches. `batches(epoch)` gives those of one pass.
 
-    Activations are scaled by one number while training, so that the settings do not depend on their size. Raises
-    SettingError if there are no batches, or if k is not a number of latents.
+    Activations are scaled by one number while training, so that the settings do not depend on their size. The rate
+    falls to 0 in the last fifth of the steps. Raises SettingError if there are no batches, if the first one is all
+    zeros, and if k is not a number of latents.
     """
     if not 0 < cfg.k <= cfg.latents:
         raise SettingError(f"k is {cfg.k}, expected 1 to {cfg.latents} latents")
-    stream = endless(batches)
-    first = ops.upcast(next(stream))
-    scale = first.square().mean().rsqrt()
-    p = init(first * scale, cfg, seed)
-    leaves = [x.requires_grad_() for x in p if isinstance(x, Tensor)]
-    optimizer = torch.optim.Adam(leaves, rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 5 * (steps - step) / steps))
-    idle = torch.zeros(cfg.latents, dtype=torch.long, device=first.device)
-    for x in chain([first], islice(stream, steps - 1)):
-        error, active = loss(p, ops.upcast(x) * scale, cfg, idle >= cfg.dead_after)
-        idle = torch.where(active, 0, idle + 1)
-        for leaf, gradient in zip(leaves, torch.autograd.grad(error, leaves), strict=True):
-            leaf.grad = gradient - along(gradient, p.decoder) if leaf is p.decoder else gradient
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            p.decoder.div_(p.decoder.norm(dim=-1, keepdim=True))
-    p = tree.map(Tensor.detach, p)
-    return p._replace(encoder_bias=p.encoder_bias / scale, bias=p.bias / scale)
+    with torch.inference_mode(False), torch.enable_grad():
+        stream = endless(batches)
+        first = next(stream).detach().float()
+        scale = first.square().mean().rsqrt()
+        if not scale.isfinite():
+            raise SettingError("the first batch of activations is all zeros")
+        p = tree.map(Tensor.requires_grad_, init(first * scale, cfg, seed))
+        optimizer = torch.optim.Adam([*tree.flatten(p).values()], rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 5 * (steps - step) / steps))
+        idle = torch.zeros(cfg.latents, dtype=torch.long, device=first.device)
+        for x in chain([first], islice(stream, steps - 1)):
+            active = learn(p, x.detach().float() * scale, cfg, idle >= cfg.dead_after, optimizer)
+            idle = torch.where(active, 0, idle + 1)
+            schedule.step()
+        p = tree.map(Tensor.detach, p)
+        return p._replace(encoder_bias=p.encoder_bias / scale, bias=p.bias / scale)
+
+
+def learn(
+    p: Sae, x: Float[Tensor, "b d"], cfg: Config, dead: Bool[Tensor, "m"], optimizer: torch.optim.Optimizer
+) -> Bool[Tensor, "m"]:
+    """Change the parameters by one step. Returns which latents were active."""
+    error, active = loss(p, x, cfg, dead)
+    leaves = [*tree.flatten(p).values()]
+    for leaf, gradient in zip(leaves, torch.autograd.grad(error, leaves), strict=True):
+        leaf.grad = gradient - along(gradient, p.decoder) if leaf is p.decoder else gradient
+    optimizer.step()
+    with torch.no_grad():
+        p.decoder.div_(p.decoder.norm(dim=-1, keepdim=True))
+    return active
 
 
 def endless(batches: Callable[[int], Iterable[Tensor]]) -> Iterator[Tensor]:
@@ -176,7 +200,8 @@ def endless(batches: Callable[[int], Iterable[Tensor]]) -> Iterator[Tensor]:
 
 def init(x: Float[Tensor, "b d"], cfg: Config, seed: int) -> Sae:
     """Random directions of length 1; the encoder is the decoder's transpose, and the bias the mean of a batch."""
-    decoder = torch.randn(cfg.latents, x.shape[1], generator=torch.Generator().manual_seed(seed)).to(x.device)
+    generator = torch.Generator().manual_seed(seed)
+    decoder = torch.randn(cfg.latents, x.shape[1], generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     decoder = decoder / decoder.norm(dim=-1, keepdim=True)
     return Sae(decoder.T.contiguous(), x.new_zeros(cfg.latents), decoder, x.mean(0))
 
@@ -184,7 +209,7 @@ def init(x: Float[Tensor, "b d"], cfg: Config, seed: int) -> Sae:
 def loss(
     p: Sae, x: Float[Tensor, "b d"], cfg: Config, dead: Bool[Tensor, "m"]
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, "m"]]:
-    """The unexplained share of the variance, plus that of what the dead latents explain of the error.
+    """The unexplained share of the variance, plus `revival` times what the dead latents leave unexplained of the error.
 
     Also returns which latents were active.
     """
@@ -210,36 +235,40 @@ def along(x: Float[Tensor, "m d"], directions: Float[Tensor, "m d"]) -> Float[Te
 
 
 def save(p: Sae, cfg: Config, folder: str | Path) -> None:
-    """Write an SAE into a folder, in the layout of SAELens. Raises SettingError if it cannot be written."""
+    """Write an SAE into a folder, in the layout of SAELens; another one there is replaced.
+
+    The settings of its training are not stored. Raises SettingError if it cannot be written.
+    """
     folder = Path(folder)
     check_folder(folder)
     width, latents = p.encoder.shape
     kind = "jumprelu" if isinstance(p.threshold, Tensor) else "topk" if cfg.k else "standard"
     settings = {"architecture": kind, "d_in": width, "d_sae": latents, "dtype": "float32", "device": "cpu",
                 "apply_b_dec_to_input": cfg.subtract_bias, "normalize_activations": "none",
-                "reshape_activations": "none", "metadata": {"pgfunc": asdict(cfg)}}  # fmt: skip
+                "reshape_activations": "none", "metadata": {}}  # fmt: skip
     settings |= {"k": cfg.k} if kind == "topk" else {}
-    arrays = {NAMES[field]: x for field, x in p._asdict().items() if isinstance(x, Tensor)}
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / WEIGHTS) as file:
+    arrays = {NAMES[field]: x.float() for field, x in p._asdict().items() if isinstance(x, Tensor)}
+    with write_errors(folder), changing(folder) as change:
+        with change.new(WEIGHTS) as file:
             write_safetensors(file, arrays, {"format": "pt"})
-        write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        change.write(SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Sae, Config]:
-    """An SAE in the layout of SAELens: `topk`, `standard` or `jumprelu`. Raises SettingError for others."""
+    """An SAE in the layout of SAELens, in float32: `topk`, `standard` or `jumprelu`. Raises SettingError for others."""
     path = Path(folder) / SETTINGS
     try:
-        settings, arrays = json.loads(path.read_text()), load_file(Path(folder) / WEIGHTS, device=str(device))
-    except (OSError, ValueError, SafetensorError) as error:
+        settings, arrays = dict(json.loads(path.read_text())), load_file(Path(folder) / WEIGHTS, device=str(device))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise SettingError(f"{path.parent}: {SETTINGS} or {WEIGHTS} cannot be read ({first_line(error)})") from error
     kind = settings.get("architecture")
-    if kind not in ("topk", "standard", "jumprelu"):
+    if kind not in KINDS:
         raise SettingError(f"{path}: architecture is {kind}, expected topk, standard or jumprelu")
-    for name in ("normalize_activations", "reshape_activations", "rescale_acts_by_decoder_norm"):
-        if settings.get(name, "none") not in ("none", None, False):
+    for name, plain in PLAIN.items():
+        if settings.get(name, plain[0]) not in (*plain, kind):
             raise SettingError(f"{path}: {name} is {settings[name]}, which is not supported")
-    p = Sae(**{field: arrays[name] for field, name in NAMES.items() if name in arrays})
+    if missing := [name for name in KINDS[kind] if name not in arrays | settings]:
+        raise SettingError(f"{path.parent}: has no {missing[0]}, which an SAE of kind {kind} has")
+    p = Sae(**{field: arrays[name].float() for field, name in NAMES.items() if name in KINDS[kind]})
     k = settings["k"] if kind == "topk" else 0
     return p, Config(latents=len(p.encoder_bias), k=k, subtract_bias=settings.get("apply_b_dec_to_input", True))

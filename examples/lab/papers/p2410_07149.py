@@ -4,10 +4,10 @@ Paper: Neo, Ong, Torr, Geva, Krueger, Barez, "Towards Interpreting Visual Inform
 Models", ICLR 2025, arXiv 2410.07149. All three methods are reproduced, without captions and integrated gradients. The
 setting differs: a PaliGemma of 6 layers, whose prefix is bidirectional, and two shapes, not LLaVA-1.5 (32) and COCO.
 Here (100 scenes, seed 0): if the mean token replaces an object's tokens, 0.77 of the colours and 1.00 of the "yes" are
-wrong, with the ring 0.75 and 1.00, for random others 0.03 and 0.07: agrees. But the object's tokens do not suffice:
-without all others, 0.36 and 0.44 are wrong. No token has a high norm, so there are no registers to test. The lens names
-the object in at most 0.08 of its tokens (layer 3; in 0.02 of the other shape's): weaker than in LLaVA. Knockout in
-layers 2 and 3, object and ring -> last: 0.28 are right: agrees. The last row of the image collects nothing: agrees.
+wrong, with the ring 0.75 and 1.00, for random others 0.03 and 0.07: agrees. But without all others 0.36 and 0.44 are
+(with a mean for each position only 0.07: `ablation`). No token has a high norm, so there are no registers. The lens
+names the object in at most 0.08 of its tokens (layer 3; in 0.02 of the other shape's): weaker than in LLaVA. Knockout
+in layers 2 and 3, object and ring -> last: 0.28 are right: agrees. The last row of the image collects nothing: agrees.
 """
 
 import torch

@@ -3,8 +3,8 @@
 Paper: Jiang, Dravid, Efros, Gandelsman, "Vision Transformers Don't Need Trained Registers", NeurIPS 2025, arXiv
 2506.08010. Differs: SigLIP, 8 layers, two shapes; neurons are found with the next seed's scenes. A row of five numbers:
 maximum norm and outliers after layer 2; attention to the corners and to the new token in layer 7; right answers.
-Here (100 scenes, seed 0): 5 neurons remove the outliers, which are the top corners, and answers stay right: agrees.
-20 also move the attention to the new token, but 0.69 are right, as if they were zeroed: it rescues nothing: disagrees.
+Here (100 scenes): 5 neurons remove the outliers, the top corners, and no answer is wrong: agrees. But the corners keep
+their attention; 20 move it to the new token, and 0.69 are right, 0.67 if they are zeroed: nothing is rescued: differs.
 """
 
 from functools import partial

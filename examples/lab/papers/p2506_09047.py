@@ -1,10 +1,10 @@
-"""Nikankin, Arad, Gandelsman, Belinkov: Same Task, Different Circuits (in VLMs). arXiv 2506.09047 (June 2025).
-Reproduced: back-patching: image tokens of a late layer are put into an earlier one (windows of 1 layer). Not tried:
-circuits by attribution patching, and their overlap across modalities. Different: 8 pairs of 6 layers, chosen on as many
-other scenes; pictures of 40 x 40 pixels, so that the model errs; no text variants, so the controls are the other pairs
-and another scene's tokens. Paper: +4.6 points on average. Here (100 scenes; layers 4 -> 3 are chosen for both tasks):
-counting gains 0.04 [0.01, 0.08], as in the paper; colour 0.00 [-0.06, 0.05], so it does not. The mean pair does harm
-(counting 0.75 instead of 0.81, colour 0.52 instead of 0.76), and another scene's tokens do more (0.29, 0.28).
+"""Nikankin, Arad, Gandelsman, Belinkov: Same Task, Different Circuits: Disentangling Modality-Specific Mechanisms in
+VLMs, 2025, arXiv 2506.09047. Reproduced: back-patching: image tokens of a late layer are put into an earlier one. Not
+tried: circuits by attribution patching, and their overlap. Different: 8 pairs of 6 layers, chosen on as many other
+scenes; 40 x 40 pixels, one of three sizes tried, so that the model errs; no text variants, so the controls are the
+other pairs and another scene's tokens. Paper: +4.6 points on average. Here (100 scenes; layers 4 -> 3): counting gains
+0.04 [0.01, 0.08], a similar gain; naming a colour (the paper orders colours) 0.00 [-0.06, 0.05]. The mean pair does
+harm (0.75 instead of 0.81, 0.52 instead of 0.76), and another scene's tokens do more (0.29, 0.28).
 """
 
 import torch

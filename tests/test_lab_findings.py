@@ -92,7 +92,7 @@ def test_selections_are_what_they_say():
 def test_answers_from_image_tokens_are_those_of_the_pictures():
     model, drawn = common.load(), scenes.draw(3)
     prompt = pg.prepare(model, scenes.paint(drawn).pictures, ["caption en", "ocr", "answer en is there a red star?"])
-    last = common.last_token(model, prompt)
+    last = common.last_token(prompt, model.cfg.vision.tokens)
     with torch.no_grad():
         expected, _ = pg.prefill(model.params, prompt, model.cfg, 0)
     found = common.answers(model, common.encode(model, prompt)["projector"], prompt, last)[:, 0]

@@ -203,8 +203,9 @@ def main(arguments: list[str] | None = None) -> Result:
         print(f"{LABELS[name]:26} {mask.sum(1).float().mean():6.1f}  {cells}", flush=True)
     more = {task: common.estimate(broken[task, "both"].int() - broken[task, "object"].int()) for task in known}
     print(f"{'what the 2 corners add':26} {2.0:6}  " + "  ".join(f"{each!s:17}" for each in more.values()))
-    settings.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(wrong, {task: int(each.sum()) for task, each in right.items()}).savefig(settings.out / "ablation.png")
+    common.save(
+        draw_figure(wrong, {task: int(each.sum()) for task, each in right.items()}), settings.out / "ablation.png"
+    )
     return Result({task: common.estimate(each) for task, each in right.items()}, wrong, more, high)
 
 

@@ -53,7 +53,7 @@ Measure = Callable[[Batch], Mapping[str, Float[Tensor, "b *n"] | Bool[Tensor, "b
 
 
 def colour(scene: Scene) -> tuple[str, str]:
-    return f"answer en what color is the {scenes.outline(scene, 0)}?", scene.things[0].colour
+    return scenes.colour_question(scene), scene.things[0].colour
 
 
 def existence(scene: Scene) -> tuple[str, str]:

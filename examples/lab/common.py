@@ -53,6 +53,12 @@ def options(doc: str | None, arguments: list[str] | None, scenes: int = 100) -> 
     return parser.parse_args(arguments)
 
 
+def save(figure: Any, path: Path) -> None:
+    """Write a picture, into a new folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def load() -> pg.Model:
     """The shipped checkpoint in float32."""
     return pg.load(dtype="float32", device="cpu")
@@ -83,9 +89,9 @@ def language_input(
     return paligemma.left_align(paligemma.join(params, image, prompt, cfg)).x
 
 
-def last_token(model: pg.Model, prompt: pg.Prompt) -> Int[Tensor, "s 1"]:
+def last_token(prompt: pg.Prompt, image_tokens: int) -> Int[Tensor, "s 1"]:
     """The position of the last token of each row, whose logits are those of the answer."""
-    return model.cfg.vision.tokens + prompt.valid.sum(1, keepdim=True) - 1
+    return image_tokens + prompt.valid.sum(1, keepdim=True) - 1
 
 
 @torch.no_grad()

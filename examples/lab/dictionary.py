@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> Result:
     painted = scenes.paint(chosen)
     labels = colours_of_tokens(chosen, painted.masks, model.cfg)
     p, untrained, seen = trained(model, painted.pictures[test:])
-    questions = [f"answer en what color is the {scenes.outline(scene, 0)}?" for scene in chosen[:test]]
+    questions = [*map(scenes.colour_question, chosen[:test])]
     prompt = pg.prepare(model, painted.pictures[:test], questions)
     image = common.encode(model, prompt)[SITE]
     new = image.flatten(0, 1)
@@ -182,12 +182,11 @@ def main(arguments: list[str] | None = None) -> Result:
     words = torch.tensor([common.token(model, colour) for colour in COLOURS])
     changed, kept = {}, {}
     for name, x in images.items():
-        said = common.answers(model, x, prompt, common.last_token(model, prompt))[:, 0].argmax(-1)
+        said = common.answers(model, x, prompt, common.last_token(prompt, image.shape[1]))[:, 0].argmax(-1)
         kept[name], changed[name] = common.estimate(said == words[own]), common.estimate(said == words[other])
         print(f"{name:40} right {kept[name]}  the other colour {changed[name]}")
     result = Result(quality, f1, changed, kept)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(result).savefig(settings.out / "dictionary.png")
+    common.save(draw_figure(result), settings.out / "dictionary.png")
     return result
 
 

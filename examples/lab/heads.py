@@ -32,11 +32,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import pgfunc as pg
+from examples.lab import common
 from examples.lab.common import Estimate, batches, estimate, estimates, load, options, token
-from examples.lab.scenes import SIDE, Scene, draw, outline, paint
+from examples.lab.scenes import SIDE, Scene, colour_question, draw, paint
 from examples.tiny import texts
 from pgfunc import lab
-from pgfunc.paligemma import encode_images, join
+from pgfunc.paligemma import join
 from pgfunc.prompt import text_ids
 
 COUNTS = (4, 8)  # heads that are ablated together; a layer has 4
@@ -45,7 +46,7 @@ NEW = 1000  # is added to the seed for the scenes of the ablation
 BINS = 1024  # location tokens
 COLOURS = ("#888888", "#c23b22", "#4c8bbf", "#c23b22", "#4c8bbf", "#9ec5e0")  # of the bars: red for heads that look
 QUESTIONS: dict[str, Callable[[Scene], str]] = {
-    "colour": lambda scene: f"answer en what color is the {outline(scene, 0)}?",
+    "colour": colour_question,
     "where": lambda scene: f"answer en where is the {scene.things[0].name}?",
     "detect": lambda scene: f"detect {scene.things[0].name}",
 }
@@ -60,7 +61,7 @@ class Asked(NamedTuple):
     right: Bool[Tensor, "s k v"]  # the first tokens that would be right if the question named thing k
 
     def rows(self, rows: slice) -> "Asked":
-        return Asked(pg.Prompt(*(part[rows] for part in self.prompt)), self.embed[rows], self.right[rows])
+        return Asked(common.rows(self.prompt, rows), self.embed[rows], self.right[rows])
 
 
 class Result(NamedTuple):
@@ -83,8 +84,7 @@ def ask(model: pg.Model, scenes: Sequence[Scene]) -> tuple[dict[str, Asked], Boo
     prompts = {
         name: pg.prepare(model, painted.pictures, [text(scene) for scene in scenes]) for name, text in QUESTIONS.items()
     }
-    pixels = prompts["colour"].pixels
-    image = torch.cat([encode_images(model.params, pixels[rows], model.cfg) for rows in batches(len(scenes))])
+    image = common.encode(model, prompts["colour"])["projector"]
     asked = {}
     for name, prompt in prompts.items():
         answers = torch.stack([right(model, name, scenes, painted.masks, number) for number in range(3)], 1)
@@ -187,8 +187,7 @@ def main(arguments: list[str] | None = None) -> Result:
             results[name] = ablations(model, fresh[name], means, order[name].tolist())
     result = Result(ratios, order, results)
     report(result, model.cfg.text.heads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(result).savefig(args.out / "heads.png")
+    common.save(draw_figure(result), args.out / "heads.png")
     return result
 
 

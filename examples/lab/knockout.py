@@ -81,18 +81,13 @@ class Effect(NamedTuple):
 Result = dict[str, dict[str, dict[Window, Effect]]]  # task -> kind -> layers
 
 
-def last_of(case: Case) -> Int[Tensor, "b 1"]:
-    """The position of each row's last token."""
-    return case.prompt.valid.sum(1, keepdim=True) + case.image.shape[1] - 1
-
-
 def pairs(case: Case) -> dict[str, Blind]:
     """The queries and keys of each kind, for positions in their order: image, then valid text, then padding."""
     rows, width = case.prompt.tokens.shape
     image = case.image.shape[1]
     position = torch.arange(image + width).expand(rows, -1)
-    last, is_image = position == last_of(case), position < image
-    text = ~is_image & (position <= last_of(case))
+    last, is_image = position == common.last_token(case.prompt, case.image.shape[1]), position < image
+    text = ~is_image & (position <= common.last_token(case.prompt, case.image.shape[1]))
     none = torch.zeros(rows, width, dtype=torch.bool)
     own, random = (torch.cat([each, none], 1) for each in (case.object, case.random))
     return {
@@ -119,7 +114,7 @@ def probabilities(
     params: pg.Params, case: Case, cfg: pg.Config, windows: dict[str, list[Window]]
 ) -> tuple[Float[Tensor, "b v"], dict[tuple[str, Window], Float[Tensor, "b v"]]]:
     """The probabilities of the next token without a block, and for each kind and each window of layers."""
-    last = last_of(case)
+    last = common.last_token(case.prompt, case.image.shape[1])
     resid = common.language_input(params, case.image, case.prompt, cfg)
     logits, own = lab.capture(lab.resume, "language.*.resid_pre")(params, case.prompt, cfg, 0, resid, queries=last)
     blocked = {}
@@ -138,7 +133,7 @@ def blocked_from(
 
     The windows share the layers that they block: the longest runs, and the others continue from its residual stream.
     """
-    prompt, last = case.prompt, last_of(case)
+    prompt, last = case.prompt, common.last_token(case.prompt, case.image.shape[1])
     longest = knockout(blind, last, (first, max(ends)), cfg.text.layers)
     run = lab.capture(lab.edit(lab.resume, longest), "language.*.resid_pre")
     logits, seen = run(params, prompt, cfg, first, x, queries=last)
@@ -252,8 +247,7 @@ def main(arguments: list[str] | None = None) -> Result:
             effects = [kinds[kind][first, end] for kinds in result.values()]
             cells = "".join(f"{each.drop!s:20} {each.right.mean:.2f}  " for each in effects)
             print(f"{name:30} {f'{first}-{end - 1}' if end else '':7}{cells}")
-    settings.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(result, layers).savefig(settings.out / "knockout.png")
+    common.save(draw_figure(result, layers), settings.out / "knockout.png")
     return result
 
 

@@ -29,9 +29,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import pgfunc as pg
+from examples.lab import common
 from examples.lab.common import Estimate, batches, estimates, load, options, token
 from examples.lab.figures import band
-from examples.lab.scenes import Painted, Scene, draw, outline, paint
+from examples.lab.scenes import Painted, Scene, colour_question, draw, outline, paint
 from examples.tiny.shapes import COLOURS
 from pgfunc import lab
 from pgfunc.lab.pictures import ink, shown
@@ -75,7 +76,7 @@ def streams(model: pg.Model, painted: Painted, questions: Sequence[str]) -> Stre
     prompt = pg.prepare(model, painted.pictures, questions)
     patches, parts = model.cfg.vision.tokens, []
     for rows in batches(len(questions)):
-        part = pg.Prompt(*(each[rows] for each in prompt))
+        part = common.rows(prompt, rows)
         _, seen = lab.capture(pg.forward, *READ)(model.params, part, model.cfg)
         parts.append(torch.stack([*seen.values()], 1))
     stream = torch.cat(parts)
@@ -126,7 +127,7 @@ def lenses(
 
 def questions(scenes: Sequence[Scene]) -> tuple[list[str], list[str], list[bool]]:
     """For the first thing: its colour; its existence, in every other scene with a colour that it does not have."""
-    colour = [f"answer en what color is the {outline(scene, 0)}?" for scene in scenes]
+    colour = [*map(colour_question, scenes)]
     present = [i % 2 == 0 for i in range(len(scenes))]
     named = [
         f"{scene.things[0 if there else 1].colour} {outline(scene, 0)}"
@@ -204,8 +205,7 @@ def main(arguments: list[str] | None = None) -> Result:
         text["existence, last token"] = lenses(model, asked.text[:, :, 0], right, yes_or_no)
     result = Result(text, image, row)
     report(result)
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(result).savefig(args.out / "logit_lens.png")
+    common.save(draw_figure(result), args.out / "logit_lens.png")
     return result
 
 

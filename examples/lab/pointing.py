@@ -32,8 +32,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import pgfunc as pg
+from examples.lab import common
 from examples.lab.common import Estimate, batches, estimate, load, options, token
-from examples.lab.scenes import draw, outline, paint
+from examples.lab.scenes import colour_question, draw, outline, paint
 from examples.tiny.shapes import COLOURS
 from pgfunc import lab
 from pgfunc.paligemma import encode_images
@@ -59,8 +60,7 @@ class Asked(NamedTuple):
     names: list[str]
 
     def rows(self, rows: slice) -> "Asked":
-        prompt = pg.Prompt(*(part[rows] for part in self.prompt))
-        return Asked(prompt, self.colours, self.right[rows], self.owned[rows], self.names[rows])
+        return Asked(common.rows(self.prompt, rows), self.colours, self.right[rows], self.owned[rows], self.names[rows])
 
 
 class Score(NamedTuple):
@@ -169,9 +169,7 @@ def ask(model: pg.Model, count: int, seed: int) -> Asked:
     """Scenes with three shapes; the question is about the first."""
     scenes = draw(count, 3, seed)
     painted = paint(scenes)
-    prompt = pg.prepare(
-        model, painted.pictures, [f"answer en what color is the {outline(each, 0)}?" for each in scenes]
-    )
+    prompt = pg.prepare(model, painted.pictures, [*map(colour_question, scenes)])
     ids = torch.tensor([token(model, name) for name in COLOURS])
     right = torch.tensor([[*COLOURS].index(scene.things[0].colour) for scene in scenes])
     owned = lab.patches(painted.masks[:, :2], model.cfg, share=1e-9)
@@ -207,8 +205,7 @@ def main(arguments: list[str] | None = None) -> Result:
     corner = estimate(torch.isin(maps["attention, all layers"].argmax(1), corners))
     result = Result(scores | baselines(asked.owned), gaps, corner)
     report(result)
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(result, asked, maps).savefig(args.out / "pointing.png")
+    common.save(draw_figure(result, asked, maps), args.out / "pointing.png")
     return result
 
 

@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> Result:
     model, test = common.load(), settings.scenes
     chosen = scenes.draw((1 + TRAINING) * test, 1, settings.seed)
     painted = scenes.paint(chosen)
-    questions = [f"answer en what color is the {scenes.outline(scene, 0)}?" for scene in chosen]
+    questions = [*map(scenes.colour_question, chosen)]
     own = lab.patches(painted.masks[:, 0], model.cfg, share=0.3)
     features = image_features(model, pg.prepare(model, painted.pictures, questions), own)
     features["last"] = last_features(model, painted.pictures, questions)
@@ -145,8 +145,7 @@ def main(arguments: list[str] | None = None) -> Result:
             for kind, row in (("", read), (", shuffled labels", control)):
                 print(f"{target + kind:24} {SITES[site]:30} " + " ".join(f"{e.mean:.2f}" for e in row[site, target]))
     result = Result(read, control)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(result).savefig(settings.out / "probing.png")
+    common.save(draw_figure(result), settings.out / "probing.png")
     return result
 
 

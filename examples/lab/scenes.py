@@ -79,6 +79,11 @@ def outline(scene: Scene, number: int) -> str:
     return scene.things[number].name.split(" ")[1]
 
 
+def colour_question(scene: Scene, number: int = 0) -> str:
+    """The prompt that asks for a thing's colour."""
+    return f"answer en what color is the {outline(scene, number)}?"
+
+
 def paint(scenes: Sequence[Scene]) -> Painted:
     """Paint the scenes. Scene number i has the same noise in every list."""
     _, bank = material()

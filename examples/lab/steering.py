@@ -32,13 +32,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import pgfunc as pg
+from examples.lab import common
 from examples.lab.common import Estimate, batches, estimates, load, options, token
 from examples.lab.figures import band
-from examples.lab.scenes import Scene, draw, outline, paint, recoloured
+from examples.lab.scenes import Scene, colour_question, draw, outline, paint, recoloured
 from examples.tiny.texts import article
 from pgfunc import lab
 from pgfunc.lab.pictures import ink
-from pgfunc.paligemma import encode_images, join
+from pgfunc.paligemma import join
 
 FROM, TO = "red", "blue"
 PAIR = ("green", "yellow")  # of the control
@@ -64,7 +65,7 @@ class Run(NamedTuple):
     thing: Bool[Tensor, "s t"]
 
     def first(self, count: int) -> "Run":
-        return Run(pg.Prompt(*(each[:count] for each in self.prompt)), self.resid[:, :count], self.thing[:count])
+        return Run(common.rows(self.prompt, slice(count)), self.resid[:, :count], self.thing[:count])
 
 
 class Directions(NamedTuple):
@@ -84,10 +85,6 @@ class Result(NamedTuple):
     alike: Float[Tensor, "l 2"]
 
 
-def questions(scenes: Sequence[Scene]) -> list[str]:
-    return [f"answer en what color is the {outline(scene, 0)}?" for scene in scenes]
-
-
 def red_scenes(count: int, seed: int) -> list[Scene]:
     """Scenes with two shapes, of which the first is red and the second has none of the four colours."""
     known = draw(3 * count + 20, 2, seed)
@@ -99,14 +96,13 @@ def runs(model: pg.Model, scenes: Sequence[Scene], asked: Sequence[Sequence[str]
     """Run the model; each picture is encoded once. All prompts have the same length."""
     painted = paint(scenes)
     prompts = [pg.prepare(model, painted.pictures, each) for each in asked]
-    pixels = prompts[0].pixels
-    image = torch.cat([encode_images(model.params, pixels[rows], model.cfg) for rows in batches(len(scenes))])
+    image = common.encode(model, prompts[0])["projector"]
     owned = lab.patches(painted.masks[:, 0], model.cfg)
     result = []
     for prompt in prompts:
         embed, parts = join(model.params, image, prompt, model.cfg).x, []
         for rows in batches(len(scenes)):
-            part = pg.Prompt(*(each[rows] for each in prompt))
+            part = common.rows(prompt, rows)
             _, seen = lab.capture(lab.resume, "language.*.resid_pre")(model.params, part, model.cfg, 0, embed[rows])
             parts.append(torch.stack([*seen.values()]))
         thing = torch.zeros(embed.shape[:2], dtype=torch.bool)
@@ -119,7 +115,8 @@ def directions(model: pg.Model, scenes: Sequence[Scene], colours: tuple[str, str
     """The mean over scenes of the second colour's activations minus those of the first."""
     patches = model.cfg.vision.tokens
     (first,), (second,) = (
-        runs(model, [recoloured(scene, 0, colour) for scene in scenes], [questions(scenes)]) for colour in colours
+        runs(model, [recoloured(scene, 0, colour) for scene in scenes], [[*map(colour_question, scenes)]])
+        for colour in colours
     )
     difference = second.resid - first.resid
     image = difference[:, :, :patches].flatten(1, 2)
@@ -146,7 +143,7 @@ def answers(model: pg.Model, run: Run, layer: int, added: Float[Tensor, "s t d"]
     """The first tokens of the answers if this is added to the input of a layer."""
     found = []
     for rows in batches(len(added)):
-        part = pg.Prompt(*(each[rows] for each in run.prompt))
+        part = common.rows(run.prompt, rows)
         resid = lab.add(added[rows])(run.resid[layer, rows])
         last = torch.full((len(resid), 1), resid.shape[1] - 1)
         found.append(lab.resume(model.params, part, model.cfg, layer, resid, queries=last)[:, 0].argmax(-1))
@@ -190,7 +187,7 @@ def others(scenes: Sequence[Scene]) -> dict[str, tuple[list[str], list[str]]]:
     return {
         'is it blue? "yes"': ([f"answer en is there a blue {outline(scene, 0)}?" for scene in scenes], yes),
         "other's colour, right": (
-            [f"answer en what color is the {outline(scene, 1)}?" for scene in scenes],
+            [colour_question(scene, 1) for scene in scenes],
             [scene.things[1].colour for scene in scenes],
         ),
         'other exists? "yes"': ([f"answer en is there {article(name)}?" for name in names], yes),
@@ -203,11 +200,13 @@ def main(arguments: list[str] | None = None) -> Result:
     with torch.no_grad():
         training = red_scenes(min(TRAINING, args.scenes), args.seed + NEW)
         along = [directions(model, training, colours) for colours in ((FROM, TO), PAIR)]
-        run, *rest = runs(model, scenes, [questions(scenes), *(texts for texts, _ in more.values())])
+        run, *rest = runs(model, scenes, [[*map(colour_question, scenes)], *(texts for texts, _ in more.values())])
         few = run.first(SWEPT)
         swept = sweep(model, few, along[0], token(model, TO))
         blue_scenes = [recoloured(scene, 0, TO) for scene in scenes[:SWEPT]]
-        blue, exists = runs(model, blue_scenes, [questions(blue_scenes), next(iter(more.values()))[0][:SWEPT]])
+        blue, exists = runs(
+            model, blue_scenes, [[*map(colour_question, blue_scenes)], next(iter(more.values()))[0][:SWEPT]]
+        )
         swept["patched"] = patched(model, few, blue, token(model, TO))
         swept["patched, is it blue?"] = patched(model, rest[0].first(SWEPT), exists, token(model, "yes"))
         lines = {}
@@ -221,8 +220,7 @@ def main(arguments: list[str] | None = None) -> Result:
                 kinds["other questions"][label] = estimates(said == wanted)
     result = Result(swept, lines, along[0].alike)
     report(result)
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(result, min(SWEPT, args.scenes)).savefig(args.out / "steering.png")
+    common.save(draw_figure(result, min(SWEPT, args.scenes)), args.out / "steering.png")
     return result
 
 

@@ -77,7 +77,7 @@ def pairs(model: pg.Model, count: int, seed: int) -> Pairs:
     absent = [sorted(shapes.COLOURS.keys() - {thing.colour for thing in scene.things}) for scene in chosen]
     new = [str(rng.choice(colours)) for colours in absent]
     changed = [scenes.recoloured(scene, 0, colour) for scene, colour in zip(chosen, new, strict=True)]
-    questions = [f"answer en what color is the {scenes.outline(scene, 0)}?" for scene in chosen]
+    questions = [*map(scenes.colour_question, chosen)]
     painted = scenes.paint(chosen)
     own, other = (pg.prepare(model, each.pictures, questions) for each in (painted, scenes.paint(changed)))
     words = [[first.things[0].colour, second] for first, second in zip(chosen, new, strict=True)]
@@ -106,7 +106,7 @@ def margins(
     model: pg.Model, image: Float[Tensor, "s p d"], each: Pairs
 ) -> tuple[Float[Tensor, "s"], Bool[Tensor, "s"]]:
     """The logit of the other colour minus that of the own colour, and whether the answer is the other colour."""
-    logits = common.answers(model, image, each.own, common.last_token(model, each.own))[:, 0]
+    logits = common.answers(model, image, each.own, common.last_token(each.own, image.shape[1]))[:, 0]
     own, other = logits.gather(1, each.colours).unbind(1)
     return other - own, logits.argmax(1) == each.colours[:, 1]
 
@@ -198,8 +198,7 @@ def main(arguments: list[str] | None = None) -> Result:
           f"; {everywhere[each.object].sum() / everywhere.sum():.2f} are the object's")  # fmt: skip
     print("among the 8 outside the object that differ most:", positions(outside))
     result = Result(by_site, last, outside)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    draw_figure(result).savefig(settings.out / "vision.png")
+    common.save(draw_figure(result), settings.out / "vision.png")
     return result
 
 

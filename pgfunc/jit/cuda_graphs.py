@@ -105,7 +105,7 @@ class GraphedFunction:
         if self.graph is None:
             key = tuple(self.last_addresses)
             if key not in self.graphs:
-                self.capturable &= can_capture(tensors)
+                self.capturable = self.capturable and can_capture(tensors)
                 captured = self.capture_graph(tensors) if repeated and self.capturable else None
                 if captured is None:
                     results, structure = pytree.tree_flatten(self.fn(tensors))

@@ -22,7 +22,7 @@ PAPER = {"colour": "+0.6, +4.1, +1.5 points (order of colours)", "count": "+4.2,
 def right(model: pg.Model, drawn: list[scenes.Scene], changes: list[tuple[int, int, int]]) -> torch.Tensor:
     """Whether colour and number are right (c s 2) if image tokens of layer `target` are those of `source`."""
     drawn = [scene._replace(things=scene.things[: 1 + i % 4]) for i, scene in enumerate(drawn)]
-    asked = [f"answer en what color is the {scenes.outline(scene, 0)}?" for scene in drawn]
+    asked = [*map(scenes.colour_question, drawn)]
     asked += ["answer en how many objects are there?"] * len(drawn)
     answers = [scene.things[0].colour for scene in drawn] + [str(len(scene.things)) for scene in drawn]
     small = [picture.resize((40, 40), Image.Resampling.BOX) for picture in scenes.paint(drawn).pictures]

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> dict[str, common.Estimate]:
     drawn = scenes.draw(chosen.scenes, seed=chosen.seed)
     pictures = scenes.paint(drawn).pictures
     detect = [f"detect {scene.things[0].name}" for scene in drawn]
-    colour = [f"answer en what color is the {scenes.outline(scene, 0)}?" for scene in drawn]
+    colour = [*map(scenes.colour_question, drawn)]
     other = [[*COLOURS].index(scene.things[0].colour) - 1 for scene in drawn]  # -1 is the last colour
     language, loc = model.params.language, common.token(model, "<loc0000>")
     logits = torch.cat([layer.down.T for layer in language.layers]) @ language.embed[: model.cfg.text.vocab].T

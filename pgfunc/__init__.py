@@ -22,7 +22,8 @@ from pgfunc.checkpoint.siglip import load_siglip, save_siglip
 from pgfunc.config import PUBLISHED, Config
 from pgfunc.generate import Completion, generate, score, stream
 from pgfunc.jit import compiled_in, jit
-from pgfunc.jit.donation import reorder, rewind
+from pgfunc.jit.rows import insert, reorder, rewind
+from pgfunc.many import Result, generate_many
 from pgfunc.objects import detect, segment
 from pgfunc.paligemma import Params, decode, extend, forward, prefill
 from pgfunc.prompt import Model, Prompt, prepare
@@ -34,10 +35,10 @@ dual = siglip_dual
 
 # `laws` is public too, but is left out here, because `import *` would import it
 __all__ = [
-    "PUBLISHED", "Cache", "Completion", "Config", "Model", "Params", "Prompt", "SiglipModel",
+    "PUBLISHED", "Cache", "Completion", "Config", "Model", "Params", "Prompt", "Result", "SiglipModel",
     "compiled_in", "convert", "decode", "detect", "dual", "dual_prompt", "errors", "extend", "forward", "generate",
-    "jit", "lab", "load", "load_siglip", "prefill", "prepare", "quant", "reorder", "rewind", "sample", "save",
-    "save_siglip", "score", "segment", "stream", "tokenizer", "tree",
+    "generate_many", "insert", "jit", "lab", "load", "load_siglip", "prefill", "prepare", "quant", "reorder", "rewind",
+    "sample", "save", "save_siglip", "score", "segment", "stream", "tokenizer", "tree",
 ]  # fmt: skip
 
 

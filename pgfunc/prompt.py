@@ -65,7 +65,7 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     cfg, device = model.cfg, model.params.projector.device
     if device.type == "meta":
         raise PromptError("this model is on the meta device and has no weights; load it on another device")
-    tokens = [(_prefix(model, row.prefix, len(row.images)), _suffix(model, row.suffix)) for row in rows]
+    tokens = [(prefix_ids(model, row.prefix, len(row.images)), _suffix(model, row.suffix)) for row in rows]
     width = max(len(prefix) + len(suffix) for prefix, suffix in tokens)
     check_fits(cfg, len(rows[0].images), width)
     side = cfg.vision.image_size
@@ -137,7 +137,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or ids
 
 
-def _prefix(model: Model, prefix: Text, pictures: int) -> list[int]:
+def prefix_ids(model: Model, prefix: Text, pictures: int) -> list[int]:
+    """The token ids of a prefix: bos, the text and a newline; token ids are returned as they are."""
     if not isinstance(prefix, str):
         return text_ids(model, prefix)
     return [model.cfg.bos, *text_ids(model, unmarked(prefix, pictures)), tokenizer_of(model).newline]

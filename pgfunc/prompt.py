@@ -3,8 +3,7 @@
     [image tokens] <bos> prefix \\n | suffix <eos>
 
 The tokens left of the bar attend to each other in both directions; those right of it are causal. The newline is
-tokenized separately, as in big_vision: in one string, a prefix that ends in a newline would merge with it. `TASKS`
-maps each command to its prefix, as in the training of the mix checkpoints.
+tokenized separately, as in big_vision: in one string, a prefix that ends in a newline would merge with it.
 
 A prefix may begin with one `<image>` per picture, as for transformers' processor; these markers are removed.
 """
@@ -21,8 +20,6 @@ from pgfunc.config import Config
 from pgfunc.errors import PromptError
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.tokenizer import Tokenizer
-
-TASKS = {"caption": "caption en", "ask": "answer en {}", "ocr": "ocr", "detect": "detect {}", "segment": "segment {}"}
 
 MARKERS = re.compile(f"(\\s*{tokenizer.IMAGE})+(<bos>)?")
 

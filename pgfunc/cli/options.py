@@ -2,6 +2,9 @@
 
 Text for people contains no characters that control a terminal, and each line starts with its picture, whatever a file
 name or a model's answer contains. JSON output is exact.
+
+Modules that define commands do not import PyTorch, so that `--help` and mistakes are quick: what computes is imported
+inside the commands.
 """
 
 import inspect
@@ -9,19 +12,17 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.checkpoint import as_device
-from pgfunc.errors import CONTROL_CHARACTERS, DeviceError, ImageError, NumericalError, SettingError, escape_controls
+from pgfunc.errors import CONTROL_CHARACTERS, ImageError, NumericalError, SettingError, escape_controls
 from pgfunc.files.outputs import check_name
-from pgfunc.quant.lowbit import GROUPS
+from pgfunc.names import GROUPS
 
 T = TypeVar("T")
 
@@ -155,25 +156,6 @@ def without_option(command: Callable[..., None], name: str) -> Callable[..., Non
     parameters = [parameter for key, parameter in signature.parameters.items() if key != name]
     setattr(command, "__signature__", signature.replace(parameters=parameters))  # noqa: B010  unknown to pyright
     return command
-
-
-@contextmanager
-def enough_memory(remedy: str) -> Iterator[None]:
-    """Raise a SettingError that says what helps, if the memory of the device is not enough for the block."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-            raise  # a CPU's allocator raises a plain RuntimeError
-        raise SettingError(f"not enough memory on the device: {remedy}") from error
-
-
-def computing_device(name: str | None, purpose: str) -> torch.device:
-    """The device with this name. Raises DeviceError for meta, where there is nothing to check or to measure."""
-    device = as_device(name)
-    if device.type == "meta":
-        raise DeviceError(f"device meta has shapes but no arithmetic, so there is nothing to {purpose}; name another")
-    return device
 
 
 def check_distinct(option: str, texts: Sequence[str]) -> None:

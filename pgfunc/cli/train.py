@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
 import pgfunc as pg
-from pgfunc import tree
-from pgfunc.checkpoint import find, shipped
 from pgfunc.cli import options
-from pgfunc.cli.options import app, enough_memory, of_model, optional, print_note
-from pgfunc.cli.progress import signals_interrupt, watching
+from pgfunc.cli.options import app, of_model, optional, print_note
 from pgfunc.errors import SettingError, escape_controls
 from pgfunc.files import outputs
-from pgfunc.train import data, fit, run
-from pgfunc.train.data import Example
+
+if TYPE_CHECKING:
+    from pgfunc.train.data import Example
 
 TARGETS = ("language.layers.*",)
 EPOCHS = 3
@@ -103,6 +101,11 @@ def train(
         raise SettingError("--lora-target and --lora-alpha need --lora-rank")
     if checkpoint_every < 1:
         raise SettingError(f"checkpoint-every is {checkpoint_every}, expected 1 or more")
+    from pgfunc.checkpoint import find, shipped
+    from pgfunc.cli.devices import enough_memory
+    from pgfunc.cli.progress import signals_interrupt, watching
+    from pgfunc.train import data, fit, run
+
     train_rows, valid_rows = read_examples(examples, valid, images, out, [model or shipped(), config, tokenizer])
     loaded = pg.load(model, None, device, config, tokenizer)
     if steps is None:
@@ -130,13 +133,17 @@ def check_packages(tensorboard: bool) -> None:
     if tensorboard and find_spec("tensorboard") is None:
         raise SettingError("tensorboard is not installed: python -m pip install 'pgfunc[train]'")
     if find_spec("matplotlib") is None:
+        from pgfunc.train import fit
+
         print_note(f"{fit.CURVE} is not drawn without matplotlib: python -m pip install 'pgfunc[plot]'")
 
 
 def read_examples(
     examples: Path, valid: Path | None, images: Path | None, out: Path, inputs: Sequence[str | Path | None]
-) -> tuple[list[Example], list[Example]]:
+) -> "tuple[list[Example], list[Example]]":
     """The lines to train on and to validate on. Raises SettingError if `out` contains an input or a picture."""
+    from pgfunc.train import data
+
     outputs.check_folder(out, "--out")
     outputs.check_apart([out], [examples, valid, images, *inputs], "--out")
     train_rows, valid_rows = data.read(examples, images), data.read(valid, images) if valid else []
@@ -146,16 +153,18 @@ def read_examples(
 
 def print_losses(out: Path, steps: int, validated: bool) -> None:
     """Print the first and the last loss of a finished run, and the last validation loss if there is one."""
+    from pgfunc.train import fit
+
     rows = fit.read_log(out)
     first, last = rows[0], rows[-1]
     validation = f", validation {last['valid']:.4f}" if validated else ""
     print(f"{escape_controls(str(out))}: {steps} steps, loss {first['loss']:.4f} -> {last['loss']:.4f}{validation}")
 
 
-def default_rate(params: pg.Params, lora_rank: int) -> float:
+def default_rate(params: "pg.Params", lora_rank: int) -> float:
     """The default learning rate. LoRA's pairs take ten times that of the weights.
 
     big_vision uses 1e-5 and a warm-up of 5% for PaliGemma (configs/proj/paligemma/transfers/forkme.py, cococap.py). The
     shipped checkpoint is 370 times smaller, and learns next to nothing at 1e-5; at 1e-3 it forgets what it knew.
     """
-    return (3e-4 if tree.count(params) < 10**8 else 1e-5) * (10 if lora_rank else 1)
+    return (3e-4 if pg.tree.count(params) < 10**8 else 1e-5) * (10 if lora_rank else 1)

@@ -9,8 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import pgfunc as pg
 
 HEAVY = {"torch", "numpy", "PIL", "tokenizers", "safetensors", "huggingface_hub", "hypothesis"}
@@ -64,20 +62,21 @@ def test_help_and_mistakes_do_not_import_pytorch():
     assert not HEAVY & set(modules)
 
 
-@pytest.mark.parametrize(
-    "first", ["", "import pgfunc.jit, pgfunc.generate", "from pgfunc.generate import complete; pg.load"]
-)
-def test_a_function_keeps_its_name_when_the_module_of_that_name_is_imported(first):
-    code = f"import pgfunc as pg\nlight = 'torch' not in sys.modules\n{first}\n"
-    assert fresh(f"{code}result = [light, pg.jit.__name__, pg.generate.__name__, pg.gemma.__name__]") == [
-        True, "jit", "generate", "pgfunc.gemma",
-    ]  # fmt: skip
+USED = """
+import pgfunc as pg
+import pgfunc.jit, pgfunc.generate
+functions = pg.jit.__name__, pg.generate.__name__, pg.gemma.__name__
+listed = dir(pg)
+exec("from pgfunc import *")
+result = [functions, dir(), listed]
+"""
 
 
-def test_star_import_gives_the_public_names_and_dir_lists_them():
-    found, listed = fresh("import pgfunc\nlisted = dir(pgfunc)\nexec('from pgfunc import *')\nresult = [dir(), listed]")
-    assert {*pg.__all__} <= {*found}
-    assert "laws" not in found
+def test_names_are_functions_and_not_the_modules_of_that_name_and_a_star_imports_all():
+    functions, starred, listed = fresh(USED)
+    assert functions == ["jit", "generate", "pgfunc.gemma"]
+    assert {*pg.__all__} <= {*starred}
+    assert "laws" not in starred
     assert {*pg.__all__, "laws", "__version__"} <= {*listed}
 
 

@@ -25,10 +25,11 @@ ORDER = [
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
     "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.lab",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
-    "laws.hf", "laws.check", "laws", "cli.options", "cli.devices", "cli.compiled", "cli.answering", "cli.text",
+    "laws.hf", "laws.check", "laws", "cli.examples", "cli.options", "cli.devices", "cli.compiled", "cli.answering",
+    "cli.text",
     "cli.comparing", "cli.contrast", "cli.progress", "cli.train", "cli.drawings", "cli.finding", "cli.locate",
     "cli.checkpoints", "cli.compile", "cli.measuring", "cli.bench", "cli.law_systems", "cli.laws", "cli",
-    "cli.__main__",
+    "cli.__main__", "__main__",
 ]  # fmt: skip
 EXCEPTIONS = {
     "lowering": {"kernels.rules"},  # while compiled code is traced: whoever compiles anything gets the whole table

@@ -44,7 +44,7 @@ def bench(
         ),
     ] = True,
     threads: Annotated[int | None, optional("--threads", help="CPU threads. Default: PyTorch's choice.")] = None,
-    device: options.Device = None,
+    device: options.MeasuredDevice = None,
     dtype: Dtype = None,
     quantize: options.Quantize = None,
     as_json: options.Json = False,

@@ -39,7 +39,7 @@ def laws(
     law: Annotated[list[str] | None, optional("--law", help="Check only this law; repeatable.", metavar="LAW")] = None,
     examples: Annotated[int, typer.Option("--examples", help="Examples of each law.")] = EXAMPLES,
     deep: Annotated[bool, typer.Option("--deep", help=f"Try {DEEP:,} examples of each law.")] = False,
-    device: options.Device = None,
+    device: options.MeasuredDevice = None,
     dtype: Annotated[str | None, optional("--dtype", help="float32 (the default), bfloat16 or float16.")] = None,
     quantize: options.Quantize = None,
     compile: Annotated[

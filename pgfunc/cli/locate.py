@@ -1,6 +1,7 @@
 """Commands that find objects in pictures: detect (boxes) and segment (boxes and masks)."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 import pgfunc as pg
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_pictures, optional, path_exists, without_option
+from pgfunc.cli.options import app, check_pictures, of_model, optional, path_exists, without_option
 from pgfunc.errors import PromptError
 from pgfunc.names import MASKS, TASKS
 
@@ -20,21 +21,27 @@ Labels = Annotated[
 PromptText = Annotated[
     str | None, optional("--prompt", help="What to look for as one text, in place of WHAT: 'cat ; bus'.")
 ]
+of_drawing = partial(optional, rich_help_panel="Drawing")
 Out = Annotated[
     Path | None,
-    optional(
+    of_drawing(
         "--out",
         help="Write the picture with the objects drawn on it. For several pictures: a folder, where each drawing has "
         "the format of its picture, or PNG if that format is unusual.",
     ),
 ]
 Font = Annotated[
-    Path | None, optional("--font", help="Font file for the labels in the drawing. Default: fonts of the system.")
+    Path | None, of_drawing("--font", help="Font file for the labels in the drawing. Default: fonts of the system.")
 ]
-Confidence = Annotated[bool, typer.Option("--confidence", help="Draw the confidence beside each label.")]
-Coco = Annotated[Path | None, optional("--coco", help="Write the objects of all pictures to this file, as COCO JSON.")]
+Confidence = Annotated[bool, of_drawing("--confidence", help="Draw the confidence beside each label.")]
+Coco = Annotated[
+    Path | None,
+    options.of_output(
+        "--coco", show_default=False, help="Write the objects of all pictures to this file, as COCO JSON."
+    ),
+]
 Masks = Annotated[
-    Path | None, optional("--masks", help=f"File of the mask decoder. Default: {MASKS} in the model's folder.")
+    Path | None, of_model("--masks", help=f"File of the mask decoder. Default: {MASKS} in the model's folder.")
 ]
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from tqdm import tqdm
 
+from pgfunc.cli.examples import epilog
 from pgfunc.errors import CONTROL_CHARACTERS, ImageError, NumericalError, SettingError, escape_controls
 from pgfunc.files.outputs import check_name
 from pgfunc.names import GROUPS
@@ -44,13 +45,14 @@ def hints(command: str, arguments: dict[str, Any]) -> Iterator[str]:
 
 
 class App(typer.Typer):
-    """A program whose commands print hints, unless --quiet is given."""
+    """A program whose commands print hints, unless --quiet is given, and have examples in --help."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def add(command: Callable[..., None]) -> Callable[..., None]:
             text = options.pop("help", None) or inspect.getdoc(command) or ""
             help = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # the terminal breaks the lines of a paragraph
-            super(App, self).command(name, help=help, **options)(with_hints(name or command.__name__, command))
+            title = name or command.__name__
+            super(App, self).command(name, help=help, epilog=epilog(title), **options)(with_hints(title, command))
             return command
 
         return add
@@ -75,7 +77,7 @@ app = App(
     help="Ask PaliGemma about pictures: caption, ask, ocr, detect, segment. Compare pictures with texts by SigLIP: "
     "embed, classify. Fine-tune: train. Work with checkpoints: inspect, convert, merge, compile, bench, laws.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -91,9 +93,9 @@ NAMED = "Checkpoint: a folder, a .npz file or a Hugging Face hub id. Default: th
 ModelName = Annotated[str | None, of_model("--model", envvar="PGFUNC_MODEL", help=NAMED)]
 CheckpointName = Annotated[str | None, of_model("--model", help=NAMED)]  # does not read PGFUNC_MODEL
 Adapter = Annotated[str | None, of_model("--adapter", help="LoRA adapter for the model: a folder or a hub id.")]
-Device = Annotated[
-    str | None, of_model("--device", help="cpu, cuda or cuda:1. Default: cuda if there is a GPU, otherwise cpu.")
-]
+DEVICES = "cpu, cuda or cuda:1. Default: cuda if there is a GPU, otherwise cpu."
+Device = Annotated[str | None, of_model("--device", envvar="PGFUNC_DEVICE", help=DEVICES)]
+MeasuredDevice = Annotated[str | None, of_model("--device", help=DEVICES)]  # does not read PGFUNC_DEVICE
 Dtype = Annotated[
     str | None, of_model("--dtype", help="float32, bfloat16 or float16. Default: the dtype of the checkpoint.")
 ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("language.layers.*",)
 EPOCHS = 3
+of_updates = partial(typer.Option, rich_help_panel="Updates")
 of_lora = partial(typer.Option, rich_help_panel="LoRA")
 LESS_MEMORY = "raise --accumulate, or give --recompute, --dtype bfloat16, --freeze, or --lora-rank"
 
@@ -34,27 +35,28 @@ def train(
         Path | None, optional("--images", help="Folder of the pictures. Default: the folder of DATA.")
     ] = None,
     valid: Annotated[Path | None, optional("--valid", help="JSON Lines file for validation, after each epoch.")] = None,
-    epochs: Annotated[int | None, optional("--epochs", help=f"Passes over the data. Default: {EPOCHS}.")] = None,
-    steps: Annotated[int | None, optional("--steps", help="Number of updates, in place of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per update.")] = 8,
+    epochs: Annotated[int | None, of_updates("--epochs", help=f"Passes over the data. Default: {EPOCHS}.")] = None,
+    steps: Annotated[int | None, of_updates("--steps", help="Number of updates, in place of --epochs.")] = None,
+    batch_size: Annotated[int, of_updates("--batch-size", help="Examples per update.")] = 8,
     accumulate: Annotated[
-        int, typer.Option("--accumulate", help="Number of parts of a batch; one part is in memory at a time.")
+        int, of_updates("--accumulate", help="Number of parts of a batch; one part is in memory at a time.")
     ] = 1,
     learning_rate: Annotated[
         float | None,
-        optional(
+        of_updates(
             "--learning-rate",
             help="Highest learning rate; it falls as a cosine. Default: 1e-5, or 3e-4 for models below 100 million "
             "parameters; ten times that for LoRA.",
         ),
     ] = None,
     warmup: Annotated[
-        int | None, optional("--warmup", help="Updates over which the learning rate rises. Default: 5% of all updates.")
+        int | None,
+        of_updates("--warmup", help="Updates over which the learning rate rises. Default: 5% of all updates."),
     ] = None,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Weight decay of matrices.")] = 0.0,
+    weight_decay: Annotated[float, of_updates("--weight-decay", help="Weight decay of matrices.")] = 0.0,
     freeze: Annotated[
         list[str] | None,
-        optional("--freeze", help="Pattern of parameters to leave unchanged, such as 'vision.*'. May be repeated."),
+        of_updates("--freeze", help="Pattern of parameters to leave unchanged, such as 'vision.*'. May be repeated."),
     ] = None,
     lora_rank: Annotated[
         int,
@@ -73,13 +75,13 @@ def train(
         ),
     ] = None,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Save memory: compute activations again in the backward pass.")
+        bool, of_updates("--recompute", help="Save memory: compute activations again in the backward pass.")
     ] = False,
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", help="Save the run every N updates.", metavar="N")
     ] = 100,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write logs for TensorBoard.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of the order of examples and of LoRA's start.")] = 0,
+    seed: Annotated[int, of_updates("--seed", help="Random seed of the order of examples and of LoRA's start.")] = 0,
     model: options.ModelName = None,
     device: options.Device = None,
     dtype: Annotated[

@@ -17,6 +17,7 @@ import numpy as np
 
 from pgfunc.errors import DataError, ImageError, PromptError
 from pgfunc.image import open_image
+from pgfunc.names import is_url
 from pgfunc.paligemma import Prompt
 from pgfunc.prompt import Model, prepare, tokenizer_of
 
@@ -72,6 +73,8 @@ def parse(line: bytes, where: str, folder: Path) -> Example:
     for key, values in {"image": images, "prefix": [row["prefix"]], "suffix": [row["suffix"]]}.items():
         if wrong := [value for value in values if not isinstance(value, str)]:
             raise DataError(f"{where}: {key} is {_short(wrong[0])}, expected text")
+    if addresses := [image for image in images if is_url(image)]:
+        raise DataError(f"{where}: image is {_short(addresses[0])}; download it, each epoch reads it again")
     return Example(where, tuple(folder / image for image in images), row["prefix"], row["suffix"])
 
 

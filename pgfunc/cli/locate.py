@@ -2,13 +2,12 @@
 
 import shlex
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from PIL import Image
 
 import pgfunc as pg
 from pgfunc.checkpoint import find, shipped
@@ -29,11 +28,9 @@ from pgfunc.cli.options import (
     without_option,
 )
 from pgfunc.errors import CheckpointError, PromptError
-from pgfunc.image import open_image
-from pgfunc.objects import coco, draw, fonts, vqvae
-from pgfunc.objects.detect import Detection, Malformed
+from pgfunc.objects import coco, draw, fonts
+from pgfunc.objects.detect import Detection, Result
 from pgfunc.objects.segment import Segment
-from pgfunc.prompt import TASKS, tokenizer_of, unmarked
 from pgfunc.sample import Settings
 
 Targets = Annotated[list[str], typer.Argument(help="Picture files, then what to look for, such as 'cat ; bus'.",
@@ -63,12 +60,10 @@ Masks = Annotated[
 
 
 class Query(NamedTuple):
-    """What the model is asked about each picture: the prefix, and how to decode the answer."""
+    """What is asked about each picture."""
 
-    model: pg.Model
-    mask_decoder: vqvae.Params | None  # None: the objects have boxes only
-    prefix: str
-    sampling: dict[str, Any]
+    find: Callable[[str], Result]
+    max_new_tokens: int
 
 
 class Output(NamedTuple):
@@ -112,16 +107,17 @@ def add_object_command(name: str, help: str) -> None:
         drawings = drawing_paths(images, out, inputs)
         if coco_file:
             check_coco(coco_file, inputs, drawings)
-        prefix = TASKS[name].format(unmarked(label_text, 1))
+        pg.detect.ask(name, label_text)  # raises PromptError if it cannot be asked
         fonts.candidates(font)  # raises SettingError if it is not a font
         Settings(temperature, top_k, top_p, min_p)  # raises SettingError for a value outside its range
         decoder = mask_decoder_path(masks, model) if name == "segment" else None
         loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
-        vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
-        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-                                    "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
-        query, output = Query(loaded, vq, prefix, sampling), Output(as_json, drawings, font, confidence)
-        find_all(query, images, output, coco_file)
+        asked: dict[str, Any] = {"labels": label_text, "max_new_tokens": max_new_tokens, "temperature": temperature,
+                                 "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
+        if decoder:
+            asked["vq"] = pg.segment.load(decoder, loaded.params.projector.device)
+        query = Query(partial(pg.segment.find if decoder else pg.detect.find, loaded, **asked), max_new_tokens)
+        find_all(query, images, Output(as_json, drawings, font, confidence), coco_file)
 
     app.command(name, help=help)(command if name == "segment" else without_option(command, "masks"))
 
@@ -188,42 +184,28 @@ def find_each(
     query: Query, images: Sequence[str], output: Output, skipped: list[str], missing_letters: list[str]
 ) -> Iterator[coco.Picture]:
     """The objects of one picture after the other; each is printed and drawn before it is yielded."""
-    for image, picture in read_each(images, partial(open_image, side=query.model.cfg.vision.image_size), skipped):
-        (answer,) = pg.generate(query.model, picture, query.prefix, **query.sampling)
-        objects, malformed = parse(query, answer, picture)
-        source = {"image": image, "prompt": query.prefix, "text": answer.text, "finish": answer.finish}
-        print_objects(source, picture, objects, malformed, output.as_json)
+    for image, result in read_each(images, query.find, skipped):
+        print_objects(image, result, output.as_json)
         if not output.as_json:
-            note_if_cut_off(image, answer.finish, query.sampling["max_new_tokens"])
+            note_if_cut_off(image, result.finish, query.max_new_tokens)
         if output.drawings:
-            write_picture(draw.objects(picture, objects, output.font, output.confidence), output.drawings[image])
-            missing_letters.extend(fonts.missing(draw.caption(item), output.font) for item in objects)
-        yield coco.Picture(image, *picture.size, objects)
+            write_picture(result.draw(output.font, output.confidence), output.drawings[image])
+            missing_letters.extend(fonts.missing(draw.caption(item), output.font) for item in result.objects)
+        yield coco.Picture(image, *result.picture.size, result.objects)
 
 
-def parse(
-    query: Query, answer: pg.Completion, picture: Image.Image
-) -> tuple[Sequence[Detection | Segment], list[Malformed]]:
-    """The objects in an answer, with their confidence, and the parts of the answer that are not objects."""
-    tokenizer = tokenizer_of(query.model)
-    if query.mask_decoder is None:
-        return pg.detect.with_confidence(answer, tokenizer, *picture.size), pg.detect.malformed(answer.text)
-    segments = pg.segment.with_confidence(answer, tokenizer, *picture.size, query.mask_decoder)
-    return segments, pg.segment.malformed(answer.text)
-
-
-def print_objects(
-    source: dict[str, Any], picture: Image.Image, objects: Sequence[Detection | Segment], malformed: list[Malformed],
-    as_json: bool,
-) -> None:  # fmt: skip
+def print_objects(image: str, result: Result, as_json: bool) -> None:
     """Print one line per object, or one JSON object per picture. Without JSON, malformed parts become notes."""
-    image = source["image"]
-    size = {"width": picture.width, "height": picture.height}
-    fields = {"objects": [as_dict(item) for item in objects], "malformed": [item._asdict() for item in malformed]}
-    lines = [as_line(item) for item in objects] or ["nothing found"]
-    print_result(source | size | fields, as_json, *(f"{image}: {line}" for line in lines))
+    fields = {
+        "image": image, "prompt": result.prompt, "text": result.text, "finish": result.finish,
+        "width": result.picture.width, "height": result.picture.height,
+        "objects": [as_dict(item) for item in result.objects],
+        "malformed": [item._asdict() for item in result.malformed],
+    }  # fmt: skip
+    lines = [as_line(item) for item in result.objects] or ["nothing found"]
+    print_result(fields, as_json, *(f"{image}: {line}" for line in lines))
     if not as_json:
-        for piece, reason in malformed:
+        for piece, reason in result.malformed:
             print_note(f"{image}: left out {piece!r:.80}: {reason}")
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pgfunc.errors import SettingError
 from pgfunc.image import Source, open_image
-from pgfunc.objects.detect import Box, Detection, check_objects, edges
+from pgfunc.objects.boxes import Box, Detection, check_objects, edges
 from pgfunc.objects.fonts import FallbackFont
-from pgfunc.objects.segment import Segment, bounds, check_mask
+from pgfunc.objects.masks import Segment, bounds, check_mask
 
 # distinct in hue and lightness, the most different first (Okabe & Ito 2008, and four more)
 COLORS = ((230, 159, 0), (0, 114, 178), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),

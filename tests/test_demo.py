@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import pgfunc as pg
 from pgfunc import cli
 from pgfunc.demo import actions, server
 from pgfunc.demo.actions import Answer, Checkpoint, Request, answers
+from pgfunc.demo.attention import attention, heat, tokens
 from pgfunc.demo.snippet import snippet
 from pgfunc.errors import PromptError
 
@@ -91,8 +93,24 @@ def test_a_task_says_which_text_it_needs(checkpoint, task):
 def test_a_model_without_a_mask_decoder_cannot_be_asked_for_masks(checkpoint):
     bare = checkpoint._replace(mask_decoder=None)
     assert set(actions.tasks(checkpoint)) - set(actions.tasks(bare)) == {"segment"}
-    with pytest.raises(PromptError, match="segment needs a mask decoder; start the demo with masks="):
+    with pytest.raises(PromptError, match="segment needs a mask decoder; start the demo with --masks FILE"):
         next(answers(bare, REQUESTS["segment"]))
+
+
+def test_attention_is_the_mean_over_heads_at_the_position_that_predicts_the_token(checkpoint, answer_to):
+    cfg, params, tokenizer = checkpoint.model.cfg, checkpoint.model.params, checkpoint.model.tokenizer
+    text = answer_to("caption").text
+    ids = pg.tokenizer.encode(tokenizer, text)
+    assert tokens(checkpoint, text)[1] == pg.tokenizer.decode(tokenizer, ids[1:2])
+    prefix = [*pg.prepare(checkpoint.model, PICTURE, "caption en").tokens[0].tolist()]
+    for token in (0, 1):
+        prompt = pg.prepare(checkpoint.model, PICTURE, prefix + ids[:token])
+        prompt = prompt._replace(causal=torch.tensor([[False] * len(prefix) + [True] * token]))
+        _, seen = pg.lab.capture(pg.prefill, "language.2.pattern")(params, prompt, cfg, 1)
+        expected = seen["language.2.pattern"][0, :, -1, : cfg.vision.tokens].float().mean(0)
+        actual = attention(checkpoint, REQUESTS["caption"], text, token, 2)
+        assert torch.allclose(actual, expected, atol=2e-3)  # bf16
+    assert heat(checkpoint, REQUESTS["caption"], text, 1, 2).size == (1104, 528)
 
 
 def test_a_small_picture_is_magnified_with_its_boxes_and_masks(answer_to):

@@ -24,8 +24,8 @@ ORDER = [
     "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
     "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.lab",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
-    "laws.hf", "laws.check", "laws", "demo", "demo.actions", "demo.snippet", "demo.style", "demo.page", "demo.server",
-    "cli.options", "cli.compiled", "cli.text", "cli.contrast", "cli.progress",
+    "laws.hf", "laws.check", "laws", "demo", "demo.actions", "demo.attention", "demo.snippet", "demo.style",
+    "demo.page", "demo.server", "cli.options", "cli.compiled", "cli.text", "cli.contrast", "cli.progress",
     "cli.train", "cli.drawings", "cli.locate", "cli.demo", "cli.checkpoints", "cli.compile", "cli.bench",
     "cli.law_systems", "cli.laws", "cli", "cli.__main__",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ def demo(
                                "tokenizer": tokenizer, "quantize": quantize, "adapter": adapter}  # fmt: skip
     checkpoint = load(loading, masks)
     name, remark = (model, "") if model else ("weights/tiny", SHIPPED)
+    remark += "" if checkpoint.mask_decoder else "; it has no mask decoder (--masks), so it cannot segment"
     try:
         with signals_interrupt(), server.serving(checkpoint, name, remark, host, port) as address:
             print(f"{address}  (model {name}; Ctrl-C ends the demo)", flush=True)

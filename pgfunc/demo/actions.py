@@ -67,7 +67,7 @@ def answers(checkpoint: Checkpoint, request: Request) -> Iterator[Answer]:
     if task == "detect":
         result = pg.detect.find(checkpoint.model, picture, text, **find)
     elif checkpoint.mask_decoder is None:
-        raise PromptError("segment needs a mask decoder; start the demo with masks=")
+        raise PromptError("segment needs a mask decoder; start the demo with --masks FILE")
     else:
         result = pg.segment.find(checkpoint.model, picture, text, checkpoint.mask_decoder, **find)
     yield Answer(result.text, result.finish, result)
@@ -77,6 +77,12 @@ def check(request: Request) -> None:
     """Raise PromptError if a task lacks its text."""
     if request.task in NEEDS and not request.text.strip():
         raise PromptError(f"{request.task} needs {NEEDS[request.task]}")
+
+
+def full_prefix(request: Request) -> str:
+    """What the model is asked, whatever the task."""
+    task, text = request.task, request.text
+    return pg.detect.ask(task, text) if task in OBJECTS else prefix(task, text)
 
 
 def prefix(task: str, text: str) -> str:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from pgfunc.demo.actions import FREE, NEEDS, OBJECTS, Answer, Checkpoint, Request, answers, magnified, notes, tasks
+from pgfunc.demo.attention import heat, tokens
 from pgfunc.demo.snippet import snippet
+from pgfunc.demo.style import NAME_PICTURES
 from pgfunc.errors import PgfuncError, PromptError
 from pgfunc.objects import draw
 from pgfunc.objects.masks import Segment
@@ -23,9 +25,6 @@ MAX_NEW_TOKENS = {True: 512, False: 64}  # whether objects are asked for
 QUEUE = 16  # requests that wait for the model
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # of events that do not run the model
-# Gradio puts the drawing into a button that has no name for screen readers
-NAME_DRAWING = """() => document.querySelectorAll("#drawing button:not([aria-label])")
-    .forEach(button => button.setAttribute("aria-label", "Drawing of the objects in the table"))"""
 
 
 class Example(NamedTuple):
@@ -44,13 +43,13 @@ def page(checkpoint: Checkpoint, name: str, remark: str, examples: Sequence[Exam
             with gr.Column(scale=4):
                 inputs, run, stop = asking(checkpoint, examples)
             with gr.Column(scale=5):
-                outputs = answering()
+                outputs = [*answering(), *looking(checkpoint)]
         respond_to = partial(respond, checkpoint, [example.picture for example in examples])
         running = gr.on(
             [run.click, inputs[2].submit], respond_to, inputs, outputs, concurrency_id="model", concurrency_limit=1,
             show_progress="minimal", api_visibility="private",
         )  # fmt: skip
-        running.then(None, js=NAME_DRAWING, **QUIET)
+        running.then(None, js=NAME_PICTURES, **QUIET)
         stop.click(None, cancels=[running], **QUIET)
     return blocks.queue(max_size=QUEUE, api_open=False)
 
@@ -110,19 +109,42 @@ def answering() -> list[Any]:
         gr.Image(label="Drawing", elem_id="drawing", format="png", height=400, interactive=False, visible=False,
                  buttons=["download", "fullscreen"]),
         gr.HTML(elem_id="legend", visible=False),
-        gr.Code(label="The same in Python", language="python", interactive=False, visible=False, wrap_lines=True),
+        gr.Code(label="The same in Python", language="python", interactive=False, visible=False, wrap_lines=True,
+                show_line_numbers=False),
     ]  # fmt: skip
+
+
+def looking(checkpoint: Checkpoint) -> list[Any]:
+    """The attention over the picture, below the answer: more outputs of `respond`, which fills in the tokens."""
+    layers, asked = checkpoint.model.cfg.text.layers, gr.State(None)
+    with gr.Accordion("Attention over the picture", open=False, visible=False) as panel:
+        token = gr.Radio([], label="Token of the answer", info="Where did the model look as it wrote this token?")
+        layer = gr.Slider(0, layers - 1, layers // 2, step=1, label="Layer", info="The mean of its heads is shown.")
+        view = gr.Image(
+            elem_id="attention", show_label=False, format="png", interactive=False, visible=False, buttons=[]
+        )
+    looked = gr.on(
+        [token.change, layer.change], partial(look, checkpoint), [asked, token, layer], view, concurrency_id="model",
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    looked.then(None, js=NAME_PICTURES, **QUIET)
+    return [panel, token, asked]
+
+
+def look(checkpoint: Checkpoint, asked: tuple[Request, str] | None, token: int | None, layer: int) -> Any:
+    """The attention of a token of the answer to what was asked; nothing if none is chosen."""
+    return showing(None if asked is None or token is None else heat(checkpoint, *asked, token, layer))
 
 
 def respond(checkpoint: Checkpoint, examples: Sequence[Path], *inputs: Any) -> Iterator[list[Any]]:
     """The outputs for these inputs, as the answer grows. A user's mistake is one line in the place of the status."""
     try:
         request = as_request(inputs)
-        yield ["", *[showing(None)] * 4]
+        yield ["", *[showing(None)] * 4, *seen([], None)]
         for answer in answers(checkpoint, request):
             yield shown(checkpoint, request, answer, examples)
     except PgfuncError as error:
-        yield ["", showing(line(str(error), "alert")), *[showing(None)] * 3]
+        yield ["", showing(line(str(error), "alert")), *[showing(None)] * 3, *seen([], None)]
 
 
 def as_request(inputs: Sequence[Any]) -> Request:
@@ -137,12 +159,19 @@ def as_request(inputs: Sequence[Any]) -> Request:
 def shown(checkpoint: Checkpoint, request: Request, answer: Answer, examples: Sequence[Path]) -> list[Any]:
     """The outputs for an answer: while it grows only its text, at the end everything."""
     if answer.finish is None:
-        return [answer.text, *[gr.skip()] * 4]
+        return [answer.text, *[gr.skip()] * 7]
     result = answer.result
     remarks = "".join(line(note, "status") for note in notes(request, answer))
     objects = [magnified(result).draw(), legend(result)] if result else [None, None]
     code = snippet(checkpoint, request, path_of(request.picture, examples))
-    return [answer.text, *map(showing, [remarks, *objects, code])]
+    looks = seen(tokens(checkpoint, answer.text), (request, answer.text))
+    return [answer.text, *map(showing, [remarks, *objects, code]), *looks]
+
+
+def seen(words: Sequence[str], asked: tuple[Request, str] | None) -> list[Any]:
+    """The outputs of `looking`: the tokens to choose from, and the answer that they are of."""
+    choices = [(word, i) for i, word in enumerate(words)]
+    return [gr.update(visible=bool(words)), gr.update(choices=choices, value=None), asked]
 
 
 def showing(value: Any) -> Any:

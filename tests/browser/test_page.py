@@ -136,9 +136,12 @@ def test_every_control_has_a_name(tab):
     tab.get_by_role("button", name="Settings").click()
     ask(tab, PICTURE, "Segment", "What to look for", "cat")
     expect(tab.get_by_role("table")).to_be_visible()
+    tab.get_by_role("button", name="Attention over the picture").click()
+    tab.get_by_role("radio", name="cat").check()
+    expect(tab.get_by_role("button", name="Map of the attention")).to_be_visible()
     nodes = tab.context.new_cdp_session(tab).send("Accessibility.getFullAXTree")["nodes"]
     controls = [node for node in nodes if not node["ignored"] and node["role"]["value"] in INTERACTIVE]
-    assert len(controls) > 20
+    assert len(controls) > 30
     assert [node for node in controls if not node.get("name", {}).get("value", "").strip()] == []
 
 

@@ -154,6 +154,10 @@ def run(monkeypatch, capsys):
     return call
 
 
+def test_the_command_line_imports_gradio_only_to_serve():
+    assert "gradio" not in sys.modules
+
+
 def test_without_gradio_the_command_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     message = 'pgfunc: the demo needs Gradio, which is not installed: python -m pip install "pgfunc[demo]"\n'

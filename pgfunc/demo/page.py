@@ -1,6 +1,6 @@
 """The page: a picture and a question on the left, the answer on the right. It lays out what `actions` computes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from filecmp import cmp
 from functools import partial
 from html import escape
@@ -59,6 +59,7 @@ def asking(checkpoint: Checkpoint, examples: Sequence[Example]) -> tuple[list[An
     picture = gr.Image(label="Picture", elem_id="picture", type="filepath", image_mode=None, height=300,
                        sources=["upload", "clipboard"], buttons=["fullscreen"])  # fmt: skip
     picture.preprocess = lambda payload: payload and payload.path  # `image` reads it, and says in one line what fails
+    picture.async_move_resource_to_block_cache = partial(from_here, picture.async_move_resource_to_block_cache)
     task = gr.Radio([(NAMES[name], name) for name in tasks(checkpoint)], value="caption", label="Task")
     text = gr.Textbox(label="Question", visible=False, max_lines=1)
     with gr.Row():
@@ -73,6 +74,13 @@ def asking(checkpoint: Checkpoint, examples: Sequence[Example]) -> tuple[list[An
         api_visibility="private",
     )  # fmt: skip
     return [picture, task, text, least, *sampling], run, stop
+
+
+async def from_here(move: Callable[..., Awaitable[Any]], url_or_file_path: Any) -> Any:
+    """Gradio's step that takes a picture in, but not from an address, which only a forged request can name."""
+    if str(url_or_file_path).startswith(("http:", "https:")):
+        raise gr.Error("the demo fetches nothing from elsewhere; upload the picture", print_exception=False)
+    return await move(url_or_file_path)
 
 
 def settings() -> list[Any]:

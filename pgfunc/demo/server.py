@@ -38,11 +38,20 @@ def example_pictures() -> Path:
     return inside if inside.is_dir() else package.parent / "examples/images"
 
 
+def variables(folder: str, host: str) -> dict[str, str]:
+    """The environment in which Gradio sends no statistics, keeps its files in a folder, and reaches its own server."""
+    direct = ",".join([*filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY")]), "localhost", host])
+    return {
+        "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder,
+        "NO_PROXY": direct, "no_proxy": direct,  # Gradio calls the server as it starts, and would ask a proxy for it
+    }  # fmt: skip
+
+
 @contextmanager
 def serving(checkpoint: Checkpoint, name: str, remark: str, host: str, port: int) -> Iterator[str]:
     """Serve the page for a checkpoint within the block, which gets the page's address."""
     with TemporaryDirectory(prefix="pgfunc-demo-") as folder:
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # before gradio is imported
+        os.environ |= variables(folder, host)  # before gradio is imported
         from pgfunc.demo import page, style
 
         examples = [page.Example(example_pictures() / file, *asked) for file, *asked in EXAMPLES]

@@ -32,7 +32,7 @@ def demo(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 takes a free one.")] = 7860,
 ) -> None:
-    """Serve a page in the browser on which you ask about pictures. Needs Gradio, which pgfunc[demo] installs."""
+    """Serve a page in the browser on which you ask about pictures. Needs Gradio, which the extra `demo` installs."""
     if find_spec("gradio") is None:
         raise SettingError('the demo needs Gradio, which is not installed: python -m pip install "pgfunc[demo]"')
     from threading import Event

@@ -152,7 +152,10 @@ def respond(checkpoint: Checkpoint, examples: Sequence[Path], *inputs: Any) -> I
         for answer in answers(checkpoint, request):
             yield shown(checkpoint, request, answer, examples)
     except PgfuncError as error:
-        yield ["", showing(line(str(error), "alert")), *[showing(None)] * 3, *seen([], None)]
+        message = str(error)
+        if inputs[0]:
+            message = message.replace(f"{Path(inputs[0]).parent}/", "")  # people know only the name of their file
+        yield ["", showing(line(message, "alert")), *[showing(None)] * 3, *seen([], None)]
 
 
 def as_request(inputs: Sequence[Any]) -> Request:

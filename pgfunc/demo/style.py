@@ -10,7 +10,7 @@ CSS = """
 #legend :is(table, thead, tbody, tr) { border: 0 }
 #legend :is(th, td) { border: 0; border-bottom: 1px solid var(--border-color-primary); text-align: left; padding: 4px }
 .swatch { display: inline-block; width: 1em; height: 1em; border: 1px solid currentColor; vertical-align: middle }
-#status [role=alert] { color: #b91c1c; font-weight: 600; margin: 0 }
+#status [role=alert] { color: #b91c1c; font-weight: 600; margin: 0; overflow-wrap: anywhere }
 .dark #status [role=alert] { color: #fca5a5 }
 """
 

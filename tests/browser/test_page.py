@@ -111,7 +111,7 @@ def test_a_mistake_is_one_line(tab, tmp_path):
     tab.locator("input[type=file]").set_input_files(tmp_path / "wrong.png")
     tab.get_by_role("textbox", name="What to look for").fill("cat")
     tab.get_by_role("button", name="Run").click()
-    expect(tab.get_by_role("alert")).to_have_text(re.compile("wrong.png: not a picture, or in a format that Pillow"))
+    expect(tab.get_by_role("alert")).to_have_text(re.compile("^wrong.png: not a picture, or in a format that Pillow"))
 
 
 def tab_to(tab: Page, name: str) -> None:

@@ -18,6 +18,7 @@ TYPES = {
     "pg.score(model, 'a.png', 'caption en', ['a cat'])": "Tensor",
     "next(pg.stream(model, 'a.png', 'caption en'))": "str",
     "pg.detect.parse('<loc0000>', 640, 480)": "list[Detection]",
+    "pg.detect.find(model, 'a.png', 'cat ; bus')": "Result",
     "laws.check(laws.eager(params, cfg))": "list[Result]",
 }
 SCRIPT = """

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import install_import_hook
 
-collect_ignore = ["compiled", "kernels"]  # which `test_compiled.py` and `test_kernels.py` run
+collect_ignore = ["compiled", "kernels", "browser"]  # which `test_compiled.py`, `test_kernels.py`, `test_demo.py` run
 
 # several processes, `-n 2`: their threads would wait for one another
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -30,7 +30,7 @@ import pgfunc as pg
 from pgfunc import cli
 
 answer = sys.stdin.read()
-pg.generate = lambda model, image, prefix, **sampling: [pg.Completion(answer, [], [], "eos")]
+pg.segment.generate = lambda model, image, prefix, *sampling: [pg.Completion(answer, [], [], "eos")]
 try:
     cli.main()
 except SystemExit as ended:

@@ -12,11 +12,13 @@ import torch
 
 from pgfunc import tree
 from pgfunc.checkpoint import bigvision, shards
+from pgfunc.checkpoint.source import shipped
 from pgfunc.checkpoint.tables import Slot, from_arrays, to_arrays
 from pgfunc.checkpoint.writing import write_safetensors
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import replacing
 from pgfunc.files.outputs import write_errors
+from pgfunc.names import MASKS
 from pgfunc.objects import vqvae
 from pgfunc.objects.vqvae import Block, Conv, Params, Transposed
 
@@ -45,12 +47,12 @@ def table() -> Params:
     )
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Params:
-    """The parameters in a `.npz` or `.safetensors`, in float32.
+def load(path: str | Path | None = None, device: str | torch.device = "cpu") -> Params:
+    """The parameters in a `.npz` or `.safetensors`, in float32; by default, those of the shipped checkpoint.
 
     Raises CheckpointError, naming key and shapes, for a file that is missing, incomplete or of another model.
     """
-    path = Path(path)
+    path = shipped() / MASKS if path is None else Path(path)
     open_file = {".npz": bigvision.open_file, ".safetensors": shards.open_file}.get(path.suffix)
     if open_file is None:
         raise CheckpointError(f"{path}: neither a .npz nor a .safetensors file")

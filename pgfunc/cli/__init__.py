@@ -21,6 +21,7 @@ import pgfunc as pg
 from pgfunc.cli import text as text  # isort: skip
 from pgfunc.cli import locate as locate  # isort: skip
 from pgfunc.cli import contrast as contrast  # isort: skip
+from pgfunc.cli import demo as demo  # isort: skip
 from pgfunc.cli import train as train  # isort: skip
 from pgfunc.cli import checkpoints as checkpoints  # isort: skip
 from pgfunc.cli import compile as compile  # isort: skip

@@ -39,6 +39,10 @@ EXAMPLES = {
         "pgfunc classify photo.jpg --label cat --label dog",
         "pgfunc classify photo.jpg --label red --label blue --template 'a {} car'",
     ),
+    "demo": (
+        "pgfunc demo",
+        "pgfunc demo --model google/paligemma2-3b-mix-224 --port 8000",
+    ),
     "train": (
         "pgfunc train data.jsonl --out tuned --epochs 3",
         "pgfunc train data.jsonl --out adapter --lora-rank 8 --valid valid.jsonl",

@@ -11,8 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from pgfunc.errors import SettingError
-from pgfunc.objects.detect import Detection, check_objects
-from pgfunc.objects.segment import Segment, check_mask
+from pgfunc.objects.boxes import Detection, check_objects
+from pgfunc.objects.masks import Segment, check_mask
 
 
 class Picture(NamedTuple):

@@ -7,14 +7,18 @@
 
 import codecs
 from collections.abc import Iterable, Sequence
-from math import exp, inf, isfinite
-from numbers import Real
-from typing import Any, NamedTuple
+from math import exp
 
 from pgfunc import tokenizer as tokenizers
 from pgfunc.errors import PromptError, SettingError
-from pgfunc.generate import Completion
+from pgfunc.generate import Completion, generate
+from pgfunc.image import Source, open_image
 from pgfunc.names import TASKS
+from pgfunc.objects.boxes import Box as Box
+from pgfunc.objects.boxes import Detection as Detection
+from pgfunc.objects.boxes import check_objects as check_objects
+from pgfunc.objects.boxes import check_size as check_size
+from pgfunc.objects.boxes import edges as edges
 from pgfunc.objects.grammar import LOCATION, STEPS, check_label
 from pgfunc.objects.grammar import Malformed as Malformed
 from pgfunc.objects.grammar import WellFormed as WellFormed
@@ -24,24 +28,36 @@ from pgfunc.objects.grammar import token_text as token_text
 from pgfunc.objects.grammar import unique as unique
 from pgfunc.objects.grammar import well_formed as well_formed
 from pgfunc.objects.grammar import write as write
+from pgfunc.objects.result import Result as Result
+from pgfunc.objects.result import result
+from pgfunc.prompt import Model, tokenizer_of, unmarked
+from pgfunc.sample import checked_float
 from pgfunc.tokenizer import Tokenizer
 
 
-class Box(NamedTuple):
-    """A rectangle in pixels, measured from the top left corner of the picture; in PaliGemma's order."""
+def find(
+    model: Model,
+    picture: Source,
+    labels: str | Sequence[str],
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    min_confidence: float = 0.0,
+) -> Result:
+    """The objects that the model finds in a picture, with boxes in pixels; notebooks show them drawn on the picture.
 
-    ymin: float
-    xmin: float
-    ymax: float
-    xmax: float
-
-
-class Detection(NamedTuple):
-    """An object and its box."""
-
-    label: str
-    box: Box
-    confidence: float | None = None  # see `with_confidence`
+    `labels` is what to look for: a text such as `cat ; bus`, or a list. 512 tokens hold some 60 boxes. Objects whose
+    confidence (see `with_confidence`) is below `min_confidence` are left out; an unknown confidence counts as 0.
+    Raises the errors of `generate`, and ImageError if the picture cannot be read.
+    """
+    check_confidence(min_confidence)
+    prompt, opened = ask("detect", labels), open_image(picture, model.cfg.vision.image_size)
+    (answer,) = generate(model, opened, prompt, max_new_tokens, temperature, top_k, top_p, min_p, seed)
+    objects = with_confidence(answer, tokenizer_of(model), *opened.size)
+    return result(objects, malformed(answer.text), prompt, answer, opened, min_confidence)
 
 
 def parse(text: str, width: int, height: int) -> list[Detection]:
@@ -86,35 +102,22 @@ def join_labels(labels: Sequence[str]) -> str:
     return " ; ".join(check_label(label) for label in labels)
 
 
+def ask(task: str, labels: str | Sequence[str]) -> str:
+    """The prompt of a task that looks for labels, in a text or a list. Raises PromptError if there is no label."""
+    if isinstance(labels, str) and not labels.strip():
+        raise PromptError(f"{task} needs to know what to look for, such as 'cat ; bus'")
+    return TASKS[task].format(unmarked(labels, 1) if isinstance(labels, str) else join_labels(labels))
+
+
+def check_confidence(value: float) -> None:
+    """Raise SettingError unless the least confidence is a number from 0 to 1."""
+    if not 0 <= checked_float("min-confidence", value) <= 1:
+        raise SettingError(f"min-confidence is {value}, expected 0 to 1")
+
+
 def region(box: Box, width: int, height: int, task: str = TASKS["caption"]) -> str:
     """The prompt about a box in a picture of this size in pixels: its four location tokens, then the task."""
     return f"{token_text(to_locations(box, width, height))} {task}"
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise SettingError unless width and height are positive finite numbers."""
-    if not all(isinstance(side, Real) and 0 < side < inf for side in (width, height)):
-        raise SettingError(f"a picture of {width!r:.40} x {height!r:.40} pixels; expected a positive width and height")
-
-
-def check_objects(objects: Iterable[Any]) -> list[Any]:
-    """The objects as a list. Raises SettingError unless each has a label and a Box."""
-    items = list(objects) if isinstance(objects, Iterable) else [objects]
-    for item in items:
-        if not (isinstance(getattr(item, "label", None), str) and isinstance(getattr(item, "box", None), Box)):
-            raise SettingError(f"found {item!r:.80}, expected Detection(label, Box(ymin, xmin, ymax, xmax))")
-    return items
-
-
-def edges(box: Box) -> tuple[float, ...]:
-    """ymin, xmin, ymax and xmax as floats. Raises SettingError unless they are four finite numbers."""
-    try:
-        ymin, xmin, ymax, xmax = map(float, box)
-    except (TypeError, ValueError):
-        raise SettingError(f"{box!r:.80} is not a box; expected Box(ymin, xmin, ymax, xmax)") from None
-    if not all(map(isfinite, (ymin, xmin, ymax, xmax))):
-        raise SettingError(f"{box} is not a box; its edges are not finite")
-    return ymin, xmin, ymax, xmax
 
 
 def to_box(locations: Sequence[int], width: int, height: int) -> Box:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pgfunc.errors import SettingError
 from pgfunc.image import Source, open_image
-from pgfunc.objects.detect import Box, Detection, check_objects, edges
+from pgfunc.objects.boxes import Box, Detection, check_objects, edges
 from pgfunc.objects.fonts import FallbackFont
-from pgfunc.objects.segment import Segment, bounds, check_mask
+from pgfunc.objects.masks import Segment, bounds, check_mask
 
 # distinct in hue and lightness, the most different first (Okabe & Ito 2008, and four more)
 COLORS = ((230, 159, 0), (0, 114, 178), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
@@ -60,10 +60,7 @@ def objects(
     drawing, items = open_image(picture), check_objects(items)
     for item in items:
         check(item, drawing.size)
-    keys = [number if isinstance(item, Segment) else item.label for number, item in enumerate(items)]
-    color_of = dict(zip(dict.fromkeys(keys), palette(len(set(keys))), strict=True))
-    colors = [color_of[key] for key in keys]
-    line = max(1, round(min(drawing.size) / 140))
+    colors, line = colors_of(items), max(1, round(min(drawing.size) / 140))
     for item, color in zip(items, colors, strict=True):
         if isinstance(item, Segment):
             draw_mask(drawing, item.mask.cpu(), color, line)
@@ -87,6 +84,13 @@ def check(item: Detection | Segment, size: tuple[int, int]) -> None:
         if item.mask.shape != size[::-1]:
             shape = " x ".join(map(str, item.mask.shape))
             raise SettingError(f"the mask of {item.label!r:.80} is {shape}, the picture {size[1]} x {size[0]} pixels")
+
+
+def colors_of(items: Sequence[Detection | Segment]) -> list[Color]:
+    """The color of each object: one for each label of boxes, and one for each mask."""
+    keys = [number if isinstance(item, Segment) else item.label for number, item in enumerate(items)]
+    color_of = dict(zip(dict.fromkeys(keys), palette(len(set(keys))), strict=True))
+    return [color_of[key] for key in keys]
 
 
 def palette(count: int) -> list[Color]:

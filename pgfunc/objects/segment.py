@@ -7,33 +7,55 @@
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pgfunc import tree
 from pgfunc.checkpoint.vqvae import load as load
 from pgfunc.checkpoint.vqvae import save as save
 from pgfunc.errors import SettingError
-from pgfunc.generate import Completion
+from pgfunc.generate import Completion, generate
+from pgfunc.image import Source, open_image
 from pgfunc.names import TASKS
 from pgfunc.objects import detect, vqvae
 from pgfunc.objects.detect import Box, Malformed, WellFormed
+from pgfunc.objects.masks import Segment as Segment
+from pgfunc.objects.masks import bounds as bounds
+from pgfunc.objects.masks import check_mask as check_mask
+from pgfunc.objects.masks import check_tensor as check_tensor
+from pgfunc.objects.result import Result as Result
+from pgfunc.objects.result import result
+from pgfunc.prompt import Model, tokenizer_of
 from pgfunc.tokenizer import Tokenizer
 
 CODES_PER_MASK = vqvae.GRID**2
 
 
-class Segment(NamedTuple):
-    """An object, its box and its mask."""
+def find(
+    model: Model,
+    picture: Source,
+    labels: str | Sequence[str],
+    vq: vqvae.Params,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    min_confidence: float = 0.0,
+) -> Result:
+    """`detect.find` with masks, which `vq` decodes: `load()` is the mask decoder of the shipped checkpoint.
 
-    label: str
-    box: Box
-    mask: Bool[Tensor, "y x"]  # of the whole picture; False outside the box
-    confidence: float | None = None  # of the box; see `detect.with_confidence`
+    A decoder that does not belong to the model gives wrong masks. 512 tokens hold some 20 masks.
+    """
+    detect.check_confidence(min_confidence)
+    check_vqvae(vq)
+    prompt, opened = detect.ask("segment", labels), open_image(picture, model.cfg.vision.image_size)
+    (answer,) = generate(model, opened, prompt, max_new_tokens, temperature, top_k, top_p, min_p, seed)
+    objects = with_confidence(answer, tokenizer_of(model), *opened.size, vq)
+    return result(objects, malformed(answer.text), prompt, answer, opened, min_confidence)
 
 
 def parse(text: str, width: int, height: int, vq: vqvae.Params) -> list[Segment]:
@@ -122,30 +144,6 @@ def check_vqvae(vq: vqvae.Params) -> None:
     """Raise SettingError unless `vq` is the parameters of a mask VQ-VAE."""
     if not isinstance(vq, vqvae.Params):
         raise SettingError(f"the mask decoder is a {type(vq).__name__}, expected the parameters from `segment.load`")
-
-
-def check_tensor(mask: Tensor) -> None:
-    """Raise SettingError unless the mask is a tensor."""
-    if not isinstance(mask, Tensor):
-        raise SettingError(f"a mask is a {type(mask).__name__}, expected a tensor; torch.as_tensor makes one")
-
-
-def check_mask(mask: Bool[Tensor, "y x"]) -> None:
-    """Raise SettingError unless the mask is a Boolean tensor of two axes."""
-    check_tensor(mask)
-    if mask.dtype != torch.bool or mask.dim() != 2:
-        raise SettingError(f"a mask is {tree.dtype_name(mask)}{list(mask.shape)}, expected bool[height, width]")
-
-
-def bounds(mask: Bool[Tensor, "y x"]) -> tuple[int, int, int, int]:
-    """Top, left, bottom and right of the True pixels of a mask that has some; bottom and right are exclusive."""
-    (top, bottom), (left, right) = (_ends(mask.any(axis)) for axis in (1, 0))
-    return top, left, bottom, right
-
-
-def _ends(present: Bool[Tensor, "n"]) -> tuple[int, int]:
-    indices = present.nonzero()
-    return int(indices.min()), int(indices.max()) + 1
 
 
 def crop(mask: Tensor, box: Box) -> Float[Tensor, "64 64"]:

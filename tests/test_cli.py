@@ -212,7 +212,7 @@ MISTAKES = {
     "sizes of int4": (["caption", "red.png", "--quantize", "int4"], "language.layers.0.q: int4 takes outputs in"),
     "decompression bomb": (["caption", "bomb.png"], "bomb.png: too many pixels"),
     "truncated picture": (["caption", "cut.png"], "cut.png: cannot be read as a picture"),
-    "picture is a folder": (["caption", "model"], "model: cannot be read as a picture"),
+    "picture is a folder": (["caption", "model"], "model: has no pictures; those in it are recognized by"),
     "top-k": (["caption", "red.png", "--top-k", "0"], "top-k is 0, expected"),
     "two checkpoints": (["inspect", "model"], "inspect takes one checkpoint"),
     "no weights": (["caption", "red.png", "--device", "meta"], "meta device"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import one_by_one
 import pytest
 from cases import text_model
 from PIL import Image
@@ -58,6 +59,7 @@ def prefixes(monkeypatch) -> list[str]:
 @pytest.fixture
 def run(workdir, monkeypatch, capsys):
     """Run the command in that folder; returns exit status, standard output and standard error."""
+    monkeypatch.setattr(pg, "generate_many", one_by_one.generate_many)
 
     def call(*arguments: str, model: str = "model") -> tuple[int, str, str]:
         monkeypatch.chdir(workdir)
@@ -327,10 +329,15 @@ MISTAKES = {
     "label and last": (["segment", "red.png", "cat", "--label", "dog"], "cat: no such file; --label already says"),
     "empty label": (["detect", "red.png", "--label", ""], "labels are [''], expected a list of what to look for"),
     "label of two": (["detect", "red.png", "--label", "a ; b"], "label 'a ; b' cannot be written"),
-    "folder of pictures": (["detect", "sub", "cat"], "sub: cannot be read as a picture, it is a folder"),
+    "folder without pictures": (["detect", "model", "cat"], "model: has no pictures"),
+    "pattern": (["detect", "*.gif", "cat"], "*.gif: no file matches"),
+    "least confidence": (
+        ["detect", "red.png", "cat", "--min-confidence", "2"],
+        "min-confidence is 2.0, expected 0 to 1",
+    ),
     "temperature": (["detect", "red.png", "cat", "--temperature", "-1"], "temperature is -1.0, expected"),
     "font missing": (["detect", "red.png", "cat", "--font", "no.ttf"], "no.ttf: cannot be read as a font"),
-    "kind of out": (["detect", "red.png", "cat", "--out", "x.json"], "--out x.json: not a kind of picture"),
+    "kind of out": (["detect", "red.png", "cat", "--out", "x.txt"], "--out x.txt: not a kind of picture"),
     "folder of out": (["detect", "red.png", "cat", "--out", "no/x.png"], "no/x.png: there is no folder no"),
     "folder of coco": (["detect", "red.png", "cat", "--coco", "no/x.json"], "no/x.json: there is no folder no"),
     "out is the picture": (["detect", "red.png", "cat", "--out", "red.png"], "would replace red.png, which is read"),

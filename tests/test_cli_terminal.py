@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import one_by_one
 import pytest
 from cases import text_model
 from hypothesis import given
@@ -111,6 +112,7 @@ def test_an_answer_cannot_control_the_terminal(run, monkeypatch):
     assert run("caption", "red.png", *HERE)[1] == "two\nlines\tand \\x1b[31mred\\x9b\n"
     done = pg.Completion(FORGED, [], [], "eos")
     monkeypatch.setattr(pg, "generate", lambda *args, **settings: [done])
+    monkeypatch.setattr(pg, "generate_many", one_by_one.generate_many)
     lines = run("caption", "red.png", "red.png", *HERE)[1].splitlines()
     assert [line.startswith("red.png: a\\nblue.png: a cat\\x1b[31m") for line in lines] == [True, True]
 

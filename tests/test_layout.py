@@ -25,10 +25,11 @@ ORDER = [
     "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.lab",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
     "laws.hf", "laws.check", "laws", "demo", "demo.actions", "demo.attention", "demo.snippet", "demo.style",
-    "demo.page", "demo.server", "cli.examples", "cli.options", "cli.devices", "cli.compiled", "cli.answering",
-    "cli.text", "cli.comparing", "cli.contrast", "cli.progress", "cli.train", "cli.drawings", "cli.finding",
-    "cli.locate", "cli.demo", "cli.checkpoints", "cli.compile", "cli.measuring", "cli.bench", "cli.law_systems",
-    "cli.laws", "cli", "cli.__main__", "__main__",
+    "demo.page", "demo.server",
+    "cli.examples", "cli.options", "cli.devices", "cli.compiled", "cli.inputs", "cli.results", "cli.running",
+    "cli.drawings", "cli.answering", "cli.comparing", "cli.text", "cli.contrast", "cli.progress", "cli.train",
+    "cli.finding", "cli.locate", "cli.demo", "cli.checkpoints", "cli.compile", "cli.measuring", "cli.bench",
+    "cli.law_systems", "cli.laws", "cli", "cli.__main__", "__main__",
 ]  # fmt: skip
 EXCEPTIONS = {
     "lowering": {"kernels.rules"},  # while compiled code is traced: whoever compiles anything gets the whole table

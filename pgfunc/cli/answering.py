@@ -1,44 +1,84 @@
-"""What the commands whose result is text do with each picture: they answer, and they rank candidates."""
+"""What the commands that ask the model do with each picture: they complete a prefix."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from functools import partial
-from typing import Any
-
-from PIL.Image import Image
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import pgfunc as pg
-from pgfunc.cli.options import note_if_cut_off, print_result, read_each
-from pgfunc.errors import ImageError, SettingError, escape_controls
+from pgfunc.cli.inputs import Inputs, Item
+from pgfunc.cli.options import print_note
+from pgfunc.cli.running import Outcome
+from pgfunc.errors import PgfuncError, SettingError, escape_controls
 from pgfunc.image import open_image
 
 
-def answer_each(
-    model: pg.Model, images: Sequence[str], prefix_for: Callable[[str, Image], str], sampling: dict[str, Any],
-    as_json: bool, skipped: list[str],
-) -> None:  # fmt: skip
-    """Print the model's answer about each picture; the answer about a single picture is printed as it is generated."""
-    for image, picture in read_each(images, partial(open_image, side=model.cfg.vision.image_size), skipped):
-        prefix = prefix_for(image, picture)
-        if len(images) == 1 and not as_json:
-            finish = print_stream(pg.stream(model, picture, prefix, **sampling))
+class Query(NamedTuple):
+    """What is asked about each picture, and how answers are generated."""
+
+    model: pg.Model
+    asked: Callable[[Item], str]  # the prefix about the whole picture
+    box: pg.detect.Box | None  # the part of each picture that is asked about
+    sampling: dict[str, Any]
+    batch: int | None
+
+    def prefix(self, item: Item) -> str:
+        """What the model gets. Raises the errors of `region_prefix`."""
+        return region_prefix(self.box, self.asked(item), item) if self.box else self.asked(item)
+
+
+def complete(query: Query, inputs: Inputs, items: Iterable[Item]) -> Iterator[tuple[Item, pg.Result]]:
+    """The completion about each picture, as they are ready. A single one is completed alone, as by `pg.generate`."""
+    if inputs.single:
+        for item in items:
+            picture = open_image(item.source, query.model.cfg.vision.image_size)
+            (answer,) = pg.generate(query.model, picture, query.prefix(item), **query.sampling)
+            yield item, pg.Result(item.number, (item.source, query.prefix(item)), answer, None, (picture.size,))
+        return
+    started: dict[int, Item] = {}
+    failed: dict[int, PgfuncError] = {}
+
+    def rows() -> Iterator[tuple[str, str | None, int]]:
+        for item in items:
+            started[item.number] = item
+            try:
+                prefix = query.prefix(item)
+            except PgfuncError as error:  # of a part of the picture that is outside it, or of the picture
+                failed[item.number], prefix = error, None
+            yield item.source, prefix, item.number
+
+    for result in pg.generate_many(query.model, rows(), **query.sampling, batch=query.batch):
+        error = failed.pop(result.number, result.error)
+        yield started.pop(result.number), result._replace(error=error)
+
+
+def answer_each(query: Query, inputs: Inputs, items: Iterable[Item]) -> Iterator[Outcome]:
+    """The answer about each picture."""
+    for item, result in complete(query, inputs, items):
+        done = result.completion
+        if done is None:
+            yield Outcome(item, {"prompt": query.asked(item)}, error=result.error)
         else:
-            (answer,) = pg.generate(model, picture, prefix, **sampling)
-            print_result({"image": image, "prompt": prefix} | answer._asdict(), as_json, f"{image}: {answer.text}")
-            finish = answer.finish
-        if not as_json:
-            note_if_cut_off(image, finish, sampling["max_new_tokens"])
+            notes = [cut_off(query)] if done.finish == "length" else []
+            yield Outcome(item, {"prompt": result.row[1]} | done._asdict(), [done.text], notes)
 
 
-def print_stream(pieces: Iterable[str]) -> Any:
-    """Print the pieces of a text as they come; returns the return value of the generator."""
-    iterator = iter(pieces)
+def stream_answer(query: Query, item: Item) -> None:
+    """Print the answer about one picture as it is generated."""
+    picture = open_image(item.source, query.model.cfg.vision.image_size)
+    pieces = iter(pg.stream(query.model, picture, query.prefix(item), **query.sampling))
     while True:
         try:
-            print(escape_controls(next(iterator), keep="\n\t"), end="", flush=True)
+            print(escape_controls(next(pieces), keep="\n\t"), end="", flush=True)
         except StopIteration as stop:
             print()
-            return stop.value
+            if stop.value == "length":
+                print_note(f"{item.image}: {cut_off(query)}")
+            return
+
+
+def cut_off(query: Query) -> str:
+    """What is noted about an answer that reached the largest number of tokens."""
+    most = query.sampling["max_new_tokens"]
+    return f"stopped at {most} tokens, perhaps too early; --max-new-tokens allows more"
 
 
 def parse_box(text: str) -> pg.detect.Box:
@@ -50,29 +90,22 @@ def parse_box(text: str) -> pg.detect.Box:
     return pg.detect.Box(top, left, bottom, right)
 
 
-def region_prefix(box: pg.detect.Box, prefix: str, image: str, picture: Image) -> str:
-    """The prefix about a part of a picture. Raises SettingError if the part is empty or not inside the picture."""
+def region_prefix(box: pg.detect.Box, prefix: str, item: Item) -> str:
+    """The prefix about a part of a picture.
+
+    Raises SettingError if the part is empty or not inside the picture, and ImageError if that cannot be read.
+    """
     top, left, bottom, right = box
-    width, height = picture.size
+    width, height = open_image(item.source).size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         text = ",".join(f"{edge:g}" for edge in (left, top, right, bottom))
-        raise SettingError(f"--box {text}: is not XMIN,YMIN,XMAX,YMAX inside {image}, of {width} x {height} pixels")
+        raise SettingError(
+            f"--box {text}: is not XMIN,YMIN,XMAX,YMAX inside {item.image}, of {width} x {height} pixels"
+        )
     return pg.detect.region(box, width, height, prefix)
 
 
-def check_regions(images: Sequence[str], prefix_for: Callable[[str, Image], str]) -> None:
-    """Raise SettingError if --box is not inside every picture; called before anything is loaded."""
-    for image in images:
-        with suppress(ImageError):  # `read_each` reports it
-            prefix_for(image, open_image(image))
-
-
-def rank_each(
-    model: pg.Model, images: Sequence[str], prefix: str, candidates: list[str], as_json: bool, skipped: list[str]
-) -> None:
-    """Print the candidates for each picture, the most probable first."""
-    for image, picture in read_each(images, partial(open_image, side=model.cfg.vision.image_size), skipped):
-        (scores,) = pg.score(model, picture, prefix, candidates).tolist()
-        ranked = sorted(zip(candidates, scores, strict=True), key=lambda pair: -pair[1])
-        lines = [f"{image}: {answer}\t{logprob:.4f}" for answer, logprob in ranked]
-        print_result({"image": image, "prompt": prefix, "scores": dict(ranked)}, as_json, *lines)
+def check_region(box: pg.detect.Box, inputs: Inputs) -> None:
+    """Raise SettingError if a part is not inside a single picture; of several, each has its own error."""
+    for item in inputs.items if inputs.single else ():
+        region_prefix(box, "", item)

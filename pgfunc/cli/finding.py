@@ -1,42 +1,43 @@
 """What detect and segment do with each picture: they find objects, print them and draw them."""
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 import pgfunc as pg
 from pgfunc.checkpoint import find
-from pgfunc.cli.drawings import write_picture, write_text
-from pgfunc.cli.options import exit_if_skipped, note_if_cut_off, print_note, print_result, read_each, to_json
-from pgfunc.errors import CheckpointError
+from pgfunc.cli.answering import Query, complete, cut_off
+from pgfunc.cli.drawings import Drawings, write_picture, write_text
+from pgfunc.cli.inputs import Inputs, Item
+from pgfunc.cli.options import print_note, to_json
+from pgfunc.cli.running import Outcome, Output, run
+from pgfunc.errors import CheckpointError, ImageError
 from pgfunc.image import open_image
 from pgfunc.names import MASKS
 from pgfunc.objects import coco, draw, fonts, vqvae
-from pgfunc.objects.detect import Detection, Malformed
-from pgfunc.objects.segment import Segment
+from pgfunc.objects.boxes import Detection
+from pgfunc.objects.detect import Malformed
+from pgfunc.objects.masks import Segment
+from pgfunc.objects.result import confident
 from pgfunc.prompt import tokenizer_of
 
 
-class Query(NamedTuple):
-    """What the model is asked about each picture: the prefix, and how to decode the answer."""
+class Drawing(NamedTuple):
+    """How objects are drawn, and where."""
 
-    model: pg.Model
-    mask_decoder: vqvae.Params | None  # None: the objects have boxes only
-    prefix: str
-    sampling: dict[str, Any]
-
-
-class Output(NamedTuple):
-    """What is printed and drawn for each picture."""
-
-    as_json: bool
-    drawings: dict[str, Path]  # picture -> file of its drawing
+    paths: Drawings
     font: Path | None
     confidence: bool
+
+
+class Finding(NamedTuple):
+    """How objects are read from answers."""
+
+    query: Query
+    mask_decoder: vqvae.Params | None  # None: the objects have boxes only
+    min_confidence: float
+    drawing: Drawing | None
+    coco: bool  # records are those of `coco.unnumbered`
 
 
 def mask_decoder_path(masks: Path | None, model: str | None) -> Path:
@@ -53,63 +54,83 @@ def mask_decoder_beside(model: str | None) -> Path:
     return (folder if folder.is_dir() else folder.parent) / MASKS
 
 
-def find_all(query: Query, images: Sequence[str], output: Output, coco_file: Path | None) -> None:
-    """Find the objects in each picture, print and draw them, and write all of them to the COCO file if there is one."""
-    skipped: list[str] = []
-    missing_letters: list[str] = []
-    pictures = find_each(query, images, output, skipped, missing_letters)
+def find_all(finding: Finding, inputs: Inputs, output: Output, coco_file: Path | None) -> int:
+    """Find the objects in each picture; print, write and draw them. Returns the number of errors."""
+    pictures: dict[int, dict[str, Any]] = {}  # for --coco, with the run lengths of the masks only
+
+    def keep(item: Item, picture: coco.Picture) -> None:
+        if coco_file:
+            pictures[item.number] = coco.unnumbered(picture)
+
+    errors = run(inputs, finding.query.asked, lambda items: find_each(finding, inputs, items, keep), output)
     if coco_file:
-        write_text(coco_file, to_json(coco.dataset(pictures)))  # in ASCII: a file name need not be valid Unicode
-    else:
-        deque(pictures, maxlen=0)
-    if letters := "".join(dict.fromkeys("".join(missing_letters))):
-        print_note(
-            f"no font here has the letters {letters:.80}, which are drawn as boxes; --font FILE names one that has"
-        )
-    exit_if_skipped(skipped)
+        in_order = [pictures[number] for number in sorted(pictures)]
+        write_text(coco_file, to_json(coco.numbered(in_order)))  # in ASCII: a file name need not be valid Unicode
+    return errors
 
 
 def find_each(
-    query: Query, images: Sequence[str], output: Output, skipped: list[str], missing_letters: list[str]
-) -> Iterator[coco.Picture]:
-    """The objects of one picture after the other; each is printed and drawn before it is yielded."""
-    for image, picture in read_each(images, partial(open_image, side=query.model.cfg.vision.image_size), skipped):
-        (answer,) = pg.generate(query.model, picture, query.prefix, **query.sampling)
-        objects, malformed = parse(query, answer, picture)
-        source = {"image": image, "prompt": query.prefix, "text": answer.text, "finish": answer.finish}
-        print_objects(source, picture, objects, malformed, output.as_json)
-        if not output.as_json:
-            note_if_cut_off(image, answer.finish, query.sampling["max_new_tokens"])
-        if output.drawings:
-            write_picture(draw.objects(picture, objects, output.font, output.confidence), output.drawings[image])
-            missing_letters.extend(fonts.missing(draw.caption(item), output.font) for item in objects)
-        yield coco.Picture(image, *picture.size, objects)
+    finding: Finding, inputs: Inputs, items: Iterable[Item], keep: Callable[[Item, coco.Picture], None]
+) -> Iterator[Outcome]:
+    """The objects in each picture, which are drawn before they are yielded. `keep` also gets them."""
+    missing: list[str] = []
+    for item, result in complete(finding.query, inputs, items):
+        answer = result.completion
+        if answer is None:
+            yield Outcome(item, {"prompt": finding.query.asked(item)}, error=result.error)
+            continue
+        (size,) = result.sizes
+        objects, malformed = parse(finding, answer, size)
+        if finding.drawing:
+            try:
+                missing += draw_objects(item, objects, finding.drawing, finding.query.model.cfg.vision.image_size)
+            except ImageError as error:  # the file has changed since it was read
+                yield Outcome(item, {"prompt": finding.query.asked(item)}, error=error)
+                continue
+        keep(item, coco.Picture(item.image, *size, objects))
+        yield outcome(finding, item, answer, size, objects, malformed)
+    if letters := "".join(dict.fromkeys("".join(missing))):
+        print_note(
+            f"no font here has the letters {letters:.80}, which are drawn as boxes; --font FILE names one that has"
+        )
 
 
 def parse(
-    query: Query, answer: pg.Completion, picture: Image.Image
-) -> tuple[Sequence[Detection | Segment], list[Malformed]]:
+    finding: Finding, answer: pg.Completion, size: tuple[int, int]
+) -> tuple[list[Detection] | list[Segment], list[Malformed]]:
     """The objects in an answer, with their confidence, and the parts of the answer that are not objects."""
-    tokenizer = tokenizer_of(query.model)
-    if query.mask_decoder is None:
-        return pg.detect.with_confidence(answer, tokenizer, *picture.size), pg.detect.malformed(answer.text)
-    segments = pg.segment.with_confidence(answer, tokenizer, *picture.size, query.mask_decoder)
-    return segments, pg.segment.malformed(answer.text)
+    tokenizer = tokenizer_of(finding.query.model)
+    if finding.mask_decoder is None:
+        objects, malformed = pg.detect.with_confidence(answer, tokenizer, *size), pg.detect.malformed(answer.text)
+    else:
+        objects = pg.segment.with_confidence(answer, tokenizer, *size, finding.mask_decoder)
+        malformed = pg.segment.malformed(answer.text)
+    return confident(objects, finding.min_confidence), malformed
 
 
-def print_objects(
-    source: dict[str, Any], picture: Image.Image, objects: Sequence[Detection | Segment], malformed: list[Malformed],
-    as_json: bool,
-) -> None:  # fmt: skip
-    """Print one line per object, or one JSON object per picture. Without JSON, malformed parts become notes."""
-    image = source["image"]
-    size = {"width": picture.width, "height": picture.height}
-    fields = {"objects": [as_dict(item) for item in objects], "malformed": [item._asdict() for item in malformed]}
-    lines = [as_line(item) for item in objects] or ["nothing found"]
-    print_result(source | size | fields, as_json, *(f"{image}: {line}" for line in lines))
-    if not as_json:
-        for piece, reason in malformed:
-            print_note(f"{image}: left out {piece!r:.80}: {reason}")
+def draw_objects(item: Item, objects: Sequence[Detection | Segment], drawing: Drawing, side: int) -> list[str]:
+    """Draw the objects. Returns the letters of the labels that no font has."""
+    picture = open_image(item.source, side)
+    write_picture(draw.objects(picture, objects, drawing.font, drawing.confidence), drawing.paths(item))
+    return ["".join(fonts.missing(draw.caption(each), drawing.font)) for each in objects]
+
+
+def outcome(
+    finding: Finding, item: Item, answer: pg.Completion, size: tuple[int, int],
+    objects: Sequence[Detection | Segment], malformed: list[Malformed],
+) -> Outcome:  # fmt: skip
+    """What was found, as a record and as text."""
+    prompt = finding.query.asked(item)
+    if finding.coco:
+        record = {"prompt": prompt} | coco.unnumbered(coco.Picture(item.image, *size, objects))
+    else:
+        record = {
+            "prompt": prompt, "text": answer.text, "finish": answer.finish, "width": size[0], "height": size[1],
+            "objects": [as_dict(each) for each in objects], "malformed": [each._asdict() for each in malformed],
+        }  # fmt: skip
+    notes = [f"left out {piece!r:.80}: {reason}" for piece, reason in malformed]
+    notes += [cut_off(finding.query)] if answer.finish == "length" else []
+    return Outcome(item, record, [as_line(each) for each in objects] or ["nothing found"], notes)
 
 
 def as_dict(item: Detection | Segment) -> dict[str, Any]:

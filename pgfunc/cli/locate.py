@@ -9,12 +9,22 @@ import typer
 
 import pgfunc as pg
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_pictures, may_be_picture, of_model, optional, without_option
+from pgfunc.cli.inputs import Inputs, check_inputs, expand, is_folder, is_table, names_pictures
+from pgfunc.cli.options import OnError, app, of_model, optional, without_option
+from pgfunc.cli.results import is_coco, is_results
+from pgfunc.cli.running import exit_if, results_output
+from pgfunc.cli.text import prefix_of
 from pgfunc.errors import PromptError
 from pgfunc.names import MASKS, TASKS
 
-Targets = Annotated[list[str], typer.Argument(help="Pictures, then what to look for, such as 'cat ; bus'.",
-                                              metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
+Targets = Annotated[
+    list[str],
+    typer.Argument(
+        help=f"{options.PICTURES} Then what to look for, such as 'cat ; bus'.",
+        metavar="IMAGE... WHAT",
+        show_default=False,
+    ),
+]
 Labels = Annotated[
     list[str] | None, optional("--label", help="Something to look for, in place of WHAT. Repeat it for several.")
 ]
@@ -24,16 +34,29 @@ PromptText = Annotated[
 of_drawing = partial(optional, rich_help_panel="Drawing")
 Out = Annotated[
     Path | None,
-    of_drawing(
+    options.of_output(
         "--out",
-        help="Write the picture with the objects drawn on it. For several pictures: a folder, where each drawing has "
-        "the format of its picture, or PNG if that format is unusual.",
+        show_default=False,
+        help="Write the picture with the objects drawn on it, such as boxes.png; several pictures: a folder, as "
+        "--draw. Or write a row for each picture, in place of text: .jsonl, .csv, .parquet; or all objects: .json, as "
+        "COCO has them.",
+    ),
+]
+Draw = Annotated[
+    Path | None,
+    of_drawing(
+        "--draw",
+        help="Folder for the pictures with the objects drawn on them; each has the format of its picture, or PNG if "
+        "that format is unusual.",
     ),
 ]
 Font = Annotated[
     Path | None, of_drawing("--font", help="Font file for the labels in the drawing. Default: fonts of the system.")
 ]
 Confidence = Annotated[bool, of_drawing("--confidence", help="Draw the confidence beside each label.")]
+MinConfidence = Annotated[
+    float, typer.Option("--min-confidence", help="Leave out objects below this confidence, from 0 to 1.")
+]
 Coco = Annotated[
     Path | None,
     options.of_output(
@@ -52,7 +75,9 @@ def add_object_command(name: str, help: str) -> None:
         targets: Targets,
         label: Labels = None,
         prompt: PromptText = None,
+        min_confidence: MinConfidence = 0.0,
         out: Out = None,
+        draw: Draw = None,
         font: Font = None,
         confidence: Confidence = False,
         coco_file: Coco = None,
@@ -70,38 +95,48 @@ def add_object_command(name: str, help: str) -> None:
         quantize: options.Quantize = None,
         config: options.Config = None,
         tokenizer: options.Tokenizer = None,
+        batch: options.Batch = None,
+        resume: options.Resume = False,
+        on_error: options.WhenBroken = OnError.skip,
         as_json: options.Json = False,
     ) -> None:
-        images, label_text = split_targets(name, targets, label, prompt)
+        inputs, label_text = split_targets(name, targets, label, prompt)
+        asked = partial(prefix_of, name, TASKS[name], label_text)
+        check_inputs(inputs, asked)
+        file = out if is_results(out, objects=True) else None
+        output = results_output(
+            inputs, [model, adapter, config, tokenizer], file, resume, on_error, as_json, objects=True
+        )
         from pgfunc.checkpoint import shipped
+        from pgfunc.cli.answering import Query
         from pgfunc.cli.drawings import check_coco, drawing_paths
-        from pgfunc.cli.finding import Output, Query, find_all, mask_decoder_path
+        from pgfunc.cli.finding import Drawing, Finding, find_all, mask_decoder_path
         from pgfunc.objects import fonts
-        from pgfunc.prompt import unmarked
         from pgfunc.sample import Settings
 
-        inputs = [*images, model or shipped(), adapter, masks, config, tokenizer, font]
-        drawings = drawing_paths(images, out, inputs)
+        read = [*inputs.arguments, model or shipped(), adapter, masks, config, tokenizer, font]
+        drawings = drawing_paths(inputs, None if file else out, draw, read)
         if coco_file:
-            check_coco(coco_file, inputs, drawings)
-        prefix = TASKS[name].format(unmarked(label_text, 1))
+            check_coco(coco_file, inputs, read, drawings)
         fonts.candidates(font)  # raises SettingError if it is not a font
         Settings(temperature, top_k, top_p, min_p)  # raises SettingError for a value outside its range
+        pg.detect.check_confidence(min_confidence)
         decoder = mask_decoder_path(masks, model) if name == "segment" else None
         loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
         vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
-        query, output = Query(loaded, vq, prefix, sampling), Output(as_json, drawings, font, confidence)
-        find_all(query, images, output, coco_file)
+        drawing = Drawing(drawings, font, confidence) if drawings else None
+        finding = Finding(Query(loaded, asked, None, sampling, batch), vq, min_confidence, drawing, is_coco(file))
+        exit_if(find_all(finding, inputs, output, coco_file))
 
     app.command(name, help=help)(command if name == "segment" else without_option(command, "masks"))
 
 
 def split_targets(
     command: str, targets: list[str], labels: list[str] | None, prompt: str | None
-) -> tuple[list[str], str]:
-    """The pictures, which exist, and what to look for: the last argument, or --label or --prompt.
+) -> tuple[Inputs, str | None]:
+    """The pictures, and what to look for: the last argument, --label or --prompt; None if tables say it.
 
     Raises PromptError if there is nothing to look for, or it is given twice; ImageError if a picture does not exist.
     """
@@ -109,22 +144,21 @@ def split_targets(
         raise PromptError("--label and --prompt both say what to look for; give one of them")
     if labels or prompt:
         option, label_text = ("--label", pg.detect.join_labels(labels)) if labels else ("--prompt", prompt or "")
-        if not may_be_picture(targets[-1]):
+        if not names_pictures(targets[-1]):
             raise PromptError(
                 f"{targets[-1]}: no such file; {option} already says what to look for: {label_text!r:.80}"
             )
-        check_pictures(targets)
-        return targets, label_text
+        return expand(targets), label_text
+    if all(map(is_table, targets)):
+        return expand(targets), None
     *images, label_text = targets
-    is_file = may_be_picture(label_text) and not Path(label_text).is_dir()
-    if not images or not label_text.strip() or is_file:
+    if not images or not label_text.strip() or (names_pictures(label_text) and not is_folder(label_text)):
         raise PromptError(f"{command} needs to know what to look for: pgfunc {command} photo.jpg 'cat'")
-    words = [image for image in images if not may_be_picture(image) and not Path(image).suffix]
+    words = [image for image in images if not names_pictures(image) and not Path(image).suffix]
     if words:
         several = " ".join(f"--label {shlex.quote(word)}" for word in [*words, label_text])
         raise PromptError(f"{words[0]}: no such file; to look for several things: {several:.200}")
-    check_pictures(images)
-    return images, label_text
+    return expand(images), label_text
 
 
 add_object_command("detect", "Find objects in each picture, with a box in pixels and a confidence for each.")

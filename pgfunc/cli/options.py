@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from enum import StrEnum
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,9 +22,9 @@ import typer
 from tqdm import tqdm
 
 from pgfunc.cli.examples import epilog
-from pgfunc.errors import CONTROL_CHARACTERS, ImageError, NumericalError, SettingError, escape_controls
+from pgfunc.errors import CONTROL_CHARACTERS, NumericalError, SettingError, escape_controls
 from pgfunc.files.outputs import check_name
-from pgfunc.names import GROUPS, is_url
+from pgfunc.names import GROUPS
 
 T = TypeVar("T")
 
@@ -89,7 +90,10 @@ of_model = partial(optional, rich_help_panel=MODEL)
 of_decoding = partial(typer.Option, rich_help_panel=DECODING)
 of_output = partial(typer.Option, rich_help_panel=OUTPUT)
 
-PICTURES = "Picture files, or their http or https addresses."
+PICTURES = (
+    "Pictures: files, http(s) addresses, folders, patterns such as 'photos/**/*.jpg', tables (.jsonl or .csv with a "
+    "column image, and prompt if you like), or - for names on standard input."
+)
 Images = Annotated[list[str], typer.Argument(help=PICTURES, metavar="IMAGE", show_default=False)]
 NAMED = "Checkpoint: a folder, a .npz file or a Hugging Face hub id. Default: the shipped checkpoint."
 ModelName = Annotated[str | None, of_model("--model", envvar="PGFUNC_MODEL", help=NAMED)]
@@ -149,6 +153,41 @@ Compiled = Annotated[
     ),
 ]
 
+Results = Annotated[
+    Path | None,
+    of_output(
+        "--out",
+        show_default=False,
+        help="Write a row for each picture to this file, in place of text: .jsonl, .csv or .parquet.",
+    ),
+]
+Resume = Annotated[
+    bool, of_output("--resume", help="Continue the file of --out: pictures that have a row in it are left out.")
+]
+
+
+class OnError(StrEnum):
+    """What to do if a picture cannot be read."""
+
+    skip = "skip"
+    stop = "stop"
+
+
+WhenBroken = Annotated[
+    OnError,
+    of_output(
+        "--on-error",
+        help="If one of several pictures cannot be read: skip it (its row has an error, and the exit status is 1), or "
+        "stop.",
+    ),
+]
+Batch = Annotated[
+    int | None,
+    of_decoding(
+        "--batch", show_default=False, help="Pictures that are answered together. Default: 16 on a CPU, 64 on a GPU."
+    ),
+]
+
 Json = Annotated[bool, of_output("--json", help="Print JSON instead of text.")]
 Quiet = Annotated[bool, of_output("--quiet", help="Print no hints about options and the shipped checkpoint.")]
 Force = Annotated[bool, of_output("--force", help="Replace existing files.")]
@@ -178,46 +217,6 @@ def check_file(path: Path) -> None:
         raise SettingError(f"{path}: there is no folder {path.parent} to write it to")
 
 
-def check_pictures(images: list[str]) -> None:
-    """Raise ImageError if a picture is no file and no address; called before anything is loaded."""
-    for image in images:
-        if not may_be_picture(image):
-            raise ImageError(f"{image}: no such file")
-        if not is_url(image) and Path(image).is_dir():
-            raise ImageError(f"{image}: cannot be read as a picture, it is a folder; name those in it: {image}/*.jpg")
-
-
-def may_be_picture(name: str) -> bool:
-    """Whether this is an http or https address, or a file or folder has this name."""
-    try:
-        return is_url(name) or Path(name).exists()
-    except (OSError, ValueError):
-        return False
-
-
-def read_each(images: Sequence[str], read: Callable[[str], T], skipped: list[str]) -> Iterator[tuple[str, T]]:
-    """Each picture with the result of `read`, behind a progress bar if there are several.
-
-    One of several pictures that cannot be read is reported and added to `skipped`; a single one raises its ImageError.
-    """
-    for image in tqdm(images, unit="picture", leave=False, disable=None if len(images) > 1 else True):
-        try:
-            value = read(image)
-        except ImageError as error:
-            if len(images) == 1:
-                raise
-            skipped.append(image)
-            print_note(str(error))
-            continue
-        yield image, value
-
-
-def exit_if_skipped(skipped: Sequence[str]) -> None:
-    """End with status 1 if pictures were skipped; called after the results of the others are written."""
-    if skipped:
-        raise typer.Exit(1)
-
-
 def print_result(value: dict[str, Any], as_json: bool, *lines: str) -> None:
     """Print one result: a JSON object, or lines for people."""
     if as_json:
@@ -232,12 +231,6 @@ def print_note(note: str) -> None:
     """Print a line on standard error, if that is open."""
     with suppress(OSError):
         tqdm.write(escape_controls(f"pgfunc: {note}"), file=sys.stderr)
-
-
-def note_if_cut_off(image: str, finish: str | None, max_new_tokens: int) -> None:
-    """Print a note if an answer ended because it reached the largest number of tokens."""
-    if finish == "length":
-        print_note(f"{image}: stopped at {max_new_tokens} tokens, perhaps too early; --max-new-tokens allows more")
 
 
 def to_json(value: Any, ensure_ascii: bool = True) -> str:

@@ -7,7 +7,9 @@ import typer
 
 import pgfunc as pg
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_distinct, check_pictures, exit_if_skipped, optional, without_option
+from pgfunc.cli.inputs import Item, check_inputs, expand
+from pgfunc.cli.options import OnError, app, check_distinct, optional, without_option
+from pgfunc.cli.running import exit_if, results_output, run
 from pgfunc.errors import PromptError
 from pgfunc.names import TASKS
 
@@ -40,41 +42,57 @@ def add_text_command(name: str, template: str | None, help: str, prompt_help: st
         quantize: options.Quantize = None,
         config: options.Config = None,
         tokenizer: options.Tokenizer = None,
+        batch: options.Batch = None,
+        out: options.Results = None,
+        resume: options.Resume = False,
+        on_error: options.WhenBroken = OnError.skip,
         as_json: options.Json = False,
     ) -> None:
-        check_pictures(images)
+        inputs = expand(images)
+        asked = partial(prefix_of, name, template, prompt)
+        check_inputs(inputs, asked)
+        output = results_output(inputs, [model, adapter, config, tokenizer], out, resume, on_error, as_json)
         from pgfunc.checkpoint import as_device
-        from pgfunc.cli.answering import answer_each, check_regions, parse_box, region_prefix
+        from pgfunc.cli.answering import Query, answer_each, check_region, parse_box, stream_answer
         from pgfunc.cli.compiled import compiling
         from pgfunc.sample import Settings
 
         Settings(temperature, top_k, top_p, min_p)  # raises SettingError for a value outside its range
-        prefix = as_prefix(name, template, prompt)
-        prefix_for = partial(region_prefix, parse_box(box), prefix) if box is not None else lambda *picture: prefix
-        if box is not None:
-            check_regions(images, prefix_for)
+        part = None if box is None else parse_box(box)
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed,
                                     "compile": compile or compiled is not None}  # fmt: skip
-        where, skipped = as_device(device), list[str]()
+        if part:
+            check_region(part, inputs)
+        where = as_device(device)
         with compiling(sampling["compile"], compiled, where):
             loaded = pg.load(model, dtype, where, config, tokenizer, quantize, adapter=adapter)
-            answer_each(loaded, images, prefix_for, sampling, as_json, skipped)
-        exit_if_skipped(skipped)
+            query = Query(loaded, asked, part, sampling, batch)
+            if inputs.single and not as_json and not out:
+                stream_answer(query, *inputs.items)
+            else:
+                exit_if(run(inputs, asked, partial(answer_each, query, inputs), output))
 
     app.command(name, help=help)(command if name == "caption" else without_option(command, "box"))
 
 
-def as_prefix(command: str, template: str | None, prompt: str | None) -> str:
-    """The prefix for the model: --prompt, inserted in the command's template if that contains {}."""
-    from pgfunc.prompt import unmarked
+def prefix_of(command: str, template: str | None, prompt: str | None, item: Item) -> str:
+    """The prefix about a picture: that of a table as it is; or a prompt, inserted in the template if that contains {}.
 
-    if template and "{}" not in template:
-        return template if prompt is None else unmarked(prompt, 1)
-    if not prompt:
+    The prompt is that of the table, or else --prompt. Raises PromptError if there must be one and is none.
+    """
+    if item.prefix is not None:
+        return item.prefix
+    prompt = prompt if item.prompt is None else item.prompt
+    if template and "{}" not in template and prompt is None:
+        return template
+    if not prompt and not (template and "{}" not in template):
         raise PromptError(f"{command} needs a question: --prompt 'what color is the car?'" if template else
                           f"{command} needs a prefix: --prompt 'caption en'")  # fmt: skip
-    return (template or "{}").format(unmarked(prompt, 1))
+    from pgfunc.prompt import unmarked
+
+    words = unmarked(prompt or "", 1)
+    return template.format(words) if template and "{}" in template else words
 
 
 add_text_command(
@@ -98,8 +116,10 @@ add_text_command(
 @app.command()
 def score(
     images: options.Images,
-    prompt: Annotated[str, typer.Option("--prompt", help="The prefix, as for `pgfunc generate`.")],
     candidate: Annotated[list[str], typer.Option("--candidate", help="A possible answer. Repeat it for several.")],
+    prompt: Annotated[
+        str | None, optional("--prompt", help="The prefix, as for `pgfunc generate`. Required, unless a table has it.")
+    ] = None,
     model: options.ModelName = None,
     adapter: options.Adapter = None,
     device: options.Device = None,
@@ -107,14 +127,18 @@ def score(
     quantize: options.Quantize = None,
     config: options.Config = None,
     tokenizer: options.Tokenizer = None,
+    out: options.Results = None,
+    resume: options.Resume = False,
+    on_error: options.WhenBroken = OnError.skip,
     as_json: options.Json = False,
 ) -> None:
     """Rank possible answers by their log-probability, for each picture."""
-    check_pictures(images)
+    inputs = expand(images)
     check_distinct("--candidate", candidate)
-    from pgfunc.cli.answering import rank_each
+    asked = partial(prefix_of, "score", None, prompt)
+    check_inputs(inputs, asked)
+    output = results_output(inputs, [model, adapter, config, tokenizer], out, resume, on_error, as_json)
+    from pgfunc.cli.comparing import rank_each
 
     loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
-    skipped: list[str] = []
-    rank_each(loaded, images, prompt, candidate, as_json, skipped)
-    exit_if_skipped(skipped)
+    exit_if(run(inputs, asked, partial(rank_each, loaded, asked, candidate), output))

@@ -7,17 +7,20 @@ scheduling.py  which rows are next
 """
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
-from pgfunc.generate import Completion as Completion
-from pgfunc.many.prefilling import Group
+from pgfunc.config import Config, SiglipConfig
+from pgfunc.many.prefilling import MULTIPLE, Group
+from pgfunc.many.reading import Reader, Request
 from pgfunc.many.scheduling import Plan, Result, run
 from pgfunc.prompt import Model
 from pgfunc.sample import Settings, checked_int
 
 PLACES = {"cpu": 16, "cuda": 64}  # rows that are decoded together, unless the caller says how many
 MOST_WORKERS = 8
+GROUP = 2 * MULTIPLE  # pictures that `read_many` gives together
 
 
 def generate_many(
@@ -33,17 +36,18 @@ def generate_many(
     batch: int | None = None,
     workers: int | None = None,
 ) -> Generator[Result, None, None]:
-    """Complete each row of a stream. Results come as they are ready, `Result.number` is the row's index.
+    """Complete each row of a stream. Results come as they are ready, in any order.
 
         rows = ((path, "caption en") for path in paths)
         for result in pg.generate_many(model, rows):
             print(result.row[0], result.completion.text if result.completion else result.error)
 
-    A row is (picture or list of pictures, prefix), as for `generate`, and draws the same tokens as there. Rows are read
-    ahead, in another thread, and `workers` processes decode the pictures (0: none; default: half of the CPUs, at most
-    8). `batch` rows are decoded together (default: 16 on a CPU, 64 on a GPU); a row that has ended makes room for
-    another while the others go on. Rows with pictures of the same name share its encoding. Memory does not depend on
-    the number of rows. `compile` is as in `generate`.
+    A row is (picture or list of pictures, prefix), as for `generate`, and draws the same tokens as there. A third part,
+    if there is one, is the row's number in place of its index: a run that is resumed, or split among machines, then
+    draws what one run would. Rows are read ahead, in another thread, and `workers` processes decode the pictures (0:
+    none; default: half of the CPUs, at most 8). `batch` rows are decoded together (default: 16 on a CPU, 64 on a GPU);
+    a row that has ended makes room for another while the others go on. Rows that name the same file share its encoding.
+    Memory does not depend on the number of rows. `compile` is as in `generate`.
 
     A row whose picture cannot be read, or that does not fit the model, has an `error` in place of a completion. In
     float32 on a CPU a completion does not depend on the other rows, to the bit. Raises SettingError at the call if a
@@ -53,7 +57,24 @@ def generate_many(
     most, seed = checked_int("max-new-tokens", max_new_tokens, 1), checked_int("seed", seed, 0, 2**32 - 1)
     device = model.params.projector.device
     places = PLACES.get(device.type, PLACES["cpu"]) if batch is None else checked_int("batch", batch, 1)
-    half = max(1, (os.cpu_count() or 1) // 2)
-    readers = min(MOST_WORKERS, half) if workers is None else checked_int("workers", workers, 0)
+    readers = default_workers() if workers is None else checked_int("workers", workers, 0)
     group = Group(max(1, places // 2), compile)
     return run(model, rows, Plan(settings, most, seed, places, group, readers))
+
+
+def default_workers() -> int:
+    """How many processes read pictures, unless the caller says how many."""
+    return min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // 2))
+
+
+def read_many(sources: Iterable[tuple[Any, str, int]], cfg: Config | SiglipConfig) -> Iterator[list[Request]]:
+    """Rows with their pictures, read ahead by worker processes, in groups: for functions that need no decoding."""
+    with closing(Reader(sources, cfg, 4 * GROUP, default_workers())) as reader:
+        group = []
+        while (request := reader.get()) is not None:
+            group.append(request)
+            if len(group) == GROUP:
+                yield group
+                group = []
+        if group:
+            yield group

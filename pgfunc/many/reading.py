@@ -1,8 +1,9 @@
 """Rows with their pictures, read ahead of the model: worker processes decode and resize, and a thread fetches.
 
-A row is (picture or list of pictures, prefix), as for `pgfunc.generate`. Rows come out in the order in which they went
-in, and at most `ahead` of them wait, so memory does not depend on their number. Rows that name the same file, and are
-near one another, share one `Picture`: it is read once, and encoded once. Nothing here knows the model.
+A row is (picture or list of pictures, prefix), as for `pgfunc.generate`, or has its number as a third part. Rows come
+out in the order in which they went in, and at most `ahead` of them wait, so memory does not depend on their number.
+Rows that name the same file, and are near one another, share one `Picture`: it is read once, and encoded once. Nothing
+here knows the model.
 """
 
 import multiprocessing
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pgfunc import image
-from pgfunc.config import Config
+from pgfunc.config import Config, SiglipConfig
 from pgfunc.errors import ImageError, PgfuncError, PromptError, first_line
 from pgfunc.prompt import Row, as_rows
+from pgfunc.sample import checked_int
 
 Content = tuple[np.ndarray, tuple[int, int]] | ImageError  # levels and size
 
@@ -52,7 +54,7 @@ class Request(NamedTuple):
 class Files(Dataset):
     """What a worker process does: the levels and the size of each of some pictures, or why it cannot be read."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config | SiglipConfig):
         self.cfg = cfg
 
     def __getitem__(self, sources: Sequence[image.Source]) -> list[Content]:
@@ -70,7 +72,7 @@ class Files(Dataset):
 class Reader:
     """Reads rows ahead in a thread and in worker processes. Close it, or the thread waits for ever."""
 
-    def __init__(self, rows: Iterable[Any], cfg: Config, ahead: int, workers: int):
+    def __init__(self, rows: Iterable[Any], cfg: Config | SiglipConfig, ahead: int, workers: int):
         self._queue: queue.Queue[Request | Exception | None] = queue.Queue(max(1, ahead // 2))
         self._asked: queue.SimpleQueue[tuple[Request, list[Picture]]] = queue.SimpleQueue()
         self._near: OrderedDict[Any, Picture] = OrderedDict()  # the pictures of the last rows, by file name
@@ -95,10 +97,10 @@ class Reader:
     def _sources(self, rows: Iterable[Any]) -> Iterator[list[image.Source]]:
         """For each row, the pictures that were not read for one of the rows before it."""
         for index, given in enumerate(rows):
-            row, error = as_row(given)
+            row, number, error = as_row(given, index)
             new: dict[int, tuple[Picture, image.Source]] = {}
             pictures = tuple(self._picture(source, new) for source in row.images) if row else ()
-            self._asked.put((Request(index, given, row, pictures, error), [picture for picture, _ in new.values()]))
+            self._asked.put((Request(number, given, row, pictures, error), [picture for picture, _ in new.values()]))
             yield [source for _, source in new.values()]
             if self._closed.is_set():
                 return
@@ -161,16 +163,17 @@ def load(files: Files, wanted: Iterable[Any], ahead: int, workers: int) -> Itera
         return iter(loader)
 
 
-def as_row(given: Any) -> tuple[Row | None, PgfuncError | None]:
-    """The row that was given as (pictures, prefix), or the error that it is."""
+def as_row(given: Any, index: int) -> tuple[Row | None, int, PgfuncError | None]:
+    """The row that was given and its number, which is its index unless it has one; or the error that it is."""
     try:
-        pictures, prefix = given
+        pictures, prefix, *rest = given
+        (number,) = rest or [index]
         (row,) = as_rows([pictures], prefix)
+        return row, checked_int("a row's number", number, 0), None
     except PgfuncError as error:
-        return None, error
+        return None, index, error
     except (TypeError, ValueError):
-        return None, PromptError(f"a row is {given!r:.60}, expected (picture or list of pictures, prefix)")
-    return row, None
+        return None, index, PromptError(f"a row is {given!r:.60}, expected (picture or list of pictures, prefix)")
 
 
 def fill(picture: Picture, content: Content) -> None:

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 class Result(NamedTuple):
     """A row of the stream and its completion, or the error that it has instead."""
 
-    number: int  # the row's index in the stream, from 0
+    number: int  # the row's index in the stream, from 0, or the number that it was given with
     row: Any  # as it was given
     completion: Completion | None
     error: PgfuncError | None

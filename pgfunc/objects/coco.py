@@ -29,13 +29,26 @@ def dataset(pictures: Iterable[Picture]) -> dict[str, Any]:
 
     Takes the pictures one by one, and keeps only the run lengths of their masks.
     """
+    return numbered(map(unnumbered, pictures))
+
+
+def unnumbered(picture: Picture) -> dict[str, Any]:
+    """A picture and its annotations without ids: those of the categories are known only after the last picture."""
+    names = [item.label for item in picture.objects]
+    entries = annotations(picture.objects, 0, dict.fromkeys(names, 0))
+    labelled = [{"label": name, **entry} for name, entry in zip(names, entries, strict=True)]
+    return {"image": picture.name, "width": picture.width, "height": picture.height, "annotations": labelled}
+
+
+def numbered(pictures: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The content of a COCO file with these pictures, which are as `unnumbered` gives them."""
     images: list[dict[str, Any]] = []
     entries: list[tuple[str, dict[str, Any]]] = []
     for id, picture in enumerate(pictures, 1):
-        images.append({"id": id, "file_name": picture.name, "width": picture.width, "height": picture.height})
-        names = [item.label for item in picture.objects]
-        unnumbered = dict.fromkeys(names, 0)  # the ids of the categories are known only after the last picture
-        entries += zip(names, annotations(picture.objects, id, unnumbered), strict=True)
+        images.append({"id": id, "file_name": picture["image"], "width": picture["width"], "height": picture["height"]})
+        for entry in picture["annotations"]:
+            rest = {name: value for name, value in entry.items() if name != "label"}
+            entries.append((entry["label"], rest | {"image_id": id}))
     categories = {name: id for id, name in enumerate(sorted({name for name, _ in entries}), 1)}
     return {
         "images": images,

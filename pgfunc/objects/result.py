@@ -47,6 +47,10 @@ def result(
     picture: Image.Image,
     min_confidence: float,
 ) -> Result:
-    """The result of one answer, without the objects below a confidence; an unknown confidence counts as 0."""
-    kept = [item for item in objects if not (item.confidence or 0.0) < min_confidence]  # nan is not hidden
-    return Result(kept, malformed, prompt, answer.text, answer.finish, picture)
+    """The result of one answer, without the objects below a confidence."""
+    return Result(confident(objects, min_confidence), malformed, prompt, answer.text, answer.finish, picture)
+
+
+def confident(objects: Sequence[Any], min_confidence: float) -> list[Any]:
+    """The objects that are not below a confidence; an unknown confidence counts as 0."""
+    return [item for item in objects if not (item.confidence or 0.0) < min_confidence]  # nan is not hidden

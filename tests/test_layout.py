@@ -6,7 +6,8 @@ from pathlib import Path
 import pgfunc
 
 ORDER = [
-    "errors", "files", "files.locks", "files.journal", "files.atomic", "files.outputs", "files.jsonfile", "tree",
+    "errors", "files", "files.locks", "files.journal", "files.atomic", "files.outputs", "files.jsonfile",
+    "files.jsonlines", "tree",
     "config", "lowering", "taps", "quant.lowbit", "quant", "masks", "ops", "cache", "siglip", "siglip_dual", "gemma",
     "paligemma", "packing", "kernels", "kernels.device", "kernels.device_attention", "kernels.launch",
     "kernels.tuning", "kernels.calls", "kernels.reference", "kernels.operators", "kernels.rules", "image",
@@ -20,12 +21,16 @@ ORDER = [
     "checkpoint.conversion", "objects.segment", "objects.fonts", "objects.draw", "objects.coco",
     "lab.naming", "lab.functions", "lab.edits", "lab.readings", "lab.collecting", "lab.probes",
     "lab.sae", "lab.pictures", "lab",
-    "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
+    "__init__",
+    "evaluation", "evaluation.metrics", "evaluation.captions", "evaluation.questions", "evaluation.reading",
+    "evaluation.boxes", "evaluation.masks", "evaluation.rows", "evaluation.answers", "evaluation.tasks",
+    "evaluation.page",
+    "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora",
     "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.lab",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
     "laws.hf", "laws.check", "laws", "cli.options", "cli.compiled", "cli.text", "cli.contrast", "cli.progress",
-    "cli.train", "cli.drawings", "cli.locate", "cli.checkpoints", "cli.compile", "cli.bench", "cli.law_systems",
-    "cli.laws", "cli", "cli.__main__",
+    "cli.drawings", "cli.locate", "cli.evaluate", "cli.train", "cli.checkpoints", "cli.compile", "cli.bench",
+    "cli.law_systems", "cli.laws", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent
 

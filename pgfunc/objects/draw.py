@@ -51,18 +51,18 @@ def objects(
     items: Sequence[Detection | Segment],
     font: str | PathLike | None = None,
     confidence: bool = False,
+    colors: Sequence[Color] = (),
 ) -> Image.Image:
     """A copy of the picture, upright and RGB, with these objects drawn on it.
 
-    font: a font file to try first (see `fonts`); confidence: whether a label ends with the confidence in percent.
+    font: a font file to try first (see `fonts`); confidence: whether a label ends with the confidence in percent;
+    colors: one for each object, in place of those that this module chooses.
     Raises SettingError if a box is not finite or a mask has another size than the picture.
     """
     drawing, items = open_image(picture), check_objects(items)
     for item in items:
         check(item, drawing.size)
-    keys = [number if isinstance(item, Segment) else item.label for number, item in enumerate(items)]
-    color_of = dict(zip(dict.fromkeys(keys), palette(len(set(keys))), strict=True))
-    colors = [color_of[key] for key in keys]
+    colors = colors or own_colors(items)
     line = max(1, round(min(drawing.size) / 140))
     for item, color in zip(items, colors, strict=True):
         if isinstance(item, Segment):
@@ -77,6 +77,13 @@ def objects(
         if label:
             draw_label(pen, label, color, label_font, line)
     return drawing
+
+
+def own_colors(items: Sequence[Detection | Segment]) -> list[Color]:
+    """A color for each object: boxes with the same label have the same, every mask has its own."""
+    keys = [number if isinstance(item, Segment) else item.label for number, item in enumerate(items)]
+    color_of = dict(zip(dict.fromkeys(keys), palette(len(set(keys))), strict=True))
+    return [color_of[key] for key in keys]
 
 
 def check(item: Detection | Segment, size: tuple[int, int]) -> None:

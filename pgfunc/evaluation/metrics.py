@@ -50,7 +50,7 @@ def share(hits: Sequence[bool], unit: str = "answers") -> Metric:
     return Metric(p, max(low, 0.0), min(high, 1.0), n, unit, "Wilson")
 
 
-def ratio(parts: Sequence[float], wholes: Sequence[int], unit: str) -> Metric:
+def ratio(parts: Sequence[float | int], wholes: Sequence[int], unit: str) -> Metric:
     """Σ parts / Σ wholes over the answers, with a bootstrap interval. `wholes` count the things in `unit`."""
     total = sum(wholes)
     if not total:

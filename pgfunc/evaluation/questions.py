@@ -5,8 +5,9 @@ is taken over the sets that leave out one person. If the people's answers differ
 the official evaluation does (GT-Vision-Lab/VQA, vqaEval.py). A question with fewer than four answers has no VQA
 accuracy, because no answer could be fully right.
 
-ANLS (Biten et al. 2019): 1 - edits / length of the longer text, or 0 if that is 0.5 or less; without regard to case,
-and with the best reference.
+ANLS (Biten et al. 2019): 1 - edits / length of the longer text, or 0 if that is below 0.5; without regard to case and
+the width of spaces, and with the best reference. The paper gives 0 also for exactly 0.5; the scripts of its benchmarks
+do not, and neither does this one.
 """
 
 import re
@@ -95,6 +96,6 @@ def anls(answer: str | None, references: Sequence[str]) -> float:
 
     if answer is None:
         return 0.0
-    text = answer.strip().lower()
-    best = max(Levenshtein.normalized_similarity(text, one.strip().lower()) for one in references)
-    return best if best > THRESHOLD else 0.0
+    text, *others = (" ".join(one.lower().split()) for one in (answer, *references))
+    best = max(Levenshtein.normalized_similarity(text, other) for other in others)
+    return best if best >= THRESHOLD else 0.0

@@ -29,7 +29,8 @@ ORDER = [
     "train.run", "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.lab",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
     "laws.hf", "laws.check", "laws", "cli.options", "cli.compiled", "cli.text", "cli.contrast", "cli.progress",
-    "cli.drawings", "cli.locate", "cli.evaluate", "cli.train", "cli.checkpoints", "cli.compile", "cli.bench",
+    "cli.drawings", "cli.locate", "cli.evaluate", "cli.validation",
+    "cli.train", "cli.checkpoints", "cli.compile", "cli.bench",
     "cli.law_systems", "cli.laws", "cli", "cli.__main__",
 ]  # fmt: skip
 PACKAGE = Path(pgfunc.__file__).parent

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgfunc.evaluation.metrics import Measured, Metric, ratio, share, single
+from pgfunc.evaluation.metrics import Measured, Metric, fractions, ratio, share, single
 from pgfunc.objects import coco
 from pgfunc.objects.detect import Detection
 from pgfunc.objects.segment import Segment
@@ -53,7 +53,7 @@ def measure(pictures: Sequence[Found]) -> Measured:
         "invalid": share([picture.invalid for picture in pictures]),
     }
     scores = [2 * hits / (a + b) if a + b else 1.0 for hits, a, b in zip(right, true, boxes, strict=True)]
-    return Measured(metrics, scores, "F1 of boxes")
+    return fractions(metrics, scores, "F1 of boxes")
 
 
 def correct(picture: Found) -> int:

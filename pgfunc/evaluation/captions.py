@@ -28,15 +28,15 @@ def measure(answers: Sequence[str | None], references: Sequence[Sequence[str]]) 
     """The metrics of captions; the score of a caption is its CIDEr-D.
 
     For a single picture CIDEr-D does not exist, because no n-gram is rarer than another: the value is None, and the
-    score is exact match.
+    score is exact match. A caption of one word has at most a CIDEr-D of 2.5, because it has no longer n-grams.
     """
     texts = [answer or "" for answer in answers]
     exact = [is_exact(*pair) for pair in zip(answers, references, strict=True)]
     scores = cider([tokens(text) for text in texts], [[tokens(one) for one in group] for group in references])
     metrics = {"cider": mean(scores), "bleu4": bleu(texts, references), "exact": share(exact)}
     if len(answers) == 1:
-        return Measured(metrics | {"cider": single(None, 1, "answers")}, [float(exact[0])], "exact match")
-    return Measured(metrics, scores, "CIDEr-D", best=10.0)
+        return Measured(metrics | {"cider": single(None, 1, "answers")}, [float(exact[0])], "exact match", exact)
+    return Measured(metrics, scores, "CIDEr-D", exact)
 
 
 def is_exact(answer: str | None, references: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ has none. Further masks do not lower it; they lower AP.
 from collections.abc import Sequence
 
 from pgfunc.evaluation.boxes import Found, average_precision, overlaps
-from pgfunc.evaluation.metrics import Measured, ratio, share
+from pgfunc.evaluation.metrics import Measured, fractions, ratio, share
 
 
 def measure(pictures: Sequence[Found]) -> Measured:
@@ -20,7 +20,7 @@ def measure(pictures: Sequence[Found]) -> Measured:
         sum(values) / len(values) if values else float(not picture.objects)
         for values, picture in zip(best, pictures, strict=True)
     ]
-    return Measured(metrics, scores, "mean IoU")
+    return fractions(metrics, scores, "mean IoU")
 
 
 def best_overlaps(picture: Found) -> list[float]:

@@ -27,12 +27,17 @@ class Metric(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The metrics of some answers, and a score for each answer; the best answer has the score `best`."""
+    """The metrics of some answers, and a score for each answer: the higher, the better."""
 
     metrics: dict[str, Metric]
     scores: list[float]
     scored: str  # what the scores are, for people
-    best: float = 1.0
+    perfect: list[bool]  # whether no answer could be better
+
+
+def fractions(metrics: dict[str, Metric], scores: list[float], scored: str) -> Measured:
+    """Metrics with scores that are 1 for a perfect answer."""
+    return Measured(metrics, scores, scored, [score == 1 for score in scores])
 
 
 def single(value: float | None, counted: int, unit: str) -> Metric:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from pgfunc.evaluation.captions import is_exact
-from pgfunc.evaluation.metrics import Measured, mean, share
+from pgfunc.evaluation.metrics import Measured, fractions, mean, share
 
 FEWEST = 4  # answers per question, for VQA accuracy
 THRESHOLD = 0.5  # of ANLS
@@ -46,9 +46,9 @@ def measure(answers: Sequence[str | None], references: Sequence[Sequence[str]]) 
     exact = [is_exact(*pair) for pair in pairs]
     metrics = {"exact": share(exact), "anls": mean([anls(*pair) for pair in pairs])}
     if any(len(group) < FEWEST for group in references):
-        return Measured(metrics, [float(hit) for hit in exact], "exact match")
+        return fractions(metrics, [float(hit) for hit in exact], "exact match")
     accuracies = [vqa_accuracy(*pair) for pair in pairs]
-    return Measured({"vqa_accuracy": mean(accuracies)} | metrics, accuracies, "VQA accuracy")
+    return fractions({"vqa_accuracy": mean(accuracies)} | metrics, accuracies, "VQA accuracy")
 
 
 def vqa_accuracy(answer: str | None, people: Sequence[str]) -> float:

@@ -7,7 +7,7 @@ references, over the number of characters of the references. All texts count tog
 from collections.abc import Sequence
 
 from pgfunc.evaluation.captions import is_exact
-from pgfunc.evaluation.metrics import Measured, ratio, share
+from pgfunc.evaluation.metrics import Measured, fractions, ratio, share
 
 
 def measure(answers: Sequence[str | None], references: Sequence[Sequence[str]]) -> Measured:
@@ -21,7 +21,7 @@ def measure(answers: Sequence[str | None], references: Sequence[Sequence[str]]) 
         "cer": ratio([wrong for wrong, _ in edits], [length for _, length in edits], "characters"),
         "exact": share([is_exact(*pair) for pair in pairs]),
     }
-    return Measured(metrics, [1 - wrong / max(length, 1) for wrong, length in edits], "1 - error rate")
+    return fractions(metrics, [1 - wrong / max(length, 1) for wrong, length in edits], "1 - error rate")
 
 
 def fewest_edits(text: str, references: Sequence[str]) -> tuple[int, int]:

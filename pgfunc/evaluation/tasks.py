@@ -24,13 +24,14 @@ Watch = Callable[[Iterable[Result]], Iterable[Result]]  # passes results on, for
 
 
 class Case(NamedTuple):
-    """A row, the model's answer to it, the size of its picture, and its score; or the error in place of an answer."""
+    """A row, the model's answer to it or the error in place of one, the size of its picture, and its score."""
 
     row: Row
     completion: Completion | None
     error: str
     size: tuple[int, int]
     score: float
+    perfect: bool  # whether no answer could be better
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +41,6 @@ class Evaluation(NamedTuple):
     metrics: dict[str, Metric]
     cases: list[Case]
     scored: str  # what the scores are
-    best: float  # the score of the best answer
 
 
 def evaluate(
@@ -67,10 +67,10 @@ def evaluate(
     ordered = [results[i] for i in range(len(rows))]
     measured = measure(task, rows, ordered, [found[i] for i in sorted(found)])
     cases = [
-        Case(row, result.completion, str(result.error or ""), size_of(result), score)
-        for row, result, score in zip(rows, ordered, measured.scores, strict=True)
+        Case(row, result.completion, str(result.error or ""), size_of(result), score, perfect)
+        for row, result, score, perfect in zip(rows, ordered, measured.scores, measured.perfect, strict=True)
     ]
-    return Evaluation(task, measured.metrics, cases, measured.scored, measured.best)
+    return Evaluation(task, measured.metrics, cases, measured.scored)
 
 
 def measure(task: Task, rows: Sequence[Row], results: Sequence[Result], found: Sequence[Found]) -> Measured:
@@ -106,8 +106,8 @@ def size_of(result: Result) -> tuple[int, int]:
 
 
 def worst(evaluation: Evaluation, count: int) -> list[Case]:
-    """The cases below the best score, the worst first; those without an answer come before all others."""
-    below = [case for case in evaluation.cases if case.error or case.score < evaluation.best]
+    """The cases with the lowest scores, the worst first, without perfect answers; errors come before all others."""
+    below = [case for case in evaluation.cases if case.error or not case.perfect]
     return sorted(below, key=lambda case: (not case.error, case.score))[:count]
 
 

@@ -72,7 +72,8 @@ def with_hints(name: str, command: Callable[..., None]) -> Callable[..., None]:
 
 app = App(
     help="Ask PaliGemma about pictures: caption, ask, ocr, detect, segment. Compare pictures with texts by SigLIP: "
-    "embed, classify. Fine-tune: train. Measure: evaluate. Work with checkpoints: inspect, convert, merge, compile, bench, laws.",
+    "embed, classify. Fine-tune: train. Measure: evaluate. "
+    "Work with checkpoints: inspect, convert, merge, compile, bench, laws.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

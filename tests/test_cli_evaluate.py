@@ -78,8 +78,8 @@ def test_the_figures_of_a_committed_scene_are_those_of_the_model_card(tmp_path, 
     expected = card.figures(examples, [cases[row.where].completion.text for row in data], vq)
     actual = {task: {name: metric.value for name, metric in one.metrics.items()} for task, one in done.items()}
     assert actual["caption"]["exact"] == expected["exact caption"]
-    assert actual["detect"]["found"] == expected["detect: IoU > 0.5"] > 0
-    assert actual["detect"]["correct"] == expected["detect: precision"]
+    assert actual["detect"]["recall"] == expected["detect: IoU > 0.5"] > 0
+    assert actual["detect"]["precision"] == expected["detect: precision"]
     assert actual["segment"]["mean_iou"] == pytest.approx(expected["segment: mean IoU"], rel=1e-6)  # float32 there
     assert actual["ocr"] == {"cer": expected["ocr: character error rate"], "exact": expected["ocr: exact"]}
     for kind in ("count", "existence", "position"):
@@ -150,7 +150,7 @@ def test_true_objects_in_pixels_or_as_text_are_the_same_truth(folder, monkeypatc
 @pytest.mark.parametrize(("task", "line", "metric", "value"), [
     ("caption", {"suffix": ""}, "exact", 0.5), ("answer", {"prefix": "answer en ?", "suffix": ""}, "exact", 0.5),
     ("ocr", {"prefix": "ocr", "suffix": "ab"}, "cer", 0.5),
-    ("detect", {"prefix": "detect cat", "suffix": "<loc0000><loc0000><loc0003><loc0003> cat"}, "found", 0.5),
+    ("detect", {"prefix": "detect cat", "suffix": "<loc0000><loc0000><loc0003><loc0003> cat"}, "recall", 0.5),
 ])  # fmt: skip
 def test_a_picture_that_cannot_be_read_is_named_and_counts_as_wrong(task, line, metric, value, folder, monkeypatch):
     write(folder, CAPTION | line | {"image": "none.png"}, CAPTION | line)

@@ -15,7 +15,7 @@ from examples.tiny import evaluate
 from examples.tiny.heldout import SIDE, Example, Truth
 from examples.tiny.texts import Row
 from pgfunc.evaluation import boxes, masks
-from pgfunc.evaluation.boxes import Found, entries
+from pgfunc.evaluation.boxes import Located, entries
 from pgfunc.objects import coco, detect, segment, vqvae
 from pgfunc.objects.detect import Box, Detection
 from pgfunc.objects.segment import Segment
@@ -58,8 +58,8 @@ def scenes(seed: int, count: int = 12) -> tuple[list[list[Segment]], list[list[S
     return truths, found
 
 
-def pictures(truths: list[list[Segment]], found: list[list[Segment]]) -> list[Found]:
-    return [Found(SIDE, SIDE, entries(a), entries(b), False) for a, b in zip(truths, found, strict=True)]
+def pictures(truths: list[list[Segment]], found: list[list[Segment]]) -> list[Located]:
+    return [Located(SIDE, SIDE, entries(a), entries(b), False) for a, b in zip(truths, found, strict=True)]
 
 
 def by_pycocotools(truths: list[list[Segment]], found: list[list[Segment]], kind, folder) -> list[float]:
@@ -101,9 +101,9 @@ def test_nothing_found_has_a_precision_of_0_and_nothing_true_has_none():
     truths, found = scenes(0, 4)
     nothing = [[] for _ in truths]
     measured = boxes.measure(pictures(truths, nothing))
-    assert [measured.metrics[name].value for name in ("ap", "found", "correct")] == [0, 0, None]
+    assert [measured.metrics[name].value for name in ("ap", "recall", "precision")] == [0, 0, None]
     measured = boxes.measure(pictures(nothing, found))
-    assert [measured.metrics[name].value for name in ("ap", "found", "correct")] == [None, None, 0]
+    assert [measured.metrics[name].value for name in ("ap", "recall", "precision")] == [None, None, 0]
     assert boxes.measure(pictures(nothing, nothing)).scores == [1] * 4
     assert masks.measure(pictures(nothing, nothing)).scores == [1] * 4
     assert masks.measure(pictures(truths, nothing)).metrics["mean_iou"].value == 0
@@ -120,11 +120,11 @@ def test_found_objects_and_correct_boxes_are_those_of_the_model_card(seed):
     truths, found = scenes(seed)
     texts = [detect.render([Detection(*item[:2]) for item in group], SIDE, SIDE) for group in found]
     parsed = [detect.parse(text, SIDE, SIDE) for text in texts]
-    given = [Found(SIDE, SIDE, entries(a), entries(b), False) for a, b in zip(truths, parsed, strict=True)]
+    given = [Located(SIDE, SIDE, entries(a), entries(b), False) for a, b in zip(truths, parsed, strict=True)]
     actual = boxes.measure(given).metrics
     expected = evaluate.figures([card_example(group, "detect") for group in truths], texts, VQ)
-    assert actual["found"].value == expected["detect: IoU > 0.5"]
-    assert actual["correct"].value == expected["detect: precision"]
+    assert actual["recall"].value == expected["detect: IoU > 0.5"]
+    assert actual["precision"].value == expected["detect: precision"]
     assert 0.2 < expected["detect: IoU > 0.5"] < 1
 
 

@@ -1,5 +1,6 @@
 """The command that measures: evaluate. The packages that it needs are imported when it runs."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,8 @@ WORST = 20  # cases on the page
 TITLES = {
     "cider": "CIDEr-D", "bleu4": "BLEU-4", "exact": "exact match", "vqa_accuracy": "VQA accuracy", "anls": "ANLS",
     "cer": "character error rate ↓", "ap": "AP, COCO", "ap50": "AP at IoU 0.50",
-    "ap75": "AP at IoU 0.75", "found": "objects found, IoU > 0.5", "correct": "boxes that are correct",
+    "ap75": "AP at IoU 0.75",
+    "recall": "recall: objects found, IoU > 0.5", "precision": "precision: boxes that are correct",
     "invalid": "answers with invalid parts ↓", "mean_iou": "mean IoU of masks",
     "mask_ap": "mask AP, COCO", "mask_ap50": "mask AP at IoU 0.50", "mask_ap75": "mask AP at IoU 0.75",
 }  # fmt: skip
@@ -169,10 +171,10 @@ def print_table(done: "Evaluation") -> None:
         table.add_column(name, justify="left" if name in ("metric", "of") else "right", no_wrap=name != "metric")
     for row in table_rows(done):
         table.add_row(*row)
-    console = Console(highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     print(escape_controls(f"{done.task}: {len(done.cases)} lines"))
     console.print(table)
     kinds = {metric.interval for metric in done.metrics.values()} - {""}
-    texts = {"Wilson": "Wilson's for shares of answers", "bootstrap": "bootstrap over the lines for the others"}
+    texts = {"Wilson": "Wilson's for shares of answers", "bootstrap": "bootstrap over the lines for other ratios"}
     if kinds:
-        print(f"Intervals: {'; '.join(texts[kind] for kind in sorted(kinds))}.")
+        print(f"Intervals: {'; '.join(texts[kind] for kind in sorted(kinds))}. ↓: lower is better.")

@@ -1,6 +1,6 @@
 """How good answers are, by the metrics of each task's own field. The metrics are pure functions of answers and truths.
 
-captions    CIDEr-D, BLEU-4, exact match          boxes    COCO AP, shares of found objects and of correct boxes
+captions    CIDEr-D, BLEU-4, exact match          boxes    COCO AP, recall and precision at one IoU
 questions   exact match, VQA accuracy, ANLS       masks    mean IoU, COCO AP of masks
 reading     character error rate, exact match
 

@@ -1,10 +1,11 @@
-"""Boxes against true boxes: COCO's average precision, and the shares that people count themselves.
+"""Boxes against true boxes: COCO's average precision, and recall and precision at one IoU.
 
 AP is computed by pycocotools on our own COCO entries: the score of a box is its confidence, see
 `detect.with_confidence`. Labels that no truth has do not count in AP, as in COCO.
 
 A box is correct if its IoU with a true box of the same label is above 0.5 and no other box has taken that true box; the
-true boxes choose in their order, each the best box that is left.
+true boxes choose in their order, each the best box that is left. Recall is the share of true boxes that have one,
+precision the share of boxes that are correct.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ STATS = {"ap": 0, "ap50": 1, "ap75": 2}  # where COCOeval has these figures
 Entry = dict[str, Any]  # a COCO annotation with its label; masks are run lengths, which take little memory
 
 
-class Found(NamedTuple):
+class Located(NamedTuple):
     """The true objects of a picture, those in the answer, and whether parts of the answer are no objects."""
 
     width: int
@@ -43,20 +44,20 @@ def entries(objects: Iterable[Detection | Segment]) -> list[Entry]:
     return [entry | {"label": label} for label, entry in zip(labels, unnumbered, strict=True)]
 
 
-def measure(pictures: Sequence[Found]) -> Measured:
+def measure(pictures: Sequence[Located]) -> Measured:
     """The metrics of boxes. The score of an answer is its F1: correct boxes over the mean of boxes and true boxes."""
     right = [correct(picture) for picture in pictures]
     true, boxes = [len(picture.truths) for picture in pictures], [len(picture.objects) for picture in pictures]
     metrics = average_precision(pictures, "bbox") | {
-        "found": ratio(right, true, "objects"),
-        "correct": ratio(right, boxes, "boxes"),
+        "recall": ratio(right, true, "objects"),
+        "precision": ratio(right, boxes, "boxes"),
         "invalid": share([picture.invalid for picture in pictures]),
     }
     scores = [2 * hits / (a + b) if a + b else 1.0 for hits, a, b in zip(right, true, boxes, strict=True)]
     return fractions(metrics, scores, "F1 of boxes")
 
 
-def correct(picture: Found) -> int:
+def correct(picture: Located) -> int:
     """The number of correct boxes, which is also the number of true objects that were found."""
     free = list(range(len(picture.objects)))
     hits, table = 0, overlaps(picture, "bbox")
@@ -69,7 +70,7 @@ def correct(picture: Found) -> int:
     return hits
 
 
-def overlaps(picture: Found, key: str) -> list[list[float]]:
+def overlaps(picture: Located, key: str) -> list[list[float]]:
     """The IoU of each true object with each object of the answer; `key` says what is compared: bbox or segmentation."""
     from pycocotools import mask
 
@@ -79,7 +80,7 @@ def overlaps(picture: Found, key: str) -> list[list[float]]:
     return np.asarray(mask.iou(truths, objects, [0] * len(objects))).tolist()
 
 
-def average_precision(pictures: Sequence[Found], kind: Literal["bbox", "segm"]) -> dict[str, Metric]:
+def average_precision(pictures: Sequence[Located], kind: Literal["bbox", "segm"]) -> dict[str, Metric]:
     """COCO's AP over IoUs of 0.50 to 0.95, at 0.50 and at 0.75; of boxes ("bbox") or masks ("segm").
 
     None if there are no true objects.
@@ -99,7 +100,7 @@ def average_precision(pictures: Sequence[Found], kind: Literal["bbox", "segm"]) 
     return {name: single(float(evaluation.stats[i]), count, "objects") for name, i in STATS.items()}
 
 
-def table(pictures: Sequence[Found], labels: Sequence[str], objects: Sequence[Sequence[Entry]]) -> Any:
+def table(pictures: Sequence[Located], labels: Sequence[str], objects: Sequence[Sequence[Entry]]) -> Any:
     """pycocotools' table of these objects. Built without `loadRes`, which fails if there are none."""
     from pycocotools.coco import COCO
 

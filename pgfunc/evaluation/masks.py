@@ -6,11 +6,11 @@ has none. Further masks do not lower it; they lower AP.
 
 from collections.abc import Sequence
 
-from pgfunc.evaluation.boxes import Found, average_precision, overlaps
+from pgfunc.evaluation.boxes import Located, average_precision, overlaps
 from pgfunc.evaluation.metrics import Measured, fractions, ratio, share
 
 
-def measure(pictures: Sequence[Found]) -> Measured:
+def measure(pictures: Sequence[Located]) -> Measured:
     """The metrics of masks. The score of an answer is its mean IoU, or without true objects whether it is empty."""
     best = [best_overlaps(picture) for picture in pictures]
     metrics = {"mean_iou": ratio(list(map(sum, best)), list(map(len, best)), "objects")}
@@ -23,7 +23,7 @@ def measure(pictures: Sequence[Found]) -> Measured:
     return fractions(metrics, scores, "mean IoU")
 
 
-def best_overlaps(picture: Found) -> list[float]:
+def best_overlaps(picture: Located) -> list[float]:
     """For each true object the IoU of its mask with the best mask of its label; 0 if there is none."""
     return [
         max((iou for iou, other in zip(row, picture.objects) if other["label"] == truth["label"]), default=0.0)  # noqa: B905  an empty row

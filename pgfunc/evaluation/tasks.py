@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pgfunc.errors import SettingError
 from pgfunc.evaluation import boxes, captions, masks, questions, reading
 from pgfunc.evaluation.answers import Result, generate_many
-from pgfunc.evaluation.boxes import Found, entries
+from pgfunc.evaluation.boxes import Located, entries
 from pgfunc.evaluation.metrics import Measured, Metric
 from pgfunc.evaluation.rows import OBJECTS, UNKNOWN, Row, Task, truths
 from pgfunc.generate import Completion
@@ -59,13 +59,13 @@ def evaluate(
     vq = vq if task == "segment" else None
     limit = MAX_TOKENS[task] if max_new_tokens is None else max_new_tokens
     results: dict[int, Result] = {}
-    found: dict[int, Found] = {}
+    located: dict[int, Located] = {}
     for result in watch(generate_many(model, ((row.images, row.prefix) for row in rows), limit)):
         results[result.index] = result
         if task in OBJECTS:
-            found[result.index] = compare(model, rows[result.index], result, vq)
+            located[result.index] = compare(model, rows[result.index], result, vq)
     ordered = [results[i] for i in range(len(rows))]
-    measured = measure(task, rows, ordered, [found[i] for i in sorted(found)])
+    measured = measure(task, rows, ordered, [located[i] for i in sorted(located)])
     cases = [
         Case(row, result.completion, str(result.error or ""), size_of(result), score, perfect)
         for row, result, score, perfect in zip(rows, ordered, measured.scores, measured.perfect, strict=True)
@@ -73,20 +73,20 @@ def evaluate(
     return Evaluation(task, measured.metrics, cases, measured.scored)
 
 
-def measure(task: Task, rows: Sequence[Row], results: Sequence[Result], found: Sequence[Found]) -> Measured:
+def measure(task: Task, rows: Sequence[Row], results: Sequence[Result], located: Sequence[Located]) -> Measured:
     """The metrics and scores of the answers to these rows."""
     if task in OBJECTS:
-        return (masks if task == "segment" else boxes).measure(found)
+        return (masks if task == "segment" else boxes).measure(located)
     answers = [result.completion and result.completion.text for result in results]
     return OF_TEXTS[task](answers, [row.references for row in rows])
 
 
-def compare(model: Model, row: Row, result: Result, vq: vqvae.Params | None) -> Found:
+def compare(model: Model, row: Row, result: Result, vq: vqvae.Params | None) -> Located:
     """The true objects of a row and those of the answer, as COCO's entries."""
     size, read = size_of(result), segment.malformed if vq else detect.malformed
     invalid = result.completion is not None and bool(read(result.completion.text))
     objects = answered(model, result.completion, size, vq)
-    return Found(*size, entries(truths(row, None if result.error else size, vq)), entries(objects), invalid)
+    return Located(*size, entries(truths(row, None if result.error else size, vq)), entries(objects), invalid)
 
 
 def answered(

@@ -20,7 +20,8 @@ from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
 from pgfunc.jit import jit
-from pgfunc.jit.donation import bucket, reorder
+from pgfunc.jit.donation import bucket
+from pgfunc.jit.rows import reorder
 from pgfunc.ops import upcast
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, Row, Text, as_rows, check_fits, prepare, text_ids, texts_per_row, tokenizer_of
@@ -96,7 +97,7 @@ def complete(
         if len(tokens) % (POLL if token.is_cuda else 1) == 0 and ended.all():
             break
     rows = zip(torch.stack(tokens, 1).cpu(), torch.stack(logprobs, 1).cpu(), strict=True)
-    return [_completion(model, *row) for row in rows]
+    return [completion(model, ids.tolist(), logprobs) for ids, logprobs in rows]
 
 
 def stream(
@@ -175,7 +176,23 @@ def prefill_step(
     wrap: Wrap = plain,
 ) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
     """Prefill a prompt. Returns the first token, its log-probability, and a cache with `size` free slots."""
-    logits, cache = paligemma.prefill(params, prompt, cfg, size, tap, wrap=wrap)
+    image = paligemma.encode_images(params, prompt.pixels, cfg, tap, wrap)
+    return encoded_prefill_step(params, image, prompt, cfg, size, settings, u, tap, wrap)
+
+
+def encoded_prefill_step(
+    params: Params,
+    image: Float[Tensor, "b ip d"],
+    prompt: Prompt,
+    cfg: Config,
+    size: int,
+    settings: Settings,
+    u: Float[Tensor, "b"],
+    tap: Tap = identity,
+    wrap: Wrap = plain,
+) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"], Cache]:
+    """`prefill_step`, for pictures that are already encoded."""
+    logits, cache = paligemma.prefill_encoded(params, image, prompt, cfg, size, tap, wrap=wrap)
     return *wrap(next_token)(logits, u, settings), cache
 
 
@@ -302,8 +319,8 @@ def check_not_nan(logprobs: Tensor) -> None:
         raise NumericalError("the logits are nan; float16 may overflow, so set dtype= to bfloat16 or float32")
 
 
-def _completion(model: Model, tokens: Int[Tensor, "t"], logprobs: Float[Tensor, "t"]) -> Completion:
-    ids = tokens.tolist()
+def completion(model: Model, ids: list[int], logprobs: Float[Tensor, "t"]) -> Completion:
+    """The completion that consists of these tokens, up to the end of sequence. Raises NumericalError for nan."""
     end = ids.index(model.cfg.eos) if model.cfg.eos in ids else len(ids)
     check_not_nan(logprobs[: end + 1])  # tokens after the end do not matter
     finish = "eos" if end < len(ids) else "length"

@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -54,10 +55,25 @@ def pixels(source: Source, cfg: Config | SiglipConfig) -> Float[Tensor, "3 y x"]
 
     Raises ImageError, which names the file, if it is missing, corrupt, truncated or a decompression bomb.
     """
+    levels, _ = square(source, cfg)
+    return normalize(torch.from_numpy(levels))
+
+
+def square(source: Source, cfg: Config | SiglipConfig) -> tuple[UInt8[np.ndarray, "y x 3"], tuple[int, int]]:
+    """The 8-bit levels of a picture, resized to the square that the encoder takes; and its own width and height.
+
+    Raises ImageError like `pixels`.
+    """
     side = cfg.vision.image_size
     image = open_image(source, side)
-    square = image.resize((side, side), Image.Resampling[cfg.resample.upper()])
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+    return np.array(image.resize((side, side), Image.Resampling[cfg.resample.upper()])), image.size
+
+
+def normalize(levels: UInt8[Tensor, "*b y x 3"]) -> Float[Tensor, "*b 3 y x"]:
+    """8-bit levels -> values in [-1, 1], channels first. Gives the same numbers on every device."""
+    # by a tensor: on a GPU, PyTorch multiplies by the inverse of a plain number, which rounds in another way
+    half = torch.full((), 127.5, device=levels.device)
+    return rearrange(levels, "... y x c -> ... c y x").float() / half - 1
 
 
 def open_image(source: Source, side: int = 0) -> Image.Image:

@@ -32,6 +32,7 @@ def lowered(formula: F) -> F:
     """The formula; in compiled code, the first of its rules that applies. Arguments must be positional."""
     if not torch.compiler.is_compiling():
         return formula
+    from pgfunc.kernels import rules  # noqa: F401  # fills the table; torch.compile imports it while it traces
 
     def chosen(*args: Any) -> Any:
         for rule in RULES.get(formula, ()):

@@ -168,6 +168,9 @@ def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: fl
     if cap or transformed():
         return attend_explicit(q, k, v, seen, scale, cap)
     k, v = read_keys(k, v, seen)
+    # one query: the heads of a group become its queries, else PyTorch on a CPU reads their keys once for each head
+    group = q.shape[2] // k.shape[2] if q.shape[1] == 1 else 1
+    q = rearrange(q, "b 1 (k g) h -> b g k h", g=group) if group > 1 else q
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if seen is None:
@@ -175,8 +178,9 @@ def attend_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: fl
     else:
         prepared = mask if isinstance(mask, Prepared) else prepare(seen, q.dtype)
         bias, empty = prepared.bias.unsqueeze(1), prepared.empty.unsqueeze(1)  # the same for all heads
+        bias = bias.expand(-1, -1, q.shape[2], -1)
         out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=grouped).masked_fill(empty, 0.0)
-    return rearrange(out, "b n t h -> b t n h")
+    return rearrange(out, "b k g h -> b 1 (k g) h" if group > 1 else "b n t h -> b t n h")
 
 
 def attend_explicit(

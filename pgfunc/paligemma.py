@@ -161,10 +161,24 @@ def prefill(
     `allowed`, here and in `extend` and `decode`: the tokens that get logits, see `gemma.unembed`. `wrap` is applied to
     the blocks of both towers, to `embed_and_mask` and to `gemma.unembed`. Raises SettingError for a negative size.
     """
-    if size < 0:
-        raise SettingError(f"size is {size}, expected room for 0 or more tokens")
     gemma.head_rows(allowed, cfg.text)  # raises before anything is computed
+    check_size(size)
     image = encode_images(params, prompt.pixels, cfg, tap, wrap)
+    return prefill_encoded(params, image, prompt, cfg, size, tap, allowed, wrap)
+
+
+def prefill_encoded(
+    params: Params,
+    image: Float[Tensor, "b ip d"],
+    prompt: Prompt,
+    cfg: Config,
+    size: int,
+    tap: Tap = identity,
+    allowed: gemma.Allowed = None,
+    wrap: Wrap = plain,
+) -> tuple[Float[Tensor, "b v"], Cache]:
+    """`prefill`, for pictures that `encode_images` has encoded. The prompt's pixels are not read."""
+    check_size(size)
     text = prompt._replace(pixels=())  # not the declared type: a compiled `embed_and_mask` takes no pictures
     x, positions, seen, length = wrap(embed_and_mask)(params, image, text, cfg, tap)
     last, empty = rearrange(length - 1, "b -> b 1"), Empty(x.shape[1] + size)
@@ -174,6 +188,12 @@ def prefill(
     cache = Cache(tuple(k for k, _ in kv), tuple(v for _, v in kv), length)
     logits = wrap(gemma.unembed)(params.language, x, cfg.text, tap, allowed)
     return rearrange(logits, "b 1 v -> b v"), cache
+
+
+def check_size(size: int) -> None:
+    """Raise SettingError for a negative number of free slots."""
+    if size < 0:
+        raise SettingError(f"size is {size}, expected room for 0 or more tokens")
 
 
 def embed_and_mask(

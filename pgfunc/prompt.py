@@ -3,8 +3,7 @@
     [image tokens] <bos> prefix \\n | suffix <eos>
 
 The tokens left of the bar attend to each other in both directions; those right of it are causal. The newline is
-tokenized separately, as in big_vision: in one string, a prefix that ends in a newline would merge with it. `TASKS`
-maps each command to its prefix, as in the training of the mix checkpoints.
+tokenized separately, as in big_vision: in one string, a prefix that ends in a newline would merge with it.
 
 A prefix may begin with one `<image>` per picture, as for transformers' processor; these markers are removed.
 """
@@ -21,8 +20,6 @@ from pgfunc.config import Config
 from pgfunc.errors import PromptError
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.tokenizer import Tokenizer
-
-TASKS = {"caption": "caption en", "ask": "answer en {}", "ocr": "ocr", "detect": "detect {}", "segment": "segment {}"}
 
 MARKERS = re.compile(f"(\\s*{tokenizer.IMAGE})+(<bos>)?")
 
@@ -65,7 +62,7 @@ def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> P
     cfg, device = model.cfg, model.params.projector.device
     if device.type == "meta":
         raise PromptError("this model is on the meta device and has no weights; load it on another device")
-    tokens = [(_prefix(model, row.prefix, len(row.images)), _suffix(model, row.suffix)) for row in rows]
+    tokens = [(prefix_ids(model, row.prefix, len(row.images)), _suffix(model, row.suffix)) for row in rows]
     width = max(len(prefix) + len(suffix) for prefix, suffix in tokens)
     check_fits(cfg, len(rows[0].images), width)
     side = cfg.vision.image_size
@@ -137,7 +134,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or ids
 
 
-def _prefix(model: Model, prefix: Text, pictures: int) -> list[int]:
+def prefix_ids(model: Model, prefix: Text, pictures: int) -> list[int]:
+    """The token ids of a prefix: bos, the text and a newline; token ids are returned as they are."""
     if not isinstance(prefix, str):
         return text_ids(model, prefix)
     return [model.cfg.bos, *text_ids(model, unmarked(prefix, pictures)), tokenizer_of(model).newline]

@@ -18,9 +18,11 @@ import pgfunc as pg
 from examples.tiny import evaluate as card
 from examples.tiny import export_heldout, heldout
 from pgfunc import cli
-from pgfunc.errors import DataError, PgfuncError, SettingError
-from pgfunc.evaluation import answers, page, rows, tasks
+from pgfunc.errors import DataError, ImageError, PgfuncError, SettingError
+from pgfunc.evaluation import page, rows, tasks
 from pgfunc.evaluation.tasks import evaluate
+from pgfunc.image import open_image
+from pgfunc.many.scheduling import Result
 from pgfunc.objects import coco, segment, vqvae
 
 # pycocotools 2.0.11 uses an old protocol of numpy
@@ -46,16 +48,25 @@ def write(folder, *lines) -> str:
     return str(path)
 
 
-def says(monkeypatch, *texts: str) -> None:
-    """Replace the model by one that gives these answers in turn, with a probability of 1/e for every token."""
-    left = list(texts)
+def says(monkeypatch, *texts: str, logprobs: list[float] | None = None) -> None:
+    """Replace the model by one that gives these answers about the pictures that it can read, the last one first."""
 
-    def generate(model, images, prefixes, max_new_tokens):
-        chosen, left[:] = left[: len(images)], left[len(images) :]
-        ids = [pg.tokenizer.encode(model.tokenizer, text) for text in chosen]
-        return [pg.Completion(t, i, [-1.0] * len(i), "eos") for t, i in zip(chosen, ids, strict=True)]
+    def generate_many(model, asked, max_new_tokens, workers):
+        results, left = [], list(texts)
+        for number, row in enumerate(asked):
+            try:
+                sizes = tuple(open_image(path).size for path in row[0])
+            except ImageError as error:
+                results.append(Result(number, row, None, error, ((0, 0),)))
+                continue
+            text = left.pop(0)
+            ids = pg.tokenizer.encode(model.tokenizer, text)
+            results.append(
+                Result(number, row, pg.Completion(text, ids, logprobs or [-1.0] * len(ids), "eos"), None, sizes)
+            )
+        yield from reversed(results)
 
-    monkeypatch.setattr(answers, "generate", generate)
+    monkeypatch.setattr(tasks, "generate_many", generate_many)
 
 
 def run(folder, *words: str):
@@ -71,7 +82,7 @@ def test_the_figures_of_a_committed_scene_are_those_of_the_model_card(tmp_path, 
     examples = heldout.read(Path("examples/tiny/heldout"))["S2"][10:11]
     data = rows.read(export_heldout.export(tmp_path, "S2", examples))
     vq = pg.tree.map(lambda leaf: leaf.float(), segment.load("weights/tiny/masks.safetensors"))
-    done = {task: evaluate(shipped, task, rows.of_task(data, task), vq, 80) for task in rows.TASKS}
+    done = {task: evaluate(shipped, task, rows.of_task(data, task), vq, 80, workers=0) for task in rows.TASKS}
     cases = {case.row.where: case for one in done.values() for case in one.cases}
     kinds = {row.where: asked.task for row, asked in zip(data, examples[0].rows, strict=True)}
     assert cases.keys() == kinds.keys()
@@ -120,8 +131,7 @@ def test_the_score_of_a_box_is_its_confidence(folder, monkeypatch):
         ids = pg.tokenizer.encode(MODEL.tokenizer, text)
         half = ids.index(MODEL.tokenizer.backend.token_to_id("<loc0000>"))
         values = [logprobs[i < half] for i in range(len(ids))]
-        done = [pg.Completion(text, ids, values, "eos")]
-        monkeypatch.setattr(answers, "generate", lambda *more, done=done: done)
+        says(monkeypatch, text, logprobs=values)
         assert json.loads(run(folder, "--json").stdout)["metrics"]["ap"]["value"] == pytest.approx(expected)
 
 
@@ -167,7 +177,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_counts_as_wrong(task, line, 
 
 def test_a_prompt_that_does_not_fit_is_named_and_the_others_are_answered(folder, monkeypatch):
     write(folder, CAPTION, CAPTION | {"prefix": "caption " + "long " * 60})
-    done = evaluate(MODEL, "caption", rows.read(folder / "data.jsonl"), max_new_tokens=2)
+    done = evaluate(MODEL, "caption", rows.read(folder / "data.jsonl"), max_new_tokens=2, workers=0)
     assert [bool(case.error) for case in done.cases] == [False, True]
     assert "shorten the text" in done.cases[1].error
 

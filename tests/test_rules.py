@@ -73,9 +73,19 @@ def test_each_rule_has_the_arguments_of_its_formula():
                     assert len(signature(fn).parameters) == len(signature(formula).parameters), formula.__name__
 
 
-def test_the_package_alone_fills_the_table():
-    script = "import pgfunc; from pgfunc.lowering import RULES; print(len(RULES))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+COMPILED = """
+import torch
+from pgfunc.lowering import RULES
+from pgfunc.ops import angles, lowered
+
+assert not RULES
+torch.compile(lambda x: lowered(angles)(x, 4, 1e4), backend="eager", fullgraph=True)(torch.ones(1, 1))
+print(len(RULES))
+"""
+
+
+def test_compiling_any_part_of_the_model_fills_the_table():
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True)
     assert int(done.stdout) == len(RULES)
 
 

@@ -36,7 +36,7 @@ from examples.lab import common
 from examples.lab.common import Estimate, batches, estimate, load, options, token
 from examples.lab.scenes import colour_question, draw, outline, paint
 from examples.tiny.shapes import COLOURS
-from pgfunc import lab
+from pgfunc import lab, paligemma
 from pgfunc.paligemma import encode_images
 
 NODES = 16
@@ -131,7 +131,7 @@ def occlusion(model: pg.Model, asked: Asked) -> Float[Tensor, "b p"]:
         for i in range(len(asked.right)):
             one = asked.rows(slice(i, i + 1))
             image = encode_images(model.params, one.prompt.pixels, model.cfg)
-            embed = pg.paligemma.join(model.params, image, one.prompt, model.cfg).x
+            embed = paligemma.join(model.params, image, one.prompt, model.cfg).x
             mean = image.mean(1, keepdim=True)
             where = F.pad(squares, (0, embed.shape[1] - image.shape[1]))[..., None]
             changed = torch.cat([embed, lab.put(mean, where)(embed)])

@@ -16,9 +16,9 @@ from pgfunc.bench.measuring import measure as measure
 from pgfunc.bench.measuring import timed as timed
 from pgfunc.bench.measuring import times as times
 from pgfunc.bench.pipeline import GREEDY as GREEDY
-from pgfunc.bench.pipeline import STAGES as STAGES
 from pgfunc.bench.pipeline import Case as Case
 from pgfunc.bench.pipeline import Stage as Stage
 from pgfunc.bench.pipeline import compiled_prefill_stage as compiled_prefill_stage
 from pgfunc.bench.pipeline import load_stage as load_stage
 from pgfunc.bench.pipeline import stages as stages
+from pgfunc.names import STAGES as STAGES

@@ -13,12 +13,12 @@ from pgfunc.bench.roofline import Machine, Work, decode_work, floor, prefill_wor
 from pgfunc.config import Config
 from pgfunc.errors import SettingError
 from pgfunc.generate import compiled_decode_step, compiled_prefill_step, complete, decode_step, pad_to_bucket
+from pgfunc.names import STAGES
 from pgfunc.paligemma import Params, Prompt
 from pgfunc.prompt import Model, check_fits
 from pgfunc.sample import Settings, checked_int, greedy
 
 GREEDY = Settings()
-STAGES = ("vision", "prefill", "decode", "generate")
 
 
 class Stage(NamedTuple):

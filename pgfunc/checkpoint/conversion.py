@@ -24,10 +24,11 @@ from pgfunc.checkpoint.writing import check_params
 from pgfunc.errors import CheckpointError
 from pgfunc.files.atomic import Change, changing
 from pgfunc.files.outputs import check_new, check_output, write_errors
+from pgfunc.names import MASKS
 from pgfunc.prompt import Model
 from pgfunc.siglip_dual.prompt import SiglipModel
 
-MASKS, SIGLIP_FOLDER = "masks.safetensors", "siglip"  # the mask decoder; a dual encoder with the same vision encoder
+SIGLIP_FOLDER = "siglip"  # a dual encoder with the same vision encoder
 FOLDER_ONLY = ("tokenizer.model", "generation_config.json")  # files that other programs read in a folder
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PROCESSOR_FILES = (processor.PREPROCESSOR_CONFIG, processor.PROCESSOR_CONFIG)

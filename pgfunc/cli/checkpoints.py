@@ -7,9 +7,6 @@ from typing import Annotated
 import typer
 
 import pgfunc as pg
-from pgfunc import paligemma
-from pgfunc.checkpoint import find
-from pgfunc.checkpoint.conversion import write_folder
 from pgfunc.cli import options
 from pgfunc.cli.options import app
 from pgfunc.errors import SettingError, escape_controls
@@ -28,6 +25,8 @@ def inspect(
     """List the parameters of a checkpoint: path, shape, dtype and bytes of each. Reads only the files' headers."""
     if source and model:
         raise SettingError(f"inspect takes one checkpoint, found {source} and --model {model}")
+    from pgfunc.paligemma import abstract
+
     cfg, params, _ = pg.load(source or model, device="meta", config=config)
     rows = [(path, tuple(leaf.shape), pg.tree.dtype_name(leaf), leaf.numel() * leaf.element_size())
             for path, leaf in pg.tree.flatten(params).items()]  # fmt: skip
@@ -38,7 +37,7 @@ def inspect(
     width = max(len(path) for path, *_ in rows)
     for path, shape, dtype, nbytes in rows:
         print(f"{path:<{width}}  {' x '.join(map(str, shape)):<16}  {dtype:<8}  {nbytes:>13,}")
-    print(f"{pg.tree.count(paligemma.abstract(cfg)):,} parameters, {pg.tree.nbytes(params):,} bytes")
+    print(f"{pg.tree.count(abstract(cfg)):,} parameters, {pg.tree.nbytes(params):,} bytes")
 
 
 @app.command()
@@ -76,6 +75,9 @@ def merge(
 
     The option --adapter of other commands runs an adapter without this step.
     """
+    from pgfunc.checkpoint import find
+    from pgfunc.checkpoint.conversion import write_folder
+
     base = find(model)
     check_output(target, [base, adapter, config, tokenizer], folder=True, force=force)
     merged = pg.load(model, None, "cpu", config, tokenizer, adapter=adapter)

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 
 import pgfunc as pg
-from pgfunc.bench import hardware
+from pgfunc.bench import Case, hardware, random_prompt
 from pgfunc.cli.options import print_note
 from pgfunc.errors import SettingError
 from pgfunc.files.atomic import write_text
+from pgfunc.generate import complete
 from pgfunc.jit.code_folder import paths_in
+from pgfunc.sample import Settings
 
 MADE_FOR = "made-for.json"  # in a folder of compiled code: the platform that the code is for, and its maker
 NO_COMPILER = "check that a C++ compiler is installed, or leave out --compile"
@@ -61,6 +64,24 @@ def compiling(compile: bool, folder: Path | None, device: torch.device) -> Itera
         yield
     if folder and before and set(compiled_files(folder)) - before:
         print_note(f"{folder} had no code for this; the code was compiled and added")
+
+
+def compile_all(model: pg.Model, case: Case, settings: Settings, device: torch.device) -> None:
+    """Compile, or take from the folder in use, the code for prompts and answers of the case's sizes."""
+    endless = model._replace(cfg=replace(model.cfg, eos=-1))  # no answer ends early
+    prompt = random_prompt(model.cfg, case.batch, case.prompt_tokens, device)
+    uniforms = torch.zeros(case.batch, case.tokens, dtype=torch.float64, device="cpu")
+    complete(endless, prompt, settings, uniforms, compile=True)
+
+
+def make_folder(folder: Path, device: torch.device) -> None:
+    """Make a folder for code and record its platform and its maker. Only its owner may write there: the code is run."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if read_made_for(folder) is None:
+            write_text(folder / MADE_FOR, json.dumps(platform_of(device) | {MAKER: makers()[0]}))
+    except OSError as error:
+        raise SettingError(f"{folder}: cannot be a folder for compiled code ({error.strerror})") from error
 
 
 def platform_of(device: torch.device) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def evaluate(
     import pgfunc as pg
     from pgfunc.checkpoint import shipped
     from pgfunc.cli.drawings import write_text
-    from pgfunc.cli.locate import mask_decoder_path
+    from pgfunc.cli.finding import mask_decoder_path
     from pgfunc.evaluation import page, tasks
 
     tasks.check_packages()

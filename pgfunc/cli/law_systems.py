@@ -13,8 +13,8 @@ from hypothesis.strategies import SearchStrategy
 import pgfunc as pg
 from pgfunc import laws
 from pgfunc.cli.compiled import NO_COMPILER, compiler_errors
-from pgfunc.cli.locate import mask_decoder_beside
-from pgfunc.cli.options import computing_device
+from pgfunc.cli.devices import computing_device
+from pgfunc.cli.finding import mask_decoder_beside
 from pgfunc.errors import SettingError
 from pgfunc.laws import LAWS, Law, System
 from pgfunc.objects import segment

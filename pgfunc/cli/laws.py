@@ -15,7 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from pgfunc.cli import options
-from pgfunc.cli.options import app, enough_memory, optional
+from pgfunc.cli.options import app, optional
 from pgfunc.errors import SettingError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def laws(
     law: Annotated[list[str] | None, optional("--law", help="Check only this law; repeatable.", metavar="LAW")] = None,
     examples: Annotated[int, typer.Option("--examples", help="Examples of each law.")] = EXAMPLES,
     deep: Annotated[bool, typer.Option("--deep", help=f"Try {DEEP:,} examples of each law.")] = False,
-    device: options.Device = None,
+    device: options.MeasuredDevice = None,
     dtype: Annotated[str | None, optional("--dtype", help="float32 (the default), bfloat16 or float16.")] = None,
     quantize: options.Quantize = None,
     compile: Annotated[
@@ -58,6 +58,7 @@ def laws(
     """
     from pgfunc import laws as pglaws  # before what follows: this import says what to install if Hypothesis is missing
     from pgfunc.cli import law_systems
+    from pgfunc.cli.devices import enough_memory
 
     if examples < 1:
         raise SettingError(f"examples is {examples}, expected 1 or more")

@@ -1,40 +1,17 @@
 """Commands that find objects in pictures: detect (boxes) and segment (boxes and masks)."""
 
 import shlex
-from collections import deque
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
-from PIL import Image
 
 import pgfunc as pg
-from pgfunc.checkpoint import find, shipped
-from pgfunc.checkpoint.conversion import MASKS
 from pgfunc.cli import options
-from pgfunc.cli.drawings import check_coco, drawing_paths, write_picture, write_text
-from pgfunc.cli.options import (
-    app,
-    check_pictures,
-    exit_if_skipped,
-    note_if_cut_off,
-    optional,
-    path_exists,
-    print_note,
-    print_result,
-    read_each,
-    to_json,
-    without_option,
-)
-from pgfunc.errors import CheckpointError, PromptError
-from pgfunc.image import open_image
-from pgfunc.objects import coco, draw, fonts, vqvae
-from pgfunc.objects.detect import Detection, Malformed
-from pgfunc.objects.segment import Segment
-from pgfunc.prompt import TASKS, tokenizer_of, unmarked
-from pgfunc.sample import Settings
+from pgfunc.cli.options import app, check_pictures, of_model, optional, path_exists, without_option
+from pgfunc.errors import PromptError
+from pgfunc.names import MASKS, TASKS
 
 Targets = Annotated[list[str], typer.Argument(help="Picture files, then what to look for, such as 'cat ; bus'.",
                                               metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
@@ -44,40 +21,28 @@ Labels = Annotated[
 PromptText = Annotated[
     str | None, optional("--prompt", help="What to look for as one text, in place of WHAT: 'cat ; bus'.")
 ]
+of_drawing = partial(optional, rich_help_panel="Drawing")
 Out = Annotated[
     Path | None,
-    optional(
+    of_drawing(
         "--out",
         help="Write the picture with the objects drawn on it. For several pictures: a folder, where each drawing has "
         "the format of its picture, or PNG if that format is unusual.",
     ),
 ]
 Font = Annotated[
-    Path | None, optional("--font", help="Font file for the labels in the drawing. Default: fonts of the system.")
+    Path | None, of_drawing("--font", help="Font file for the labels in the drawing. Default: fonts of the system.")
 ]
-Confidence = Annotated[bool, typer.Option("--confidence", help="Draw the confidence beside each label.")]
-Coco = Annotated[Path | None, optional("--coco", help="Write the objects of all pictures to this file, as COCO JSON.")]
+Confidence = Annotated[bool, of_drawing("--confidence", help="Draw the confidence beside each label.")]
+Coco = Annotated[
+    Path | None,
+    options.of_output(
+        "--coco", show_default=False, help="Write the objects of all pictures to this file, as COCO JSON."
+    ),
+]
 Masks = Annotated[
-    Path | None, optional("--masks", help=f"File of the mask decoder. Default: {MASKS} in the model's folder.")
+    Path | None, of_model("--masks", help=f"File of the mask decoder. Default: {MASKS} in the model's folder.")
 ]
-
-
-class Query(NamedTuple):
-    """What the model is asked about each picture: the prefix, and how to decode the answer."""
-
-    model: pg.Model
-    mask_decoder: vqvae.Params | None  # None: the objects have boxes only
-    prefix: str
-    sampling: dict[str, Any]
-
-
-class Output(NamedTuple):
-    """What is printed and drawn for each picture."""
-
-    as_json: bool
-    drawings: dict[str, Path]  # picture -> file of its drawing
-    font: Path | None
-    confidence: bool
 
 
 def add_object_command(name: str, help: str) -> None:
@@ -108,6 +73,13 @@ def add_object_command(name: str, help: str) -> None:
         as_json: options.Json = False,
     ) -> None:
         images, label_text = split_targets(name, targets, label, prompt)
+        from pgfunc.checkpoint import shipped
+        from pgfunc.cli.drawings import check_coco, drawing_paths
+        from pgfunc.cli.finding import Output, Query, find_all, mask_decoder_path
+        from pgfunc.objects import fonts
+        from pgfunc.prompt import unmarked
+        from pgfunc.sample import Settings
+
         inputs = [*images, model or shipped(), adapter, masks, config, tokenizer, font]
         drawings = drawing_paths(images, out, inputs)
         if coco_file:
@@ -152,94 +124,6 @@ def split_targets(
         raise PromptError(f"{words[0]}: no such file; to look for several things: {several:.200}")
     check_pictures(images)
     return images, label_text
-
-
-def mask_decoder_path(masks: Path | None, model: str | None) -> Path:
-    """The file of the mask decoder. Raises CheckpointError if neither --masks nor the model's folder has one."""
-    path = masks or mask_decoder_beside(model)
-    if not masks and not path.exists():
-        raise CheckpointError(f"{path}: missing; give a mask decoder with --masks, such as Google's vae-oid.npz")
-    return path
-
-
-def mask_decoder_beside(model: str | None) -> Path:
-    """The path of the mask decoder in a model's folder; the file need not exist."""
-    folder = find(model)
-    return (folder if folder.is_dir() else folder.parent) / MASKS
-
-
-def find_all(query: Query, images: Sequence[str], output: Output, coco_file: Path | None) -> None:
-    """Find the objects in each picture, print and draw them, and write all of them to the COCO file if there is one."""
-    skipped: list[str] = []
-    missing_letters: list[str] = []
-    pictures = find_each(query, images, output, skipped, missing_letters)
-    if coco_file:
-        write_text(coco_file, to_json(coco.dataset(pictures)))  # in ASCII: a file name need not be valid Unicode
-    else:
-        deque(pictures, maxlen=0)
-    if letters := "".join(dict.fromkeys("".join(missing_letters))):
-        print_note(
-            f"no font here has the letters {letters:.80}, which are drawn as boxes; --font FILE names one that has"
-        )
-    exit_if_skipped(skipped)
-
-
-def find_each(
-    query: Query, images: Sequence[str], output: Output, skipped: list[str], missing_letters: list[str]
-) -> Iterator[coco.Picture]:
-    """The objects of one picture after the other; each is printed and drawn before it is yielded."""
-    for image, picture in read_each(images, partial(open_image, side=query.model.cfg.vision.image_size), skipped):
-        (answer,) = pg.generate(query.model, picture, query.prefix, **query.sampling)
-        objects, malformed = parse(query, answer, picture)
-        source = {"image": image, "prompt": query.prefix, "text": answer.text, "finish": answer.finish}
-        print_objects(source, picture, objects, malformed, output.as_json)
-        if not output.as_json:
-            note_if_cut_off(image, answer.finish, query.sampling["max_new_tokens"])
-        if output.drawings:
-            write_picture(draw.objects(picture, objects, output.font, output.confidence), output.drawings[image])
-            missing_letters.extend(fonts.missing(draw.caption(item), output.font) for item in objects)
-        yield coco.Picture(image, *picture.size, objects)
-
-
-def parse(
-    query: Query, answer: pg.Completion, picture: Image.Image
-) -> tuple[Sequence[Detection | Segment], list[Malformed]]:
-    """The objects in an answer, with their confidence, and the parts of the answer that are not objects."""
-    tokenizer = tokenizer_of(query.model)
-    if query.mask_decoder is None:
-        return pg.detect.with_confidence(answer, tokenizer, *picture.size), pg.detect.malformed(answer.text)
-    segments = pg.segment.with_confidence(answer, tokenizer, *picture.size, query.mask_decoder)
-    return segments, pg.segment.malformed(answer.text)
-
-
-def print_objects(
-    source: dict[str, Any], picture: Image.Image, objects: Sequence[Detection | Segment], malformed: list[Malformed],
-    as_json: bool,
-) -> None:  # fmt: skip
-    """Print one line per object, or one JSON object per picture. Without JSON, malformed parts become notes."""
-    image = source["image"]
-    size = {"width": picture.width, "height": picture.height}
-    fields = {"objects": [as_dict(item) for item in objects], "malformed": [item._asdict() for item in malformed]}
-    lines = [as_line(item) for item in objects] or ["nothing found"]
-    print_result(source | size | fields, as_json, *(f"{image}: {line}" for line in lines))
-    if not as_json:
-        for piece, reason in malformed:
-            print_note(f"{image}: left out {piece!r:.80}: {reason}")
-
-
-def as_dict(item: Detection | Segment) -> dict[str, Any]:
-    """An object for JSON: its box in pixels, its mask in COCO's run lengths."""
-    mask = {"mask": coco.rle(item.mask)} if isinstance(item, Segment) else {}
-    return {"label": item.label, "box": item.box._asdict(), "confidence": item.confidence} | mask
-
-
-def as_line(item: Detection | Segment) -> str:
-    """An object as one line of text."""
-    ymin, xmin, ymax, xmax = item.box
-    box = f"x {xmin:.1f}..{xmax:.1f}, y {ymin:.1f}..{ymax:.1f}"
-    pixels = f"\t{int(item.mask.count_nonzero())} pixels" if isinstance(item, Segment) else ""
-    label = " ".join(item.label.split())  # the model may write a label of several lines
-    return f"{label}\t{box}{pixels}" + ("" if item.confidence is None else f"\tconfidence {item.confidence:.2f}")
 
 
 add_object_command("detect", "Find objects in each picture, with a box in pixels and a confidence for each.")

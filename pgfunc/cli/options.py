@@ -2,6 +2,9 @@
 
 Text for people contains no characters that control a terminal, and each line starts with its picture, whatever a file
 name or a model's answer contains. JSON output is exact.
+
+Modules that define commands do not import PyTorch, so that `--help` and mistakes are quick: what computes is imported
+inside the commands.
 """
 
 import inspect
@@ -9,19 +12,18 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 from tqdm import tqdm
 
-from pgfunc.checkpoint import as_device
-from pgfunc.errors import CONTROL_CHARACTERS, DeviceError, ImageError, NumericalError, SettingError, escape_controls
+from pgfunc.cli.examples import epilog
+from pgfunc.errors import CONTROL_CHARACTERS, ImageError, NumericalError, SettingError, escape_controls
 from pgfunc.files.outputs import check_name
-from pgfunc.quant.lowbit import GROUPS
+from pgfunc.names import GROUPS
 
 T = TypeVar("T")
 
@@ -43,13 +45,14 @@ def hints(command: str, arguments: dict[str, Any]) -> Iterator[str]:
 
 
 class App(typer.Typer):
-    """A program whose commands print hints, unless --quiet is given."""
+    """A program whose commands print hints, unless --quiet is given, and have examples in --help."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def add(command: Callable[..., None]) -> Callable[..., None]:
             text = options.pop("help", None) or inspect.getdoc(command) or ""
             help = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # the terminal breaks the lines of a paragraph
-            super(App, self).command(name, help=help, **options)(with_hints(name or command.__name__, command))
+            title = name or command.__name__
+            super(App, self).command(name, help=help, epilog=epilog(title), **options)(with_hints(title, command))
             return command
 
         return add
@@ -75,7 +78,7 @@ app = App(
     "embed, classify. Fine-tune: train. Measure: evaluate. "
     "Work with checkpoints: inspect, convert, merge, compile, bench, laws.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -91,9 +94,9 @@ NAMED = "Checkpoint: a folder, a .npz file or a Hugging Face hub id. Default: th
 ModelName = Annotated[str | None, of_model("--model", envvar="PGFUNC_MODEL", help=NAMED)]
 CheckpointName = Annotated[str | None, of_model("--model", help=NAMED)]  # does not read PGFUNC_MODEL
 Adapter = Annotated[str | None, of_model("--adapter", help="LoRA adapter for the model: a folder or a hub id.")]
-Device = Annotated[
-    str | None, of_model("--device", help="cpu, cuda or cuda:1. Default: cuda if there is a GPU, otherwise cpu.")
-]
+DEVICES = "cpu, cuda or cuda:1. Default: cuda if there is a GPU, otherwise cpu."
+Device = Annotated[str | None, of_model("--device", envvar="PGFUNC_DEVICE", help=DEVICES)]
+MeasuredDevice = Annotated[str | None, of_model("--device", help=DEVICES)]  # does not read PGFUNC_DEVICE
 Dtype = Annotated[
     str | None, of_model("--dtype", help="float32, bfloat16 or float16. Default: the dtype of the checkpoint.")
 ]
@@ -156,25 +159,6 @@ def without_option(command: Callable[..., None], name: str) -> Callable[..., Non
     parameters = [parameter for key, parameter in signature.parameters.items() if key != name]
     setattr(command, "__signature__", signature.replace(parameters=parameters))  # noqa: B010  unknown to pyright
     return command
-
-
-@contextmanager
-def enough_memory(remedy: str) -> Iterator[None]:
-    """Raise a SettingError that says what helps, if the memory of the device is not enough for the block."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-            raise  # a CPU's allocator raises a plain RuntimeError
-        raise SettingError(f"not enough memory on the device: {remedy}") from error
-
-
-def computing_device(name: str | None, purpose: str) -> torch.device:
-    """The device with this name. Raises DeviceError for meta, where there is nothing to check or to measure."""
-    device = as_device(name)
-    if device.type == "meta":
-        raise DeviceError(f"device meta has shapes but no arithmetic, so there is nothing to {purpose}; name another")
-    return device
 
 
 def check_distinct(option: str, texts: Sequence[str]) -> None:

@@ -4,24 +4,23 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
 import pgfunc as pg
-from pgfunc import tree
-from pgfunc.checkpoint import find, shipped
 from pgfunc.cli import options, validation
-from pgfunc.cli.options import app, enough_memory, of_model, optional, print_note
-from pgfunc.cli.progress import signals_interrupt, watching
+from pgfunc.cli.options import app, of_model, optional, print_note
 from pgfunc.errors import SettingError, escape_controls
 from pgfunc.files import outputs
-from pgfunc.train import data, fit, run
-from pgfunc.train.data import Example
+
+if TYPE_CHECKING:
+    from pgfunc.train.data import Example
 
 TARGETS = ("language.layers.*",)
 EPOCHS = 3
+of_updates = partial(typer.Option, rich_help_panel="Updates")
 of_lora = partial(typer.Option, rich_help_panel="LoRA")
 LESS_MEMORY = "raise --accumulate, or give --recompute, --dtype bfloat16, --freeze, or --lora-rank"
 
@@ -44,27 +43,28 @@ def train(
             help="Validation lines of each task on which the metrics of `pgfunc evaluate` are computed; 0: loss only.",
         ),
     ] = validation.LINES,
-    epochs: Annotated[int | None, optional("--epochs", help=f"Passes over the data. Default: {EPOCHS}.")] = None,
-    steps: Annotated[int | None, optional("--steps", help="Number of updates, in place of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per update.")] = 8,
+    epochs: Annotated[int | None, of_updates("--epochs", help=f"Passes over the data. Default: {EPOCHS}.")] = None,
+    steps: Annotated[int | None, of_updates("--steps", help="Number of updates, in place of --epochs.")] = None,
+    batch_size: Annotated[int, of_updates("--batch-size", help="Examples per update.")] = 8,
     accumulate: Annotated[
-        int, typer.Option("--accumulate", help="Number of parts of a batch; one part is in memory at a time.")
+        int, of_updates("--accumulate", help="Number of parts of a batch; one part is in memory at a time.")
     ] = 1,
     learning_rate: Annotated[
         float | None,
-        optional(
+        of_updates(
             "--learning-rate",
             help="Highest learning rate; it falls as a cosine. Default: 1e-5, or 3e-4 for models below 100 million "
             "parameters; ten times that for LoRA.",
         ),
     ] = None,
     warmup: Annotated[
-        int | None, optional("--warmup", help="Updates over which the learning rate rises. Default: 5% of all updates.")
+        int | None,
+        of_updates("--warmup", help="Updates over which the learning rate rises. Default: 5% of all updates."),
     ] = None,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Weight decay of matrices.")] = 0.0,
+    weight_decay: Annotated[float, of_updates("--weight-decay", help="Weight decay of matrices.")] = 0.0,
     freeze: Annotated[
         list[str] | None,
-        optional("--freeze", help="Pattern of parameters to leave unchanged, such as 'vision.*'. May be repeated."),
+        of_updates("--freeze", help="Pattern of parameters to leave unchanged, such as 'vision.*'. May be repeated."),
     ] = None,
     lora_rank: Annotated[
         int,
@@ -83,13 +83,13 @@ def train(
         ),
     ] = None,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Save memory: compute activations again in the backward pass.")
+        bool, of_updates("--recompute", help="Save memory: compute activations again in the backward pass.")
     ] = False,
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", help="Save the run every N updates.", metavar="N")
     ] = 100,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write logs for TensorBoard.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of the order of examples and of LoRA's start.")] = 0,
+    seed: Annotated[int, of_updates("--seed", help="Random seed of the order of examples and of LoRA's start.")] = 0,
     model: options.ModelName = None,
     device: options.Device = None,
     dtype: Annotated[
@@ -111,6 +111,11 @@ def train(
         raise SettingError("--lora-target and --lora-alpha need --lora-rank")
     if checkpoint_every < 1:
         raise SettingError(f"checkpoint-every is {checkpoint_every}, expected 1 or more")
+    from pgfunc.checkpoint import find, shipped
+    from pgfunc.cli.devices import enough_memory
+    from pgfunc.cli.progress import signals_interrupt, watching
+    from pgfunc.train import data, fit, run
+
     train_rows, valid_rows = read_examples(examples, valid, images, out, [model or shipped(), config, tokenizer])
     loaded = pg.load(model, None, device, config, tokenizer)
     if steps is None:
@@ -140,13 +145,17 @@ def check_packages(tensorboard: bool) -> None:
     if tensorboard and find_spec("tensorboard") is None:
         raise SettingError("tensorboard is not installed: python -m pip install 'pgfunc[train]'")
     if find_spec("matplotlib") is None:
+        from pgfunc.train import fit
+
         print_note(f"{fit.CURVE} is not drawn without matplotlib: python -m pip install 'pgfunc[plot]'")
 
 
 def read_examples(
     examples: Path, valid: Path | None, images: Path | None, out: Path, inputs: Sequence[str | Path | None]
-) -> tuple[list[Example], list[Example]]:
+) -> "tuple[list[Example], list[Example]]":
     """The lines to train on and to validate on. Raises SettingError if `out` contains an input or a picture."""
+    from pgfunc.train import data
+
     outputs.check_folder(out, "--out")
     outputs.check_apart([out], [examples, valid, images, *inputs], "--out")
     train_rows, valid_rows = data.read(examples, images), data.read(valid, images) if valid else []
@@ -156,6 +165,8 @@ def read_examples(
 
 def print_losses(out: Path, steps: int, validated: bool) -> None:
     """Print the first and the last loss of a finished run, and the last validation loss and metrics if there are."""
+    from pgfunc.train import fit
+
     rows = fit.read_log(out)
     first, last = rows[0], rows[-1]
     ends = [f"validation {last['valid']:.4f}"] if validated else []
@@ -164,10 +175,10 @@ def print_losses(out: Path, steps: int, validated: bool) -> None:
     print(f"{escape_controls(str(out))}: {line}")
 
 
-def default_rate(params: pg.Params, lora_rank: int) -> float:
+def default_rate(params: "pg.Params", lora_rank: int) -> float:
     """The default learning rate. LoRA's pairs take ten times that of the weights.
 
     big_vision uses 1e-5 and a warm-up of 5% for PaliGemma (configs/proj/paligemma/transfers/forkme.py, cococap.py). The
     shipped checkpoint is 370 times smaller, and learns next to nothing at 1e-5; at 1e-3 it forgets what it knew.
     """
-    return (3e-4 if tree.count(params) < 10**8 else 1e-5) * (10 if lora_rank else 1)
+    return (3e-4 if pg.tree.count(params) < 10**8 else 1e-5) * (10 if lora_rank else 1)

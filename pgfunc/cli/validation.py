@@ -42,7 +42,7 @@ def metrics_on(
     def measure(trained: "Model") -> dict[str, float]:
         metrics: dict[str, float] = {}
         for task, rows in chosen.items():
-            done = tasks.evaluate(trained, task, rows, vq)
+            done = tasks.evaluate(trained, task, rows, vq, workers=0)  # starting processes takes longer
             metrics |= {f"{task}/{name}": one.value for name, one in done.metrics.items() if one.value is not None}
             for case in [case for case in done.cases if case.error][:1]:
                 print_note(f"{case.row.where}: {case.error}; it counts as a wrong answer")
@@ -68,7 +68,7 @@ def rows_by_task(examples: "Sequence[Example]", lines: int) -> "dict[Task, list[
 
 def mask_decoder(model: "Model", name: str | None) -> "vqvae.Params | None":
     """The mask decoder in the folder of a model, on the model's device; None if there is none."""
-    from pgfunc.cli.locate import mask_decoder_beside
+    from pgfunc.cli.finding import mask_decoder_beside
     from pgfunc.objects import segment
 
     path = mask_decoder_beside(name)

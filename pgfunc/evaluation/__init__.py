@@ -5,6 +5,6 @@ questions   exact match, VQA accuracy, ANLS       masks    mean IoU, COCO AP of 
 reading     character error rate, exact match
 
 Each module has a function `measure`: answers and references in, metrics and a score per answer out. An answer that is
-missing, because its picture could not be read, is None and counts as wrong. `rows` reads the data, `answers` asks the
-model, `tasks` combines them, and `page` shows the worst answers. Needs what `pip install "pgfunc[evaluate]"` installs.
+missing, because its picture could not be read, is None and counts as wrong. `rows` reads the data, `tasks` asks the
+model and compares, and `page` shows the worst answers. Needs what `pip install "pgfunc[evaluate]"` installs.
 """

@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from pgfunc.errors import DataError, SettingError
 from pgfunc.files.jsonlines import check_texts, pictures, read_lines, short
+from pgfunc.names import TASKS as PREFIXES
 from pgfunc.objects import coco, detect, segment, vqvae
 from pgfunc.objects.detect import Box, Detection
 from pgfunc.objects.segment import Segment
-from pgfunc.prompt import TASKS as PREFIXES
 
 Task = Literal["caption", "answer", "ocr", "detect", "segment"]
 TASKS: tuple[Task, ...] = get_args(Task)

@@ -1,16 +1,18 @@
 """An evaluation: rows in, the model's answers, the metrics of the rows' task, and a score per row out."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from pgfunc.errors import SettingError
 from pgfunc.evaluation import boxes, captions, masks, questions, reading
-from pgfunc.evaluation.answers import Result, generate_many
 from pgfunc.evaluation.boxes import Located, entries
 from pgfunc.evaluation.metrics import Measured, Metric
 from pgfunc.evaluation.rows import OBJECTS, UNKNOWN, Row, Task, truths
 from pgfunc.generate import Completion
+from pgfunc.many import generate_many
+from pgfunc.many.scheduling import Result
 from pgfunc.objects import detect, segment, vqvae
 from pgfunc.objects.detect import Detection
 from pgfunc.objects.segment import Segment
@@ -50,20 +52,24 @@ def evaluate(
     vq: vqvae.Params | None = None,
     max_new_tokens: int | None = None,
     watch: Watch = iter,
+    workers: int | None = None,
 ) -> Evaluation:
     """Answer the rows of one task, see `rows.of_task`, and compare the answers with the truth; decoding is greedy.
 
-    `vq`: the mask decoder, for `segment`. Raises SettingError if a package is missing.
+    `vq`: the mask decoder, for `segment`. `workers`: processes that read pictures, see `generate_many`. Raises
+    SettingError if a package is missing or `max_new_tokens` is not positive.
     """
     check_packages()
     vq = vq if task == "segment" else None
     limit = MAX_TOKENS[task] if max_new_tokens is None else max_new_tokens
     results: dict[int, Result] = {}
     located: dict[int, Located] = {}
-    for result in watch(generate_many(model, ((row.images, row.prefix) for row in rows), limit)):
-        results[result.index] = result
-        if task in OBJECTS:
-            located[result.index] = compare(model, rows[result.index], result, vq)
+    asked = ((row.images, row.prefix) for row in rows)
+    with closing(generate_many(model, asked, limit, workers=workers)) as stream:
+        for result in watch(stream):
+            results[result.number] = result
+            if task in OBJECTS:
+                located[result.number] = compare(model, rows[result.number], result, vq)
     ordered = [results[i] for i in range(len(rows))]
     measured = measure(task, rows, ordered, [located[i] for i in sorted(located)])
     cases = [
@@ -102,7 +108,7 @@ def answered(
 
 def size_of(result: Result) -> tuple[int, int]:
     """The width and the height of the first picture, in which the objects are."""
-    return result.sizes[0] if result.sizes else UNKNOWN
+    return result.sizes[0] if result.sizes and min(result.sizes[0]) > 0 else UNKNOWN
 
 
 def worst(evaluation: Evaluation, count: int) -> list[Case]:

@@ -7,6 +7,7 @@
     reasons.py      why a function was compiled again
     cuda_graphs.py  captures compiled code and replays it
     donation.py     which cache may be written in place: handles, continuations, forks
+    rows.py         rewind, reorder and insert: caches with other rows
     closures.py     the values that a function closes over
     overwriting.py  what a function does to a donated cache, according to its graph
     compilation.py  torch.compile, and the eager check that a function only appends

@@ -1,4 +1,4 @@
-"""Which cache may be written in place: handles, continuations and forks. `jit` uses it, and rows are reordered here.
+"""Which cache may be written in place: handles, continuations and forks.
 
 A *handle* is a `Cache` made by compiled code, `reorder` or `rewind`: buffers, and a length per row. It sees only the
 slots before its length. A step takes a handle whose buffers are *donated*: it appends the new token in place, and
@@ -36,14 +36,10 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pgfunc import tree
 from pgfunc.cache import Cache
-from pgfunc.errors import SettingError
 from pgfunc.jit import cuda_graphs
 from pgfunc.jit.arguments import Layout, layout
-from pgfunc.lowering import on_host, transformed
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOCK = RLock()  # held briefly; no code waits for another lock while it holds this one
 
 
@@ -180,61 +176,3 @@ def add_handle(cache: Cache, length: Tensor, lineage: Lineage, position: int, re
     with LOCK:
         lineage.handles.insert(position, Handle(tuple(map(ref, (*k, *v))), ref(length), rewound))
     return Cache(k, v, length)
-
-
-def rewind(cache: Cache, length: Int[Tensor, "b"]) -> Cache:
-    """The cache as it was when its rows had these lengths; for example to forget a rejected draft.
-
-    `length` is an integer per row, from 0 to the current length. Outside this range, a number raises SettingError if
-    both lengths are on the host; elsewhere a greater one becomes the current length, and a negative one 0. Compiled
-    code continues the result without a copy if no other handle on its buffers is alive, as in a loop that keeps one
-    handle.
-    """
-    if not isinstance(length, Tensor) or length.shape != cache.length.shape or length.dtype not in INTEGERS:
-        text = f"{length.dtype} of shape {(*length.shape,)}" if isinstance(length, Tensor) else repr(length)
-        raise SettingError(f"length is {one_line(text)}, expected a whole number for each of {len(cache.length)} rows")
-    if on_host(length) and on_host(cache.length):
-        if ((length < 0) | (length > cache.length)).any():
-            raise SettingError(f"length is {length.tolist()}, expected 0 to {cache.length.tolist()}: rewind goes back")
-        length = length.to(cache.length.dtype)
-    else:
-        length = torch.minimum(length.to(cache.length), cache.length).clamp(min=0)
-    lineage = None if torch.compiler.is_compiling() else find_lineage(cache)
-    if lineage is None:
-        return cache._replace(length=length)
-    with lineage.lock, LOCK:
-        for position, handle in enumerate(lineage.handles):
-            if handle.belongs_to(cache):
-                return add_handle(cache, length, lineage, position, rewound=True)
-    return cache._replace(length=length)
-
-
-def reorder(cache: Cache, rows: Int[Tensor, "n"]) -> Cache:
-    """The cache with these rows, in this order; a row may be repeated or left out.
-
-    Reorders beams, and makes n samples of one prompt. Makes one copy with `bucket(slots)` slots, to which compiled code
-    appends in place. Within a gradient or a transform the copy has as many slots as the cache, and is differentiable.
-    If `rows` is on the host, an index that is not a row raises SettingError; elsewhere it is clamped to the rows.
-    """
-    count = len(cache.length)
-    if not isinstance(rows, Tensor) or rows.dim() != 1 or not len(rows) or rows.dtype not in INTEGERS:
-        raise SettingError(f"rows are {one_line(repr(rows))}, expected a list of one or more whole numbers as a tensor")
-    if on_host(rows) and not ((rows >= 0) & (rows < count)).all():
-        raise SettingError(f"rows are {rows.tolist()}, expected 0 to {count - 1}, as the cache has {count} rows")
-    rows = rows.to(cache.length.device, torch.int64).clamp(0, count - 1)
-    if torch.compiler.is_compiling() or transformed() or requires_gradient(cache):
-        return tree.map(lambda x: x.index_select(0, rows), cache)
-    lineage = find_lineage(cache)
-    if lineage is None:
-        return copy_cache(cache, Arena(), rows)
-    with lineage.lock:
-        return copy_cache(cache, lineage.arena, rows)
-
-
-def one_line(text: str) -> str:
-    """The start of a text for a message, without line breaks."""
-    return f"{' '.join(text.split()):.60}"
-
-
-def requires_gradient(cache: Cache) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in buffers(cache))

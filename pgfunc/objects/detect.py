@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pgfunc import tokenizer as tokenizers
 from pgfunc.errors import PromptError, SettingError
 from pgfunc.generate import Completion
+from pgfunc.names import TASKS
 from pgfunc.objects.grammar import LOCATION, STEPS, check_label
 from pgfunc.objects.grammar import Malformed as Malformed
 from pgfunc.objects.grammar import WellFormed as WellFormed
@@ -23,7 +24,6 @@ from pgfunc.objects.grammar import token_text as token_text
 from pgfunc.objects.grammar import unique as unique
 from pgfunc.objects.grammar import well_formed as well_formed
 from pgfunc.objects.grammar import write as write
-from pgfunc.prompt import TASKS
 from pgfunc.tokenizer import Tokenizer
 
 

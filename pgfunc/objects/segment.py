@@ -19,9 +19,9 @@ from pgfunc.checkpoint.vqvae import load as load
 from pgfunc.checkpoint.vqvae import save as save
 from pgfunc.errors import SettingError
 from pgfunc.generate import Completion
+from pgfunc.names import TASKS
 from pgfunc.objects import detect, vqvae
 from pgfunc.objects.detect import Box, Malformed, WellFormed
-from pgfunc.prompt import TASKS
 from pgfunc.tokenizer import Tokenizer
 
 CODES_PER_MASK = vqvae.GRID**2

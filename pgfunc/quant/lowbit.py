@@ -26,8 +26,8 @@ from torch import Tensor
 
 from pgfunc import tree
 from pgfunc.lowering import transformed
+from pgfunc.names import GROUPS
 
-GROUPS = {"int8": 0, "fp8": 0, "int4": 128, "int4-64": 64, "int4-32": 32}  # inputs that share a scale; 0: all of a row
 BLOCK = 64
 
 

@@ -101,6 +101,18 @@ class Machine(RuleBasedStateMachine):
         else:
             self.alive[which % len(self.alive)] = pair
 
+    @rule(which=which, other=which, taken=st.integers(0, 1), place=st.integers(0, 1), keep=chosen)
+    def insert(self, which, other, taken, place, keep):
+        """Replace a row by one of another handle, or of the same one."""
+        (mine, pure), (mine2, pure2), rows = self.pick(which), self.pick(other), torch.tensor([place])
+        one = pg.tree.map(lambda x: x[[taken]], pure2)
+        expected = pg.tree.map(lambda x, y: x.index_copy(0, rows, y), pure, one)
+        pair = pg.insert(mine, pg.tree.map(lambda x: x[[taken]], mine2), rows), expected
+        if keep:
+            self.alive.append(pair)
+        else:
+            self.alive[which % len(self.alive)] = pair
+
     @precondition(lambda self: len(self.alive) > 1)
     @rule(which=which)
     def drop(self, which):

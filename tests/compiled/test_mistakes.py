@@ -97,6 +97,42 @@ def test_a_row_that_overflowed_still_overflows_in_a_copy():
         STEP(WEIGHTS, torch.tensor([1, 2]), cache, CFG)
 
 
+# --- inserted rows ---
+
+
+def test_an_inserted_row_that_overflowed_still_overflows():
+    full = filled([4], size=1)._replace(length=torch.tensor([10]))  # 9 slots
+    cache = pg.insert(filled([4, 2], size=8), full, torch.tensor([1]))
+    assert cache.overflowed.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([0], "expected 2 whole numbers"), ([0, 2], "expected different numbers from 0 to 1"),
+    ([-1, 0], "expected different numbers"), ([1, 1], "expected different numbers"),
+])  # fmt: skip
+def test_rows_to_insert_at_are_different_rows_of_the_cache(rows, message):
+    with pytest.raises(SettingError, match=message):
+        pg.insert(filled([4, 2]), filled([3, 3]), torch.tensor(rows))
+
+
+def test_rows_with_more_slots_or_of_another_model_are_not_inserted():
+    cache = filled([4, 2])
+    for new in (filled([4], size=30), pg.tree.map(lambda x: x[..., :1] if x.dim() == 4 else x, filled([4]))):
+        with pytest.raises(SettingError, match="do not fit"):
+            pg.insert(cache, new, torch.tensor([0]))
+
+
+def test_an_insertion_is_differentiable_in_both_caches():
+    cache, new = filled([4, 2]), filled([3])
+    x, y = cache.k[0].clone().requires_grad_(), new.k[0].clone().requires_grad_()
+    both = pg.insert(cache._replace(k=(x, *cache.k[1:])), new._replace(k=(y, *new.k[1:])), torch.tensor([1]))
+    both.k[0].sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    assert x.grad[0].min() == y.grad.min() == 1
+    assert x.grad[1].max() == 0
+
+
 # --- reordered rows ---------------------------------------------------------------------------------------------------
 
 

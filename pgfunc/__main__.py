@@ -1,0 +1,5 @@
+"""`python -m pgfunc` is `pgfunc`."""
+
+from pgfunc.cli import main
+
+main()

@@ -19,6 +19,7 @@ from pgfunc import paligemma, tokenizer, tree
 from pgfunc.cache import Cache
 from pgfunc.config import Config
 from pgfunc.errors import NumericalError, SettingError
+from pgfunc.image import Pictures, Source
 from pgfunc.jit import jit
 from pgfunc.jit.donation import bucket
 from pgfunc.jit.rows import reorder
@@ -49,7 +50,7 @@ class Completion(NamedTuple):
 
 def generate(
     model: Model,
-    images: Any,
+    images: Pictures,
     prefixes: Any,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -102,7 +103,7 @@ def complete(
 
 def stream(
     model: Model,
-    images: Any,
+    images: Source | Sequence[Source],
     prefix: Text,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -232,7 +233,7 @@ compiled_prefill_step, compiled_decode_step = jit(prefill_step), jit(decode_step
 
 
 @torch.no_grad()
-def score(model: Model, images: Any, prefixes: Any, candidates: Any, tap: Tap = identity) -> Float[Tensor, "b c"]:
+def score(model: Model, images: Pictures, prefixes: Any, candidates: Any, tap: Tap = identity) -> Float[Tensor, "b c"]:
     """The log-probability that the answer is exactly the candidate, including its end of sequence.
 
     A candidate is text or a list of token ids. Each row is prefilled once; as many candidates as `SCORED_BYTES` allows
@@ -305,7 +306,7 @@ def run_grouped(model: Model, rows: list[Row], size: int, run: Callable[[list[in
     return [results[i] for i in range(len(rows))]
 
 
-def prepare_checked(model: Model, images: Any, prefixes: Any, size: int) -> Prompt:
+def prepare_checked(model: Model, images: Pictures, prefixes: Any, size: int) -> Prompt:
     """`prepare`. Raises PromptError if `size` more tokens do not fit the model's positions."""
     checked_int("max-new-tokens", size, 1)
     prompt = prepare(model, images, prefixes)

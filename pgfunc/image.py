@@ -14,13 +14,14 @@ If the type does not tell the range of the values, the largest value does:
 
 Values outside these ranges are an error. If a file has 16 bits per color channel, Pillow keeps the upper 8.
 
+A text that begins with http:// or https:// is an address, and its bytes are fetched (`files.web`, with its limits).
 Reading a file takes 8 bytes of memory per pixel, and up to 16 for WebP and rare modes; Pillow opens 89 million pixels.
 This module changes no state of the process. If a file has damaged metadata, Pillow may warn; the caller's warning
 filters decide what happens then.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf
 from os import PathLike
 from pathlib import Path
@@ -34,8 +35,12 @@ from torch import Tensor
 
 from pgfunc.config import Config, SiglipConfig
 from pgfunc.errors import ImageError, first_line
+from pgfunc.files.web import fetch
+from pgfunc.names import is_url
 
+# one picture: a path or an http(s) address, encoded bytes, or decoded pixels
 Source = str | PathLike | bytes | Image.Image | np.ndarray | Tensor
+Pictures = Source | Sequence[Source | Sequence[Source]]  # of all rows, or a list with a picture or pictures per row
 
 BAND = 2**20  # pixels converted at a time: the conversion has several steps, and each would copy the whole picture
 MAX_READS = 20_000  # calls of read for one header: Pillow takes quadratic time to join EXIF blocks and comments
@@ -163,6 +168,8 @@ def _open_bytes(source: str | PathLike | bytes) -> io.RawIOBase | io.BytesIO:
     """The encoded bytes of a picture. Pipes and devices are refused: reading one may never end."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
+    if isinstance(source, str) and is_url(source):
+        return io.BytesIO(fetch(source))
     path = Path(source)
     if path.exists() and not path.is_file():
         raise ValueError("it is a folder, a pipe or a device; expected a file")

@@ -45,13 +45,14 @@ class Row(NamedTuple):
     suffix: Text | None
 
 
-def prepare(model: Model, images: Any, prefixes: Any, suffixes: Any = None) -> Prompt:
+def prepare(model: Model, images: image.Pictures, prefixes: Any, suffixes: Any = None) -> Prompt:
     """The Prompt of a batch, on the model's device; rows are padded on the right.
 
     If all rows have the same pictures, `pixels` stores them once, with a first stride of 0, and they are encoded once.
     Clone such `pixels` before you edit them or use forward-mode AD.
 
-    images: one entry per row, which is a picture or a list of 0..n pictures; or a single picture for all rows.
+    images: one entry per row, which is a picture or a list of 0..n pictures; or a single picture for all rows. Each is
+    a path, an http or https address, encoded bytes, a PIL image, an array or a tensor, see `image`.
     prefixes, suffixes: one text per row, or one text for all rows. `<image>` markers at the start of a prefix are
     removed, see `unmarked`. A row may have token ids instead of text; the ids of a prefix then include bos and newline.
     Raises PromptError if the rows have different numbers of pictures, or if a row does not fit the model's positions.
@@ -95,7 +96,7 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     Raises PromptError if the lists have different lengths, or if there are no rows.
     """
     columns = {
-        "pictures": images if isinstance(images, (list, tuple)) else None,
+        "pictures": images if _is_list(images) else None,
         "prefixes": texts_per_row("prefixes", prefixes),
         "suffixes": texts_per_row("suffixes", suffixes, optional=True),
     }
@@ -109,9 +110,14 @@ def as_rows(images: Any, prefixes: Any, suffixes: Any = None) -> list[Row]:
     prefixes = columns["prefixes"] or [prefixes] * count
     suffixes = columns["suffixes"] or [suffixes] * count
     return [
-        Row(tuple(row) if isinstance(row, (list, tuple)) else (row,), prefix, suffix)
+        Row(tuple(row) if _is_list(row) else (row,), prefix, suffix)
         for row, prefix, suffix in zip(pictures, prefixes, suffixes, strict=True)
     ]
+
+
+def _is_list(images: Any) -> bool:
+    """Whether this is a list of pictures, and not a picture."""
+    return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview))
 
 
 def texts_per_row(name: str, value: Any, optional: bool = False) -> Sequence[Text | None] | None:

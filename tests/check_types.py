@@ -54,3 +54,11 @@ def test_a_compiled_function_keeps_its_signature(tmp_path):
         ("error", 'Argument missing for parameter "cfg"'),
         ("error", 'No parameter named "size"'),
     ]
+
+
+def test_what_is_not_a_picture_is_refused(tmp_path):
+    calls = "prepare(model, 3, 'a')", "generate(model, [None], 'a')", "score(model, {}, 'a', ['b'])"
+    reports = pyright(SCRIPT + "".join(f"pg.{call}\n" for call in calls), tmp_path)
+    assert [severity for severity, _ in reports] == ["error"] * len(calls)
+    rows = "[]", "[[]]", "[['a.png', b''], ('b.png',)]", "['a.png', model.params.projector]"
+    assert pyright(SCRIPT + "".join(f"pg.prepare(model, {row}, 'a')\n" for row in rows), tmp_path) == []

@@ -237,6 +237,7 @@ def test_a_line_that_cannot_be_used_is_named(task, line, message, folder):
     ("answer", {"suffix": "x"}, "prefix is missing, and only the line can tell the question"),
     ("caption", {"objects": [CAT]}, "has objects, which caption does not compare"),
     ("detect", {"objects": []}, "prefix is missing, and there is no object"),
+    ("detect", {"objects": [], "image": "https://a.org/b.png"}, "download it, the next evaluation reads it again"),
     ("detect", {"objects": {}}, "objects is {}, expected a list"),
     ("detect", {"objects": [3]}, "an object is 3; expected {"),
     ("detect", {"objects": [{"label": "cat", "box": BOX | {"xmax": 0}}]}, "an object is {"),

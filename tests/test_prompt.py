@@ -1,5 +1,6 @@
 """Every row of pictures and text becomes `[image tokens] <bos> prefix \\n | suffix <eos>`."""
 
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -182,7 +183,7 @@ def test_a_picture_may_be_a_path_bytes_an_image_or_a_tensor(tmp_path):
     Image.fromarray(RED).save(tmp_path / "red.png")
     path = tmp_path / "red.png"
     for source in (path, str(path), path.read_bytes(), Image.fromarray(RED), torch.from_numpy(RED)):
-        for images in (source, [source], [[source]], (source,)):
+        for images in (source, [source], [[source]], (source,), deque([source])):
             assert equal(pg.prepare(MODEL, images, "a"), pg.prepare(MODEL, RED, "a"))
     with pytest.raises(ImageError, match=r"blue\.png: no such file"):
         pg.prepare(MODEL, [path, tmp_path / "blue.png"], "a")

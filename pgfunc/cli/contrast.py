@@ -14,7 +14,7 @@ from pgfunc.files.outputs import check_apart
 ModelName = Annotated[
     str | None, options.of_model("--model", help="SigLIP: a folder or a hub id. Default: the shipped checkpoint.")
 ]
-Pictures = Annotated[list[str] | None, typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
+Pictures = Annotated[list[str] | None, typer.Argument(help=options.PICTURES, metavar="IMAGE", show_default=False)]
 
 
 @app.command()

@@ -5,6 +5,7 @@ All names are checked before anything is computed. Nothing here knows how object
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -13,6 +14,7 @@ from pgfunc.errors import SettingError
 from pgfunc.files import atomic
 from pgfunc.files.atomic import replacing
 from pgfunc.files.outputs import check_apart, resolved, write_errors
+from pgfunc.names import is_url
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")  # of a drawing
 
@@ -43,8 +45,9 @@ def drawing_paths(images: Sequence[str], out: Path | None, inputs: Sequence[str 
 
 def drawing_name(image: str) -> str:
     """The file name of a picture's drawing: the picture's own name, or with .png if its format is not in FORMATS."""
-    format = image_format(Path(image))
-    return Path(image).name if format in FORMATS and format in Image.SAVE else f"{Path(image).stem}.png"
+    path = Path(urlsplit(image).path if is_url(image) else image)
+    format = image_format(path)
+    return path.name if format in FORMATS and format in Image.SAVE else f"{path.stem or 'picture'}.png"
 
 
 def image_format(path: Path) -> str | None:

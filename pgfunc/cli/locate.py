@@ -9,11 +9,11 @@ import typer
 
 import pgfunc as pg
 from pgfunc.cli import options
-from pgfunc.cli.options import app, check_pictures, of_model, optional, path_exists, without_option
+from pgfunc.cli.options import app, check_pictures, may_be_picture, of_model, optional, without_option
 from pgfunc.errors import PromptError
 from pgfunc.names import MASKS, TASKS
 
-Targets = Annotated[list[str], typer.Argument(help="Picture files, then what to look for, such as 'cat ; bus'.",
+Targets = Annotated[list[str], typer.Argument(help="Pictures, then what to look for, such as 'cat ; bus'.",
                                               metavar="IMAGE... WHAT", show_default=False)]  # fmt: skip
 Labels = Annotated[
     list[str] | None, optional("--label", help="Something to look for, in place of WHAT. Repeat it for several.")
@@ -109,16 +109,17 @@ def split_targets(
         raise PromptError("--label and --prompt both say what to look for; give one of them")
     if labels or prompt:
         option, label_text = ("--label", pg.detect.join_labels(labels)) if labels else ("--prompt", prompt or "")
-        if not path_exists(targets[-1]):
+        if not may_be_picture(targets[-1]):
             raise PromptError(
                 f"{targets[-1]}: no such file; {option} already says what to look for: {label_text!r:.80}"
             )
         check_pictures(targets)
         return targets, label_text
     *images, label_text = targets
-    if not images or not label_text.strip() or (path_exists(label_text) and Path(label_text).is_file()):
+    is_file = may_be_picture(label_text) and not Path(label_text).is_dir()
+    if not images or not label_text.strip() or is_file:
         raise PromptError(f"{command} needs to know what to look for: pgfunc {command} photo.jpg 'cat'")
-    words = [image for image in images if not path_exists(image) and not Path(image).suffix]
+    words = [image for image in images if not may_be_picture(image) and not Path(image).suffix]
     if words:
         several = " ".join(f"--label {shlex.quote(word)}" for word in [*words, label_text])
         raise PromptError(f"{words[0]}: no such file; to look for several things: {several:.200}")

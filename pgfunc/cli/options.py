@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pgfunc.cli.examples import epilog
 from pgfunc.errors import CONTROL_CHARACTERS, ImageError, NumericalError, SettingError, escape_controls
 from pgfunc.files.outputs import check_name
-from pgfunc.names import GROUPS
+from pgfunc.names import GROUPS, is_url
 
 T = TypeVar("T")
 
@@ -89,7 +89,8 @@ of_model = partial(optional, rich_help_panel=MODEL)
 of_decoding = partial(typer.Option, rich_help_panel=DECODING)
 of_output = partial(typer.Option, rich_help_panel=OUTPUT)
 
-Images = Annotated[list[str], typer.Argument(help="Picture files.", metavar="IMAGE", show_default=False)]
+PICTURES = "Picture files, or their http or https addresses."
+Images = Annotated[list[str], typer.Argument(help=PICTURES, metavar="IMAGE", show_default=False)]
 NAMED = "Checkpoint: a folder, a .npz file or a Hugging Face hub id. Default: the shipped checkpoint."
 ModelName = Annotated[str | None, of_model("--model", envvar="PGFUNC_MODEL", help=NAMED)]
 CheckpointName = Annotated[str | None, of_model("--model", help=NAMED)]  # does not read PGFUNC_MODEL
@@ -178,18 +179,18 @@ def check_file(path: Path) -> None:
 
 
 def check_pictures(images: list[str]) -> None:
-    """Raise ImageError if a picture does not exist; called before anything is loaded."""
+    """Raise ImageError if a picture is no file and no address; called before anything is loaded."""
     for image in images:
-        if not path_exists(image):
+        if not may_be_picture(image):
             raise ImageError(f"{image}: no such file")
-        if Path(image).is_dir():
+        if not is_url(image) and Path(image).is_dir():
             raise ImageError(f"{image}: cannot be read as a picture, it is a folder; name those in it: {image}/*.jpg")
 
 
-def path_exists(name: str) -> bool:
-    """Whether a file or folder has this name; False for a text that cannot be a file name."""
+def may_be_picture(name: str) -> bool:
+    """Whether this is an http or https address, or a file or folder has this name."""
     try:
-        return Path(name).exists()
+        return is_url(name) or Path(name).exists()
     except (OSError, ValueError):
         return False
 

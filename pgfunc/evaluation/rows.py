@@ -67,7 +67,7 @@ def parse(line: dict[str, Any], where: str, folder: Path) -> Row:
         raise DataError(f"{where}: objects is {short(objects)}, expected a list")
     for item in objects:
         to_object(item, where)
-    images = pictures(line, where, folder)
+    images = pictures(line, where, folder, "the next evaluation reads it again")
     return Row(where, images, prefix, tuple(references), tuple(objects) if "objects" in line else None)
 
 

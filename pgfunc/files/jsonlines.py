@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pgfunc.errors import DataError
+from pgfunc.names import is_url
 
 
 def read_lines(path: str | Path, keys: str) -> list[tuple[str, dict[str, Any]]]:
@@ -37,10 +38,15 @@ def parse_line(line: bytes, where: str, keys: str) -> dict[str, Any]:
     return row
 
 
-def pictures(row: dict[str, Any], where: str, folder: Path) -> tuple[Path, ...]:
-    """The picture or the pictures that the key `image` of a line names, in a folder."""
+def pictures(row: dict[str, Any], where: str, folder: Path, reason: str) -> tuple[Path, ...]:
+    """The picture or the pictures that the key `image` of a line names, in a folder.
+
+    Raises DataError, naming the line, for what is no text, and for an address; `reason` says why that must be a file.
+    """
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
     check_texts(where, "image", images)
+    if addresses := [image for image in images if is_url(image)]:
+        raise DataError(f"{where}: image is {short(addresses[0])}; download it, {reason}")
     return tuple(folder / image for image in images)
 
 

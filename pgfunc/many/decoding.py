@@ -27,9 +27,10 @@ from pgfunc.sample import Settings
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A row that is decoded: its request, and its tokens so far."""
+    """A row that is decoded: its request, the largest number of its tokens, and its tokens so far."""
 
     request: Any
+    most: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
@@ -96,8 +97,8 @@ class Decoder:
         self.rows = Rows(token, cache, u, drawn + 1)
         self._start(token, logprob, tuple(self.jobs))
 
-    def finished(self, most: int) -> list[Job]:
-        """The jobs that have ended, by their end of sequence or `most` tokens. Their places are free.
+    def finished(self) -> list[Job]:
+        """The jobs that have ended, by their end of sequence or their largest number of tokens. Their places are free.
 
         On a GPU the last step is not looked at, as it may still run.
         """
@@ -111,7 +112,7 @@ class Decoder:
                     continue
                 job.tokens.append(id)
                 job.logprobs.append(value)
-                job.ended = id == self.model.cfg.eos or len(job.tokens) == most
+                job.ended = id == self.model.cfg.eos or len(job.tokens) == job.most
                 if job.ended:
                     done.append(job)
         if done:

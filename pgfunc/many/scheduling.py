@@ -71,7 +71,7 @@ def run(model: Model, rows: Iterable[Any], plan: Plan) -> Generator[Result, None
             active = [decoder for decoder in decoders.values() if decoder.active]
             for decoder in active:
                 decoder.advance()
-            for job in chain.from_iterable(decoder.finished(plan.max_new_tokens) for decoder in active):
+            for job in chain.from_iterable(decoder.finished() for decoder in active):
                 yield completed(model, job)
             if not (active or more or waiting):
                 return
@@ -136,7 +136,7 @@ def admit(
     if shape.slots not in decoders:
         step = compiled_decode_step if plan.group.compile else decode_step
         decoders[shape.slots] = Decoder(model, step, plan.settings, plan.places, shape.slots)
-    decoders[shape.slots].admit([Job(row.request) for row in rows], token, logprob, cache, u)
+    decoders[shape.slots].admit([Job(row.request, plan.max_new_tokens) for row in rows], token, logprob, cache, u)
 
 
 def completed(model: Model, job: Job) -> Result:

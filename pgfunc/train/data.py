@@ -54,7 +54,7 @@ def parse(row: dict[str, Any], where: str, folder: Path) -> Example:
     for key in ("image", "prefix", "suffix"):
         if key not in row:
             raise DataError(f"{where}: {key} is missing; a line has {KEYS}")
-    images = pictures(row, where, folder)
+    images = pictures(row, where, folder, "each epoch reads it again")
     for key in ("prefix", "suffix"):
         check_texts(where, key, [row[key]])
     return Example(where, images, row["prefix"], row["suffix"])

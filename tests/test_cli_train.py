@@ -22,6 +22,7 @@ from pgfunc import cli, paligemma, tree
 from pgfunc.cli import train as command
 from pgfunc.config import PUBLISHED
 from pgfunc.errors import CheckpointError, DataError, NumericalError, PgfuncError, SettingError
+from pgfunc.evaluation import tasks
 from pgfunc.train import fit, lora
 
 GOOD = {"image": "a.png", "prefix": "caption en", "suffix": "ab"}
@@ -50,7 +51,8 @@ def run(folder: Path, *more: str):
 
 
 def test_a_run_leaves_a_model_a_log_and_a_curve(folder):
-    result = run(folder, "--epochs", "20", "--learning-rate", "0.02", "--valid", str(folder / "valid.jsonl"))
+    more = ("--valid", str(folder / "valid.jsonl"), "--valid-lines", "0")
+    result = run(folder, "--epochs", "20", "--learning-rate", "0.02", *more)
     assert result.exit_code == 0, result.output
     out = folder / "out"
     assert re.search(r"out: 60 steps, loss \d\.\d{4} -> 0\.\d{4}, validation 0\.\d{4}$", result.stdout.strip())
@@ -67,6 +69,45 @@ def test_a_run_leaves_a_model_a_log_and_a_curve(folder):
     model = pg.load(out, device="cpu")
     answers = pg.generate(model, [str(folder / "a.png"), str(folder / "b.png")], "caption en", 8)
     assert [answer.text for answer in answers] == ["ab", "xyz"]
+
+
+@pytest.mark.parametrize(("more", "loading"), [
+    ((), ["--model", "out"]), (("--lora-rank", "2"), ["--model", "model", "--adapter", "out"]),
+])  # fmt: skip
+def test_metrics_in_the_log_are_those_of_evaluate_on_the_saved_model(more, loading, folder):
+    """The number of edits would be another one with other weights, or on other lines."""
+    prefixes = ("ocr", "answer en ?", "ocr", "answer en !", "other", "ocr")
+    valid = [GOOD | {"prefix": prefix, "suffix": "x" * i} for i, prefix in enumerate(prefixes, 1)]
+    (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in valid))
+    paths = ("--valid", str(folder / "valid.jsonl"), "--valid-lines", "2")
+    result = run(folder, "--steps", "3", "--learning-rate", "0.02", *paths, *more)
+    assert result.exit_code == 0, result.output
+    last = fit.read_log(folder / "out")[-1]
+    names = {name for name in last if name.startswith(fit.VALID)}
+    assert names == {f"valid/{name}" for name in ("ocr/cer", "ocr/exact", "answer/exact", "answer/anls")}
+    folders = [str(folder / word) if word in ("model", "out") else word for word in loading]
+    command_line = ["evaluate", str(folder / "valid.jsonl"), "--task", "ocr", "--limit", "2", "--json"]
+    done = CliRunner().invoke(cli.app, [*command_line, "--device", "cpu", *folders], catch_exceptions=False)
+    metrics = {name: metric["value"] for name, metric in json.loads(done.stdout)["metrics"].items()}
+    assert {f"valid/ocr/{name}": value for name, value in metrics.items()}.items() <= last.items()
+    assert f"ocr/cer {last['valid/ocr/cer']:.3f}" in result.stdout
+    assert last["valid/ocr/cer"] not in (0, 1)
+
+
+def test_tasks_without_metrics_are_named(folder, monkeypatch):
+    rows = [GOOD | {"prefix": "detect cat", "suffix": "cat"}, GOOD | {"prefix": "segment cat", "suffix": ""}]
+    (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(folder, "--steps", "1", "--valid", str(folder / "valid.jsonl"))
+    assert result.exit_code == 0
+    assert "pgfunc: no metrics of detect: " in result.stderr
+    assert "valid.jsonl:1: suffix has 'cat': 0 location tokens" in result.stderr
+    assert "pgfunc: no metrics of segment: the model's folder has no mask decoder" in result.stderr
+    assert not fit.headline(fit.read_log(folder / "out")[-1])
+    shutil.rmtree(folder / "out")
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    result = run(folder, "--steps", "1", "--valid", str(folder / "valid.jsonl"))
+    assert "no metrics of answers: sacrebleu is not installed" in result.stderr
+    assert result.exit_code == 0
 
 
 def test_lora_leaves_an_adapter(folder):
@@ -124,9 +165,10 @@ def test_tensorboard_gets_every_number(folder):
     assert run(folder, "--steps", "3", "--tensorboard", "--valid", str(folder / "valid.jsonl")).exit_code == 0
     events = EventAccumulator(str(folder / "out" / "tensorboard"))
     events.Reload()
-    assert sorted(events.Tags()["scalars"]) == ["loss", "norm", "rate", "valid"]
+    metrics = [f"valid/caption/{name}" for name in ("bleu4", "cider", "exact")]
+    assert sorted(events.Tags()["scalars"]) == ["loss", "norm", "rate", "valid", *metrics]
     log = fit.read_log(folder / "out")
-    for name in ("loss", "norm", "rate", "valid"):
+    for name in ("loss", "norm", "rate", "valid", *metrics):
         expected = [(entry["step"], entry[name]) for entry in log if name in entry]
         actual = [(event.step, event.value) for event in events.Scalars(name)]
         assert torch.allclose(torch.tensor(actual), torch.tensor(expected))
@@ -257,6 +299,7 @@ def uninterrupted_run(folder: Path) -> bytes:
     (["--steps", "3", "--epochs", "2"], "give --epochs or --steps, not both"),
     (["--steps", "0"], "steps is 0"),
     (["--batch-size", "0"], "batch-size is 0"),
+    (["--valid-lines", "-1"], "--valid-lines is -1"),
     (["--checkpoint-every", "0"], "checkpoint-every is 0"),
     (["--freeze", "visoin.*"], "'visoin.*' matches none"),
     (["--lora-rank", "2", "--lora-target", "language.*.query"], "'language.*.query' matches none"),

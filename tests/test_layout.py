@@ -7,6 +7,7 @@ import pgfunc
 
 ORDER = [
     "errors", "names", "files", "files.locks", "files.journal", "files.atomic", "files.outputs", "files.jsonfile",
+    "files.jsonlines",
     "files.web", "tree", "config", "lowering", "taps", "quant.lowbit", "quant", "masks", "ops", "cache", "siglip",
     "siglip_dual", "gemma", "paligemma", "packing", "kernels", "kernels.device", "kernels.device_attention",
     "kernels.launch", "kernels.tuning", "kernels.calls", "kernels.reference", "kernels.operators", "kernels.rules",
@@ -21,15 +22,18 @@ ORDER = [
     "checkpoint.source", "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip",
     "checkpoint.conversion", "objects.segment", "objects.coco", "lab.naming",
     "lab.functions", "lab.edits", "lab.readings", "lab.collecting", "lab.probes", "lab.sae", "lab.pictures", "lab",
-    "__init__", "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora", "train.run",
+    "__init__",
+    "evaluation", "evaluation.metrics", "evaluation.captions", "evaluation.questions", "evaluation.reading",
+    "evaluation.boxes", "evaluation.masks", "evaluation.rows", "evaluation.tasks", "evaluation.page",
+    "train", "train.contrastive", "train.optim", "train.data", "train.finetune", "train.lora", "train.run",
     "train.fit", "laws.system", "laws.strategies", "laws.law", "laws.model", "laws.transforms", "laws.lab",
     "laws.parts", "laws.sampling", "laws.stored", "laws.texts", "laws.pictures", "laws.losses", "laws.adapters",
     "laws.hf", "laws.check", "laws", "demo", "demo.actions", "demo.attention", "demo.snippet", "demo.style",
     "demo.page", "demo.server",
     "cli.examples", "cli.options", "cli.devices", "cli.compiled", "cli.inputs", "cli.results", "cli.running",
-    "cli.drawings", "cli.answering", "cli.comparing", "cli.text", "cli.contrast", "cli.progress", "cli.train",
-    "cli.finding", "cli.locate", "cli.demo", "cli.checkpoints", "cli.compile", "cli.measuring", "cli.bench",
-    "cli.law_systems", "cli.laws", "cli", "cli.__main__", "__main__",
+    "cli.drawings", "cli.answering", "cli.comparing", "cli.text", "cli.contrast", "cli.progress", "cli.finding",
+    "cli.locate", "cli.evaluate", "cli.validation", "cli.train", "cli.demo", "cli.checkpoints", "cli.compile",
+    "cli.measuring", "cli.bench", "cli.law_systems", "cli.laws", "cli", "cli.__main__", "__main__",
 ]  # fmt: skip
 EXCEPTIONS = {
     "lowering": {"kernels.rules"},  # while compiled code is traced: whoever compiles anything gets the whole table

@@ -12,7 +12,8 @@ from prose import PAGES, README, ROOT, blocks, commands, links
 import pgfunc as pg
 from pgfunc import cli
 
-OUTPUTS = {"tiny.npz", "tiny-int8", "boxes.png", "masks.png", "vectors.npy"}  # files that the commands write
+# files that the commands write
+OUTPUTS = {"tiny.npz", "tiny-int8", "boxes.png", "masks.png", "vectors.npy", "worst.html"}
 # a command with --model is not run: it names files that a reader has, or weights that need an account
 SELF_CONTAINED = [command for page in PAGES for command in commands(page) if "--model" not in command]
 

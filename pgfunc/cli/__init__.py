@@ -23,6 +23,7 @@ from pgfunc.cli import locate as locate  # isort: skip
 from pgfunc.cli import contrast as contrast  # isort: skip
 from pgfunc.cli import demo as demo  # isort: skip
 from pgfunc.cli import train as train  # isort: skip
+from pgfunc.cli import evaluate as evaluate  # isort: skip
 from pgfunc.cli import checkpoints as checkpoints  # isort: skip
 from pgfunc.cli import compile as compile  # isort: skip
 from pgfunc.cli import bench as bench  # isort: skip

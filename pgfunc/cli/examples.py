@@ -43,6 +43,11 @@ EXAMPLES = {
         "pgfunc demo",
         "pgfunc demo --model google/paligemma2-3b-mix-224 --port 8000",
     ),
+    "evaluate": (
+        "pgfunc evaluate photos.jsonl --task caption",
+        "pgfunc evaluate photos.jsonl --task detect --html worst.html",
+        "pgfunc evaluate photos.jsonl --task answer --limit 100 --json",
+    ),
     "train": (
         "pgfunc train data.jsonl --out tuned --epochs 3",
         "pgfunc train data.jsonl --out adapter --lora-rank 8 --valid valid.jsonl",

@@ -76,8 +76,8 @@ def with_hints(name: str, command: Callable[..., None]) -> Callable[..., None]:
 
 app = App(
     help="Ask PaliGemma about pictures: caption, ask, ocr, detect, segment; in a browser: demo. "
-    "Compare pictures with texts by SigLIP: "
-    "embed, classify. Fine-tune: train. Work with checkpoints: inspect, convert, merge, compile, bench, laws.",
+    "Compare pictures with texts by SigLIP: embed, classify. Fine-tune: train. Measure: evaluate. "
+    "Work with checkpoints: inspect, convert, merge, compile, bench, laws.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -71,7 +71,8 @@ def watching(
         nonlocal done
         done = entry["step"]
         bar.update()
-        bar.set_postfix({name: f"{entry[name]:.4f}" for name in ("loss", "valid") if name in entry})
+        shown = [name for name in ("loss", "valid") if name in entry] + fit.headline(entry)
+        bar.set_postfix({name.removeprefix(fit.VALID): f"{entry[name]:.4f}" for name in shown})
         if writer:
             for name in entry.keys() - {"step"}:
                 writer.add_scalar(name, entry[name], entry["step"])

@@ -10,7 +10,7 @@ import typer
 from tqdm import tqdm
 
 import pgfunc as pg
-from pgfunc.cli import options
+from pgfunc.cli import options, validation
 from pgfunc.cli.options import app, of_model, optional, print_note
 from pgfunc.errors import SettingError, escape_controls
 from pgfunc.files import outputs
@@ -35,6 +35,14 @@ def train(
         Path | None, optional("--images", help="Folder of the pictures. Default: the folder of DATA.")
     ] = None,
     valid: Annotated[Path | None, optional("--valid", help="JSON Lines file for validation, after each epoch.")] = None,
+    valid_lines: Annotated[
+        int,
+        typer.Option(
+            "--valid-lines",
+            metavar="N",
+            help="Validation lines of each task on which the metrics of `pgfunc evaluate` are computed; 0: loss only.",
+        ),
+    ] = validation.LINES,
     epochs: Annotated[int | None, of_updates("--epochs", help=f"Passes over the data. Default: {EPOCHS}.")] = None,
     steps: Annotated[int | None, of_updates("--steps", help="Number of updates, in place of --epochs.")] = None,
     batch_size: Annotated[int, of_updates("--batch-size", help="Examples per update.")] = 8,
@@ -123,10 +131,12 @@ def train(
     )  # fmt: skip
     job = run.Job(loaded, train_rows, settings)
     data.check(loaded, tqdm([*train_rows, *valid_rows], desc="checking", unit="line", leave=False, disable=None))
+    measure = validation.metrics_on(valid_rows, valid_lines, loaded, model)
     with enough_memory(LESS_MEMORY):
         state = fit.begin(job, out)
         with watching(job, state, out, tensorboard) as watch, signals_interrupt():
-            fit.fit(job, out, state, valid_rows, checkpoint_every, watch, str(find(model)) if model is None else model)
+            base = str(find(model)) if model is None else model
+            fit.fit(job, out, state, valid_rows, checkpoint_every, watch, base, measure)
     print_losses(out, steps, validated=bool(valid))
 
 
@@ -154,13 +164,15 @@ def read_examples(
 
 
 def print_losses(out: Path, steps: int, validated: bool) -> None:
-    """Print the first and the last loss of a finished run, and the last validation loss if there is one."""
+    """Print the first and the last loss of a finished run, and the last validation loss and metrics if there are."""
     from pgfunc.train import fit
 
     rows = fit.read_log(out)
     first, last = rows[0], rows[-1]
-    validation = f", validation {last['valid']:.4f}" if validated else ""
-    print(f"{escape_controls(str(out))}: {steps} steps, loss {first['loss']:.4f} -> {last['loss']:.4f}{validation}")
+    ends = [f"validation {last['valid']:.4f}"] if validated else []
+    ends += [f"{name.removeprefix(fit.VALID)} {last[name]:.3f}" for name in fit.headline(last)]
+    line = ", ".join([f"{steps} steps, loss {first['loss']:.4f} -> {last['loss']:.4f}", *ends])
+    print(f"{escape_controls(str(out))}: {line}")
 
 
 def default_rate(params: "pg.Params", lora_rank: int) -> float:

@@ -123,3 +123,35 @@ def base32(value: int) -> str:
         text += chr(48 + digit + (0 if done else 32))
         if done:
             return text
+
+
+def mask(encoded: Mapping[str, Any]) -> Bool[Tensor, "y x"]:
+    """The mask of run lengths, as text or as a list: the inverse of `rle`.
+
+    Raises SettingError if they are not the run lengths of a mask of this size.
+    """
+    try:
+        height, width = encoded["size"]
+        counts = encoded["counts"] if isinstance(encoded["counts"], list) else decompress(encoded["counts"])
+        if sum(counts) != height * width or min(height, width, *counts) < 0:
+            raise ValueError(f"{sum(counts)} pixels, expected {height} x {width}")
+        ones = torch.arange(len(counts), device="cpu") % 2 == 1
+        return ones.repeat_interleave(torch.tensor(counts, device="cpu")).reshape(width, height).T
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise SettingError(f"not a mask in COCO's run lengths, with size and counts ({error})") from error
+
+
+def decompress(text: str) -> list[int]:
+    """The run lengths in a text: the inverse of `compress`. Raises ValueError if it ends within a number."""
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode("ascii"):
+        digit = code - 48
+        value, shift = value | (digit & 31) << shift, shift + 5
+        if not digit & 32:
+            value -= (1 << shift) * bool(digit & 16)
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("the text ends within a number")
+    return counts

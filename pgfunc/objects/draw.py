@@ -51,16 +51,19 @@ def objects(
     items: Sequence[Detection | Segment],
     font: str | PathLike | None = None,
     confidence: bool = False,
+    colors: Sequence[Color] = (),
 ) -> Image.Image:
     """A copy of the picture, upright and RGB, with these objects drawn on it.
 
-    font: a font file to try first (see `fonts`); confidence: whether a label ends with the confidence in percent.
+    font: a font file to try first (see `fonts`); confidence: whether a label ends with the confidence in percent;
+    colors: one for each object, in place of those that this module chooses.
     Raises SettingError if a box is not finite or a mask has another size than the picture.
     """
     drawing, items = open_image(picture), check_objects(items)
     for item in items:
         check(item, drawing.size)
-    colors, line = colors_of(items), max(1, round(min(drawing.size) / 140))
+    colors = colors or colors_of(items)
+    line = max(1, round(min(drawing.size) / 140))
     for item, color in zip(items, colors, strict=True):
         if isinstance(item, Segment):
             draw_mask(drawing, item.mask.cpu(), color, line)

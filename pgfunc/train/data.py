@@ -7,7 +7,6 @@ and big_vision reads it; but big_vision's own example data have no prefix, becau
 examples of a batch are a function of (seed, step), so there is no state to save.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgfunc.errors import DataError, ImageError, PromptError
+from pgfunc.files.jsonlines import check_texts, pictures, read_lines
 from pgfunc.image import open_image
-from pgfunc.names import is_url
 from pgfunc.paligemma import Prompt
 from pgfunc.prompt import Model, prepare, tokenizer_of
+
+KEYS = "image, prefix and suffix"  # of a line, for messages
 
 # misspelled location and mask tokens: in brackets with a number, or with one bracket and all digits
 TOKEN_LIKE = re.compile(
@@ -44,38 +45,19 @@ def read(path: str | Path, images: str | Path | None = None) -> list[Example]:
 
     Raises DataError, naming file and line, if a line is not UTF-8 or not JSON, or a key is missing or of another type.
     """
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path}: cannot be read, it is not a file")
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    folder = path.parent if images is None else Path(images)
-    examples = [parse(line, f"{path}:{i}", folder) for i, line in enumerate(lines, 1) if line.strip()]
-    if not examples:
-        raise DataError(f"{path}: empty; expected one line of JSON per example, with image, prefix and suffix")
-    return examples
+    folder = Path(path).parent if images is None else Path(images)
+    return [parse(row, where, folder) for where, row in read_lines(path, KEYS)]
 
 
-def parse(line: bytes, where: str, folder: Path) -> Example:
+def parse(row: dict[str, Any], where: str, folder: Path) -> Example:
     """The example in one line. Raises DataError as `read` does."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with image, prefix and suffix, found {_short(row)}")
     for key in ("image", "prefix", "suffix"):
         if key not in row:
-            raise DataError(f"{where}: {key} is missing; a line has image, prefix and suffix")
-    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    for key, values in {"image": images, "prefix": [row["prefix"]], "suffix": [row["suffix"]]}.items():
-        if wrong := [value for value in values if not isinstance(value, str)]:
-            raise DataError(f"{where}: {key} is {_short(wrong[0])}, expected text")
-    if addresses := [image for image in images if is_url(image)]:
-        raise DataError(f"{where}: image is {_short(addresses[0])}; download it, each epoch reads it again")
-    return Example(where, tuple(folder / image for image in images), row["prefix"], row["suffix"])
+            raise DataError(f"{where}: {key} is missing; a line has {KEYS}")
+    images = pictures(row, where, folder, "each epoch reads it again")
+    for key in ("prefix", "suffix"):
+        check_texts(where, key, [row[key]])
+    return Example(where, images, row["prefix"], row["suffix"])
 
 
 def check(model: Model, examples: Iterable[Example]) -> None:
@@ -141,8 +123,3 @@ def prompts(model: Model, examples: Sequence[Example], parts: int = 1) -> Iterab
             rows = [row for row in part if len(row.images) == count]
             yield prepare(model, [row.images for row in rows], [row.prefix for row in rows],
                           [row.suffix for row in rows])  # fmt: skip
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -19,11 +19,14 @@ from pgfunc.checkpoint.hf_config import CONFIG
 from pgfunc.errors import CheckpointError, NumericalError, SettingError
 from pgfunc.files.atomic import replacing, write_text
 from pgfunc.files.outputs import write_errors
+from pgfunc.prompt import Model
 from pgfunc.train import lora, run
 from pgfunc.train.data import Example, steps_per_epoch
 from pgfunc.train.run import Job, State
 
 STATE, LOG, CURVE = "run.safetensors", "log.jsonl", "loss.png"
+VALID = "valid/"  # what the names of metrics begin with in the log
+HEADLINES = ("cider", "exact", "vqa_accuracy", "cer", "ap", "mean_iou")  # the metrics to show where room is scarce
 
 
 def begin(job: Job, out: Path) -> State:
@@ -46,14 +49,15 @@ def begin(job: Job, out: Path) -> State:
 def fit(
     job: Job, out: Path, state: State, valid: Sequence[Example] = (), every: int = 100,
     watch: Callable[[dict[str, Any]], None] = lambda entry: None, base: str = "",
+    measure: Callable[[Model], dict[str, float]] = lambda model: {},
 ) -> State:  # fmt: skip
     """Train to the last step, saving the state and drawing the curve every `every` steps, then save the model.
 
-    `watch` is called with each entry of the log. The loss over `valid` is computed at the end of every epoch. An
-    interrupt saves the state and is raised again; if a second one comes before the state is saved, the older state
-    remains. `base` names the model before training, a folder or a hub id: LoRA's files contain this name, and the mask
-    decoder of a folder is copied. Raises NumericalError if training diverges; a state that is not finite is never
-    saved.
+    `watch` is called with each entry of the log. At the end of every epoch, the loss over `valid` and the metrics that
+    `measure` finds for the model so far are added to the entry, each metric under VALID and its own name. An interrupt
+    saves the state and is raised again; if a second one comes before the state is saved, the older state remains.
+    `base` names the model before training, a folder or a hub id: LoRA's files contain this name, and the mask decoder
+    of a folder is copied. Raises NumericalError if training diverges; a state that is not finite is never saved.
     """
     frozen, settings = run.cast(job), job.settings
     epoch = steps_per_epoch(settings.batch_size, len(job.examples))
@@ -63,6 +67,8 @@ def fit(
             entry: dict[str, Any] = report._asdict()
             if valid and (step % epoch == 0 or step == settings.steps):
                 entry["valid"] = run.evaluate(job, new, frozen, valid)
+                metrics = measure(run.finished(job, new))
+                entry |= {f"{VALID}{name}": value for name, value in metrics.items()}
             with write_errors(out / LOG, CheckpointError), (out / LOG).open("a") as log:
                 log.write(log_line(entry))
             watch(entry)
@@ -76,6 +82,11 @@ def fit(
     except NumericalError as error:
         raise NumericalError(f"{error}; {saved_state(out)}") from error
     return state
+
+
+def headline(entry: dict[str, Any]) -> list[str]:
+    """The names of the most telling metrics in an entry of the log."""
+    return [name for name in entry if name.startswith(VALID) and name.split("/")[-1] in HEADLINES]
 
 
 def save_progress(job: Job, out: Path, state: State) -> None:
@@ -114,19 +125,24 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         raise CheckpointError(f"{out / LOG}: not the log of a run ({error}); give another folder") from error
     for number, entry in enumerate(entries, 1):
         fields = {"valid": 0.0} | entry if isinstance(entry, dict) else {}
-        if {type(fields.get(key)) for key in ("step", "loss", "valid")} - {int, float}:
+        keys = ["step", "loss", "valid", *headline(fields)]
+        if {type(fields.get(key)) for key in keys} - {int, float}:
             raise CheckpointError(f"{out / LOG}:{number}: step, loss or valid is not a number; give another folder")
     return entries
 
 
 def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Draw the loss of every step, its running mean, and the validation loss, as a PNG. Needs matplotlib."""
+    """Draw the loss of every step, its running mean, and the validation loss, as a PNG. Needs matplotlib.
+
+    If the log has metrics, a second plot below has a line for each of the most telling ones.
+    """
     if find_spec("matplotlib") is None or not entries:
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    names = list(dict.fromkeys(name for entry in entries for name in headline(entry)))
+    figure = Figure(figsize=(7, 8 if names else 4), dpi=120, layout="constrained")
+    axes, *below = figure.subplots(1 + bool(names), squeeze=False)[:, 0]
     steps, losses = [entry["step"] for entry in entries], [entry["loss"] for entry in entries]
     window = max(1, len(losses) // 20)
     total, ends = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)
@@ -140,5 +156,18 @@ def draw(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
+    for plot in below:
+        draw_metrics(plot, entries, names)
     with write_errors(path, CheckpointError), replacing(path) as file:
         figure.savefig(file, format="png")
+
+
+def draw_metrics(axes: Any, entries: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Draw a line for each of these metrics; CIDEr-D divided by 10, so that all are between 0 and 1."""
+    for name in names:
+        scale, label = (10, f"{name} / 10") if name.endswith("cider") else (1, name)
+        points = [(entry["step"], entry[name] / scale) for entry in entries if name in entry]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label.removeprefix(VALID))
+    axes.set(xlabel="step", ylabel="metric on validation lines", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")

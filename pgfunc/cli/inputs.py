@@ -136,19 +136,28 @@ def plain(name: str, columns: dict[str, Any] | None = None, source: str | None =
 
 
 def in_folder(folder: str) -> Iterator[Item]:
-    """The pictures below a folder, in order; hidden files and folders are left out.
+    """The pictures below a folder, in the order of their paths; hidden files and folders are left out.
 
     Raises ImageError if there are none.
     """
     found = False
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(files)):
-            if not path.name.startswith(".") and path.suffix.lower() in ENDINGS:
-                found = True
-                yield plain(str(path))._replace(drawing=str(path.relative_to(folder)))
+    for path in pictures_below(Path(folder)):
+        found = True
+        yield plain(str(path))._replace(drawing=str(path.relative_to(folder)))
     if not found:
         raise ImageError(f"{folder}: has no pictures; those in it are recognized by endings such as .jpg and .png")
+
+
+def pictures_below(folder: Path) -> Iterator[Path]:
+    """The files below a folder whose names end as those of pictures do. Links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        ordered = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in ordered:
+        path = folder / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from pictures_below(path)
+        elif path.suffix.lower() in ENDINGS and entry.is_file():
+            yield path
 
 
 def is_table(argument: str) -> bool:

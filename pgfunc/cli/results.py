@@ -26,7 +26,7 @@ from pgfunc.cli.inputs import Item
 from pgfunc.cli.options import check_file, print_note, to_json
 from pgfunc.errors import DataError, SettingError
 from pgfunc.files.atomic import replacing
-from pgfunc.files.locks import lock
+from pgfunc.files.locks import lock, not_inherited
 from pgfunc.files.outputs import check_apart, write_errors
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -105,16 +105,16 @@ def opened(path: Path, resume: bool) -> Iterator[Writer]:
     with write_errors(path, option="--out"):
         descriptor = os.open(work, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        if lock(descriptor, exclusive=True, wait=False) is False:
-            raise SettingError(f"--out {path}: another process is writing it")
-        repair(descriptor)
-        writer = Writer(descriptor, records(work))
-        yield writer
-        os.fsync(descriptor)
-        if work != path:
-            with write_errors(path, option="--out"):
-                finish(work, path)
-            work.unlink()
+        with not_inherited(descriptor):  # else a worker process would hold the lock, after its parent was killed
+            if lock(descriptor, exclusive=True, wait=False) is False:
+                raise SettingError(f"--out {path}: another process is writing it")
+            repair(descriptor)
+            yield Writer(descriptor, records(work))
+            os.fsync(descriptor)
+            if work != path:
+                with write_errors(path, option="--out"):
+                    finish(work, path)
+                work.unlink()
     finally:
         os.close(descriptor)
 
@@ -149,7 +149,7 @@ def finish(work: Path, path: Path) -> None:
     """Make the final file from the rows."""
     with replacing(path) as file:
         if path.suffix.lower() == ".parquet":
-            write_parquet(records(work), file)
+            write_parquet(work, file)
         elif path.suffix.lower() == ".csv":
             write_csv(work, file)
         else:
@@ -160,8 +160,8 @@ def finish(work: Path, path: Path) -> None:
 
 
 def write_csv(work: Path, file: Any) -> None:
-    """The rows as CSV; lists and objects as JSON. The columns are those of all rows, in order of their first use."""
-    columns = list(dict.fromkeys(name for record in records(work) for name in record))
+    """The rows as CSV; lists and objects as JSON."""
+    columns = columns_of(work)
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
     table = csv.DictWriter(text, columns)
     table.writeheader()
@@ -170,9 +170,16 @@ def write_csv(work: Path, file: Any) -> None:
     text.detach()
 
 
-def write_parquet(rows: Iterable[Record], file: Any) -> None:
+def columns_of(work: Path) -> list[str]:
+    """The columns of all rows, in the order of their first use."""
+    return list(dict.fromkeys(name for record in records(work) for name in record))
+
+
+def write_parquet(work: Path, file: Any) -> None:
     """The rows as Parquet."""
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+    columns = columns_of(work)
+    rows = [{name: record.get(name) for name in columns} for record in records(work)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)

@@ -50,6 +50,29 @@ def locked(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool | 
         os.close(descriptor)
 
 
+_own: set[int] = set()  # descriptors that a forked child closes at once
+
+
+@contextmanager
+def not_inherited(descriptor: int) -> Iterator[None]:
+    """Let no process that is forked in the block keep the descriptor, and with it the lock."""
+    _own.add(descriptor)
+    try:
+        yield
+    finally:
+        _own.discard(descriptor)
+
+
+def _close_in_child() -> None:
+    for descriptor in _own:
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
 def lock(descriptor: int, exclusive: bool, wait: bool = True) -> bool | None:
     """Take a lock. Returns False if another holder has it, None if locks do not exist here."""
     if fcntl is None:

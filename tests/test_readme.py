@@ -13,7 +13,10 @@ import pgfunc as pg
 from pgfunc import cli
 
 # files that the commands write
-OUTPUTS = {"tiny.npz", "tiny-int8", "boxes.png", "masks.png", "vectors.npy", "worst.html"}
+OUTPUTS = {
+    "tiny.npz", "tiny-int8", "boxes.png", "masks.png", "vectors.npy", "worst.html", "captions.jsonl", "captions.csv",
+    "found.json", "drawn",
+}  # fmt: skip
 # a command with --model is not run: it names files that a reader has, or weights that need an account
 SELF_CONTAINED = [command for page in PAGES for command in commands(page) if "--model" not in command]
 

@@ -4,11 +4,11 @@ EXAMPLES = {
     "caption": (
         "pgfunc caption photo.jpg",
         "pgfunc caption photo.jpg --box 10,20,200,180",
-        "pgfunc caption photos/*.jpg --json --model google/paligemma2-3b-mix-224",
+        "pgfunc caption photos --out captions.jsonl --resume",
     ),
     "ask": (
         "pgfunc ask photo.jpg --prompt 'how many cats are there?'",
-        "pgfunc ask a.jpg b.jpg --prompt 'is it raining?' --json",
+        "pgfunc ask questions.csv --out answers.csv",
     ),
     "ocr": (
         "pgfunc ocr receipt.png",
@@ -25,15 +25,15 @@ EXAMPLES = {
     "detect": (
         "pgfunc detect street.jpg 'car ; bus'",
         "pgfunc detect street.jpg --label car --label bus --out boxes.png",
-        "pgfunc detect photos/*.jpg cat --coco boxes.json",
+        "pgfunc detect photos cat --out boxes.json --draw drawn",
     ),
     "segment": (
         "pgfunc segment street.jpg car --out masks.png",
-        "pgfunc segment photos/*.jpg cat --coco masks.json --quiet",
+        "pgfunc segment photos cat --out masks.jsonl --min-confidence 0.5",
     ),
     "embed": (
         "pgfunc embed photo.jpg --text 'two cats' --json",
-        "pgfunc embed photos/*.jpg --out vectors.npy",
+        "pgfunc embed photos --out vectors.npy",
     ),
     "classify": (
         "pgfunc classify photo.jpg --label cat --label dog",

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import pgfunc as pg
 from pgfunc import paligemma
-from pgfunc.errors import ImageError, NumericalError, PromptError, SettingError
+from pgfunc.errors import DeviceError, ImageError, NumericalError, PromptError, SettingError
 
 MODEL = text_model()
 ROOT = Path(__file__).parent.parent
@@ -121,6 +122,15 @@ def test_a_stream_that_is_left_early_ends_its_processes():
     while children() and time.monotonic() < end:
         time.sleep(0.02)
     assert not children()
+
+
+def test_a_worker_that_is_killed_ends_the_stream_with_one_line():
+    stream = pg.generate_many(MODEL, ((str(path), "a") for path in SCENES * 50), max_new_tokens=3, workers=1)
+    next(stream)
+    (worker,) = children()
+    os.kill(int(worker), signal.SIGKILL)
+    with pytest.raises(DeviceError, match="a process that reads pictures has ended"):
+        list(stream)
 
 
 def children() -> set[str]:

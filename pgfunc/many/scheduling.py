@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pgfunc.errors import PgfuncError
+from pgfunc.errors import DeviceError, PgfuncError, first_line
 from pgfunc.generate import Completion, compiled_decode_step, completion, decode_step, uniform
 from pgfunc.many.decoding import Decoder, Job
 from pgfunc.many.prefilling import Group, Ready, Shape, prefill, shape_of
@@ -75,6 +75,10 @@ def run(model: Model, rows: Iterable[Any], plan: Plan) -> Generator[Result, None
                 yield completed(model, job)
             if not (active or more or waiting):
                 return
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DeviceError(f"a process that reads pictures has ended ({first_line(error)}); is memory short?") from error
     finally:
         reader.close()
 

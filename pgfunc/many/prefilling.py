@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from pgfunc import image, paligemma
@@ -87,17 +87,26 @@ def prefill(
 
 def encode(pictures: Sequence[Picture], model: Model, group: Group) -> None:
     """Fill in the tokens of the pictures that have none."""
+    device = model.params.projector.device
     new = list({id(picture): picture for picture in pictures if picture.tokens is None}.values())
     while new:
         size = encoded_together(len(new), group)
         part, new = new[:size], new[size:]
         filled = [*part, *[part[-1]] * (size - len(part))]
-        levels = np.stack([picture.levels for picture in filled if picture.levels is not None])
-        pixels = image.normalize(to_device(torch.from_numpy(levels), model.params.projector.device))
+        levels = stacked_on(device, [each.levels for each in filled if each.levels is not None])
+        pixels = image.normalize(levels)
         pixels = rearrange(pixels, "b c y x -> b 1 c y x")
         run = compiled_encode if group.compile else paligemma.encode_images
         for picture, tokens in zip(part, run(model.params, pixels, model.cfg), strict=False):
             picture.tokens, picture.levels = tokens, None
+
+
+def stacked_on(device: torch.device, levels: Sequence[np.ndarray]) -> UInt8[Tensor, "b y x 3"]:
+    """The levels of pictures as one tensor on a device; the host does not wait."""
+    pinned = device.type == "cuda"
+    stacked = torch.empty((len(levels), *levels[0].shape), dtype=torch.uint8, device="cpu", pin_memory=pinned)
+    np.stack(levels, out=stacked.numpy())
+    return stacked.to(device, non_blocking=pinned)
 
 
 def rows_together(count: int, group: Group) -> int:

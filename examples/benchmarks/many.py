@@ -6,9 +6,10 @@
 Makes JPEG files of 640 x 480, and captions them all. Everything from the file to the tokens is timed. A warm-up with
 fewer pictures, which compiles, comes before. The bound is the time of the prefill of full groups, from pixels on the
 device, and of decode steps of full batches for the same number of tokens; it leaves out reading, waiting, and places
-without a row. Random weights never end a caption: each row then stops at a length between 20 and 40 tokens, and
-transformers writes 40 for each batch, as its longest row would. A checkpoint ends its own captions, and the last column
-is the share of them that are equal to those of pgfunc.
+without a row. The last column is the share of captions that are equal to those of pgfunc.
+
+Random weights never end a caption, and with --endless a checkpoint does not either: each row then stops at a length
+between 20 and 40 tokens, and transformers writes 40 for each batch, as its longest row would.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from operator import eq
 from pathlib import Path
@@ -35,7 +36,7 @@ from examples.benchmarks import vs_transformers
 from pgfunc import bench, paligemma
 from pgfunc.errors import PgfuncError, first_line
 from pgfunc.generate import compiled_decode_step, decode_step, encoded_prefill_step
-from pgfunc.many import GROUPS, decoding, prefilling, scheduling
+from pgfunc.many import decoding, prefilling, scheduling
 from pgfunc.many.reading import Picture, Request
 from pgfunc.prompt import prefix_ids
 
@@ -61,8 +62,8 @@ def make_picture(path: Path) -> None:
 
 def make_pictures(folder: Path, count: int) -> list[Path]:
     paths = [folder / f"{i:06}.jpg" for i in range(count)]
-    with ProcessPoolExecutor() as pool:
-        list(pool.map(make_picture, paths, chunksize=16))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(make_picture, paths))
     return paths
 
 
@@ -77,12 +78,12 @@ def lengths(most: Sequence[int]) -> Iterator[None]:
         scheduling.Job = job
 
 
-def ours(model: pg.Model, prefix: Any, most: Sequence[int], options: argparse.Namespace) -> Callable[..., Captions]:
+def ours(model: pg.Model, ids: list[int], most: Sequence[int], options: argparse.Namespace) -> Callable[..., Captions]:
     """Captions of some files by `generate_many`."""
 
     def caption(paths: Sequence[Path]) -> Captions:
         captions: dict[int, list[int]] = {}
-        rows = ((path, prefix) for path in paths)
+        rows = ((path, ids) for path in paths)
         with lengths(most):
             for done in pg.generate_many(model, rows, max(most), compile=options.compile, batch=options.batch,
                                          workers=options.workers):  # fmt: skip
@@ -93,7 +94,9 @@ def ours(model: pg.Model, prefix: Any, most: Sequence[int], options: argparse.Na
     return caption
 
 
-def theirs(model: pg.Model, other: Any, ids: list[int], batch: int, **settings: Any) -> Callable[..., Captions]:
+def theirs(
+    model: pg.Model, other: Any, ids: list[int], most: Sequence[int], batch: int, **settings: Any
+) -> Callable[..., Captions]:
     """Captions of some files by a loop over transformers' `generate`, with transformers' own reader of pictures."""
     processor, side = transformers.SiglipImageProcessor(), model.cfg.vision.image_size
     device, dtype = model.params.projector.device, model.params.projector.dtype
@@ -102,14 +105,14 @@ def theirs(model: pg.Model, other: Any, ids: list[int], batch: int, **settings: 
     def caption(paths: Sequence[Path]) -> Captions:
         captions: Captions = []
         for i in range(0, len(paths), batch):
-            part = [Image.open(path) for path in paths[i : i + batch]]
+            part: list[Any] = [Image.open(path) for path in paths[i : i + batch]]
             pixels = processor(images=part, size={"height": side, "width": side}, return_tensors="pt")["pixel_values"]
             tokens = row.expand(len(part), -1)
             out = other.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
                                  token_type_ids=torch.zeros_like(tokens), max_new_tokens=LONGEST,
                                  pixel_values=pixels.to(device, dtype), **settings)  # fmt: skip
-            captions += [until_end(tokens_of, model.cfg.eos) for tokens_of in out[:, tokens.shape[1] :].tolist()]
-        return captions
+            captions += [until_end(written, model.cfg.eos) for written in out[:, tokens.shape[1] :].tolist()]
+        return [tokens[:limit] for tokens, limit in zip(captions, most, strict=False)]
 
     return caption
 
@@ -122,7 +125,7 @@ def until_end(tokens: list[int], eos: int) -> list[int]:
 def bound(model: pg.Model, ids: list[int], captions: Captions, most: int, options: argparse.Namespace) -> dict:
     """The seconds of the prefill of full groups, and of the decode steps of full batches, for these captions."""
     device, cfg, side = model.params.projector.device, model.cfg, model.cfg.vision.image_size
-    group = prefilling.Group(max(1, options.batch // GROUPS), options.compile)
+    group = prefilling.group_for(options.batch, options.compile)
     shape = prefilling.shape_of(prefilling.Ready(Request(0, None, None, (Picture(),)), ids), most, group, cfg)
     encode = prefilling.compiled_encode if options.compile else paligemma.encode_images
     prefill = prefilling.compiled_prefill if options.compile else encoded_prefill_step
@@ -155,15 +158,15 @@ def bound(model: pg.Model, ids: list[int], captions: Captions, most: int, option
     return {"prefill": prefills * a_prefill, "decode": decodes * a_step}
 
 
-def competitors(model: pg.Model, prefix: Any, most: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
+def competitors(model: pg.Model, ids: list[int], most: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
     """The captioners by name."""
-    other, ids = vs_transformers.peer(model), prefix_ids(model, prefix, 1)
-    other.generation_config.eos_token_id = model.cfg.eos if model.tokenizer else None
+    other = vs_transformers.peer(model)
+    other.generation_config.eos_token_id = None if model.cfg.eos < 0 else model.cfg.eos
     other.generation_config.pad_token_id = model.cfg.pad
-    result = {"pgfunc": ours(model, prefix, most, options)}
+    result = {"pgfunc": ours(model, ids, most, options)}
     for batch in options.peer_batches:
-        result[f"transformers, batch {batch}"] = theirs(model, other, ids, batch)
-        static = theirs(model, other, ids, batch, cache_implementation="static")  # compiles its step on a GPU
+        result[f"transformers, batch {batch}"] = theirs(model, other, ids, most, batch)
+        static = theirs(model, other, ids, most, batch, cache_implementation="static")  # compiles its step on a GPU
         result[f"transformers, batch {batch}, static cache"] = static
     return result
 
@@ -189,6 +192,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="rows that generate_many decodes together")
     parser.add_argument("--workers", type=int, help="processes that read pictures for generate_many")
     parser.add_argument("--compile", action="store_true", help="compile generate_many's steps")
+    parser.add_argument("--endless", action="store_true", help="write 20 to 40 tokens, also after the end of a caption")
     parser.add_argument("--peer-batches", type=int, nargs="*", default=[16, 64], help="of transformers' generate")
     parser.add_argument("--peer-pictures", type=int, help="number of files for transformers, default: all")
     return parser.parse_args(arguments)
@@ -198,15 +202,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Pictures per second of all captioners, and the share of the bound that pgfunc reaches."""
     options.tokens = LONGEST
     model = vs_transformers.chosen(options)
-    model = model if model.tokenizer else vs_transformers.bare(model)
-    device, prefix = model.params.projector.device, PREFIX if model.tokenizer else [*range(8)]
-    drawn = [random.Random(i).randint(SHORTEST, LONGEST) for i in range(options.pictures)]
-    most = [LONGEST] * options.pictures if model.tokenizer else drawn
+    endless, ids = (
+        options.endless or not model.tokenizer,
+        prefix_ids(model, PREFIX if model.tokenizer else [*range(8)], 1),
+    )
+    model = vs_transformers.bare(model) if endless else model
+    shortest, device = SHORTEST if endless else LONGEST, model.params.projector.device
+    most = [random.Random(i).randint(shortest, LONGEST) for i in range(options.pictures)]
     with TemporaryDirectory() as folder:
         paths = make_pictures(Path(folder), options.pictures)
-        captions, rates = contest(competitors(model, prefix, most, options), paths, options)
+        captions, rates = contest(competitors(model, ids, most, options), paths, options)
     expected = captions["pgfunc"]
-    parts = bound(model, prefix_ids(model, prefix, 1), expected, max(most), options)
+    parts = bound(model, ids, expected, max(most), options)
     rows = [{"who": name, "pictures_per_s": {"median": median(rate), "least": min(rate), "most": max(rate)},
              "of_bound": median(rate) * sum(parts.values()) / options.pictures,
              "equal": sum(map(eq, captions[name], expected)) / len(captions[name])}

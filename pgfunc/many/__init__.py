@@ -11,13 +11,12 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 from pgfunc.generate import Completion as Completion
-from pgfunc.many.prefilling import Group
+from pgfunc.many.prefilling import group_for
 from pgfunc.many.scheduling import Plan, Result, run
 from pgfunc.prompt import Model
 from pgfunc.sample import Settings, checked_int
 
 PLACES = {"cpu": 16, "cuda": 64}  # rows that are decoded together, unless the caller says how many
-GROUPS = 4  # so many groups of rows, each of which is prefilled together, fill the places
 MOST_WORKERS = 8
 
 
@@ -56,5 +55,4 @@ def generate_many(
     places = PLACES.get(device.type, PLACES["cpu"]) if batch is None else checked_int("batch", batch, 1)
     half = max(1, (os.cpu_count() or 1) // 2)
     readers = min(MOST_WORKERS, half) if workers is None else checked_int("workers", workers, 0)
-    group = Group(max(1, places // GROUPS), compile)
-    return run(model, rows, Plan(settings, most, seed, places, group, readers))
+    return run(model, rows, Plan(settings, most, seed, places, group_for(places, compile), readers))

@@ -56,6 +56,11 @@ class Group(NamedTuple):
     compile: bool
 
 
+def group_for(places: int, compile: bool) -> Group:
+    """The groups for so many places: a quarter of them. A larger group would leave more places empty while it waits."""
+    return Group(max(min(places, MULTIPLE), places // 4), compile)
+
+
 def shape_of(ready: Ready, most: int, group: Group, cfg: Config) -> Shape:
     """The shape of a row that gets at most `most` new tokens."""
     pictures, count = len(ready.request.pictures), len(ready.ids)
@@ -113,7 +118,7 @@ def rows_together(count: int, group: Group) -> int:
     """How many rows a group of so many is filled up to."""
     if group.compile:
         return group.size
-    return ceil(count / MULTIPLE) * MULTIPLE if group.size >= MULTIPLE else count
+    return ceil(count / MULTIPLE) * MULTIPLE if group.size > 1 else 1
 
 
 def encoded_together(count: int, group: Group) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -64,6 +65,21 @@ def test_a_seed_draws_the_same_tokens_on_both_devices(tmp_path):
     options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 4}
     drawn = [pg.generate(pg.load(tmp_path, device=device), picture, "a", **options)[0] for device in ("cpu", "cuda")]
     assert drawn[0].tokens == drawn[1].tokens
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_stream_of_rows_equals_generate(compile):
+    model = text_model()
+    model = model._replace(params=to(model.params, "cuda"))
+    pictures = [np.full((4 + i, 9 - i, 3), 40 * i, np.uint8) for i in range(5)]
+    rows = [(pictures[i % 5], "what is this?"[: 3 + i % 9]) for i in range(61)]
+    many = sorted(pg.generate_many(model, rows, 9, compile=compile, batch=8, workers=0), key=lambda one: one.number)
+    expected = pg.generate(model, *([*column] for column in zip(*rows, strict=True)), max_new_tokens=9)
+    assert len(many) == len(rows)
+    for found, one in zip([result.completion for result in many], expected, strict=True):
+        assert found
+        assert (found.tokens, found.finish) == (one.tokens, one.finish)
+        assert found.logprobs == pytest.approx(one.logprobs, abs=1e-4)  # float32, no tf32
 
 
 FULL_SIZE = ["paligemma-3b-224", "paligemma2-3b-224"]

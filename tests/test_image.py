@@ -575,3 +575,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(name, monkeypatch):
     with pytest.raises(ImageError, match="too many pixels") as error:
         image.pixels(BOMBS[name], CFG)
     message(error)
+
+
+def test_a_picture_of_the_caller_is_never_the_one_that_is_returned():
+    mine = Image.new("RGB", (3, 2))
+    image.open_image(mine).putpixel((0, 0), (255, 0, 0))
+    assert mine.getpixel((0, 0)) == (0, 0, 0)

@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any
 
 from pgfunc.config import Config, SiglipConfig
-from pgfunc.many.prefilling import MULTIPLE, Group
+from pgfunc.many.prefilling import MULTIPLE, group_for
 from pgfunc.many.reading import Reader, Request
 from pgfunc.many.scheduling import Plan, Result, run
 from pgfunc.prompt import Model
@@ -58,8 +58,7 @@ def generate_many(
     device = model.params.projector.device
     places = PLACES.get(device.type, PLACES["cpu"]) if batch is None else checked_int("batch", batch, 1)
     readers = default_workers() if workers is None else checked_int("workers", workers, 0)
-    group = Group(max(1, places // 2), compile)
-    return run(model, rows, Plan(settings, most, seed, places, group, readers))
+    return run(model, rows, Plan(settings, most, seed, places, group_for(places, compile), readers))
 
 
 def default_workers() -> int:

@@ -5,8 +5,8 @@
     insert    l m n o   d e f g   p q r     j k       new rows, which were prefilled together
     step 9    l m n o . d e f g . p q r .   j k .     one more token for every place
 
-All steps have the same shape, so one compiled step serves any number of rows. The host learns a token after the next
-step was started (on a GPU), so the GPU does not wait; an empty place is decoded too, and its tokens are ignored.
+All steps have the same shape, so one compiled step serves any number of rows. On a GPU the host learns a token
+only after the next `AHEAD` steps were started; an empty place is decoded too, and its tokens are ignored.
 """
 
 from collections import deque
@@ -23,6 +23,8 @@ from pgfunc.cache import Cache
 from pgfunc.jit.rows import insert, rewind
 from pgfunc.prompt import Model
 from pgfunc.sample import Settings
+
+AHEAD = 2  # steps on a GPU that the host has started and does not look at yet, so that the GPU does not wait for it
 
 
 @dataclass(slots=True, eq=False)
@@ -100,10 +102,10 @@ class Decoder:
     def finished(self) -> list[Job]:
         """The jobs that have ended, by their end of sequence or their largest number of tokens. Their places are free.
 
-        On a GPU the last step is not looked at, as it may still run.
+        On a GPU the last steps are not looked at, as they may still run.
         """
         done = []
-        while self.started and (self.started[-1].copied is None or len(self.started) > 1):
+        while self.started and (self.started[-1].copied is None or len(self.started) > AHEAD):
             token, logprob, copied, jobs = self.started.popleft()
             if copied:
                 copied.synchronize()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from pgfunc import image, paligemma
@@ -56,6 +56,11 @@ class Group(NamedTuple):
     compile: bool
 
 
+def group_for(places: int, compile: bool) -> Group:
+    """The groups for so many places: a quarter of them. A larger group would leave more places empty while it waits."""
+    return Group(max(min(places, MULTIPLE), places // 4), compile)
+
+
 def shape_of(ready: Ready, most: int, group: Group, cfg: Config) -> Shape:
     """The shape of a row that gets at most `most` new tokens."""
     pictures, count = len(ready.request.pictures), len(ready.ids)
@@ -87,24 +92,33 @@ def prefill(
 
 def encode(pictures: Sequence[Picture], model: Model, group: Group) -> None:
     """Fill in the tokens of the pictures that have none."""
+    device = model.params.projector.device
     new = list({id(picture): picture for picture in pictures if picture.tokens is None}.values())
     while new:
         size = encoded_together(len(new), group)
         part, new = new[:size], new[size:]
         filled = [*part, *[part[-1]] * (size - len(part))]
-        levels = np.stack([picture.levels for picture in filled if picture.levels is not None])
-        pixels = image.normalize(to_device(torch.from_numpy(levels), model.params.projector.device))
+        levels = stacked_on(device, [each.levels for each in filled if each.levels is not None])
+        pixels = image.normalize(levels)
         pixels = rearrange(pixels, "b c y x -> b 1 c y x")
         run = compiled_encode if group.compile else paligemma.encode_images
         for picture, tokens in zip(part, run(model.params, pixels, model.cfg), strict=False):
             picture.tokens, picture.levels = tokens, None
 
 
+def stacked_on(device: torch.device, levels: Sequence[np.ndarray]) -> UInt8[Tensor, "b y x 3"]:
+    """The levels of pictures as one tensor on a device; the host does not wait."""
+    pinned = device.type == "cuda"
+    stacked = torch.empty((len(levels), *levels[0].shape), dtype=torch.uint8, device="cpu", pin_memory=pinned)
+    np.stack(levels, out=stacked.numpy())
+    return stacked.to(device, non_blocking=pinned)
+
+
 def rows_together(count: int, group: Group) -> int:
     """How many rows a group of so many is filled up to."""
     if group.compile:
         return group.size
-    return ceil(count / MULTIPLE) * MULTIPLE if group.size >= MULTIPLE else count
+    return ceil(count / MULTIPLE) * MULTIPLE if group.size > 1 else 1
 
 
 def encoded_together(count: int, group: Group) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from pgfunc.many import distributed
 from pgfunc.many.distributed import Loading
 
 LOCAL = "local"
+PATIENCE = 10.0  # seconds to wait for the answer of a cluster
 # in the words of Ray's documentation: no statistics to its makers, no messages of its processes here, no logs but fatal
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
@@ -31,7 +33,7 @@ class Completer(NamedTuple):
 def completer(loading: Loading, address: str | None, actors: int | None) -> Iterator[Completer]:
     """What completes rows with the model: this process, or for the block the Ray cluster at the address.
 
-    Raises the errors of `pg.load`, SettingError, and DeviceError if the cluster cannot be reached.
+    Raises the errors of `pg.load`; SettingError; and DeviceError if the cluster cannot be reached.
     """
     if address is None:
         if actors is not None:
@@ -52,13 +54,14 @@ def connected(address: str) -> Iterator[None]:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
+        check_reachable(address)
         with without_stderr():
-            import ray
-            import ray.data
+            import ray  # pyright: ignore[reportMissingImports]
+            import ray.data  # pyright: ignore[reportMissingImports]
 
             settings: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise DeviceError(f"--ray {address}: no cluster answers there ({first_line(error)})") from error
     try:
         quiet_data()
@@ -67,9 +70,16 @@ def connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_reachable(address: str) -> None:
+    """Raise OSError or OverflowError if nothing answers at host:port. Ray itself would try for ten minutes and more."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), PATIENCE).close()
+
+
 def quiet_data() -> None:
     """Let Ray Data print nothing; its log file, which is in /tmp/ray, has everything."""
-    import ray.data
+    import ray.data  # pyright: ignore[reportMissingImports]
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:

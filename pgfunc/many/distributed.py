@@ -95,7 +95,7 @@ class Worker:
 
     def tried(self, what: str, function: Callable[[], T]) -> T | PgfuncError:
         """What the function returns or raises; an error if this process has died of it several times."""
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         tries: Any = ray.get(self.tries.begin.remote(what))
         if tries > MOST_TRIES:
@@ -119,7 +119,7 @@ def complete(model: Model, sent: Sequence[Sent], plan: Plan) -> list[tuple[int, 
 
 def actor_id() -> str:
     """The name of this actor, which it keeps when it is started again."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     return ray.get_runtime_context().get_actor_id() or ""
 
@@ -158,7 +158,7 @@ def generate_many(
 
 def share(actors: int | None, device: str | None) -> Share:
     """How the cluster is shared among so many actors. Raises SettingError if it is too small for them."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     has = ray.cluster_resources()
     cpus, gpus = int(has.get("CPU", 0)), 0 if device == "cpu" else int(has.get("GPU", 0))
@@ -172,7 +172,7 @@ def share(actors: int | None, device: str | None) -> Share:
 
 def distribute(loading: Loading, rows: Iterable[Any], plan: Plan, part: Share) -> Generator[Result, None, None]:
     """The results of all rows. A row that is none has its error at once."""
-    import ray.data
+    import ray.data  # pyright: ignore[reportMissingImports]
 
     given: dict[int, Any] = {}
     sent: list[Sent] = []
@@ -186,11 +186,13 @@ def distribute(loading: Loading, rows: Iterable[Any], plan: Plan, part: Share) -
     if not sent:
         return
     blocks = [{"rows": pickle.dumps(block)} for block in split(sent, block_size(len(sent), plan, part))]
+    count = len(blocks)
     del sent
     tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
-    results = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(
-        cast(Any, Worker), fn_constructor_args=(loading, plan, str(Path.cwd()), tries), num_cpus=part.cpus,
-        num_gpus=part.gpus, compute=ray.data.ActorPoolStrategy(size=part.actors, max_tasks_in_flight_per_actor=2),
+    actors = ray.data.ActorPoolStrategy(size=min(part.actors, count), max_tasks_in_flight_per_actor=2)
+    results = ray.data.from_items(blocks, override_num_blocks=count).map(
+        cast(Any, Worker), fn_constructor_args=(loading, plan, str(Path.cwd()), tries), compute=actors,
+        num_cpus=part.cpus, num_gpus=part.gpus,
     )  # fmt: skip
     for block in results.iter_rows():
         done = pickle.loads(block["results"])

@@ -20,7 +20,7 @@ ORDER = [
     "checkpoint.keys", "checkpoint.tables", "checkpoint.writing", "checkpoint.processor", "checkpoint.fields",
     "checkpoint.hf_config", "checkpoint.siglip_config", "checkpoint.shards", "checkpoint.hf", "checkpoint.bigvision",
     "checkpoint.source", "checkpoint.lora", "checkpoint.vqvae", "checkpoint", "checkpoint.siglip",
-    "checkpoint.conversion", "objects.segment", "objects.coco", "lab.naming",
+    "checkpoint.conversion", "many.distributed", "objects.segment", "objects.coco", "lab.naming",
     "lab.functions", "lab.edits", "lab.readings", "lab.collecting", "lab.probes", "lab.sae", "lab.pictures", "lab",
     "__init__",
     "evaluation", "evaluation.metrics", "evaluation.captions", "evaluation.questions", "evaluation.reading",
@@ -31,9 +31,9 @@ ORDER = [
     "laws.hf", "laws.check", "laws", "demo", "demo.actions", "demo.attention", "demo.snippet", "demo.style",
     "demo.page", "demo.server",
     "cli.examples", "cli.options", "cli.devices", "cli.compiled", "cli.inputs", "cli.results", "cli.running",
-    "cli.drawings", "cli.answering", "cli.comparing", "cli.text", "cli.contrast", "cli.progress", "cli.finding",
-    "cli.locate", "cli.evaluate", "cli.validation", "cli.train", "cli.demo", "cli.checkpoints", "cli.compile",
-    "cli.measuring", "cli.bench", "cli.law_systems", "cli.laws", "cli", "cli.__main__", "__main__",
+    "cli.machines", "cli.drawings", "cli.answering", "cli.comparing", "cli.text", "cli.contrast", "cli.progress",
+    "cli.finding", "cli.locate", "cli.evaluate", "cli.validation", "cli.train", "cli.demo", "cli.checkpoints",
+    "cli.compile", "cli.measuring", "cli.bench", "cli.law_systems", "cli.laws", "cli", "cli.__main__", "__main__",
 ]  # fmt: skip
 EXCEPTIONS = {
     "lowering": {"kernels.rules"},  # while compiled code is traced: whoever compiles anything gets the whole table

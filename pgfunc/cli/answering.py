@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pgfunc as pg
 from pgfunc.cli.inputs import Inputs, Item
+from pgfunc.cli.machines import Completer
 from pgfunc.cli.options import print_note
 from pgfunc.cli.running import Outcome
 from pgfunc.errors import PgfuncError, SettingError, escape_controls
@@ -14,11 +15,15 @@ from pgfunc.image import open_image
 class Query(NamedTuple):
     """What is asked about each picture, and how answers are generated."""
 
-    model: pg.Model
+    completer: Completer
     asked: Callable[[Item], str]  # the prefix about the whole picture
     box: pg.detect.Box | None  # the part of each picture that is asked about
     sampling: dict[str, Any]
     batch: int | None
+
+    @property
+    def model(self) -> pg.Model:
+        return self.completer.model
 
     def prefix(self, item: Item) -> str:
         """What the model gets. Raises the errors of `region_prefix`."""
@@ -27,7 +32,7 @@ class Query(NamedTuple):
 
 def complete(query: Query, inputs: Inputs, items: Iterable[Item]) -> Iterator[tuple[Item, pg.Result]]:
     """The completion about each picture, as they are ready. A single one is completed alone, as by `pg.generate`."""
-    if inputs.single:
+    if inputs.single and query.completer.here:
         for item in items:
             picture = open_image(item.source, query.model.cfg.vision.image_size)
             (answer,) = pg.generate(query.model, picture, query.prefix(item), **query.sampling)
@@ -45,7 +50,7 @@ def complete(query: Query, inputs: Inputs, items: Iterable[Item]) -> Iterator[tu
                 failed[item.number], prefix = error, None
             yield item.source, prefix, item.number
 
-    for result in pg.generate_many(query.model, rows(), **query.sampling, batch=query.batch):
+    for result in query.completer.rows(rows(), **query.sampling, batch=query.batch):
         error = failed.pop(result.number, result.error)
         yield started.pop(result.number), result._replace(error=error)
 

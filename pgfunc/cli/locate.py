@@ -96,6 +96,8 @@ def add_object_command(name: str, help: str) -> None:
         config: options.Config = None,
         tokenizer: options.Tokenizer = None,
         batch: options.Batch = None,
+        ray: options.Ray = None,
+        ray_workers: options.RayWorkers = None,
         resume: options.Resume = False,
         on_error: options.WhenBroken = OnError.skip,
         as_json: options.Json = False,
@@ -111,6 +113,7 @@ def add_object_command(name: str, help: str) -> None:
         from pgfunc.cli.answering import Query
         from pgfunc.cli.drawings import check_coco, drawing_paths
         from pgfunc.cli.finding import Drawing, Finding, find_all, mask_decoder_path
+        from pgfunc.cli.machines import Loading, completer
         from pgfunc.objects import fonts
         from pgfunc.sample import Settings
 
@@ -122,13 +125,14 @@ def add_object_command(name: str, help: str) -> None:
         Settings(temperature, top_k, top_p, min_p)  # raises SettingError for a value outside its range
         pg.detect.check_confidence(min_confidence)
         decoder = mask_decoder_path(masks, model) if name == "segment" else None
-        loaded = pg.load(model, dtype, device, config, tokenizer, quantize, adapter=adapter)
-        vq = pg.segment.load(decoder, loaded.params.projector.device) if decoder else None
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
         drawing = Drawing(drawings, font, confidence) if drawings else None
-        finding = Finding(Query(loaded, asked, None, sampling, batch), vq, min_confidence, drawing, is_coco(file))
-        exit_if(find_all(finding, inputs, output, coco_file))
+        with completer(Loading(model, dtype, device, config, tokenizer, quantize, adapter), ray, ray_workers) as by:
+            masks_on = by.model.params.projector.device if by.here else "cpu"
+            vq = pg.segment.load(decoder, masks_on) if decoder else None
+            finding = Finding(Query(by, asked, None, sampling, batch), vq, min_confidence, drawing, is_coco(file))
+            exit_if(find_all(finding, inputs, output, coco_file))
 
     app.command(name, help=help)(command if name == "segment" else without_option(command, "masks"))
 

@@ -188,6 +188,25 @@ Batch = Annotated[
     ),
 ]
 
+of_machines = partial(optional, rich_help_panel="Many machines")
+Ray = Annotated[
+    str | None,
+    of_machines(
+        "--ray",
+        metavar="ADDRESS",
+        help="Answer on the Ray cluster at this address, such as 10.0.0.1:6379; or local, which starts one on this "
+        "machine. Files must have the same names on all of its machines.",
+    ),
+]
+RayWorkers = Annotated[
+    int | None,
+    of_machines(
+        "--ray-workers",
+        metavar="N",
+        help="Processes with a model each. Default: one for each GPU of the cluster, or one for each 2 CPUs.",
+    ),
+]
+
 Json = Annotated[bool, of_output("--json", help="Print JSON instead of text.")]
 Quiet = Annotated[bool, of_output("--quiet", help="Print no hints about options and the shipped checkpoint.")]
 Force = Annotated[bool, of_output("--force", help="Replace existing files.")]

@@ -10,7 +10,7 @@ from pgfunc.cli import options
 from pgfunc.cli.inputs import Item, check_inputs, expand
 from pgfunc.cli.options import OnError, app, check_distinct, optional, without_option
 from pgfunc.cli.running import exit_if, results_output, run
-from pgfunc.errors import PromptError
+from pgfunc.errors import PromptError, SettingError
 from pgfunc.names import TASKS
 
 
@@ -43,6 +43,8 @@ def add_text_command(name: str, template: str | None, help: str, prompt_help: st
         config: options.Config = None,
         tokenizer: options.Tokenizer = None,
         batch: options.Batch = None,
+        ray: options.Ray = None,
+        ray_workers: options.RayWorkers = None,
         out: options.Results = None,
         resume: options.Resume = False,
         on_error: options.WhenBroken = OnError.skip,
@@ -55,6 +57,7 @@ def add_text_command(name: str, template: str | None, help: str, prompt_help: st
         from pgfunc.checkpoint import as_device
         from pgfunc.cli.answering import Query, answer_each, check_region, parse_box, stream_answer
         from pgfunc.cli.compiled import compiling
+        from pgfunc.cli.machines import Loading, completer
         from pgfunc.sample import Settings
 
         Settings(temperature, top_k, top_p, min_p)  # raises SettingError for a value outside its range
@@ -64,11 +67,13 @@ def add_text_command(name: str, template: str | None, help: str, prompt_help: st
                                     "compile": compile or compiled is not None}  # fmt: skip
         if part:
             check_region(part, inputs)
-        where = as_device(device)
-        with compiling(sampling["compile"], compiled, where):
-            loaded = pg.load(model, dtype, where, config, tokenizer, quantize, adapter=adapter)
-            query = Query(loaded, asked, part, sampling, batch)
-            if inputs.single and not as_json and not out:
+        if ray and compiled:
+            raise SettingError("--compiled does not work with --ray, whose workers compile their own code: --compile")
+        where = as_device("cpu" if ray else device)
+        loading = Loading(model, dtype, device, config, tokenizer, quantize, adapter)
+        with compiling(sampling["compile"], compiled, where), completer(loading, ray, ray_workers) as by:
+            query = Query(by, asked, part, sampling, batch)
+            if inputs.single and by.here and not as_json and not out:
                 stream_answer(query, *inputs.items)
             else:
                 exit_if(run(inputs, asked, partial(answer_each, query, inputs), output))

@@ -4,6 +4,7 @@ reading.py     rows and their pictures, read ahead by worker processes
 prefilling.py  rows of one shape become a cache; each picture is encoded once
 decoding.py    the rows that are decoded together, and change places
 scheduling.py  which rows are next
+distributed.py the same on many machines
 """
 
 import os
@@ -54,11 +55,19 @@ def generate_many(
     setting is outside its range.
     """
     settings = Settings(temperature, top_k, top_p, min_p)
-    most, seed = checked_int("max-new-tokens", max_new_tokens, 1), checked_int("seed", seed, 0, 2**32 - 1)
     device = model.params.projector.device
-    places = PLACES.get(device.type, PLACES["cpu"]) if batch is None else checked_int("batch", batch, 1)
+    return run(model, rows, plan(device.type, settings, max_new_tokens, seed, compile, batch, workers))
+
+
+def plan(
+    device: str, settings: Settings, max_new_tokens: int, seed: int, compile: bool, batch: int | None,
+    workers: int | None,
+) -> Plan:  # fmt: skip
+    """The plan that these arguments of `generate_many` make on a kind of device. Raises SettingError."""
+    most, seed = checked_int("max-new-tokens", max_new_tokens, 1), checked_int("seed", seed, 0, 2**32 - 1)
+    places = PLACES.get(device, PLACES["cpu"]) if batch is None else checked_int("batch", batch, 1)
     readers = default_workers() if workers is None else checked_int("workers", workers, 0)
-    return run(model, rows, Plan(settings, most, seed, places, group_for(places, compile), readers))
+    return Plan(settings, most, seed, places, group_for(places, compile), readers)
 
 
 def default_workers() -> int:

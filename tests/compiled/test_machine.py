@@ -134,5 +134,5 @@ class Graphs(Machine):
     graphs = True
 
 
-Machine.TestCase.settings = Graphs.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=16)
+Machine.TestCase.settings = Graphs.TestCase.settings = settings(deadline=None, max_examples=30, stateful_step_count=16)
 TestMachine, TestGraphs = Machine.TestCase, Graphs.TestCase

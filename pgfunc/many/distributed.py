@@ -86,12 +86,13 @@ class Worker:
         self.plan, self.tries = plan, tries
         self.model = self.tried(actor_id(), loading.load)
 
-    def __call__(self, block: dict[str, bytes]) -> dict[str, bytes]:
+    def __call__(self, block: dict[str, Any]) -> dict[str, bytes]:
         """The results of a block, or the error that ends the run."""
         if isinstance(self.model, PgfuncError):
             return {"results": pickle.dumps(self.model)}
-        model, sent = self.model, pickle.loads(block["rows"])
-        return {"results": pickle.dumps(self.tried(f"block {sent[0][0]}", lambda: complete(model, sent, self.plan)))}
+        model = self.model
+        done = self.tried(f"block {block['number']}", lambda: complete(model, pickle.loads(block["rows"]), self.plan))
+        return {"results": pickle.dumps(done)}
 
     def tried(self, what: str, function: Callable[[], T]) -> T | PgfuncError:
         """What the function returns or raises; an error if this process has died of it several times."""
@@ -185,9 +186,10 @@ def distribute(loading: Loading, rows: Iterable[Any], plan: Plan, part: Share) -
             sent.append((index, ([*valid.images], valid.prefix, number)))
     if not sent:
         return
-    blocks = [{"rows": pickle.dumps(block)} for block in split(sent, block_size(len(sent), plan, part))]
+    parts = split(sent, block_size(len(sent), plan, part))
+    blocks = [{"number": number, "rows": pickle.dumps(rows)} for number, rows in enumerate(parts)]
     count = len(blocks)
-    del sent
+    del sent, parts
     tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
     actors = ray.data.ActorPoolStrategy(size=min(part.actors, count), max_tasks_in_flight_per_actor=2)
     results = ray.data.from_items(blocks, override_num_blocks=count).map(

@@ -52,7 +52,9 @@ def check_results(path: Path, inputs: Sequence[str | None], resume: bool) -> Non
     if not resume and (path.exists() or working_file(path).exists()):
         raise SettingError(f"--out {path}: exists already; continue it with --resume, or give another name")
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
-        raise SettingError(f"--out {path}: needs pyarrow: python -m pip install 'pgfunc[parquet]'; or give a .csv or .jsonl")
+        raise SettingError(
+            f"--out {path}: needs pyarrow: python -m pip install 'pgfunc[parquet]'; or give a .csv or .jsonl"
+        )
 
 
 def working_file(path: Path) -> Path:

@@ -24,7 +24,7 @@ import pgfunc as pg  # noqa: E402
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=10, deadline=None, suppress_health_check=slow)
-settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True, suppress_health_check=slow)
+settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True, suppress_health_check=slow)
 settings.register_profile("deep", max_examples=400, deadline=None, suppress_health_check=slow)
 # for mutation testing: the same examples each time, and that a test fails is enough
 phases = [Phase.explicit, Phase.generate]

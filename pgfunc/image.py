@@ -91,9 +91,10 @@ def open_image(source: Source, side: int = 0) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None and side * max(image.size) > Image.MAX_IMAGE_PIXELS:
         size = f"{image.width} x {image.height}"
         raise ImageError(f"{name_of(source)}: too long and narrow ({size}); cut the picture into parts")
-    if image is not source and image.mode == "RGB" and not image.has_transparency_data:  # most photos: no copy
-        return image
     upright = Image.new("RGB", image.size)
+    if image.mode == "RGB" and not image.has_transparency_data:  # most photos
+        upright.paste(image)
+        return upright
     for rows in bands(*image.size):
         upright.paste(_to_rgb(image.crop((0, rows.start, image.width, rows.stop))), (0, rows.start))
     return upright

@@ -28,7 +28,7 @@ import pgfunc as pg
 from pgfunc import siglip_dual, tree
 from pgfunc.checkpoint.conversion import MASKS
 from pgfunc.checkpoint.writing import digest_of_arrays
-from pgfunc.cli import contrast, drawings
+from pgfunc.cli import comparing, drawings
 from pgfunc.config import SiglipConfig, SiglipTextConfig
 from pgfunc.errors import PgfuncError
 from pgfunc.objects import vqvae
@@ -261,7 +261,7 @@ WRITERS = {
     "train": Writer(lambda folder: None, train, trained),
     "detect --out": replacing("a.png", lambda path, picture: drawings.write_picture(picture, path), PICTURES),
     "detect --coco": replacing("a.json", drawings.write_text, ["{}", '{"images": []}']),
-    "embed --out": replacing("a.npy", contrast.write_array, [np.zeros((2, 8)), np.ones((3, 8))]),
+    "embed --out": replacing("a.npy", comparing.write_array, [np.zeros((2, 8)), np.ones((3, 8))]),
 }  # fmt: skip
 
 

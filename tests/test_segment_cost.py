@@ -29,8 +29,8 @@ from pathlib import Path
 import pgfunc as pg
 from pgfunc import cli
 
-answer = sys.stdin.read()
-pg.segment.generate = lambda model, image, prefix, *sampling: [pg.Completion(answer, [], [], "eos")]
+answer, _ = sys.stdin.read(), pg.generate  # imported before it is replaced
+pg.generate = lambda model, image, prefix, **sampling: [pg.Completion(answer, [], [], "eos")]
 try:
     cli.main()
 except SystemExit as ended:

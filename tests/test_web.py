@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pgfunc import image
+from pgfunc.cli import inputs
 from pgfunc.cli.drawings import drawing_name
-from pgfunc.cli.options import check_pictures
 from pgfunc.errors import DataError, ImageError
 from pgfunc.files import web
 from pgfunc.names import is_url
@@ -126,9 +126,9 @@ def test_only_texts_that_begin_with_http_are_addresses(tmp_path):
 
 
 def test_commands_take_addresses_where_files_must_exist():
-    check_pictures(["https://nowhere.invalid/a.png"])
-    names = {"https://a/b.png": "b.png", "https://a/b.jpg?w=9": "b.jpg", "https://a/": "picture.png", "c.gif": "c.png"}
-    assert {name: drawing_name(name) for name in names} == names
+    names = {"https://a/b.png": "b.png", "https://a/b.jpg?w=9": "b.jpg", "https://a/": "picture.png"}
+    (*items,) = inputs.expand([*names]).items
+    assert {item.image: drawing_name(item.drawing) for item in items} == names
 
 
 def test_training_data_are_files(tmp_path):

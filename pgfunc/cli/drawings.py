@@ -67,8 +67,9 @@ def drawing_name(name: str) -> str:
     """The file name of a picture's drawing: the picture's own name, or with .png if its format is not in FORMATS."""
     path = Path(name)
     format = image_format(path)
-    known = format in FORMATS and format in Image.SAVE
-    return str(path if known else path.with_name(f"{path.stem or 'picture'}.png"))
+    if format in FORMATS and format in Image.SAVE:
+        return name
+    return str(path.with_suffix(".png")) if path.name else "picture.png"  # an address may have no name
 
 
 def image_format(path: Path) -> str | None:

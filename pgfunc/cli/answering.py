@@ -34,9 +34,9 @@ def complete(query: Query, inputs: Inputs, items: Iterable[Item]) -> Iterator[tu
     """The completion about each picture, as they are ready. A single one is completed alone, as by `pg.generate`."""
     if inputs.single and query.completer.here:
         for item in items:
-            picture = open_image(item.source, query.model.cfg.vision.image_size)
-            (answer,) = pg.generate(query.model, picture, query.prefix(item), **query.sampling)
-            yield item, pg.Result(item.number, (item.source, query.prefix(item)), answer, None, (picture.size,))
+            picture, prefix = open_image(item.source, query.model.cfg.vision.image_size), query.prefix(item)
+            (answer,) = pg.generate(query.model, picture, prefix, **query.sampling)
+            yield item, pg.Result(item.number, (item.source, prefix), answer, None, (picture.size,))
         return
     started: dict[int, Item] = {}
     failed: dict[int, PgfuncError] = {}

@@ -6,7 +6,7 @@ does not depend on the other pictures.
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -22,8 +22,6 @@ from pgfunc.files.atomic import replacing
 from pgfunc.files.outputs import write_errors
 from pgfunc.many import read_many
 from pgfunc.many.prefilling import MULTIPLE
-
-T = TypeVar("T")
 
 Levels = np.ndarray  # uint8 [y x 3], which is a picture too
 
@@ -60,11 +58,15 @@ def rank_each(
     def rank(part: list[Item], pictures: list[Levels]) -> Iterator[Outcome]:
         scores = pg.score(model, pictures, [prefix(item) for item in part], candidates)
         for item, row in zip(part, scores.tolist(), strict=True):
-            ranked = sorted(zip(candidates, row, strict=True), key=lambda pair: -pair[1])
-            lines = [f"{answer}\t{logprob:.4f}" for answer, logprob in ranked]
-            yield Outcome(item, {"prompt": prefix(item), "scores": dict(ranked)}, lines)
+            yield ranking(item, {"prompt": prefix(item)}, "scores", dict(zip(candidates, row, strict=True)))
 
     return each_group(model.cfg, items, rank, lambda item: {"prompt": prefix(item)})
+
+
+def ranking(item: Item, asked: dict[str, Any], name: str, values: dict[str, float]) -> Outcome:
+    """Texts with a value each, the largest first, as a result; `name` is the name of the values in JSON."""
+    ranked = sorted(values.items(), key=lambda pair: -pair[1])
+    return Outcome(item, asked | {name: dict(ranked)}, [f"{text}\t{value:.4f}" for text, value in ranked])
 
 
 def embed_each(model: pg.SiglipModel, items: Iterable[Item]) -> Iterator[Outcome]:
@@ -72,7 +74,8 @@ def embed_each(model: pg.SiglipModel, items: Iterable[Item]) -> Iterator[Outcome
 
     def embed(part: list[Item], pictures: list[Levels]) -> Iterator[Outcome]:
         for item, vector in zip(part, vectors(model, pictures), strict=True):
-            yield vector_outcome(item, vector)
+            numbers = vector.tolist()
+            yield Outcome(item, {"vector": numbers}, [as_line(numbers)])
 
     return each_group(model.cfg, items, embed, lambda item: {})
 
@@ -95,12 +98,6 @@ def embed_all(model: pg.SiglipModel, inputs: Inputs, texts: list[str], array: Pa
     if array and rows:
         write_array(array, np.array(rows, np.float32))
     exit_if(errors)
-
-
-def vector_outcome(item: Item, vector: Float[Tensor, "d"]) -> Outcome:
-    """A vector as a result."""
-    numbers = vector.tolist()
-    return Outcome(item, {"vector": numbers}, [as_line(numbers)])
 
 
 def as_line(numbers: list[float]) -> str:
@@ -130,9 +127,7 @@ def classify_each(model: pg.SiglipModel, labels: list[str], template: str, items
         logits = pg.dual.logits(model.params, vectors(model, pictures), texts)
         check_finite(logits, "a probability")
         for item, row in zip(part, logits.sigmoid().tolist(), strict=True):
-            ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
-            lines = [f"{name}\t{probability:.4f}" for name, probability in ranked]
-            yield Outcome(item, {"template": template, "probabilities": dict(ranked)}, lines)
+            yield ranking(item, {"template": template}, "probabilities", dict(zip(labels, row, strict=True)))
 
     return each_group(model.cfg, items, classify, lambda item: {"template": template})
 

@@ -25,38 +25,11 @@ from urllib.parse import urlsplit
 from pgfunc.errors import DataError, ImageError, first_line
 from pgfunc.names import is_url
 
-ENDINGS = frozenset(
-    {
-        ".apng",
-        ".avif",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".ico",
-        ".icns",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".psd",
-        ".qoi",
-        ".sgi",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".xbm",
-        ".xpm",
-    }
-)  # fmt: skip  of pictures in a folder; a file that is named itself may end in anything
+# of pictures in a folder; a file that is named itself may end in anything
+ENDINGS = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".icns", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
+})  # fmt: skip
 TABLES = (".jsonl", ".csv")
 STDIN = "-"
 

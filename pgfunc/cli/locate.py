@@ -128,10 +128,12 @@ def add_object_command(name: str, help: str) -> None:
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
                                     "top_p": top_p, "min_p": min_p, "seed": seed}  # fmt: skip
         drawing = Drawing(drawings, font, confidence) if drawings else None
-        with completer(Loading(model, dtype, device, config, tokenizer, quantize, adapter), ray, ray_workers) as by:
-            masks_on = by.model.params.projector.device if by.here else "cpu"
+        with completer(
+            Loading(model, dtype, device, config, tokenizer, quantize, adapter), ray, ray_workers
+        ) as backend:
+            masks_on = backend.model.params.projector.device if backend.here else "cpu"
             vq = pg.segment.load(decoder, masks_on) if decoder else None
-            finding = Finding(Query(by, asked, None, sampling, batch), vq, min_confidence, drawing, is_coco(file))
+            finding = Finding(Query(backend, asked, None, sampling, batch), vq, min_confidence, drawing, is_coco(file))
             exit_if(find_all(finding, inputs, output, coco_file))
 
     app.command(name, help=help)(command if name == "segment" else without_option(command, "masks"))

@@ -47,9 +47,9 @@ def results_output(
     inputs: Inputs, read: Sequence[str | None], out: Path | None, resume: bool, on_error: OnError, as_json: bool,
     also: str = "", objects: bool = False,
 ) -> Output:  # fmt: skip
-    """Where the results of a command go. `read`: the other files that it reads; `also`: one more ending that it writes;
-    `objects`: also COCO's.
+    """Where the results of a command go.
 
+    `read`: the other files that it reads. `also`: one more ending that it writes. `objects`: it writes COCO's too.
     Raises SettingError if they cannot be written there, or if --resume has nothing to continue.
     """
     if resume and out is None:

@@ -71,9 +71,9 @@ def add_text_command(name: str, template: str | None, help: str, prompt_help: st
             raise SettingError("--compiled does not work with --ray, whose workers compile their own code: --compile")
         where = as_device("cpu" if ray else device)
         loading = Loading(model, dtype, device, config, tokenizer, quantize, adapter)
-        with compiling(sampling["compile"], compiled, where), completer(loading, ray, ray_workers) as by:
-            query = Query(by, asked, part, sampling, batch)
-            if inputs.single and by.here and not as_json and not out:
+        with compiling(sampling["compile"], compiled, where), completer(loading, ray, ray_workers) as backend:
+            query = Query(backend, asked, part, sampling, batch)
+            if inputs.single and backend.here and not as_json and not out:
                 stream_answer(query, *inputs.items)
             else:
                 exit_if(run(inputs, asked, partial(answer_each, query, inputs), output))
@@ -89,15 +89,16 @@ def prefix_of(command: str, template: str | None, prompt: str | None, item: Item
     if item.prefix is not None:
         return item.prefix
     prompt = prompt if item.prompt is None else item.prompt
-    if template and "{}" not in template and prompt is None:
-        return template
-    if not prompt and not (template and "{}" not in template):
+    frame = template or "{}"
+    if prompt is None and "{}" not in frame:
+        return frame
+    if not prompt and "{}" in frame:
         raise PromptError(f"{command} needs a question: --prompt 'what color is the car?'" if template else
                           f"{command} needs a prefix: --prompt 'caption en'")  # fmt: skip
     from pgfunc.prompt import unmarked
 
     words = unmarked(prompt or "", 1)
-    return template.format(words) if template and "{}" in template else words
+    return frame.format(words) if "{}" in frame else words
 
 
 add_text_command(

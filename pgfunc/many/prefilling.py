@@ -99,8 +99,7 @@ def encode(pictures: Sequence[Picture], model: Model, group: Group) -> None:
         part, new = new[:size], new[size:]
         filled = [*part, *[part[-1]] * (size - len(part))]
         levels = stacked_on(device, [each.levels for each in filled if each.levels is not None])
-        pixels = image.normalize(levels)
-        pixels = rearrange(pixels, "b c y x -> b 1 c y x")
+        pixels = rearrange(image.normalize(levels), "b c y x -> b 1 c y x")
         run = compiled_encode if group.compile else paligemma.encode_images
         for picture, tokens in zip(part, run(model.params, pixels, model.cfg), strict=False):
             picture.tokens, picture.levels = tokens, None

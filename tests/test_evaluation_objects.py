@@ -15,7 +15,7 @@ from examples.tiny import evaluate
 from examples.tiny.heldout import SIDE, Example, Truth
 from examples.tiny.texts import Row
 from pgfunc.evaluation import boxes, masks
-from pgfunc.evaluation.boxes import Located, entries
+from pgfunc.evaluation.boxes import Located
 from pgfunc.objects import coco, detect, segment, vqvae
 from pgfunc.objects.detect import Box, Detection
 from pgfunc.objects.segment import Segment
@@ -59,7 +59,7 @@ def scenes(seed: int, count: int = 12) -> tuple[list[list[Segment]], list[list[S
 
 
 def pictures(truths: list[list[Segment]], found: list[list[Segment]]) -> list[Located]:
-    return [Located(SIDE, SIDE, entries(a), entries(b), False) for a, b in zip(truths, found, strict=True)]
+    return [Located(SIDE, SIDE, coco.labelled(a), coco.labelled(b), False) for a, b in zip(truths, found, strict=True)]
 
 
 def by_pycocotools(truths: list[list[Segment]], found: list[list[Segment]], kind, folder) -> list[float]:
@@ -120,7 +120,9 @@ def test_found_objects_and_correct_boxes_are_those_of_the_model_card(seed):
     truths, found = scenes(seed)
     texts = [detect.render([Detection(*item[:2]) for item in group], SIDE, SIDE) for group in found]
     parsed = [detect.parse(text, SIDE, SIDE) for text in texts]
-    given = [Located(SIDE, SIDE, entries(a), entries(b), False) for a, b in zip(truths, parsed, strict=True)]
+    given = [
+        Located(SIDE, SIDE, coco.labelled(a), coco.labelled(b), False) for a, b in zip(truths, parsed, strict=True)
+    ]
     actual = boxes.measure(given).metrics
     expected = evaluate.figures([card_example(group, "detect") for group in truths], texts, VQ)
     assert actual["recall"].value == expected["detect: IoU > 0.5"]

@@ -99,12 +99,9 @@ def parse(
     finding: Finding, answer: pg.Completion, size: tuple[int, int]
 ) -> tuple[list[Detection] | list[Segment], list[Malformed]]:
     """The objects in an answer, with their confidence, and the parts of the answer that are not objects."""
-    tokenizer = tokenizer_of(finding.query.model)
-    if finding.mask_decoder is None:
-        objects, malformed = pg.detect.with_confidence(answer, tokenizer, *size), pg.detect.malformed(answer.text)
-    else:
-        objects = pg.segment.with_confidence(answer, tokenizer, *size, finding.mask_decoder)
-        malformed = pg.segment.malformed(answer.text)
+    tokenizer, vq = tokenizer_of(finding.query.model), finding.mask_decoder
+    objects = pg.segment.objects_in(answer, tokenizer, *size, vq)
+    malformed = (pg.segment if vq else pg.detect).malformed(answer.text)
     return confident(objects, finding.min_confidence), malformed
 
 

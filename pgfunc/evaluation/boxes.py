@@ -10,15 +10,12 @@ precision the share of boxes that are correct.
 
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from pgfunc.evaluation.metrics import Measured, Metric, fractions, ratio, share, single
-from pgfunc.objects import coco
-from pgfunc.objects.detect import Detection
-from pgfunc.objects.segment import Segment
 
 ENOUGH = 0.5  # a correct box has an IoU above this
 STATS = {"ap": 0, "ap50": 1, "ap75": 2}  # where COCOeval has these figures
@@ -34,14 +31,6 @@ class Located(NamedTuple):
     truths: list[Entry]
     objects: list[Entry]
     invalid: bool
-
-
-def entries(objects: Iterable[Detection | Segment]) -> list[Entry]:
-    """COCO's entries of objects, with their labels in place of ids."""
-    items = list(objects)
-    labels = [item.label for item in items]
-    unnumbered = coco.annotations(items, 0, dict.fromkeys(labels, 0))
-    return [entry | {"label": label} for label, entry in zip(labels, unnumbered, strict=True)]
 
 
 def measure(pictures: Sequence[Located]) -> Measured:

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from pgfunc.errors import SettingError
 from pgfunc.evaluation import boxes, captions, masks, questions, reading
-from pgfunc.evaluation.boxes import Located, entries
+from pgfunc.evaluation.boxes import Located
 from pgfunc.evaluation.metrics import Measured, Metric
 from pgfunc.evaluation.rows import OBJECTS, UNKNOWN, Row, Task, truths
 from pgfunc.generate import Completion
 from pgfunc.many import generate_many
 from pgfunc.many.scheduling import Result
-from pgfunc.objects import detect, segment, vqvae
+from pgfunc.objects import coco, detect, segment, vqvae
 from pgfunc.objects.detect import Detection
 from pgfunc.objects.segment import Segment
 from pgfunc.prompt import Model, tokenizer_of
@@ -92,18 +92,15 @@ def compare(model: Model, row: Row, result: Result, vq: vqvae.Params | None) -> 
     size, read = size_of(result), segment.malformed if vq else detect.malformed
     invalid = result.completion is not None and bool(read(result.completion.text))
     objects = answered(model, result.completion, size, vq)
-    return Located(*size, entries(truths(row, None if result.error else size, vq)), entries(objects), invalid)
+    true = truths(row, None if result.error else size, vq)
+    return Located(*size, coco.labelled(true), coco.labelled(objects), invalid)
 
 
 def answered(
     model: Model, completion: Completion | None, size: tuple[int, int], vq: vqvae.Params | None
 ) -> Sequence[Detection | Segment]:
     """The objects in an answer, with their confidence; none without an answer."""
-    if completion is None:
-        return []
-    if vq is None:
-        return detect.with_confidence(completion, tokenizer_of(model), *size)
-    return segment.with_confidence(completion, tokenizer_of(model), *size, vq)
+    return [] if completion is None else segment.objects_in(completion, tokenizer_of(model), *size, vq)
 
 
 def size_of(result: Result) -> tuple[int, int]:

@@ -34,10 +34,15 @@ def dataset(pictures: Iterable[Picture]) -> dict[str, Any]:
 
 def unnumbered(picture: Picture) -> dict[str, Any]:
     """A picture and its annotations without ids: those of the categories are known only after the last picture."""
-    names = [item.label for item in picture.objects]
-    entries = annotations(picture.objects, 0, dict.fromkeys(names, 0))
-    labelled = [{"label": name, **entry} for name, entry in zip(names, entries, strict=True)]
-    return {"image": picture.name, "width": picture.width, "height": picture.height, "annotations": labelled}
+    entries = labelled(picture.objects)
+    return {"image": picture.name, "width": picture.width, "height": picture.height, "annotations": entries}
+
+
+def labelled(objects: Sequence[Detection | Segment]) -> list[dict[str, Any]]:
+    """The annotations of one picture, with their labels in place of ids."""
+    names = [item.label for item in objects]
+    entries = annotations(objects, 0, dict.fromkeys(names, 0))
+    return [{"label": name, **entry} for name, entry in zip(names, entries, strict=True)]
 
 
 def numbered(pictures: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pgfunc.generate import Completion, generate
 from pgfunc.image import Source, open_image
 from pgfunc.names import TASKS
 from pgfunc.objects import detect, vqvae
-from pgfunc.objects.detect import Box, Malformed, WellFormed
+from pgfunc.objects.detect import Box, Detection, Malformed, WellFormed
 from pgfunc.objects.masks import Segment as Segment
 from pgfunc.objects.masks import bounds as bounds
 from pgfunc.objects.masks import check_mask as check_mask
@@ -70,6 +70,15 @@ def with_confidence(
     logprobs = detect.location_logprobs(completion, tokenizer)
     items = detect.unique(well_formed(completion.text))
     return _decode([(item, detect.confidence(item, logprobs)) for item in items], width, height, vq)
+
+
+def objects_in(
+    completion: Completion, tokenizer: Tokenizer, width: int, height: int, vq: vqvae.Params | None
+) -> Sequence[Detection | Segment]:
+    """The objects in an answer, with their confidence; with masks if there is a mask decoder."""
+    if vq is None:
+        return detect.with_confidence(completion, tokenizer, width, height)
+    return with_confidence(completion, tokenizer, width, height, vq)
 
 
 def malformed(text: str) -> list[Malformed]:
